@@ -1,0 +1,133 @@
+//! Posts: text, what they reply to, what they quote.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::json::{Text, without_nul};
+use super::{StrongRef, parse, set_created_at};
+use crate::event::{Json, Op, Reason, Reject};
+
+#[derive(Deserialize)]
+struct Post<'a> {
+    /// Required by the lexicon, but a post without it is stored with an empty text, as the old workers store it.
+    #[serde(borrow, default)]
+    text: Option<Text<'a>>,
+    #[serde(borrow, default, rename = "createdAt")]
+    created_at: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    reply: Option<Reply<'a>>,
+    #[serde(borrow, default)]
+    embed: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    langs: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tags: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    facets: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Reply<'a> {
+    #[serde(borrow)]
+    root: StrongRef<'a>,
+    #[serde(borrow)]
+    parent: StrongRef<'a>,
+}
+
+/// What `standpipe.put_posts` finds in the operation's body.
+#[derive(Serialize)]
+struct Body<'a> {
+    text: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent_uri: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent_cid: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root_uri: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root_cid: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    embed: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    langs: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tags: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    facets: Option<&'a RawValue>,
+}
+
+pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
+    if op.cid.is_none() {
+        return Err(Reject::new(Reason::MissingField, "there is no `cid`"));
+    }
+    let post: Post<'a> = parse(record.get())?;
+    let (parent, root) = match post.reply {
+        Some(reply) => {
+            let (parent, root) = (reply.parent.checked()?, reply.root.checked()?);
+            ((Some(parent.0), parent.1), (Some(root.0), root.1))
+        }
+        None => ((None, None), (None, None)),
+    };
+    if let Some((uri, cid)) = post.embed.and_then(quoted) {
+        op.subject = Some(uri);
+        op.subject_cid = cid;
+    }
+    let body = Body {
+        text: post.text.as_ref().map_or("", |text| &text.0),
+        parent_uri: parent.0,
+        parent_cid: parent.1,
+        root_uri: root.0,
+        root_cid: root.1,
+        embed: shaped(post.embed, '{', "embed")?,
+        langs: shaped(post.langs, '[', "langs")?,
+        tags: shaped(post.tags, '[', "tags")?,
+        facets: shaped(post.facets, '[', "facets")?,
+    };
+    let body = serde_json::to_string(&body)
+        .map_err(|error| Reject::new(Reason::InvalidField, format!("the post cannot be written as JSON: {error}")))?;
+    op.body = Some(Json(match without_nul(&body) {
+        Cow::Borrowed(_) => Cow::Owned(body),
+        Cow::Owned(clean) => Cow::Owned(clean),
+    }));
+    set_created_at(&mut op, post.created_at);
+    Ok(op)
+}
+
+/// The field, when it has the JSON shape that readers of the table expect.
+fn shaped<'a>(value: Option<&'a RawValue>, open: char, name: &str) -> Result<Option<&'a RawValue>, Reject> {
+    match value {
+        Some(raw) if !raw.get().starts_with(open) => {
+            let what = if open == '{' { "an object" } else { "a list" };
+            Err(Reject::new(Reason::InvalidField, format!("`{name}` is not {what}")))
+        }
+        value => Ok(value),
+    }
+}
+
+#[derive(Deserialize)]
+struct RecordEmbed<'a> {
+    #[serde(borrow, rename = "$type")]
+    embed_type: Text<'a>,
+    #[serde(borrow)]
+    record: &'a RawValue,
+}
+
+#[derive(Deserialize)]
+struct Wrapped<'a> {
+    #[serde(borrow)]
+    record: StrongRef<'a>,
+}
+
+/// The post that an embed quotes. Feeds, lists and starter packs are embedded in the same way but are no quotes.
+fn quoted(embed: &RawValue) -> Option<(Cow<'_, str>, Option<Cow<'_, str>>)> {
+    let outer: RecordEmbed<'_> = serde_json::from_str(embed.get()).ok()?;
+    let strong_ref: StrongRef<'_> = match &*outer.embed_type.0 {
+        "app.bsky.embed.record" => serde_json::from_str(outer.record.get()).ok()?,
+        "app.bsky.embed.recordWithMedia" => serde_json::from_str::<Wrapped<'_>>(outer.record.get()).ok()?.record,
+        _ => return None,
+    };
+    let (uri, cid) = strong_ref.checked().ok()?;
+    (uri.split('/').nth(3) == Some("app.bsky.feed.post")).then_some((uri, cid))
+}

@@ -1,0 +1,66 @@
+//! Profiles: what an account says about itself.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::json::{Text, without_nul};
+use super::parse;
+use crate::event::{Json, Op, Reason, Reject};
+
+#[derive(Deserialize)]
+struct Profile<'a> {
+    #[serde(borrow, default, rename = "displayName")]
+    display_name: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    description: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    avatar: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    banner: Option<&'a RawValue>,
+    #[serde(borrow, default, rename = "pinnedPost")]
+    pinned_post: Option<&'a RawValue>,
+}
+
+/// What `standpipe.put_profiles` finds in the operation's body.
+#[derive(Serialize)]
+struct Body<'a> {
+    display_name: Option<&'a str>,
+    description: Option<&'a str>,
+    avatar_url: Option<String>,
+    banner_url: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pinned_post: Option<&'a RawValue>,
+    record: &'a RawValue,
+}
+
+pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
+    let profile: Profile<'a> = parse(record.get())?;
+    let body = Body {
+        display_name: profile.display_name.as_ref().map(|text| &*text.0),
+        description: profile.description.as_ref().map(|text| &*text.0),
+        avatar_url: profile.avatar.and_then(blob_cid),
+        banner_url: profile.banner.and_then(blob_cid),
+        pinned_post: profile.pinned_post,
+        record,
+    };
+    let body = serde_json::to_string(&body)
+        .map_err(|error| Reject::new(Reason::InvalidField, format!("the profile cannot be written as JSON: {error}")))?;
+    op.body = Some(Json(match without_nul(&body) {
+        Cow::Borrowed(_) => Cow::Owned(body),
+        Cow::Owned(clean) => Cow::Owned(clean),
+    }));
+    Ok(op)
+}
+
+/// The CID of a blob: `{"$type":"blob","ref":{"$link":cid},...}`, or the legacy form `{"cid":cid,"mimeType":...}` that
+/// is still about, or `ref` as a plain string. Anything else is no picture, which is no reason to refuse a profile.
+fn blob_cid(blob: &RawValue) -> Option<String> {
+    let blob: serde_json::Value = serde_json::from_str(blob.get()).ok()?;
+    let link = match &blob["ref"] {
+        serde_json::Value::String(link) => link,
+        reference => reference["$link"].as_str().or_else(|| blob["cid"].as_str())?,
+    };
+    Some(link.replace('\0', ""))
+}

@@ -1,0 +1,126 @@
+//! Identity and account events: registers of an account rather than records.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+
+use super::json::Text;
+use super::{MAX_NAME, check_did, datetime, parse};
+use crate::event::{Event, Json, Kind, Op, Reason, Reject, Version};
+use crate::stream::entry::Entry;
+
+#[derive(Deserialize)]
+struct Identity<'a> {
+    #[serde(borrow)]
+    did: Text<'a>,
+    #[serde(borrow, default)]
+    handle: Option<Text<'a>>,
+}
+
+#[derive(Deserialize)]
+struct Account<'a> {
+    #[serde(borrow)]
+    did: Text<'a>,
+    active: bool,
+    #[serde(borrow, default)]
+    status: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    time: Option<Text<'a>>,
+}
+
+pub(super) fn identity<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Event<'a>, Reject> {
+    let identity: Identity<'a> = parse(&entry.data)?;
+    // An event without a handle, or with one that is none, says that something changed but not what: it never
+    // overwrites a good handle.
+    let handle = identity.handle.map(|text| text.0.to_ascii_lowercase()).filter(|handle| is_handle(handle));
+    let ops = handle.map(|handle| {
+        let mut op = register(Kind::Identity, &identity.did, &version);
+        op.subject = Some(Cow::Owned(handle));
+        op
+    });
+    event(entry, version, identity.did.0, ops)
+}
+
+pub(super) fn account<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Event<'a>, Reject> {
+    let account: Account<'a> = parse(&entry.data)?;
+    let mut op = register(Kind::Account, &account.did, &version);
+    if let Some(time) = account.time.as_ref().and_then(|time| datetime::parse(&time.0)) {
+        op.created_at = time;
+    }
+    // New words may come; only `deleted` means something to us.
+    op.subject = account.status.map(|status| status.0).filter(|status| !status.is_empty());
+    if op.subject.as_ref().is_some_and(|status| status.chars().count() > 64) {
+        return Err(Reject::new(Reason::InvalidField, "`status` is longer than 64 characters"));
+    }
+    op.body = Some(Json(Cow::Borrowed(if account.active { "true" } else { "false" })));
+    event(entry, version, account.did.0, Some(op))
+}
+
+fn register<'a>(kind: Kind, did: &Text<'a>, version: &Version<'_>) -> Op<'a> {
+    let time = version.time();
+    Op {
+        kind,
+        delete: false,
+        uri: did.0.clone().into_owned(),
+        cid: None,
+        subject: None,
+        subject_cid: None,
+        created_at: time,
+        sort_at: time,
+        body: None,
+    }
+}
+
+fn event<'a>(
+    entry: &'a Entry,
+    version: Version<'a>,
+    did: Cow<'a, str>,
+    op: Option<Op<'a>>,
+) -> Result<Event<'a>, Reject> {
+    check_did(&did)?;
+    let ops: Vec<Op<'a>> = op.into_iter().collect();
+    Ok(Event {
+        event_type: &entry.event_type,
+        repo: did,
+        version,
+        sources: vec![entry.data.as_str(); ops.len()],
+        ops,
+        mentions: Vec::new(),
+        rejected: Vec::new(),
+    })
+}
+
+/// <https://atproto.com/specs/handle>, without the reserved names that never resolve.
+fn is_handle(handle: &str) -> bool {
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= 63
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
+    };
+    handle.len() <= MAX_NAME.min(253)
+        && handle != "handle.invalid"
+        && handle.contains('.')
+        && handle.split('.').all(label)
+        && handle.rsplit('.').next().is_some_and(|top| !top.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_good_handles_are_claimed() {
+        for good in ["alice.test", "xn--bcher-kva.example", "a.b-c.d1"] {
+            assert!(is_handle(good), "{good}");
+        }
+        for bad in ["handle.invalid", "alice", "-a.test", "a..test", "a.1test", "ä.test", "did:plc:x", ""] {
+            assert!(!is_handle(bad), "{bad}");
+        }
+        let entry = super::super::test_entry("identity", r#"{"did":"did:plc:a"}"#, "4");
+        let event = super::super::interpret(&entry).unwrap();
+        assert!(event.ops.is_empty());
+        assert_eq!(event.repo, "did:plc:a");
+    }
+}

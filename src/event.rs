@@ -1,0 +1,271 @@
+//! The common language of the pipelines: an event is what one stream entry says, in operations that the database
+//! understands. Pure data; nothing here knows Redis or PostgreSQL.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+/// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct EntryId {
+    /// Unix time in milliseconds.
+    pub ms: u64,
+    /// Position within the millisecond.
+    pub seq: u64,
+}
+
+impl fmt::Display for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.ms, self.seq)
+    }
+}
+
+/// The text is no `<ms>-<seq>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a stream entry id (<milliseconds>-<sequence>)")]
+pub struct InvalidEntryId;
+
+impl FromStr for EntryId {
+    type Err = InvalidEntryId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidEntryId> {
+        let (ms, seq) = text.split_once('-').ok_or(InvalidEntryId)?;
+        Ok(Self {
+            ms: ms.parse().map_err(|_| InvalidEntryId)?,
+            seq: seq.parse().map_err(|_| InvalidEntryId)?,
+        })
+    }
+}
+
+/// Microseconds since 1970-01-01T00:00:00Z.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Micros(pub i64);
+
+/// What orders two events about one record: see `standpipe.newer` in `sql/apply`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version<'a> {
+    /// The commit's revision, a TID; the Python reader gives none.
+    pub rev: Option<Cow<'a, str>>,
+    /// The relay's sequence number, in digits.
+    pub seq: Option<Cow<'a, str>>,
+    /// The stream entry that brought it.
+    pub entry: EntryId,
+}
+
+impl Version<'_> {
+    /// The moment that stands in for a missing or impossible `createdAt`, and that no record is sorted after: the
+    /// time inside the revision, else the stream entry's.
+    #[must_use]
+    pub fn time(&self) -> Micros {
+        self.rev
+            .as_deref()
+            .and_then(tid_time)
+            .unwrap_or(Micros(i64::try_from(self.entry.ms).unwrap_or(i64::MAX / 1000).saturating_mul(1000)))
+    }
+}
+
+/// The microseconds in a TID (<https://atproto.com/specs/tid>): 13 characters of base32-sortable, a zero bit, 53
+/// bits of microseconds, 10 bits of clock id.
+#[must_use]
+pub fn tid_time(tid: &str) -> Option<Micros> {
+    const ALPHABET: &[u8; 32] = b"234567abcdefghijklmnopqrstuvwxyz";
+    if tid.len() != 13 {
+        return None;
+    }
+    let mut bits: u64 = 0;
+    for byte in tid.bytes() {
+        let digit = ALPHABET.iter().position(|&c| c == byte)?;
+        if bits >> 59 != 0 {
+            return None;
+        }
+        bits = (bits << 5) | digit as u64;
+    }
+    i64::try_from(bits >> 10).ok().map(Micros)
+}
+
+/// The kinds of operation, one per file in `sql/apply` and `src/apply`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `app.bsky.feed.post`
+    Post,
+    /// `app.bsky.feed.like`
+    Like,
+    /// `app.bsky.feed.repost`
+    Repost,
+    /// `app.bsky.bookmark`
+    Bookmark,
+    /// `app.bsky.graph.follow`
+    Follow,
+    /// `app.bsky.graph.block`
+    Block,
+    /// Any other collection.
+    Record,
+    /// `app.bsky.actor.profile/self`
+    Profile,
+    /// `#identity`
+    Identity,
+    /// `#account`
+    Account,
+}
+
+impl Kind {
+    /// Every kind, in the order in which metrics list them.
+    pub const ALL: [Kind; 10] = [
+        Kind::Post,
+        Kind::Like,
+        Kind::Repost,
+        Kind::Bookmark,
+        Kind::Follow,
+        Kind::Block,
+        Kind::Record,
+        Kind::Profile,
+        Kind::Identity,
+        Kind::Account,
+    ];
+
+    /// The name in metrics, logs and the apply function's sections.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Post => "post",
+            Kind::Like => "like",
+            Kind::Repost => "repost",
+            Kind::Bookmark => "bookmark",
+            Kind::Follow => "follow",
+            Kind::Block => "block",
+            Kind::Record => "record",
+            Kind::Profile => "profile",
+            Kind::Identity => "identity",
+            Kind::Account => "account",
+        }
+    }
+}
+
+/// JSON text that PostgreSQL's `jsonb` accepts: valid, and without U+0000.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Json<'a>(pub Cow<'a, str>);
+
+/// One change of the database. What `subject` and `body` mean for a kind stands at the head of that kind's file
+/// in `sql/apply`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Op<'a> {
+    /// What it is about.
+    pub kind: Kind,
+    /// A delete that leaves a tombstone.
+    pub delete: bool,
+    /// `at://did/collection/rkey`; for identity and account events the DID.
+    pub uri: String,
+    /// The record's CID.
+    pub cid: Option<Cow<'a, str>>,
+    /// What the record points at.
+    pub subject: Option<Cow<'a, str>>,
+    /// The CID of what it points at.
+    pub subject_cid: Option<Cow<'a, str>>,
+    /// When the record says it was made.
+    pub created_at: Micros,
+    /// Where it is sorted: the lesser of `created_at` and [`Version::time`].
+    pub sort_at: Micros,
+    /// What only this kind has.
+    pub body: Option<Json<'a>>,
+}
+
+/// Why an operation, or a whole entry, can never be applied.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Reject {
+    /// The class, for metrics and filters.
+    pub reason: Reason,
+    /// What is wrong, for a person.
+    pub message: String,
+    /// PostgreSQL's SQLSTATE, when it was the database that refused.
+    pub sqlstate: Option<String>,
+}
+
+impl Reject {
+    /// A refusal before the database was asked.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), sqlstate: None }
+    }
+}
+
+/// The classes of dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// The entry is not what the contract says: no JSON, no `data`, no `repo`.
+    Undecodable,
+    /// The record lacks a field without which its row cannot be.
+    MissingField,
+    /// A field has the wrong type or an impossible value.
+    InvalidField,
+    /// The database refused the values.
+    Database,
+}
+
+impl Reason {
+    /// Every class.
+    pub const ALL: [Reason; 4] =
+        [Reason::Undecodable, Reason::MissingField, Reason::InvalidField, Reason::Database];
+
+    /// The name in metrics and dead letters.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::Undecodable => "undecodable",
+            Reason::MissingField => "missing_field",
+            Reason::InvalidField => "invalid_field",
+            Reason::Database => "database",
+        }
+    }
+}
+
+/// An operation that can never be applied, with the text that it came as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejected {
+    /// Why.
+    pub reject: Reject,
+    /// The operation as JSON.
+    pub op: String,
+}
+
+/// What one stream entry says.
+#[derive(Clone, Debug)]
+pub struct Event<'a> {
+    /// commit, identity, account, sync or a word nobody knows.
+    pub event_type: &'a str,
+    /// The repository that it is about; empty where there is nothing to do.
+    pub repo: Cow<'a, str>,
+    /// What orders it.
+    pub version: Version<'a>,
+    /// Valid operations: deletes first, those of a kind side by side, no two on the same record.
+    pub ops: Vec<Op<'a>>,
+    /// The operations as they came, by the index in `ops`: kept for a dead letter, should the database refuse one.
+    pub sources: Vec<&'a str>,
+    /// Accounts that must have a row, besides the repository's own.
+    pub mentions: Vec<Cow<'a, str>>,
+    /// Operations that can never be applied.
+    pub rejected: Vec<Rejected>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tid_holds_microseconds() {
+        // 3n2samfdihk2n is a revision of the recorded server, written at 2026-11-21T04:17:48.73xZ.
+        let time = tid_time("3n2samfdihk2n").unwrap();
+        assert_eq!(time.0 / 1_000_000, 1_795_234_668);
+        assert_eq!(tid_time("too short"), None);
+        assert_eq!(tid_time("zzzzzzzzzzzzz"), None);
+        assert_eq!(tid_time("3n2samfdihk2!"), None);
+    }
+
+    #[test]
+    fn entry_ids_order_by_both_parts() {
+        let id = |text: &str| text.parse::<EntryId>().unwrap();
+        assert!(id("1-2") < id("1-10"));
+        assert!(id("9-0") < id("10-0"));
+        assert_eq!(id("5-7").to_string(), "5-7");
+        assert!("5".parse::<EntryId>().is_err());
+    }
+}

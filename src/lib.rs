@@ -1,0 +1,24 @@
+//! standpipe: the AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL,
+//! one transaction per event.
+//!
+//! Data goes one way, and imports run down this list:
+//!
+//! 1. [`relay`]: frames in: subscribe, decode; the simulated relay
+//! 2. [`stream`]: the only place that knows Redis
+//! 3. [`pipeline`]: the loop: read, apply, acknowledge
+//! 4. [`apply`]: what each kind of event means
+//! 5. [`store`]: the only place that knows PostgreSQL
+//!
+//! [`event`] is the language they share, [`config`] the only place that reads the environment, [`run`] the only place
+//! that spawns.
+
+pub mod apply;
+pub mod config;
+pub mod event;
+pub mod metrics;
+pub mod pipeline;
+pub mod private;
+pub mod relay;
+pub mod status;
+pub mod store;
+pub mod stream;

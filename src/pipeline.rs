@@ -1,0 +1,356 @@
+//! The loop: read, apply, acknowledge.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use redis::RedisResult;
+use redis::aio::MultiplexedConnection;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::apply::interpret;
+use crate::config::Config;
+use crate::event::{EntryId, Event, Rejected};
+use crate::metrics;
+use crate::status::{State, Status, now_ms};
+use crate::store::verdict::Verdict;
+use crate::store::{Outcome, Session, Store, StoreError};
+use crate::stream::dead_letters::{Buried, bury};
+use crate::stream::entry::{Batch, Entry};
+use crate::stream::{Keys, Redis, backoff, group, is_nogroup};
+
+/// Entries in hand are kept fresh this often: the Node.js workers claim what is idle for ten seconds.
+const KEEP_FRESH: Duration = Duration::from_secs(3);
+/// A batch larger than this halves the next read: entries are of any size, memory is not.
+const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// How long to wait before asking again whether the operator mended what halted us.
+const HALTED: Duration = Duration::from_secs(10);
+
+/// One of N: a consumer of the group with a connection to Redis of its own.
+pub struct Pipeline {
+    index: usize,
+    consumer: String,
+    keys: Keys,
+    redis: Redis,
+    store: Store,
+    status: Arc<Status>,
+    batch_size: usize,
+    dead_letter_budget: u64,
+}
+
+/// An entry on its way through.
+struct Work<'a> {
+    entry: &'a Entry,
+    /// `None` when the whole entry is unreadable.
+    event: Option<Event<'a>>,
+    rejected: Vec<Rejected>,
+    /// What the database made of it; `None` until it is committed.
+    outcome: Option<Outcome>,
+}
+
+impl Pipeline {
+    /// The pipeline with this number.
+    #[must_use]
+    pub fn new(index: usize, config: &Config, redis: Redis, store: Store, status: Arc<Status>) -> Self {
+        Self {
+            index,
+            consumer: config.consumer_name(index),
+            keys: Keys::new(config),
+            redis,
+            store,
+            status,
+            batch_size: config.batch_size,
+            dead_letter_budget: config.dead_letter_max_bytes,
+        }
+    }
+
+    /// Works until `stop`, then finishes what is in hand.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut delays = backoff();
+        while !stop.is_cancelled() {
+            let began = Instant::now();
+            let Err(error) = self.session(&stop).await else { break };
+            // A connection in doubt is dropped: a read whose answer nobody took has still moved entries to us.
+            metrics::count(metrics::REDIS_RECONNECTS, 1);
+            if began.elapsed() > Duration::from_secs(30) {
+                delays = backoff();
+            }
+            self.say(State::WaitingForRedis { reason: error.to_string() });
+            self.sleep(delays.next(), &stop).await;
+        }
+        self.say(State::Stopped);
+    }
+
+    /// One connection to Redis: first what we got earlier and never acknowledged, then what is new.
+    async fn session(&self, stop: &CancellationToken) -> RedisResult<()> {
+        let mut connection = self.redis.connect().await?;
+        let mut missing = backoff();
+        let mut after = Some(EntryId::default());
+        let mut count = self.batch_size;
+        while !stop.is_cancelled() {
+            let read = match after {
+                Some(id) => group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await,
+                None => group::read_new(&mut connection, &self.keys, &self.consumer, count).await,
+            };
+            let batch = match read {
+                Ok(batch) => batch,
+                Err(error) if is_nogroup(&error) => {
+                    metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
+                    // Without a pause a group that somebody keeps destroying would cost a processor.
+                    self.sleep(missing.next(), stop).await;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            self.say(State::Running);
+            if let Some(id) = &mut after {
+                match batch.entries.iter().map(|entry| entry.id).chain(batch.gone.iter().copied()).max() {
+                    Some(last) => *id = last,
+                    None => after = None,
+                }
+            }
+            count = self.next_count(&batch, count);
+            self.work(&mut connection, &batch, stop).await?;
+            if !batch.entries.is_empty() {
+                missing = backoff();
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts.
+    async fn work(
+        &self,
+        connection: &mut MultiplexedConnection,
+        batch: &Batch,
+        stop: &CancellationToken,
+    ) -> RedisResult<()> {
+        if !batch.gone.is_empty() {
+            // Somebody trimmed what we had not applied. Nothing brings it back; it must at least be seen.
+            metrics::count(metrics::LOST, batch.gone.len() as u64);
+            error!(entries = batch.gone.len(), first = %batch.gone[0], "pending entries were deleted by somebody: lost");
+            group::acknowledge(connection, &self.keys, &batch.gone).await?;
+        }
+        if batch.entries.is_empty() {
+            return Ok(());
+        }
+        ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
+        self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
+        let ids: Vec<EntryId> = batch.entries.iter().map(|entry| entry.id).collect();
+        let done = tokio::select! {
+            done = self.apply(&batch.entries, stop) => done,
+            never = self.keep_fresh(connection.clone(), &ids) => never,
+        };
+        if let Some(done) = done {
+            self.acknowledge(connection, &done).await?;
+        }
+        self.status.pipeline(self.index, |status| status.in_flight = 0);
+        Ok(())
+    }
+
+    /// Holds on to entries while they are being applied. A failure is not ours to handle: the acknowledgement meets it.
+    async fn keep_fresh<T>(&self, mut connection: MultiplexedConnection, ids: &[EntryId]) -> T {
+        loop {
+            tokio::time::sleep(KEEP_FRESH).await;
+            let _ = group::keep_fresh(&mut connection, &self.keys, &self.consumer, ids).await;
+        }
+    }
+
+    /// Applies entries until every one is durable or among the rejected. Waits for the database as long as it takes.
+    ///
+    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    async fn apply<'a>(&self, entries: &'a [Entry], stop: &CancellationToken) -> Option<Vec<Work<'a>>> {
+        let mut batch: Vec<Work<'a>> = entries.iter().map(Work::new).collect();
+        let mut delays = backoff();
+        loop {
+            let error = match self.store.session().await {
+                Ok(session) => match self.attempt(&session, &mut batch, stop).await {
+                    Ok(()) => return Some(batch),
+                    Err(error) => {
+                        // Commits that were answered on this connection may be gone: all of it again, from the first.
+                        session.discard();
+                        for work in &mut batch {
+                            work.outcome = None;
+                        }
+                        error
+                    }
+                },
+                Err(error) => error,
+            };
+            if !self.wait_for_postgres(error, delays.next(), stop).await {
+                return None;
+            }
+        }
+    }
+
+    /// One connection: every event in its own transaction, repetitions of those that lost to others, then the flush.
+    async fn attempt(
+        &self,
+        session: &Session,
+        batch: &mut [Work<'_>],
+        stop: &CancellationToken,
+    ) -> Result<(), StoreError> {
+        let began = Instant::now();
+        let mut delays = backoff();
+        loop {
+            let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
+            if open.is_empty() {
+                break;
+            }
+            let events: Vec<&Event<'_>> = open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
+            let results = session.apply(&events).await;
+            let mut again = None;
+            for (&index, result) in open.iter().zip(results) {
+                match result {
+                    Ok(Outcome::Rejected(bad)) => batch[index].reject(bad),
+                    Ok(applied) => batch[index].outcome = Some(applied),
+                    Err(error) if error.verdict == Verdict::Retry => again = Some(error),
+                    Err(error) => return Err(error),
+                }
+            }
+            if let Some(error) = again {
+                if !self.wait_for_postgres(error.clone(), delays.next(), stop).await {
+                    return Err(error);
+                }
+            }
+        }
+        ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
+        session.flush().await?;
+        ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
+        self.say(State::Running);
+        Ok(())
+    }
+
+    /// Everything in `done` is durable or rejected.
+    async fn acknowledge(&self, connection: &mut MultiplexedConnection, done: &[Work<'_>]) -> RedisResult<()> {
+        let good: Vec<EntryId> =
+            done.iter().filter(|work| work.rejected.is_empty()).map(|work| work.entry.id).collect();
+        group::acknowledge(connection, &self.keys, &good).await?;
+        let mut finished = good.len() as u64;
+        for work in done.iter().filter(|work| !work.rejected.is_empty()) {
+            match bury(connection, &self.keys, work.entry, &work.rejected, self.dead_letter_budget).await? {
+                Buried::Done => {
+                    finished += 1;
+                    for letter in &work.rejected {
+                        ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name()).increment(1);
+                    }
+                }
+                Buried::Already => finished += 1,
+                Buried::Full => metrics::count(metrics::DEAD_LETTERS_FULL, 1),
+            }
+        }
+        let now = now_ms();
+        let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
+        for work in done {
+            seconds.record(now.saturating_sub(work.entry.id.ms) as f64 / 1000.0);
+            let event_type = metrics::type_label(&work.entry.event_type);
+            ::metrics::counter!(metrics::ENTRIES, "type" => event_type).increment(1);
+            if let Some(Outcome::Applied(kinds)) = &work.outcome {
+                for (kind, total, applied) in kinds {
+                    metrics::operations(*kind, *total, *applied);
+                }
+            }
+        }
+        self.status.acknowledged(self.index, finished);
+        Ok(())
+    }
+
+    /// Says what is wrong and waits; `false` when it is time to stop instead.
+    async fn wait_for_postgres(
+        &self,
+        error: StoreError,
+        delay: Option<Duration>,
+        stop: &CancellationToken,
+    ) -> bool {
+        let StoreError { verdict, message: reason } = error;
+        let (label, delay, state) = match verdict {
+            // The store has singled out what can be rejected; a refusal of everything else is our own fault.
+            Verdict::Halt | Verdict::Reject => ("halt", Some(HALTED), State::Halted { reason: reason.clone() }),
+            Verdict::Reconnect => ("reconnect", delay, State::WaitingForPostgres { reason: reason.clone() }),
+            Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
+        };
+        ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
+        self.say(state);
+        !self.sleep(delay, stop).await
+    }
+
+    /// Sleeps; `true` when it is time to stop.
+    async fn sleep(&self, delay: Option<Duration>, stop: &CancellationToken) -> bool {
+        tokio::select! {
+            () = tokio::time::sleep(delay.unwrap_or(Duration::from_secs(5))) => false,
+            () = stop.cancelled() => true,
+        }
+    }
+
+    /// Notes the state, and logs it where it is a new one: an outage is one line, not one per attempt.
+    fn say(&self, state: State) {
+        let mut before = State::default();
+        self.status.pipeline(self.index, |status| before = std::mem::replace(&mut status.state, state.clone()));
+        if std::mem::discriminant(&before) == std::mem::discriminant(&state) {
+            return;
+        }
+        let consumer = &self.consumer;
+        match state {
+            State::WaitingForRedis { reason } => warn!(consumer, reason, "waiting for Redis; nothing is lost"),
+            State::WaitingForPostgres { reason } => {
+                warn!(consumer, reason, "waiting for PostgreSQL; nothing is lost and nothing more is read");
+            }
+            State::Halted { reason } => {
+                error!(consumer, reason, "stopped reading: this needs a hand; trying again every {HALTED:?}");
+            }
+            State::Running if before != State::Starting => info!(consumer, "at work again"),
+            _ => {}
+        }
+    }
+
+    fn next_count(&self, batch: &Batch, count: usize) -> usize {
+        let bytes: usize = batch.entries.iter().map(Entry::size).sum();
+        if bytes > BATCH_BYTES {
+            (count / 2).max(1)
+        } else if bytes < BATCH_BYTES / 4 {
+            (count * 2).min(self.batch_size)
+        } else {
+            count
+        }
+    }
+}
+
+impl<'a> Work<'a> {
+    fn new(entry: &'a Entry) -> Self {
+        match interpret(entry) {
+            Ok(mut event) => {
+                let rejected = std::mem::take(&mut event.rejected);
+                Self { entry, event: Some(event), rejected, outcome: None }
+            }
+            Err(reject) => Self {
+                entry,
+                event: None,
+                rejected: vec![Rejected { reject, op: entry.data.clone() }],
+                outcome: None,
+            },
+        }
+    }
+
+    /// Whether the database has still to be asked. An event that nobody asked for has no repository and needs nothing.
+    fn is_open(&self) -> bool {
+        self.outcome.is_none() && self.event.as_ref().is_some_and(|event| !event.repo.is_empty())
+    }
+
+    /// Sets aside what the database refuses; the rest is tried again without it.
+    fn reject(&mut self, mut bad: Vec<(usize, crate::event::Reject)>) {
+        let Some(event) = &mut self.event else { return };
+        bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
+        for (index, reject) in bad {
+            if index < event.ops.len() {
+                event.ops.remove(index);
+                let op = event.sources.remove(index).to_owned();
+                self.rejected.push(Rejected { reject, op });
+            } else {
+                // Not an operation: the event itself.
+                self.rejected.push(Rejected { reject, op: self.entry.data.clone() });
+                self.event = None;
+                return;
+            }
+        }
+    }
+}

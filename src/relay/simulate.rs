@@ -1,0 +1,64 @@
+//! A simulated relay: a made-up network of accounts whose traffic looks like the real one's, or a recorded file,
+//! served over a websocket like `com.atproto.sync.subscribeRepos`.
+//!
+//! Everything follows from [`NetworkOptions`]: the same options give the same bytes, on every connection and in every
+//! run. A test can therefore rebuild independently what a consumer must have seen, and a consumer can resume at a
+//! cursor although nothing is stored.
+//!
+//! - `network`: what happens, in which order; the state of the made-up network
+//! - `accounts`: identifiers, handles and status of its accounts
+//! - `posts`, `pool`: what there is to be liked, answered, deleted; bounded
+//! - `record`: what is written in the records
+//! - `frame`: how events become CBOR and CAR bytes
+//! - `recording`: frames from a file instead
+//! - `serve`: the websocket server
+
+mod accounts;
+mod chance;
+mod frame;
+mod network;
+mod pool;
+mod posts;
+mod record;
+mod recording;
+mod serve;
+
+pub use frame::Frame;
+pub use network::Network;
+pub use recording::read_frames;
+pub use serve::{Counters, RelayOptions, Source, serve};
+
+/// What the simulated network does. Everything follows from these numbers: same options, same bytes.
+#[derive(Clone, Debug)]
+pub struct NetworkOptions {
+    /// Where all chance comes from.
+    pub seed: u64,
+    /// How many accounts appear in the course of time; 0 counts as 1.
+    pub accounts: u32,
+    /// How many frames there are; 0 is endless. A run of fewer frames is the beginning of a longer one.
+    pub events: u64,
+    /// The time of the first event. Later ones follow about 1 ms apart.
+    pub start: jiff::Timestamp,
+    /// Filler bytes per commit, in CAR blocks of their own that no operation refers to. Real frames carry about 5,000
+    /// bytes of tree nodes; at most 1,000,000 are used.
+    pub pad: usize,
+    /// Whether accounts are also deleted for good, rarely.
+    pub deletions: bool,
+}
+
+impl Default for NetworkOptions {
+    fn default() -> Self {
+        NetworkOptions {
+            seed: 1,
+            accounts: 10_000,
+            events: 0,
+            // 2026-01-01T00:00:00Z
+            start: jiff::Timestamp::constant(1_767_225_600, 0),
+            pad: 0,
+            deletions: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+//! From an error to what becomes of the event: a closed set, decided here and nowhere else.
+
+use tokio_postgres::Error;
+use tokio_postgres::error::SqlState;
+
+/// What an error means for the event that met it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The connection, or what we believe of it, is in doubt: everything since the last flush is applied again on a
+    /// new one.
+    Reconnect,
+    /// The transaction lost to another, or the server was short of something: the same again after a pause.
+    Retry,
+    /// The values can never be stored: dead letter.
+    Reject,
+    /// Our own fault, or the operator's: stop reading and say so. Draining the stream into dead letters would be worse.
+    Halt,
+}
+
+/// The verdict on an error of the driver.
+#[must_use]
+pub fn judge(error: &Error) -> Verdict {
+    match error.code() {
+        Some(code) => judge_code(code),
+        // A value that does not fit its parameter never left this process: it is our own fault. Everything else
+        // without a code is a connection that broke or was never made.
+        None if is_conversion(error) => Verdict::Halt,
+        None => Verdict::Reconnect,
+    }
+}
+
+fn judge_code(code: &SqlState) -> Verdict {
+    let code = code.code();
+    match code {
+        // serialization_failure, deadlock_detected, lock_not_available, query_canceled (statement_timeout)
+        "40001" | "40P01" | "55P03" | "57014" => Verdict::Retry,
+        // read_only_sql_transaction (a standby after a failover), in_failed_sql_transaction,
+        // invalid_sql_statement_name (a pooler gave us another session), feature_not_supported (a cached plan whose
+        // tables changed)
+        "25006" | "25P02" | "26000" | "0A000" => Verdict::Reconnect,
+        // admin_shutdown, crash_shutdown, cannot_connect_now
+        "57P01" | "57P02" | "57P03" => Verdict::Reconnect,
+        _ => match code.get(..2) {
+            // connection exceptions; system errors such as I/O
+            Some("08" | "58") => Verdict::Reconnect,
+            // insufficient resources: disk full, out of memory, too many connections
+            Some("53") => Verdict::Retry,
+            // cardinality, data, integrity; program limits such as an index row that is too long
+            Some("21" | "22" | "23" | "54") => Verdict::Reject,
+            // 42 undefined or forbidden, 28 authorisation, 3D no such database, and whatever is not listed
+            _ => Verdict::Halt,
+        },
+    }
+}
+
+fn is_conversion(error: &Error) -> bool {
+    // The driver has no code for it; its text is fixed.
+    error.to_string().starts_with("error serializing parameter")
+}
+
+/// The error with its causes on one line: the driver's own text is only "db error". Never holds the password.
+#[must_use]
+pub fn describe(error: &Error) -> String {
+    if let Some(db) = error.as_db_error() {
+        let detail = db.detail().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        return format!("{}: {}{detail}", db.code().code(), db.message());
+    }
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_sqlstate_has_its_verdict() {
+        let verdict = |code: &str| judge_code(&SqlState::from_code(code));
+        for code in ["40001", "40P01", "53100", "53200", "53300", "55P03", "57014"] {
+            assert_eq!(verdict(code), Verdict::Retry, "{code}");
+        }
+        for code in ["08006", "08000", "25006", "25P02", "26000", "0A000", "57P01", "57P02", "57P03", "58030"] {
+            assert_eq!(verdict(code), Verdict::Reconnect, "{code}");
+        }
+        for code in ["21000", "22001", "22P05", "22021", "23502", "23505", "23514", "54000"] {
+            assert_eq!(verdict(code), Verdict::Reject, "{code}");
+        }
+        for code in ["42P01", "42501", "28P01", "3D000", "XX000", "20000", "P0001"] {
+            assert_eq!(verdict(code), Verdict::Halt, "{code}");
+        }
+    }
+}

@@ -1,0 +1,25 @@
+-- Makes sure that the stream and the group exist, and says what was missing.
+--
+-- KEYS: stream, cursor, acked, lost.  ARGV: group.  Returns {stream was lost, group was created}.
+--
+-- A position in `acked` says that the stream was there before: somebody deleted it. The reader goes back to the
+-- lowest position that was not acknowledged; its next append finds the cursor moved and starts again from there.
+-- One script, so that of several processes only one sees the loss.
+local lost = 0
+if redis.call('EXISTS', KEYS[1]) == 0 then
+    local acked = redis.call('GET', KEYS[3])
+    if acked then
+        lost = 1
+        redis.call('SET', KEYS[2], acked)
+        redis.call('INCR', KEYS[4])
+    end
+end
+-- From the beginning: whatever the stream holds may not have been read, and to apply an event again is harmless.
+local created = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if created.err then
+    if string.find(created.err, 'BUSYGROUP', 1, true) then
+        return {lost, 0}
+    end
+    return created
+end
+return {lost, 1}

@@ -1,0 +1,98 @@
+//! Trims what every group has acknowledged, and looks at how the stream is doing.
+
+use std::sync::LazyLock;
+
+use redis::aio::MultiplexedConnection;
+use redis::{FromRedisValue, ParsingError, RedisResult, Script, Value};
+
+use super::Keys;
+use crate::event::EntryId;
+
+/// Entries trimmed by one call, at the most; more would hold up the server.
+const TRIM_LIMIT: u32 = 10_000;
+
+static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("janitor.lua")));
+
+/// How the stream is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// There is a stream.
+    pub exists: bool,
+    /// Our group is there; without it nothing is trimmed.
+    pub group: bool,
+    /// Entries in the stream.
+    pub length: u64,
+    /// Entries delivered and not acknowledged, in our group.
+    pub pending: u64,
+    /// Entries not delivered yet; `None` when Redis does not know.
+    pub lag: Option<u64>,
+    /// The oldest entry that is pending.
+    pub oldest_pending: Option<EntryId>,
+    /// The oldest entry that nobody got yet.
+    pub oldest_waiting: Option<EntryId>,
+    /// Entries removed by this call.
+    pub trimmed: u64,
+    /// The group whose progress bounds the trim.
+    pub held_by: String,
+}
+
+impl Look {
+    /// The oldest entry whose effects may not be durable.
+    #[must_use]
+    pub fn oldest_unacknowledged(&self) -> Option<EntryId> {
+        match (self.oldest_pending, self.oldest_waiting) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// Whether nothing waits and nothing is pending.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.exists && self.group && self.pending == 0 && self.oldest_waiting.is_none()
+    }
+}
+
+/// Looks, notes the lowest position that is not acknowledged, and trims once.
+///
+/// # Errors
+///
+/// Redis cannot be reached or refuses.
+pub async fn sweep(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Look> {
+    call(connection, keys, TRIM_LIMIT).await
+}
+
+async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -> RedisResult<Look> {
+    SCRIPT
+        .key(&keys.stream)
+        .key(&keys.cursor)
+        .key(&keys.acked)
+        .arg(&keys.group)
+        .arg(limit)
+        .invoke_async(connection)
+        .await
+}
+
+impl FromRedisValue for Look {
+    fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
+        let Value::Array(fields) = value else {
+            return Err("the janitor's script answered with something else than a list".into());
+        };
+        if fields.is_empty() {
+            return Ok(Self::default());
+        }
+        let (length, group, pending, lag, oldest_pending, oldest_waiting, trimmed, held_by) =
+            <(u64, i64, u64, i64, String, String, u64, String)>::from_redis_value(Value::Array(fields))?;
+        Ok(Self {
+            exists: true,
+            group: group == 1,
+            length,
+            pending,
+            lag: u64::try_from(lag).ok(),
+            oldest_pending: oldest_pending.parse().ok(),
+            oldest_waiting: oldest_waiting.parse().ok(),
+            trimmed,
+            held_by,
+        })
+    }
+}

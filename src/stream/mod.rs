@@ -1,0 +1,122 @@
+//! The only place that knows Redis: the entry format, appending, reading, acknowledging, trimming, dead letters.
+
+pub mod append;
+pub mod dead_letters;
+pub mod entry;
+pub mod group;
+pub mod janitor;
+
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::io::tcp::socket2::TcpKeepalive;
+use redis::{AsyncConnectionConfig, IntoConnectionInfo, RedisError};
+
+use crate::config::Config;
+
+/// How long one XREADGROUP waits for entries; also how long a stop may have to wait for a quiet pipeline.
+pub const BLOCK: Duration = Duration::from_millis(1000);
+
+/// Every key that belongs to one stream.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    /// The stream.
+    pub stream: String,
+    /// The relay position up to which everything is in the stream.
+    pub cursor: String,
+    /// The relay that the cursor belongs to.
+    pub relay: String,
+    /// The lowest relay position that the group has not acknowledged: where the reader goes back to should the
+    /// stream be lost.
+    pub acked: String,
+    /// Who reads the relay at the moment.
+    pub lease: String,
+    /// How often the stream was found gone.
+    pub lost: String,
+    /// The dead letters.
+    pub dead: String,
+    /// The consumer group.
+    pub group: String,
+}
+
+impl Keys {
+    /// The keys that the configuration names.
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        Self {
+            stream: config.stream_key.clone(),
+            cursor: config.cursor_key.clone(),
+            relay: config.cursor_relay_key(),
+            acked: format!("{}:acked", config.cursor_key),
+            lease: format!("{}:lease", config.cursor_key),
+            lost: format!("{}:lost", config.stream_key),
+            dead: config.dead_letter_key(),
+            group: config.consumer_group.clone(),
+        }
+    }
+}
+
+/// Opens connections. Every holder has its own: a blocking read holds up everything behind it.
+#[derive(Clone)]
+pub struct Redis {
+    client: redis::Client,
+}
+
+impl Redis {
+    /// Prepares to connect; nothing is sent yet.
+    ///
+    /// # Errors
+    ///
+    /// The URL is not one that the client understands.
+    pub fn new(url: &str) -> Result<Self, RedisError> {
+        // The client's defaults would wait two hours for a peer that went away without a word.
+        let tcp = TcpSettings::default()
+            .set_nodelay(true)
+            .set_keepalive(
+                TcpKeepalive::new()
+                    .with_time(Duration::from_secs(15))
+                    .with_interval(Duration::from_secs(5))
+                    .with_retries(3),
+            )
+            .set_user_timeout(Duration::from_secs(20));
+        let info = url.into_connection_info()?.set_tcp_settings(tcp);
+        Ok(Self { client: redis::Client::open(info)? })
+    }
+
+    /// A connection whose answers may take [`BLOCK`] and then some.
+    ///
+    /// On any error or timeout drop it and open another: a read whose answer nobody waited for has still moved
+    /// entries into our pending list.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses us.
+    pub async fn connect(&self) -> Result<MultiplexedConnection, RedisError> {
+        // The client's default of 500 ms would cut off every blocking read, and a save to disk can take longer.
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(Duration::from_secs(5)))
+            .set_response_timeout(Some(BLOCK + Duration::from_secs(9)));
+        self.client.get_multiplexed_async_connection_with_config(&config).await
+    }
+}
+
+/// Whether the error says that the group, or the stream with it, is gone.
+#[must_use]
+pub fn is_nogroup(error: &RedisError) -> bool {
+    // A reader that was blocked while the key was deleted is told so in words of its own.
+    error.code() == Some("NOGROUP")
+        || error.code() == Some("UNBLOCKED")
+        || error.to_string().contains("the stream key no longer exists")
+}
+
+/// The increasing, jittered pauses between attempts: 100 ms to 5 s. Endless.
+pub fn backoff() -> impl Iterator<Item = Duration> + Send {
+    use backon::BackoffBuilder as _;
+    backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

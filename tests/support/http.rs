@@ -1,0 +1,43 @@
+//! As much HTTP as the tests need.
+
+use anyhow::{Context, Result};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, ToSocketAddrs};
+
+/// GETs `path` and returns the status and the body.
+///
+/// An error when nobody listens there or the answer is not HTTP, so that a test can wait for a
+/// server to come up.
+pub async fn http_get(address: impl ToSocketAddrs, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").context("no end of the headers")?;
+    let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
+    let status = head
+        .split_whitespace()
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .with_context(|| format!("no status in {head:?}"))?;
+    let body = &answer[end + 4..];
+    let body = if head.contains("transfer-encoding: chunked") { unchunk(body)? } else { body.to_vec() };
+    Ok((status, String::from_utf8(body)?))
+}
+
+fn unchunk(mut rest: &[u8]) -> Result<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let end = rest.windows(2).position(|bytes| bytes == b"\r\n").context("a chunk without a length")?;
+        let length = std::str::from_utf8(&rest[..end])?;
+        let length = usize::from_str_radix(length.split(';').next().unwrap_or(length).trim(), 16)?;
+        if length == 0 {
+            return Ok(body);
+        }
+        let chunk = rest.get(end + 2..end + 2 + length).context("a chunk is cut off")?;
+        body.extend_from_slice(chunk);
+        rest = rest.get(end + 2 + length + 2..).context("a chunk is cut off")?;
+    }
+}
