@@ -35,21 +35,11 @@ pub struct Variable {
 }
 
 const fn variable(name: &'static str, default: &'static str, meaning: &'static str) -> Variable {
-    Variable {
-        name,
-        default,
-        meaning,
-        secret: false,
-    }
+    Variable { name, default, meaning, secret: false }
 }
 
 const fn secret(name: &'static str, default: &'static str, meaning: &'static str) -> Variable {
-    Variable {
-        name,
-        default,
-        meaning,
-        secret: true,
-    }
+    Variable { name, default, meaning, secret: true }
 }
 
 /// Every environment variable that this program reads, in the order in which the documentation shows them.
@@ -89,41 +79,21 @@ pub const VARIABLES: &[Variable] = &[
         "75%",
         "the use of Redis memory at which the reader slows down: up to 80% of maxmemory, or a size",
     ),
-    variable(
-        "REDIS_CONSUMER_GROUP",
-        "firehose-processors",
-        "the consumer group of the pipelines",
-    ),
+    variable("REDIS_CONSUMER_GROUP", "firehose-processors", "the consumer group of the pipelines"),
     variable(
         "CONSUMER_ID",
         "",
         "name of this process, the host's name when unset; its pipelines are CONSUMER_ID-0, CONSUMER_ID-1, ...",
     ),
-    variable(
-        "PARALLEL_CONSUMERS",
-        "5",
-        "how many pipelines work side by side, 1 to 1024",
-    ),
-    variable(
-        "BATCH_SIZE",
-        "200",
-        "entries that a pipeline reads at a time, 1 to 10000",
-    ),
-    variable(
-        "DB_POOL_SIZE",
-        "20",
-        "the most connections to PostgreSQL, 1 to 1000",
-    ),
+    variable("PARALLEL_CONSUMERS", "5", "how many pipelines work side by side, 1 to 1024"),
+    variable("BATCH_SIZE", "200", "entries that a pipeline reads at a time, 1 to 10000"),
+    variable("DB_POOL_SIZE", "20", "the most connections to PostgreSQL, 1 to 1000"),
     variable(
         "DB_STATEMENT_TIMEOUT",
         "30s",
         "how long one statement may run before PostgreSQL cancels it and it is tried again",
     ),
-    variable(
-        "TRANSACTION",
-        "event",
-        "event: each event is a transaction of its own",
-    ),
+    variable("TRANSACTION", "event", "event: each event is a transaction of its own"),
     variable(
         "COLLECTIONS",
         "app.bsky.*,chat.bsky.*,com.atproto.*",
@@ -144,11 +114,7 @@ pub const VARIABLES: &[Variable] = &[
         "25s",
         "how long a stop waits for work in progress; keep stop_grace_period larger",
     ),
-    variable(
-        "TOMBSTONE_RETENTION",
-        "30d",
-        "how long the mark of a deleted record is kept at least",
-    ),
+    variable("TOMBSTONE_RETENTION", "30d", "how long the mark of a deleted record is kept at least"),
     variable(
         "RELAY_IDLE_TIMEOUT",
         "60s",
@@ -172,11 +138,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     variable("LOG_FORMAT", "text", "text or json"),
-    variable(
-        "RUST_LOG",
-        "",
-        "a tracing filter such as standpipe=debug,redis=info; wins over LOG_LEVEL",
-    ),
+    variable("RUST_LOG", "", "a tracing filter such as standpipe=debug,redis=info; wins over LOG_LEVEL"),
 ];
 
 /// What a process is going to do: it decides which variables are required.
@@ -269,11 +231,7 @@ pub struct ConfigError {
 
 impl ConfigError {
     fn lines(&self) -> String {
-        self.problems
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join("\n")
+        self.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -307,10 +265,7 @@ where
     K: Into<OsString>,
     V: Into<OsString>,
 {
-    let mut read = Reading {
-        problems: Vec::new(),
-        warnings: Vec::new(),
-    };
+    let mut read = Reading { problems: Vec::new(), warnings: Vec::new() };
     let mut ours: Vec<(String, String)> = Vec::new();
     let mut host = None;
     for (name, value) in vars {
@@ -326,17 +281,14 @@ where
                     ours.retain(|(earlier, _)| *earlier != name);
                     ours.push((name, text.trim().to_owned()));
                 }
-                Err(_) => read.problem(
-                    variable.name,
-                    "is not valid UTF-8; write it in UTF-8 (not shown)".to_owned(),
-                ),
+                Err(_) => read
+                    .problem(variable.name, "is not valid UTF-8; write it in UTF-8 (not shown)".to_owned()),
             }
         } else if name == "HOSTNAME" {
             host = value.into_string().ok().filter(|text| !text.trim().is_empty());
         } else if let Some(meant) = did_you_mean(&name) {
-            read.warnings.push(format!(
-                "{name} is not a variable of standpipe and is ignored: did you mean {meant}?"
-            ));
+            read.warnings
+                .push(format!("{name} is not a variable of standpipe and is ignored: did you mean {meant}?"));
         }
     }
     read.warnings.sort();
@@ -347,9 +299,7 @@ where
         Ok(raw) => raw,
         Err(error) => {
             read.problem("environment", format!("could not be read ({error})"));
-            return Err(ConfigError {
-                problems: read.problems,
-            });
+            return Err(ConfigError { problems: read.problems });
         }
     };
     let consumer_id_given = raw.consumer_id.is_some();
@@ -360,11 +310,8 @@ where
             Ok((config, read.warnings))
         }
         _ => {
-            read.problems
-                .sort_by_key(|problem| VARIABLES.iter().position(|v| v.name == problem.variable));
-            Err(ConfigError {
-                problems: read.problems,
-            })
+            read.problems.sort_by_key(|problem| VARIABLES.iter().position(|v| v.name == problem.variable));
+            Err(ConfigError { problems: read.problems })
         }
     }
 }
@@ -410,10 +357,7 @@ struct Wrong {
 
 impl Wrong {
     fn new(what: impl Into<String>, right: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            right: right.into(),
-        }
+        Self { what: what.into(), right: right.into() }
     }
 }
 
@@ -438,9 +382,7 @@ impl Reading {
     ) -> Option<T> {
         let variable = VARIABLES.iter().find(|v| v.name == name)?;
         let text = given.unwrap_or(variable.default);
-        let quoted = ['"', '\'']
-            .iter()
-            .any(|quote| text.starts_with(*quote) && text.ends_with(*quote));
+        let quoted = ['"', '\''].iter().any(|quote| text.starts_with(*quote) && text.ends_with(*quote));
         let parsed = if quoted {
             // Shells remove them, env files of containers mostly do not.
             Err(Wrong::new("has quotation marks around it", "remove them"))
@@ -450,11 +392,7 @@ impl Reading {
         match parsed {
             Ok(value) => Some(value),
             Err(Wrong { what, right }) => {
-                let value = if variable.secret {
-                    String::new()
-                } else {
-                    format!("{} ", shown(text))
-                };
+                let value = if variable.secret { String::new() } else { format!("{} ", shown(text)) };
                 self.problem(name, format!("{value}{what}; {right}"));
                 None
             }
@@ -480,64 +418,34 @@ impl Reading {
         let max_stream_len = self.take("REDIS_MAX_STREAM_LEN", raw.redis_max_stream_len.as_deref(), |t| {
             parse_whole(t, 100..=1_000_000_000)
         });
-        let memory_mark = self.take(
-            "REDIS_MEMORY_MARK",
-            raw.redis_memory_mark.as_deref(),
-            MemoryMark::parse,
-        );
-        let consumer_group = self.take(
-            "REDIS_CONSUMER_GROUP",
-            raw.redis_consumer_group.as_deref(),
-            parse_key,
-        );
+        let memory_mark = self.take("REDIS_MEMORY_MARK", raw.redis_memory_mark.as_deref(), MemoryMark::parse);
+        let consumer_group =
+            self.take("REDIS_CONSUMER_GROUP", raw.redis_consumer_group.as_deref(), parse_key);
         let host = host_name(host);
-        let consumer_id = self.take(
-            "CONSUMER_ID",
-            raw.consumer_id.as_deref().or(Some(&host)),
-            parse_consumer_id,
-        );
-        let parallel_consumers = self.take("PARALLEL_CONSUMERS", raw.parallel_consumers.as_deref(), |t| {
-            parse_whole(t, 1..=1024)
-        });
-        let batch_size = self.take("BATCH_SIZE", raw.batch_size.as_deref(), |t| {
-            parse_whole(t, 1..=10_000)
-        });
-        let db_pool_size = self.take("DB_POOL_SIZE", raw.db_pool_size.as_deref(), |t| {
-            parse_whole(t, 1..=1000)
-        });
-        let db_statement_timeout = self.take(
-            "DB_STATEMENT_TIMEOUT",
-            raw.db_statement_timeout.as_deref(),
-            parse_statement_timeout,
-        );
+        let consumer_id =
+            self.take("CONSUMER_ID", raw.consumer_id.as_deref().or(Some(&host)), parse_consumer_id);
+        let parallel_consumers =
+            self.take("PARALLEL_CONSUMERS", raw.parallel_consumers.as_deref(), |t| parse_whole(t, 1..=1024));
+        let batch_size = self.take("BATCH_SIZE", raw.batch_size.as_deref(), |t| parse_whole(t, 1..=10_000));
+        let db_pool_size =
+            self.take("DB_POOL_SIZE", raw.db_pool_size.as_deref(), |t| parse_whole(t, 1..=1000));
+        let db_statement_timeout =
+            self.take("DB_STATEMENT_TIMEOUT", raw.db_statement_timeout.as_deref(), parse_statement_timeout);
         let transaction = self.take("TRANSACTION", raw.transaction.as_deref(), TransactionMode::parse);
         let collections = self.take("COLLECTIONS", raw.collections.as_deref(), Collections::parse);
         let claim_idle = self.take("CLAIM_IDLE", raw.claim_idle.as_deref(), parse_claim_idle);
-        let max_attempts = self.take("MAX_ATTEMPTS", raw.max_attempts.as_deref(), |t| {
-            parse_whole(t, 1..=1000)
-        });
+        let max_attempts =
+            self.take("MAX_ATTEMPTS", raw.max_attempts.as_deref(), |t| parse_whole(t, 1..=1000));
         let drain_timeout = self.take("DRAIN_TIMEOUT", raw.drain_timeout.as_deref(), parse_drain_timeout);
-        let tombstone_retention = self.take(
-            "TOMBSTONE_RETENTION",
-            raw.tombstone_retention.as_deref(),
-            parse_tombstone_retention,
-        );
-        let relay_idle_timeout = self.take(
-            "RELAY_IDLE_TIMEOUT",
-            raw.relay_idle_timeout.as_deref(),
-            parse_idle_timeout,
-        );
-        let on_future_cursor = self.take(
-            "ON_FUTURE_CURSOR",
-            raw.on_future_cursor.as_deref(),
-            OnFutureCursor::from_word,
-        );
+        let tombstone_retention =
+            self.take("TOMBSTONE_RETENTION", raw.tombstone_retention.as_deref(), parse_tombstone_retention);
+        let relay_idle_timeout =
+            self.take("RELAY_IDLE_TIMEOUT", raw.relay_idle_timeout.as_deref(), parse_idle_timeout);
+        let on_future_cursor =
+            self.take("ON_FUTURE_CURSOR", raw.on_future_cursor.as_deref(), OnFutureCursor::from_word);
         let auto_migrate = self.take("AUTO_MIGRATE", raw.auto_migrate.as_deref(), parse_yes_or_no);
-        let dead_letter_max_bytes = self.take(
-            "DEAD_LETTER_MAX_BYTES",
-            raw.dead_letter_max_bytes.as_deref(),
-            |t| parse_size(t, 1),
-        );
+        let dead_letter_max_bytes =
+            self.take("DEAD_LETTER_MAX_BYTES", raw.dead_letter_max_bytes.as_deref(), |t| parse_size(t, 1));
         let http_addr = self.take("HTTP_ADDR", raw.http_addr.as_deref(), parse_http_addr);
         let log_level = self.take("LOG_LEVEL", raw.log_level.as_deref(), LogLevel::from_word);
         let log_format = self.take("LOG_FORMAT", raw.log_format.as_deref(), LogFormat::from_word);
@@ -595,10 +503,7 @@ impl Reading {
                 "is the same key as REDIS_STREAM_KEY: storing the cursor would replace the stream",
             ))
         } else if cursor.strip_prefix(stream) == Some(":dead") {
-            Some((
-                "REDIS_CURSOR_KEY",
-                "is the key of the dead letters (REDIS_STREAM_KEY + \":dead\")",
-            ))
+            Some(("REDIS_CURSOR_KEY", "is the key of the dead letters (REDIS_STREAM_KEY + \":dead\")"))
         } else if stream.strip_prefix(cursor) == Some(":relay") {
             Some((
                 "REDIS_STREAM_KEY",
@@ -608,11 +513,7 @@ impl Reading {
             None
         };
         if let Some((variable, why)) = clash {
-            let value = if variable == "REDIS_CURSOR_KEY" {
-                cursor
-            } else {
-                stream
-            };
+            let value = if variable == "REDIS_CURSOR_KEY" { cursor } else { stream };
             self.problem(variable, format!("{} {why}; choose another key", shown(value)));
         }
     }
@@ -622,13 +523,7 @@ impl Reading {
         if !role.has_pipelines() {
             return;
         }
-        let Config {
-            parallel_consumers,
-            batch_size,
-            db_pool_size,
-            max_stream_len,
-            ..
-        } = config;
+        let Config { parallel_consumers, batch_size, db_pool_size, max_stream_len, .. } = config;
         if *batch_size == 10 {
             self.warnings.push(
                 "BATCH_SIZE is 10, the older workers' default, which costs throughput here: unset it or use 200"
@@ -671,10 +566,7 @@ impl Config {
     /// redacted.
     #[must_use]
     pub fn describe(&self) -> Vec<String> {
-        self.values()
-            .into_iter()
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect()
+        self.values().into_iter().map(|(name, value)| format!("{name}={value}")).collect()
     }
 
     fn values(&self) -> Vec<(&'static str, String)> {
@@ -682,13 +574,7 @@ impl Config {
         vec![
             ("RELAY_URL", self.relay_url.to_string()),
             ("REDIS_URL", self.redis_url.to_string()),
-            (
-                "DATABASE_URL",
-                self.database_url
-                    .as_ref()
-                    .map(ToString::to_string)
-                    .unwrap_or_default(),
-            ),
+            ("DATABASE_URL", self.database_url.as_ref().map(ToString::to_string).unwrap_or_default()),
             ("REDIS_STREAM_KEY", self.stream_key.clone()),
             ("REDIS_CURSOR_KEY", self.cursor_key.clone()),
             ("REDIS_MAX_STREAM_LEN", self.max_stream_len.to_string()),
@@ -705,17 +591,11 @@ impl Config {
             ("MAX_ATTEMPTS", self.max_attempts.to_string()),
             ("DRAIN_TIMEOUT", duration(self.drain_timeout)),
             ("TOMBSTONE_RETENTION", duration(self.tombstone_retention)),
-            (
-                "RELAY_IDLE_TIMEOUT",
-                self.relay_idle_timeout.map_or_else(|| "off".to_owned(), duration),
-            ),
+            ("RELAY_IDLE_TIMEOUT", self.relay_idle_timeout.map_or_else(|| "off".to_owned(), duration)),
             ("ON_FUTURE_CURSOR", self.on_future_cursor.to_string()),
             ("AUTO_MIGRATE", self.auto_migrate.to_string()),
             ("DEAD_LETTER_MAX_BYTES", format_size(self.dead_letter_max_bytes)),
-            (
-                "HTTP_ADDR",
-                self.http_addr.map_or_else(|| "off".to_owned(), |a| a.to_string()),
-            ),
+            ("HTTP_ADDR", self.http_addr.map_or_else(|| "off".to_owned(), |a| a.to_string())),
             ("LOG_LEVEL", self.log_level.to_string()),
             ("LOG_FORMAT", self.log_format.to_string()),
             ("RUST_LOG", self.rust_log.clone().unwrap_or_default()),
@@ -791,10 +671,7 @@ impl RedisUrl {
         let right = "write redis://:password@host:6379, rediss:// for TLS, or unix:///path for a socket";
         let url = Url::parse(text).map_err(|error| {
             let what = format!("is not a URL ({error}; its value is not shown)");
-            Wrong::new(
-                what,
-                format!("{right}; percent-encode special characters of the password"),
-            )
+            Wrong::new(what, format!("{right}; percent-encode special characters of the password"))
         })?;
         match url.scheme() {
             "redis" | "rediss" | "valkey" | "valkeys" => {
@@ -833,23 +710,14 @@ pub struct DatabaseUrl(String);
 
 impl DatabaseUrl {
     /// libpq's spellings. The client library knows only three of them; the store translates.
-    const SSL_MODES: [&str; 6] = [
-        "disable",
-        "allow",
-        "prefer",
-        "require",
-        "verify-ca",
-        "verify-full",
-    ];
+    const SSL_MODES: [&str; 6] = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"];
 
     /// Checks what `url::Url` cannot: PostgreSQL's URLs may name several hosts, or none but in a parameter.
     /// The parts are cut as the client library cuts them.
     fn parse(text: &str) -> Result<Self, Wrong> {
         let right = "write postgres://user:password@host:5432/database";
         let hidden = |what: &str| Wrong::new(format!("{what} (its value is not shown)"), right);
-        let Some(rest) = text
-            .strip_prefix("postgres://")
-            .or_else(|| text.strip_prefix("postgresql://"))
+        let Some(rest) = text.strip_prefix("postgres://").or_else(|| text.strip_prefix("postgresql://"))
         else {
             return Err(hidden("does not start with postgres:// or postgresql://"));
         };
@@ -872,19 +740,13 @@ impl DatabaseUrl {
             .map(|p| p.split_once('=').unwrap_or((p, "")))
             .collect();
         if hosts.is_empty() {
-            if !parameters
-                .iter()
-                .any(|(name, _)| matches!(*name, "host" | "hostaddr"))
-            {
+            if !parameters.iter().any(|(name, _)| matches!(*name, "host" | "hostaddr")) {
                 return Err(hidden("names no host"));
             }
         } else if !hosts.split(',').all(is_host_and_port) {
             return Err(hidden("has a host or port that cannot be"));
         }
-        if parameters
-            .iter()
-            .any(|(name, mode)| *name == "sslmode" && !Self::SSL_MODES.contains(mode))
-        {
+        if parameters.iter().any(|(name, mode)| *name == "sslmode" && !Self::SSL_MODES.contains(mode)) {
             let right = format!("write one of {}", Self::SSL_MODES.join(", "));
             return Err(Wrong::new("has an sslmode that PostgreSQL does not know", right));
         }
@@ -919,9 +781,7 @@ fn is_host_and_port(text: &str) -> bool {
         }
     };
     !host.is_empty()
-        && host
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"-._%".contains(&b))
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._%".contains(&b))
         && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
@@ -983,9 +843,7 @@ fn redacted(url: &str) -> String {
 /// `token`, or a name in disguise.
 fn hides(parameter: &str) -> bool {
     let name = parameter.to_ascii_lowercase();
-    ["pass", "secret", "token", "key", "%"]
-        .iter()
-        .any(|part| name.contains(part))
+    ["pass", "secret", "token", "key", "%"].iter().any(|part| name.contains(part))
 }
 
 /// A value of a variable that is no secret, quoted, on one line and short. What looks as if a secret had been
@@ -1025,10 +883,7 @@ impl MemoryMark {
                 "is more than 80%: the pipelines need the rest of Redis's memory to go on when the reader stops",
                 "write 75%",
             )),
-            _ => Err(Wrong::new(
-                "is not a percentage from 1% to 80%",
-                "write 75%, or a size such as 512MiB",
-            )),
+            _ => Err(Wrong::new("is not a percentage from 1% to 80%", "write 75%, or a size such as 512MiB")),
         }
     }
 }
@@ -1077,10 +932,7 @@ impl Collections {
                 }
                 None if is_nsid(name) => Wanted::Exactly(name.to_owned()),
                 _ => {
-                    return Err(Wrong::new(
-                        format!("has {}, which is no collection", shown(name)),
-                        right,
-                    ));
+                    return Err(Wrong::new(format!("has {}, which is no collection", shown(name)), right));
                 }
             });
         }
@@ -1227,14 +1079,10 @@ impl TransactionMode {
     fn parse(text: &str) -> Result<Self, Wrong> {
         match Self::from_word(text) {
             Ok(Self::Event) => Ok(Self::Event),
-            Ok(Self::Batch) => Err(Wrong::new(
-                "is not available in this version",
-                "write event, or unset it",
-            )),
-            Err(_) => Err(Wrong::new(
-                "is not a kind of transaction",
-                "write event, or unset it",
-            )),
+            Ok(Self::Batch) => {
+                Err(Wrong::new("is not available in this version", "write event, or unset it"))
+            }
+            Err(_) => Err(Wrong::new("is not a kind of transaction", "write event, or unset it")),
         }
     }
 }
@@ -1254,14 +1102,8 @@ where
     let (low, high) = (range.start(), range.end());
     match text.parse::<T>() {
         Ok(number) if range.contains(&number) => Ok(number),
-        Ok(_) => Err(Wrong::new(
-            "is out of range",
-            format!("write a whole number from {low} to {high}"),
-        )),
-        Err(_) => Err(Wrong::new(
-            "is not a usable whole number",
-            format!("write one from {low} to {high}"),
-        )),
+        Ok(_) => Err(Wrong::new("is out of range", format!("write a whole number from {low} to {high}"))),
+        Err(_) => Err(Wrong::new("is not a usable whole number", format!("write one from {low} to {high}"))),
     }
 }
 
@@ -1274,21 +1116,14 @@ fn parse_duration(text: &str) -> Result<Duration, Wrong> {
         return Ok(Duration::ZERO);
     }
     if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return Err(Wrong::new(
-            "has no unit",
-            format!("{text} what? write {text}s, or use m, h or d"),
-        ));
+        return Err(Wrong::new("has no unit", format!("{text} what? write {text}s, or use m, h or d")));
     }
     match humantime::parse_duration(text) {
         Ok(duration) if duration <= LONGEST => Ok(duration),
-        Ok(_) => Err(Wrong::new(
-            "is longer than ten years",
-            "write a shorter time, such as 30d",
-        )),
-        Err(_) => Err(Wrong::new(
-            "is not a duration",
-            "write a number and a unit, such as 30s, 5m, 24h or 30d",
-        )),
+        Ok(_) => Err(Wrong::new("is longer than ten years", "write a shorter time, such as 30d")),
+        Err(_) => {
+            Err(Wrong::new("is not a duration", "write a number and a unit, such as 30s, 5m, 24h or 30d"))
+        }
     }
 }
 
@@ -1305,20 +1140,14 @@ fn parse_claim_idle(text: &str) -> Result<Duration, Wrong> {
 
 fn parse_drain_timeout(text: &str) -> Result<Duration, Wrong> {
     match parse_duration(text)? {
-        Duration::ZERO => Err(Wrong::new(
-            "would cut off work in progress at every stop",
-            "write 25s",
-        )),
+        Duration::ZERO => Err(Wrong::new("would cut off work in progress at every stop", "write 25s")),
         timeout => Ok(timeout),
     }
 }
 
 fn parse_tombstone_retention(text: &str) -> Result<Duration, Wrong> {
     match parse_duration(text)? {
-        Duration::ZERO => Err(Wrong::new(
-            "would let a late create bring a deleted record back",
-            "write 30d",
-        )),
+        Duration::ZERO => Err(Wrong::new("would let a late create bring a deleted record back", "write 30d")),
         retention => Ok(retention),
     }
 }
@@ -1326,10 +1155,9 @@ fn parse_tombstone_retention(text: &str) -> Result<Duration, Wrong> {
 fn parse_statement_timeout(text: &str) -> Result<Duration, Wrong> {
     let right = "write a time from 100ms to 24h";
     match parse_duration(text)? {
-        Duration::ZERO => Err(Wrong::new(
-            "means no limit to PostgreSQL: a stuck statement would hold its pipeline",
-            right,
-        )),
+        Duration::ZERO => {
+            Err(Wrong::new("means no limit to PostgreSQL: a stuck statement would hold its pipeline", right))
+        }
         timeout if timeout < Duration::from_millis(100) => Err(Wrong::new(
             "is so short that ordinary work would be cancelled and tried again without end",
             right,
@@ -1345,10 +1173,9 @@ fn parse_idle_timeout(text: &str) -> Result<Option<Duration>, Wrong> {
     }
     match parse_duration(text)? {
         Duration::ZERO => Ok(None),
-        timeout if timeout < Duration::from_secs(1) => Err(Wrong::new(
-            "is so short that the reader would reconnect without end",
-            "write 60s, or off",
-        )),
+        timeout if timeout < Duration::from_secs(1) => {
+            Err(Wrong::new("is so short that the reader would reconnect without end", "write 60s, or off"))
+        }
         timeout => Ok(Some(timeout)),
     }
 }
@@ -1371,20 +1198,16 @@ fn parse_size(text: &str, least: u64) -> Result<u64, Wrong> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     if unit.is_empty() && digits > 0 {
-        return Err(Wrong::new(
-            "has no unit",
-            format!("{text} what? write {text}B or {text}MiB"),
-        ));
+        return Err(Wrong::new("has no unit", format!("{text} what? write {text}B or {text}MiB")));
     }
     let size = SIZE_UNITS
         .iter()
         .find(|(name, _)| name.eq_ignore_ascii_case(unit.trim()))
         .and_then(|(_, bytes)| number.parse::<u64>().ok()?.checked_mul(*bytes));
     match size {
-        Some(size) if size < least => Err(Wrong::new(
-            "is too small",
-            format!("write {} or more", format_size(least)),
-        )),
+        Some(size) if size < least => {
+            Err(Wrong::new("is too small", format!("write {} or more", format_size(least))))
+        }
         Some(size) if size <= LARGEST => Ok(size),
         Some(_) => Err(Wrong::new("is too large", "write a size such as 512MiB")),
         None => Err(Wrong::new(
@@ -1396,10 +1219,7 @@ fn parse_size(text: &str, least: u64) -> Result<u64, Wrong> {
 
 /// In the largest binary unit that needs no fraction.
 fn format_size(bytes: u64) -> String {
-    let unit = SIZE_UNITS[..3]
-        .iter()
-        .rev()
-        .find(|(_, unit)| bytes > 0 && bytes.is_multiple_of(*unit));
+    let unit = SIZE_UNITS[..3].iter().rev().find(|(_, unit)| bytes > 0 && bytes.is_multiple_of(*unit));
     match unit {
         Some((name, unit)) => format!("{}{name}", bytes / unit),
         None => format!("{bytes}B"),
@@ -1479,9 +1299,7 @@ fn edits(a: &[u8], b: &[u8]) -> usize {
         row.clear();
         row.push(i + 1);
         for (j, &to) in b.iter().enumerate() {
-            let mut least = (above[j] + usize::from(from != to))
-                .min(above[j + 1] + 1)
-                .min(row[j] + 1);
+            let mut least = (above[j] + usize::from(from != to)).min(above[j + 1] + 1).min(row[j] + 1);
             if i > 0 && j > 0 && from == b[j - 1] && a[i - 1] == to {
                 least = least.min(before[j - 1] + 1);
             }
@@ -1512,10 +1330,7 @@ mod tests {
         assert_eq!(warnings, Vec::<String>::new());
         assert_eq!(config.consumer_id, "tower");
         assert_eq!(config.consumer_name(3), "tower-3");
-        assert_eq!(
-            config.relay_url.expose(),
-            "wss://bsky.network/xrpc/com.atproto.sync.subscribeRepos"
-        );
+        assert_eq!(config.relay_url.expose(), "wss://bsky.network/xrpc/com.atproto.sync.subscribeRepos");
         assert_eq!(config.relay_url.relay(), "bsky.network");
         assert_eq!(config.memory_mark, MemoryMark::Percent(75));
         assert_eq!(config.relay_idle_timeout, Some(Duration::from_mins(1)));
@@ -1577,21 +1392,13 @@ mod tests {
     #[test]
     fn each_wrong_value_is_named_shown_and_corrected() {
         for (name, value, message) in [
-            (
-                "CLAIM_IDLE",
-                "30",
-                "CLAIM_IDLE: \"30\" has no unit; 30 what? write 30s, or use m, h or d",
-            ),
+            ("CLAIM_IDLE", "30", "CLAIM_IDLE: \"30\" has no unit; 30 what? write 30s, or use m, h or d"),
             (
                 "DEAD_LETTER_MAX_BYTES",
                 "512",
                 "DEAD_LETTER_MAX_BYTES: \"512\" has no unit; 512 what? write 512B or 512MiB",
             ),
-            (
-                "BATCH_SIZE",
-                "0",
-                "BATCH_SIZE: \"0\" is out of range; write a whole number from 1 to 10000",
-            ),
+            ("BATCH_SIZE", "0", "BATCH_SIZE: \"0\" is out of range; write a whole number from 1 to 10000"),
             (
                 "MAX_ATTEMPTS",
                 "-1",
@@ -1607,11 +1414,7 @@ mod tests {
                 "TRACE",
                 "LOG_LEVEL: \"TRACE\" is none of the known words; write one of DEBUG, INFO, WARNING, ERROR",
             ),
-            (
-                "AUTO_MIGRATE",
-                "maybe",
-                "AUTO_MIGRATE: \"maybe\" is neither yes nor no; write true or false",
-            ),
+            ("AUTO_MIGRATE", "maybe", "AUTO_MIGRATE: \"maybe\" is neither yes nor no; write true or false"),
         ] {
             assert_eq!(problem(name, value), message);
         }
@@ -1636,10 +1439,7 @@ mod tests {
         let none: [(&str, &str); 0] = [];
         for role in [Role::All, Role::Worker] {
             let error = from_env(none, role).unwrap_err();
-            assert!(
-                error.to_string().starts_with("DATABASE_URL: is not set"),
-                "{error}"
-            );
+            assert!(error.to_string().starts_with("DATABASE_URL: is not set"), "{error}");
         }
         for role in [Role::Reader, Role::Tool] {
             assert!(from_env(none, role).unwrap().0.database_url.is_none());
@@ -1649,22 +1449,12 @@ mod tests {
     #[test]
     fn a_relay_keeps_its_path_and_is_named_by_host_and_port() {
         let url = |text| RelayUrl::parse(text).ok().unwrap();
-        assert_eq!(
-            url("ws://localhost:7000/").expose(),
-            format!("ws://localhost:7000{SUBSCRIBE_PATH}")
-        );
+        assert_eq!(url("ws://localhost:7000/").expose(), format!("ws://localhost:7000{SUBSCRIBE_PATH}"));
         assert_eq!(url("ws://localhost:7000").relay(), "localhost:7000");
-        assert_eq!(
-            url("wss://Relay.Example:443/firehose").expose(),
-            "wss://relay.example/firehose"
-        );
-        for wrong in [
-            "https://bsky.network",
-            "bsky.network",
-            "bsky.network:443",
-            "wss://",
-            "wss://x/?cursor=3",
-        ] {
+        assert_eq!(url("wss://Relay.Example:443/firehose").expose(), "wss://relay.example/firehose");
+        for wrong in
+            ["https://bsky.network", "bsky.network", "bsky.network:443", "wss://", "wss://x/?cursor=3"]
+        {
             assert!(RelayUrl::parse(wrong).is_err(), "{wrong}");
         }
     }
@@ -1724,25 +1514,13 @@ mod tests {
         for (url, expected) in [
             ("redis://:hunter2@h:6379/0", "redis://:***@h:6379/0"),
             ("redis://hunter2@h", "redis://***@h"),
-            (
-                "postgres://u:hunter2@h/d?sslmode=require",
-                "postgres://u:***@h/d?sslmode=require",
-            ),
+            ("postgres://u:hunter2@h/d?sslmode=require", "postgres://u:***@h/d?sslmode=require"),
             ("postgres://u:x@hunter2@h/d", "postgres://u:***@h/d"),
             ("postgres://u:x/hunter2@h/d", "postgres://***"),
             ("postgres://u:x?a=hunter2@h/d", "postgres://***"),
-            (
-                "postgres://u@h/d?PASSWORD=hunter2#hunter2",
-                "postgres://u@h/d?PASSWORD=***",
-            ),
-            (
-                "postgres://h/d?p%61ssword=hunter2&a=b",
-                "postgres://h/d?p%61ssword=***&a=b",
-            ),
-            (
-                "unix:///run/r.sock?db=1&pass=hunter2",
-                "unix:///run/r.sock?db=1&pass=***",
-            ),
+            ("postgres://u@h/d?PASSWORD=hunter2#hunter2", "postgres://u@h/d?PASSWORD=***"),
+            ("postgres://h/d?p%61ssword=hunter2&a=b", "postgres://h/d?p%61ssword=***&a=b"),
+            ("unix:///run/r.sock?db=1&pass=hunter2", "unix:///run/r.sock?db=1&pass=***"),
             ("postgres://h/d?hunter2", "postgres://h/d?***"),
             ("hunter2", "***"),
         ] {
@@ -1758,39 +1536,20 @@ mod tests {
         assert!(!keeps("app.bsky.*", "app.bskyx.feed.post"));
         assert!(!keeps("app.bsky.feed.post", "app.bsky.feed.postgate"));
         assert!(keeps("*", "anything.at.all"));
-        for wrong in [
-            "app.bsky.feed.",
-            "post",
-            "app.bsky*",
-            "*.bsky",
-            ".*",
-            "app..bsky.*",
-            "app.bsky.feed.1post",
-            ",",
-        ] {
+        for wrong in
+            ["app.bsky.feed.", "post", "app.bsky*", "*.bsky", ".*", "app..bsky.*", "app.bsky.feed.1post", ","]
+        {
             assert!(Collections::parse(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn sizes_have_units() {
-        for (text, bytes) in [
-            ("512MiB", 512 << 20),
-            ("1GB", 1_000_000_000),
-            ("4096B", 4096),
-            ("1 kib", 1024),
-        ] {
+        for (text, bytes) in [("512MiB", 512 << 20), ("1GB", 1_000_000_000), ("4096B", 4096), ("1 kib", 1024)]
+        {
             assert_eq!(parse_size(text, 1).ok(), Some(bytes));
         }
-        for wrong in [
-            "MiB",
-            "1.5GiB",
-            "-1B",
-            "1M",
-            "0B",
-            "99999999999GiB",
-            "18446744073709551615B",
-        ] {
+        for wrong in ["MiB", "1.5GiB", "-1B", "1M", "0B", "99999999999GiB", "18446744073709551615B"] {
             assert!(parse_size(wrong, 1).is_err(), "{wrong}");
         }
         assert_eq!(format_size(256 << 20), "256MiB");
@@ -1821,12 +1580,9 @@ mod tests {
 
     #[test]
     fn edits_counts_a_swap_as_one() {
-        for (a, b, distance) in [
-            ("", "abc", 3),
-            ("abc", "acb", 1),
-            ("abcd", "abxcd", 1),
-            ("kitten", "sitting", 3),
-        ] {
+        for (a, b, distance) in
+            [("", "abc", 3), ("abc", "acb", 1), ("abcd", "abxcd", 1), ("kitten", "sitting", 3)]
+        {
             assert_eq!(edits(a.as_bytes(), b.as_bytes()), distance, "{a} {b}");
             assert_eq!(edits(b.as_bytes(), a.as_bytes()), distance, "{b} {a}");
         }
@@ -1865,19 +1621,12 @@ mod tests {
         let vars = [("DATABASE_URL", broken()), ("SOMETHING_ELSE", broken())];
         let error = from_env(vars, Role::Worker).unwrap_err();
         assert_eq!(error.problems.len(), 1, "{error}");
-        assert!(
-            error.to_string().starts_with("DATABASE_URL: is not valid UTF-8"),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("DATABASE_URL: is not valid UTF-8"), "{error}");
     }
 
     #[test]
     fn a_secret_in_the_wrong_place_is_not_shown() {
-        for name in VARIABLES
-            .iter()
-            .map(|v| v.name)
-            .filter(|name| *name != "RUST_LOG")
-        {
+        for name in VARIABLES.iter().map(|v| v.name).filter(|name| *name != "RUST_LOG") {
             if let Err(error) = read(&[(name, "mongodb://root:hunter2@db")]) {
                 assert!(!error.to_string().contains("hunter2"), "{error}");
             } else {

@@ -14,11 +14,16 @@
 
 pub mod apply;
 pub mod config;
+pub mod demo;
+pub mod doctor;
 pub mod event;
+pub mod http;
 pub mod metrics;
 pub mod pipeline;
 pub mod private;
 pub mod relay;
+pub mod report;
+pub mod run;
 pub mod status;
 pub mod store;
 pub mod stream;

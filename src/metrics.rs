@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::event::{Kind, Reason};
 use crate::stream::group::Ensured;
+use crate::stream::janitor::Look;
 
 /// Operations by kind and outcome: applied, or stale where something newer was there.
 pub const EVENTS: &str = "standpipe_operations_total";
@@ -92,7 +93,19 @@ pub fn count(name: &'static str, by: u64) {
 pub fn operations(kind: Kind, total: u32, applied: u32) {
     let name = kind.name();
     metrics::counter!(EVENTS, "kind" => name, "outcome" => "applied").increment(applied.into());
-    metrics::counter!(EVENTS, "kind" => name, "outcome" => "stale").increment(total.saturating_sub(applied).into());
+    metrics::counter!(EVENTS, "kind" => name, "outcome" => "stale")
+        .increment(total.saturating_sub(applied).into());
+}
+
+/// Takes over how the stream is doing.
+pub fn look(look: &Look) {
+    let waiting = crate::report::waiting(look);
+    metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
+    metrics::gauge!(PENDING).set(look.pending as f64);
+    metrics::gauge!(LAG_KNOWN).set(if waiting.is_some() { 1.0 } else { 0.0 });
+    metrics::gauge!(WAITING).set(waiting.map_or(f64::NAN, |waiting| waiting as f64));
+    metrics::gauge!(OLDEST).set(crate::report::oldest_seconds(look).unwrap_or(0.0));
+    count(TRIMMED, look.trimmed);
 }
 
 /// Counts a frame.
@@ -112,7 +125,9 @@ pub fn backpressure(waited: Duration) {
 pub fn note_ensured(ensured: Ensured) {
     if ensured.stream_lost {
         count(STREAM_LOST, 1);
-        tracing::warn!("the stream was gone: the reader goes back to the lowest position that was not acknowledged");
+        tracing::warn!(
+            "the stream was gone: the reader goes back to the lowest position that was not acknowledged"
+        );
     }
     if ensured.group_created {
         count(GROUP_RECREATED, 1);
@@ -126,8 +141,10 @@ pub fn note_ensured(ensured: Ensured) {
 ///
 /// A recorder is installed already.
 pub fn install() -> Result<PrometheusHandle, BuildError> {
-    let seconds =
-        [0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0];
+    let seconds = [
+        0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+        60.0, 600.0,
+    ];
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)?
         .set_buckets_for_metric(
@@ -141,7 +158,10 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
 }
 
 fn describe() {
-    describe_counter!(EVENTS, "Operations finished, by kind and outcome (applied; stale: something newer was there)");
+    describe_counter!(
+        EVENTS,
+        "Operations finished, by kind and outcome (applied; stale: something newer was there)"
+    );
     describe_counter!(ENTRIES, "Stream entries finished, by type");
     describe_histogram!(EVENT_SECONDS, Unit::Seconds, "From XADD to durable in PostgreSQL");
     describe_histogram!(BATCH_SECONDS, Unit::Seconds, "From sending a batch's calls to the end of its flush");
@@ -149,12 +169,18 @@ fn describe() {
     describe_histogram!(BATCH_SIZE, "Entries per batch");
     describe_counter!(RETRIES, "Repeated attempts, by reason");
     describe_counter!(DEAD_LETTERS, "Operations and entries that can never be applied, by reason");
-    describe_counter!(DEAD_LETTERS_FULL, "Entries left pending because the dead letters reached their budget");
+    describe_counter!(
+        DEAD_LETTERS_FULL,
+        "Entries left pending because the dead letters reached their budget"
+    );
     describe_counter!(LOST, "Entries that somebody trimmed while they were pending");
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
-    describe_gauge!(WAITING, "Entries that no consumer got yet; absent from truth where standpipe_lag_known is 0");
+    describe_gauge!(
+        WAITING,
+        "Entries that no consumer got yet; absent from truth where standpipe_lag_known is 0"
+    );
     describe_gauge!(LAG_KNOWN, "1 when Redis knows how many entries wait");
     describe_gauge!(PENDING, "Entries delivered and not acknowledged");
     describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
@@ -167,7 +193,10 @@ fn describe() {
     describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
     describe_counter!(RELAY_BAD_RECORDS, "Records left out because they could not be decoded");
     describe_counter!(RELAY_CONNECTS, "Connections to the relay");
-    describe_counter!(RELAY_GAPS, "Gaps: the relay no longer had what was asked for, or the relay was changed");
+    describe_counter!(
+        RELAY_GAPS,
+        "Gaps: the relay no longer had what was asked for, or the relay was changed"
+    );
     describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
     describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
     describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");

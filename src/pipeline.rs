@@ -197,7 +197,8 @@ impl Pipeline {
             if open.is_empty() {
                 break;
             }
-            let events: Vec<&Event<'_>> = open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
+            let events: Vec<&Event<'_>> =
+                open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
             let results = session.apply(&events).await;
             let mut again = None;
             for (&index, result) in open.iter().zip(results) {
@@ -222,7 +223,11 @@ impl Pipeline {
     }
 
     /// Everything in `done` is durable or rejected.
-    async fn acknowledge(&self, connection: &mut MultiplexedConnection, done: &[Work<'_>]) -> RedisResult<()> {
+    async fn acknowledge(
+        &self,
+        connection: &mut MultiplexedConnection,
+        done: &[Work<'_>],
+    ) -> RedisResult<()> {
         let good: Vec<EntryId> =
             done.iter().filter(|work| work.rejected.is_empty()).map(|work| work.entry.id).collect();
         group::acknowledge(connection, &self.keys, &good).await?;
@@ -232,7 +237,8 @@ impl Pipeline {
                 Buried::Done => {
                     finished += 1;
                     for letter in &work.rejected {
-                        ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name()).increment(1);
+                        ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name())
+                            .increment(1);
                     }
                 }
                 Buried::Already => finished += 1,
@@ -265,7 +271,9 @@ impl Pipeline {
         let StoreError { verdict, message: reason } = error;
         let (label, delay, state) = match verdict {
             // The store has singled out what can be rejected; a refusal of everything else is our own fault.
-            Verdict::Halt | Verdict::Reject => ("halt", Some(HALTED), State::Halted { reason: reason.clone() }),
+            Verdict::Halt | Verdict::Reject => {
+                ("halt", Some(HALTED), State::Halted { reason: reason.clone() })
+            }
             Verdict::Reconnect => ("reconnect", delay, State::WaitingForPostgres { reason: reason.clone() }),
             Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
         };
@@ -285,13 +293,16 @@ impl Pipeline {
     /// Notes the state, and logs it where it is a new one: an outage is one line, not one per attempt.
     fn say(&self, state: State) {
         let mut before = State::default();
-        self.status.pipeline(self.index, |status| before = std::mem::replace(&mut status.state, state.clone()));
+        self.status
+            .pipeline(self.index, |status| before = std::mem::replace(&mut status.state, state.clone()));
         if std::mem::discriminant(&before) == std::mem::discriminant(&state) {
             return;
         }
         let consumer = &self.consumer;
         match state {
-            State::WaitingForRedis { reason } => warn!(consumer, reason, "waiting for Redis; nothing is lost"),
+            State::WaitingForRedis { reason } => {
+                warn!(consumer, reason, "waiting for Redis; nothing is lost")
+            }
             State::WaitingForPostgres { reason } => {
                 warn!(consumer, reason, "waiting for PostgreSQL; nothing is lost and nothing more is read");
             }

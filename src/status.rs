@@ -77,6 +77,8 @@ pub struct ReaderStatus {
     pub relay: String,
     /// Whether the websocket is open.
     pub connected: bool,
+    /// When it was last open, Unix milliseconds; the start of the process before that.
+    pub connected_ms: u64,
     /// The position up to which everything is in the stream.
     pub cursor: Option<i64>,
     /// Data frames since the start.
@@ -112,7 +114,9 @@ pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Unix time in milliseconds.
 #[must_use]
 pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 impl Status {
@@ -120,7 +124,9 @@ impl Status {
     #[must_use]
     pub fn new(reader: Option<String>, consumers: Vec<String>) -> Self {
         Self {
-            reader: reader.map(|relay| Mutex::new(ReaderStatus { relay, ..ReaderStatus::default() })),
+            reader: reader.map(|relay| {
+                Mutex::new(ReaderStatus { relay, connected_ms: now_ms(), ..ReaderStatus::default() })
+            }),
             pipelines: consumers
                 .into_iter()
                 .map(|consumer| Mutex::new(PipelineStatus { consumer, ..PipelineStatus::default() }))

@@ -37,10 +37,7 @@ fn the_example_file_shows_every_variable_with_its_meaning_and_default() {
         assert_eq!(lines[at - 1], format!("# {}", variable.meaning));
         let value = &lines[at][start.len()..];
         if variable.name == "DATABASE_URL" {
-            assert!(
-                from_env([(variable.name, value)], Role::Worker).is_ok(),
-                "the example must be usable"
-            );
+            assert!(from_env([(variable.name, value)], Role::Worker).is_ok(), "the example must be usable");
         } else {
             assert_eq!(value, variable.default, "{}", variable.name);
         }
@@ -51,18 +48,13 @@ fn the_example_file_shows_every_variable_with_its_meaning_and_default() {
         .map(|(name, _)| name)
         .collect();
     let expected: Vec<_> = VARIABLES.iter().map(|variable| variable.name).collect();
-    assert_eq!(
-        shown, expected,
-        "each once, in the order of the table, and no others"
-    );
+    assert_eq!(shown, expected, "each once, in the order of the table, and no others");
 }
 
 #[test]
 fn the_example_file_is_accepted_with_everything_uncommented() {
     let text = file("config.example.env");
-    let vars = text
-        .lines()
-        .filter_map(|line| assignment(line.trim_start_matches('#'), "="));
+    let vars = text.lines().filter_map(|line| assignment(line.trim_start_matches('#'), "="));
     let (_, warnings) =
         from_env(vars.chain([("HOSTNAME", "tower")]), Role::All).expect("the example is usable");
     assert_eq!(warnings, Vec::<String>::new());
@@ -77,10 +69,7 @@ fn the_documentation_has_a_row_for_every_variable_and_names_no_other() {
             default => format!("`{default}`"),
         };
         let row = format!("| `{}` | {default} | ", variable.name);
-        assert!(
-            text.lines().any(|line| line.starts_with(&row)),
-            "no row starts with {row}"
-        );
+        assert!(text.lines().any(|line| line.starts_with(&row)), "no row starts with {row}");
     }
     let quoted = text.split('`').skip(1).step_by(2);
     for name in quoted.filter(|word| word.contains('_') && assignment(&format!("{word}="), "=").is_some()) {
@@ -94,10 +83,7 @@ fn compose_environment(text: &str) -> Vec<(&str, &str)> {
     let mut found = Vec::new();
     let mut block = "";
     let mut inside = None;
-    for line in text
-        .lines()
-        .filter(|line| !line.trim_start().starts_with('#') && !line.trim().is_empty())
-    {
+    for line in text.lines().filter(|line| !line.trim_start().starts_with('#') && !line.trim().is_empty()) {
         let indent = line.len() - line.trim_start().len();
         if inside.is_some_and(|outer| indent <= outer) {
             inside = None;
@@ -120,13 +106,7 @@ fn the_compose_file_uses_known_variables_with_their_defaults() {
     let environment = compose_environment(&text);
     let shown: BTreeSet<_> = environment.iter().map(|(name, _)| *name).collect();
     assert_eq!(shown.len(), environment.len(), "one of them stands twice");
-    assert_eq!(
-        shown,
-        VARIABLES
-            .iter()
-            .map(|variable| variable.name)
-            .collect::<BTreeSet<_>>()
-    );
+    assert_eq!(shown, VARIABLES.iter().map(|variable| variable.name).collect::<BTreeSet<_>>());
     for (name, value) in environment {
         let variable = known(name).expect("compared above");
         match name {
@@ -149,16 +129,11 @@ fn compose_waits_longer_for_a_stop_than_the_drain_takes() {
     let drain = known("DRAIN_TIMEOUT").expect("it is in the table").default;
     let drain = humantime::parse_duration(drain).expect("a default parses");
     let text = file("docker-compose.yml");
-    let grace: Vec<_> = text
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("stop_grace_period: "))
-        .collect();
+    let grace: Vec<_> =
+        text.lines().filter_map(|line| line.trim().strip_prefix("stop_grace_period: ")).collect();
     assert!(!grace.is_empty());
     for period in grace {
-        assert!(
-            humantime::parse_duration(period).expect("a duration") > drain,
-            "{period}"
-        );
+        assert!(humantime::parse_duration(period).expect("a duration") > drain, "{period}");
     }
 }
 
@@ -180,13 +155,7 @@ fn five_mistakes_give_five_lines_in_order_and_no_secret() {
     let names: Vec<_> = text.lines().filter_map(|line| line.split(':').next()).collect();
     assert_eq!(
         names,
-        [
-            "REDIS_URL",
-            "DATABASE_URL",
-            "PARALLEL_CONSUMERS",
-            "CLAIM_IDLE",
-            "HTTP_ADDR"
-        ],
+        ["REDIS_URL", "DATABASE_URL", "PARALLEL_CONSUMERS", "CLAIM_IDLE", "HTTP_ADDR"],
         "{text}"
     );
     assert!(!text.contains("hunter2"), "{text}");
@@ -199,10 +168,7 @@ fn no_way_of_printing_a_configuration_shows_a_password() {
         [
             ("RELAY_URL", "wss://reader:hunter2@relay.example"),
             ("REDIS_URL", "rediss://worker:hunter2@cache.example:6380/1"),
-            (
-                "DATABASE_URL",
-                "postgres://app:hunter2@db.example/app?sslmode=verify-full&sslpassword=hunter2",
-            ),
+            ("DATABASE_URL", "postgres://app:hunter2@db.example/app?sslmode=verify-full&sslpassword=hunter2"),
         ],
         Role::All,
     )
@@ -210,12 +176,6 @@ fn no_way_of_printing_a_configuration_shows_a_password() {
     let described = config.describe().join("\n");
     assert!(!described.contains("hunter2"), "{described}");
     assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
-    assert!(
-        described.contains("REDIS_URL=rediss://worker:***@cache.example:6380/1"),
-        "{described}"
-    );
-    assert!(
-        config.redis_url.expose().contains("hunter2"),
-        "what connects needs all of it"
-    );
+    assert!(described.contains("REDIS_URL=rediss://worker:***@cache.example:6380/1"), "{described}");
+    assert!(config.redis_url.expose().contains("hunter2"), "what connects needs all of it");
 }

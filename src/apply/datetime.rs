@@ -7,11 +7,13 @@ use crate::event::Micros;
 pub fn parse(text: &str) -> Option<Micros> {
     let bytes = text.as_bytes();
     // RFC 3339 wants all of these in their places; jiff takes looser forms, which the protocol does not.
-    if bytes.len() < 20 || bytes[4] != b'-' || bytes[10] != b'T' || !bytes[..4].iter().all(u8::is_ascii_digit) {
+    if bytes.len() < 20 || bytes[4] != b'-' || bytes[10] != b'T' || !bytes[..4].iter().all(u8::is_ascii_digit)
+    {
         return None;
     }
     let fraction = text.get(19..)?;
-    let digits = fraction.strip_prefix('.').map_or(0, |rest| rest.bytes().take_while(u8::is_ascii_digit).count());
+    let digits =
+        fraction.strip_prefix('.').map_or(0, |rest| rest.bytes().take_while(u8::is_ascii_digit).count());
     // Any number of digits is allowed; nine are nanoseconds and more than PostgreSQL keeps.
     let timestamp: jiff::Timestamp = if digits > 9 {
         format!("{}{}", text.get(..29)?, text.get(20 + digits..)?).parse().ok()?
@@ -34,7 +36,14 @@ mod tests {
         assert_eq!(parse("1985-04-12T23:20:50.123456789123Z").unwrap().0, 482_196_050_123_456);
         assert_eq!(parse("1969-12-31T23:59:59.9999999Z"), Some(Micros(-1)));
         assert_eq!(parse("2026-11-21T04:17:51Z").unwrap().0, 1_795_234_671_000_000);
-        for bad in ["yesterday", "", "2026-11-21", "2026-11-21T04:17:51", "2026-13-21T04:17:51Z", "2026-11-21 04:17:51Z"] {
+        for bad in [
+            "yesterday",
+            "",
+            "2026-11-21",
+            "2026-11-21T04:17:51",
+            "2026-13-21T04:17:51Z",
+            "2026-11-21 04:17:51Z",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }

@@ -143,7 +143,10 @@ fn interpret_op<'a>(
     };
     let uri = format!("at://{repo}/{}", op.path.0);
     if uri.len() > MAX_URI {
-        return Err(Reject::new(Reason::InvalidField, format!("the URI is longer than {MAX_URI} characters")));
+        return Err(Reject::new(
+            Reason::InvalidField,
+            format!("the URI is longer than {MAX_URI} characters"),
+        ));
     }
     let time = version.time();
     let mut out = Op {
@@ -164,7 +167,8 @@ fn interpret_op<'a>(
             Ok((out, None))
         }
         "create" | "update" => {
-            let record = op.record.ok_or_else(|| Reject::new(Reason::MissingField, "there is no `record`"))?;
+            let record =
+                op.record.ok_or_else(|| Reject::new(Reason::MissingField, "there is no `record`"))?;
             if !record.get().starts_with('{') {
                 return Err(Reject::new(Reason::InvalidField, "`record` is not an object"));
             }
@@ -196,7 +200,9 @@ fn put<'a>(op: Op<'a>, record: &'a RawValue, collection: &str) -> Result<(Op<'a>
         Kind::Like | Kind::Repost | Kind::Bookmark => like::put(op, record).map(|op| (op, None)),
         Kind::Follow | Kind::Block => follow::put(op, record),
         Kind::Profile => profile::put(op, record).map(|op| (op, None)),
-        Kind::Record | Kind::Identity | Kind::Account => record::put(op, record, collection).map(|op| (op, None)),
+        Kind::Record | Kind::Identity | Kind::Account => {
+            record::put(op, record, collection).map(|op| (op, None))
+        }
     }
 }
 
@@ -257,7 +263,10 @@ fn split_path(path: &str) -> Result<(&str, &str), Reject> {
         {
             Ok((collection, rkey))
         }
-        _ => Err(Reject::new(Reason::InvalidField, format!("the path {} is no collection/rkey", json::quote(path)))),
+        _ => Err(Reject::new(
+            Reason::InvalidField,
+            format!("the path {} is no collection/rkey", json::quote(path)),
+        )),
     }
 }
 
@@ -269,7 +278,11 @@ fn check_did(did: &str) -> Result<(), Reject> {
                 && !id.is_empty()
                 && id.bytes().all(|c| c.is_ascii_alphanumeric() || b"._:%-".contains(&c))
         });
-    if ok { Ok(()) } else { Err(Reject::new(Reason::InvalidField, format!("{} is no DID", json::quote(&shorten(did))))) }
+    if ok {
+        Ok(())
+    } else {
+        Err(Reject::new(Reason::InvalidField, format!("{} is no DID", json::quote(&shorten(did)))))
+    }
 }
 
 fn check_uri(uri: &str) -> Result<(), Reject> {
@@ -315,7 +328,6 @@ fn test_entry(event_type: &str, data: &str, seq: &str) -> Entry {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -339,17 +351,18 @@ mod tests {
             {{"action":"delete","path":"app.bsky.feed.post/x"}},{{"action":"create","path":"nonsense"}}"#
         ));
         let event = interpret(&entry).unwrap();
-        assert_eq!(event.ops.iter().map(|op| (op.delete, op.kind)).collect::<Vec<_>>(), [
-            (true, Kind::Post),
-            (false, Kind::Like)
-        ]);
+        assert_eq!(
+            event.ops.iter().map(|op| (op.delete, op.kind)).collect::<Vec<_>>(),
+            [(true, Kind::Post), (false, Kind::Like)]
+        );
         let reasons: Vec<_> = event.rejected.iter().map(|r| r.reject.reason).collect();
         assert_eq!(reasons, [Reason::InvalidField, Reason::InvalidField]);
     }
 
     #[test]
     fn within_one_commit_the_last_operation_on_a_path_wins() {
-        let entry = commit_of(&format!(r#"{LIKE},{{"action":"delete","path":"app.bsky.feed.like/3n2samhxtok2n"}}"#));
+        let entry =
+            commit_of(&format!(r#"{LIKE},{{"action":"delete","path":"app.bsky.feed.like/3n2samhxtok2n"}}"#));
         let event = interpret(&entry).unwrap();
         assert_eq!(event.ops.len(), 1);
         assert!(event.ops[0].delete);

@@ -85,8 +85,9 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         tags: shaped(post.tags, '[', "tags")?,
         facets: shaped(post.facets, '[', "facets")?,
     };
-    let body = serde_json::to_string(&body)
-        .map_err(|error| Reject::new(Reason::InvalidField, format!("the post cannot be written as JSON: {error}")))?;
+    let body = serde_json::to_string(&body).map_err(|error| {
+        Reject::new(Reason::InvalidField, format!("the post cannot be written as JSON: {error}"))
+    })?;
     op.body = Some(Json(match without_nul(&body) {
         Cow::Borrowed(_) => Cow::Owned(body),
         Cow::Owned(clean) => Cow::Owned(clean),
@@ -125,7 +126,9 @@ fn quoted(embed: &RawValue) -> Option<(Cow<'_, str>, Option<Cow<'_, str>>)> {
     let outer: RecordEmbed<'_> = serde_json::from_str(embed.get()).ok()?;
     let strong_ref: StrongRef<'_> = match &*outer.embed_type.0 {
         "app.bsky.embed.record" => serde_json::from_str(outer.record.get()).ok()?,
-        "app.bsky.embed.recordWithMedia" => serde_json::from_str::<Wrapped<'_>>(outer.record.get()).ok()?.record,
+        "app.bsky.embed.recordWithMedia" => {
+            serde_json::from_str::<Wrapped<'_>>(outer.record.get()).ok()?.record
+        }
         _ => return None,
     };
     let (uri, cid) = strong_ref.checked().ok()?;

@@ -45,8 +45,9 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         pinned_post: profile.pinned_post,
         record,
     };
-    let body = serde_json::to_string(&body)
-        .map_err(|error| Reject::new(Reason::InvalidField, format!("the profile cannot be written as JSON: {error}")))?;
+    let body = serde_json::to_string(&body).map_err(|error| {
+        Reject::new(Reason::InvalidField, format!("the profile cannot be written as JSON: {error}"))
+    })?;
     op.body = Some(Json(match without_nul(&body) {
         Cow::Borrowed(_) => Cow::Owned(body),
         Cow::Owned(clean) => Cow::Owned(clean),

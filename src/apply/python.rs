@@ -20,7 +20,9 @@ pub fn normalise(value: Value) -> Value {
         Value::Array(items) => Value::Array(items.into_iter().map(normalise).collect()),
         Value::Object(mut object) => {
             let Some(model) = object.remove("py_type") else {
-                return Value::Object(object.into_iter().map(|(key, value)| (key, normalise(value))).collect());
+                return Value::Object(
+                    object.into_iter().map(|(key, value)| (key, normalise(value))).collect(),
+                );
             };
             let is_blob = model == "blob";
             let mut out = Map::new();

@@ -93,9 +93,7 @@ pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError>
         // Unknown types and operations are to be ignored; a place in the sequence they may have.
         _ => {
             return Ok(match integer(&body, "seq") {
-                Some(seq) => {
-                    Message::Event { event_type: "other", seq, entries: Vec::new(), bad_records: 0 }
-                }
+                Some(seq) => Message::Event { event_type: "other", seq, entries: Vec::new(), bad_records: 0 },
                 None => Message::Unknown,
             });
         }

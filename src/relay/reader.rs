@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::StreamExt as _;
 use redis::aio::MultiplexedConnection;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -101,7 +101,11 @@ impl Reader {
         while !stop.is_cancelled() {
             let began = Instant::now();
             let ended = self.session(&mut memory, &stop).await;
-            self.status.reader(|reader| reader.connected = false);
+            self.status.reader(|reader| {
+                if std::mem::take(&mut reader.connected) {
+                    reader.connected_ms = now_ms();
+                }
+            });
             let Err(end) = ended else { break };
             if began.elapsed() > Duration::from_secs(30) {
                 delays = backoff();
@@ -156,7 +160,10 @@ impl Reader {
         let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
         let from = self.resume_position(&cursor, memory);
         if cursor.position.is_none() && memory.acked.is_some() {
-            warn!(position = memory.acked, "Redis lost the cursor: going back to what was last known to be applied");
+            warn!(
+                position = memory.acked,
+                "Redis lost the cursor: going back to what was last known to be applied"
+            );
         }
         memory.acked = cursor.acked.or(memory.acked);
 
@@ -189,7 +196,11 @@ impl Reader {
     }
 
     /// Waits for the lease; `false` when it is time to stop.
-    async fn take_lease(&self, connection: &mut MultiplexedConnection, stop: &CancellationToken) -> Result<bool, End> {
+    async fn take_lease(
+        &self,
+        connection: &mut MultiplexedConnection,
+        stop: &CancellationToken,
+    ) -> Result<bool, End> {
         let mut said = false;
         while !append::take_lease(connection, &self.keys, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
@@ -209,7 +220,9 @@ impl Reader {
     fn resume_position(&self, cursor: &Cursor, memory: &mut Memory) -> Option<i64> {
         match memory.restart_at.take() {
             Some(Restart::Live) => {
-                self.gap("the cursor lies in the relay's future and ON_FUTURE_CURSOR=live: going on from now");
+                self.gap(
+                    "the cursor lies in the relay's future and ON_FUTURE_CURSOR=live: going on from now",
+                );
                 return None;
             }
             Some(Restart::Oldest) => {
@@ -250,9 +263,11 @@ impl Reader {
         let connect = tokio_tungstenite::connect_async_with_config(url, Some(limits), true);
         match tokio::time::timeout(Duration::from_secs(15), connect).await {
             Ok(Ok((socket, _))) => Ok(socket),
-            Ok(Err(tungstenite::Error::Http(response))) => {
-                Err(End::Relay(format!("{} answered HTTP {}", self.config.relay_url.relay(), response.status())))
-            }
+            Ok(Err(tungstenite::Error::Http(response))) => Err(End::Relay(format!(
+                "{} answered HTTP {}",
+                self.config.relay_url.relay(),
+                response.status()
+            ))),
             Ok(Err(error)) => Err(End::Relay(error.to_string())),
             Err(_) => Err(End::Relay("no connection within 15 s".to_owned())),
         }
@@ -328,7 +343,9 @@ impl Reader {
                     };
                     if tries >= BAD_FRAME_TRIES {
                         memory.bad_frame = None;
-                        self.gap(&format!("passing over a frame that stays undecodable after {last_seq:?}: {error}"));
+                        self.gap(&format!(
+                            "passing over a frame that stays undecodable after {last_seq:?}: {error}"
+                        ));
                         continue;
                     }
                     memory.bad_frame = Some((last_seq, tries));
@@ -343,7 +360,10 @@ impl Reader {
 
     fn gap_or_info(&self, name: &str, message: &str) {
         if name == "OutdatedCursor" {
-            self.gap(&format!("the relay no longer has what was asked for (OutdatedCursor): {}", shorten(message)));
+            self.gap(&format!(
+                "the relay no longer has what was asked for (OutdatedCursor): {}",
+                shorten(message)
+            ));
         } else {
             info!(name = shorten(name), message = shorten(message), "the relay says");
         }
@@ -401,8 +421,16 @@ impl Reader {
             position = Some(position.map_or(last, |before| before.max(last)));
             let length = loop {
                 let target = position.unwrap_or(last);
-                match append::append(connection, &self.keys, &self.token, &relay, cursor.position, target, &entries)
-                    .await
+                match append::append(
+                    connection,
+                    &self.keys,
+                    &self.token,
+                    &relay,
+                    cursor.position,
+                    target,
+                    &entries,
+                )
+                .await
                 {
                     Ok(length) => break length,
                     Err(AppendError::Redis(error)) if error.code() == Some("OOM") => {
@@ -469,7 +497,10 @@ impl Reader {
         let margin = |mark: u64| if waiting { mark - mark / 20 } else { mark };
         let length = self.config.max_stream_len;
         if gauge.length >= margin(length) {
-            return Some(format!("the stream holds {} entries (REDIS_MAX_STREAM_LEN={length})", gauge.length));
+            return Some(format!(
+                "the stream holds {} entries (REDIS_MAX_STREAM_LEN={length})",
+                gauge.length
+            ));
         }
         let memory = match self.config.memory_mark {
             MemoryMark::Bytes(bytes) => bytes,

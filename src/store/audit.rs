@@ -187,7 +187,9 @@ pub async fn audit(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
 pub async fn repair(client: &mut Client) -> Result<(), StoreError> {
     let transaction = client.transaction().await?;
     whole_tables(&transaction).await?;
-    transaction.batch_execute("LOCK TABLE post_aggregations, feed_items, quotes IN SHARE ROW EXCLUSIVE MODE").await?;
+    transaction
+        .batch_execute("LOCK TABLE post_aggregations, feed_items, quotes IN SHARE ROW EXCLUSIVE MODE")
+        .await?;
     for rule in RULES.iter().filter(|rule| !rule.repair.is_empty()) {
         transaction.batch_execute(&expand(rule.repair)).await?;
     }

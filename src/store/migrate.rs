@@ -86,9 +86,17 @@ pub async fn migrate(client: &mut Client) -> Result<Vec<String>, StoreError> {
         return Ok(Vec::new());
     }
     // A session's lock, not a transaction's: it spans all migrations. It goes with the connection.
-    client.batch_execute(&format!("SET statement_timeout = 0; SET lock_timeout = 0; SELECT pg_advisory_lock({LOCK})")).await?;
+    client
+        .batch_execute(&format!(
+            "SET statement_timeout = 0; SET lock_timeout = 0; SELECT pg_advisory_lock({LOCK})"
+        ))
+        .await?;
     let done = under_lock(client).await;
-    client.batch_execute(&format!("SELECT pg_advisory_unlock({LOCK}); RESET statement_timeout; RESET lock_timeout")).await?;
+    client
+        .batch_execute(&format!(
+            "SELECT pg_advisory_unlock({LOCK}); RESET statement_timeout; RESET lock_timeout"
+        ))
+        .await?;
     done
 }
 

@@ -7,7 +7,9 @@ pub mod verdict;
 
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts};
+use deadpool_postgres::{
+    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
+};
 use futures_util::future::join_all;
 use tokio_postgres::Error;
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -63,7 +65,9 @@ impl From<PoolError> for StoreError {
             PoolError::Backend(error) => Self::from(&error),
             PoolError::Timeout(kind) => Self {
                 verdict: Verdict::Retry,
-                message: format!("no connection within the time allowed ({kind:?}): DB_POOL_SIZE may be too small"),
+                message: format!(
+                    "no connection within the time allowed ({kind:?}): DB_POOL_SIZE may be too small"
+                ),
             },
             other => Self { verdict: Verdict::Reconnect, message: other.to_string() },
         }
@@ -80,10 +84,14 @@ impl Store {
         let url = config.database_url.as_ref().ok_or_else(|| anyhow::anyhow!("DATABASE_URL is not set"))?;
         let statement_timeout = config.db_statement_timeout.as_millis();
         let options = connect_options(url.expose(), statement_timeout)?;
-        let manager = Manager::from_config(options, tls(), ManagerConfig {
-            // A connection in doubt is never given back, so that nothing has to be asked of one that is.
-            recycling_method: RecyclingMethod::Fast,
-        });
+        let manager = Manager::from_config(
+            options,
+            tls(),
+            ManagerConfig {
+                // A connection in doubt is never given back, so that nothing has to be asked of one that is.
+                recycling_method: RecyclingMethod::Fast,
+            },
+        );
         let pool = Pool::builder(manager)
             .max_size(config.db_pool_size)
             .runtime(Runtime::Tokio1)
@@ -149,6 +157,11 @@ impl Session {
         &self.client
     }
 
+    /// The driver's client, for transactions of one's own.
+    pub fn client_mut(&mut self) -> &mut tokio_postgres::Client {
+        &mut self.client
+    }
+
     /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
     pub fn discard(self) {
         drop(Object::take(self.client));
@@ -196,11 +209,14 @@ impl Session {
             self.client.batch_execute("ROLLBACK").await?;
             match tried {
                 Ok(_) => {}
-                Err(error) if judge(&error) == Verdict::Reject => bad.push((index, Reject {
-                    reason: Reason::Database,
-                    message: describe(&error),
-                    sqlstate: error.code().map(|code| code.code().to_owned()),
-                })),
+                Err(error) if judge(&error) == Verdict::Reject => bad.push((
+                    index,
+                    Reject {
+                        reason: Reason::Database,
+                        message: describe(&error),
+                        sqlstate: error.code().map(|code| code.code().to_owned()),
+                    },
+                )),
                 Err(error) => return Err(StoreError::from(&error)),
             }
         }
@@ -264,8 +280,9 @@ fn connect_options(url: &str, statement_timeout: u128) -> anyhow::Result<tokio_p
         url = url.replace(theirs, ours);
     }
     // The parser's error may quote what it could not read, a password among it.
-    let mut options: tokio_postgres::Config =
-        url.parse().map_err(|_| anyhow::anyhow!("DATABASE_URL is not a connection string that the driver understands"))?;
+    let mut options: tokio_postgres::Config = url.parse().map_err(|_| {
+        anyhow::anyhow!("DATABASE_URL is not a connection string that the driver understands")
+    })?;
     // Plans are made once and kept (generic); on young tables without statistics the planner would choose sequential
     // scans and hash joins and keep them too, when every access here is by key.
     let ours = format!(

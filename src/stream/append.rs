@@ -104,16 +104,19 @@ pub struct Gauge {
 ///
 /// Redis cannot be reached.
 pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<Gauge> {
-    let (cursor, holder, acked, length, info): (Option<String>, Option<String>, Option<String>, u64, String) = redis::pipe()
-        .get(&keys.cursor)
-        .get(&keys.lease)
-        .get(&keys.acked)
-        .xlen(&keys.stream)
-        .cmd("INFO")
-        .query_async(connection)
-        .await?;
+    let (cursor, holder, acked, length, info): (Option<String>, Option<String>, Option<String>, u64, String) =
+        redis::pipe()
+            .get(&keys.cursor)
+            .get(&keys.lease)
+            .get(&keys.acked)
+            .xlen(&keys.stream)
+            .cmd("INFO")
+            .query_async(connection)
+            .await?;
     let field = |name: &str| {
-        info.lines().find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':'))).unwrap_or("")
+        info.lines()
+            .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
+            .unwrap_or("")
     };
     let lease = holder.as_deref() == Some(token);
     if lease {
@@ -140,7 +143,11 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
 /// # Errors
 ///
 /// Redis cannot be reached or its memory is full.
-pub async fn take_lease(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<bool> {
+pub async fn take_lease(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    token: &str,
+) -> RedisResult<bool> {
     let taken: Option<String> = redis::cmd("SET")
         .arg(&keys.lease)
         .arg(token)
@@ -162,7 +169,11 @@ pub async fn take_lease(connection: &mut MultiplexedConnection, keys: &Keys, tok
 /// # Errors
 ///
 /// Redis cannot be reached; the lease then runs out by itself.
-pub async fn release_lease(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<()> {
+pub async fn release_lease(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    token: &str,
+) -> RedisResult<()> {
     let script = Script::new("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end");
     script.key(&keys.lease).arg(token).invoke_async(connection).await
 }

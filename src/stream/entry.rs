@@ -152,12 +152,15 @@ mod tests {
         let resp3 = Value::Map(vec![(bulk("key"), entries())]);
         for reply in [resp2, resp3] {
             let batch = Batch::from_redis_value(reply).unwrap();
-            assert_eq!(batch.entries, [Entry {
-                id: EntryId { ms: 5, seq: 1 },
-                event_type: "commit".into(),
-                data: "{}".into(),
-                seq: "9".into(),
-            }]);
+            assert_eq!(
+                batch.entries,
+                [Entry {
+                    id: EntryId { ms: 5, seq: 1 },
+                    event_type: "commit".into(),
+                    data: "{}".into(),
+                    seq: "9".into(),
+                }]
+            );
             assert_eq!(batch.gone, [EntryId { ms: 5, seq: 2 }]);
         }
         assert_eq!(Batch::from_redis_value(Value::Nil).unwrap(), Batch::default());

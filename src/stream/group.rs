@@ -2,6 +2,7 @@
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisError, RedisResult, Script};
+use serde::{Deserialize, Serialize};
 
 use super::entry::Batch;
 use super::{BLOCK, Keys};
@@ -94,7 +95,11 @@ pub async fn read_pending(
 /// # Errors
 ///
 /// Redis cannot be reached; the entries then stay pending and are applied again, which changes nothing.
-pub async fn acknowledge(connection: &mut MultiplexedConnection, keys: &Keys, ids: &[EntryId]) -> RedisResult<()> {
+pub async fn acknowledge(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    ids: &[EntryId],
+) -> RedisResult<()> {
     if ids.is_empty() {
         return Ok(());
     }
@@ -128,4 +133,41 @@ pub async fn keep_fresh(
     }
     command.arg("JUSTID").query_async::<redis::Value>(connection).await?;
     Ok(())
+}
+
+/// One consumer of the group, as Redis knows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ConsumerInfo {
+    /// Its name.
+    pub name: String,
+    /// Entries that it got and did not acknowledge.
+    pub pending: u64,
+    /// How long ago it last asked for something.
+    pub idle_seconds: f64,
+}
+
+/// The group's consumers.
+///
+/// # Errors
+///
+/// Redis cannot be reached, or there is no such group.
+pub async fn consumers(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+) -> RedisResult<Vec<ConsumerInfo>> {
+    let reply: redis::streams::StreamInfoConsumersReply = redis::cmd("XINFO")
+        .arg("CONSUMERS")
+        .arg(&keys.stream)
+        .arg(&keys.group)
+        .query_async(connection)
+        .await?;
+    Ok(reply
+        .consumers
+        .into_iter()
+        .map(|consumer| ConsumerInfo {
+            name: consumer.name,
+            pending: consumer.pending as u64,
+            idle_seconds: consumer.idle as f64 / 1000.0,
+        })
+        .collect())
 }

@@ -1,6 +1,6 @@
 -- Trims what every group has acknowledged, notes the lowest position that our group has not, and reports.
 --
--- KEYS: stream, cursor, acked.  ARGV: our group, how many entries to trim at the most.
+-- KEYS: stream, cursor, acked.  ARGV: our group, how many entries to trim at the most; 0 to look and change nothing.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back}, or {} without a stream.
 --
@@ -65,14 +65,14 @@ for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
         if unacked then
             position = seq_of(unacked)
         end
-        if position and position ~= '' then
+        if position and position ~= '' and ARGV[2] ~= '0' then
             redis.pcall('SET', KEYS[3], position)
         end
     end
 end
 
 local trimmed = 0
-if own then
+if own and ARGV[2] ~= '0' then
     trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder}

@@ -53,13 +53,23 @@ impl Look {
     }
 }
 
-/// Looks, notes the lowest position that is not acknowledged, and trims once.
+/// Looks, notes the lowest position that is not acknowledged, and trims once. More may be left to trim when it
+/// trimmed something.
 ///
 /// # Errors
 ///
 /// Redis cannot be reached or refuses.
 pub async fn sweep(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Look> {
     call(connection, keys, TRIM_LIMIT).await
+}
+
+/// Looks without changing anything.
+///
+/// # Errors
+///
+/// As for [`sweep`].
+pub async fn look(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Look> {
+    call(connection, keys, 0).await
 }
 
 async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -> RedisResult<Look> {

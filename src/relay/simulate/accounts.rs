@@ -44,10 +44,7 @@ pub(super) struct Accounts {
 
 impl Accounts {
     pub(super) fn new(seed: u64) -> Self {
-        Accounts {
-            seed,
-            list: Vec::new(),
-        }
+        Accounts { seed, list: Vec::new() }
     }
 
     pub(super) fn len(&self) -> u32 {
@@ -128,9 +125,7 @@ pub(super) struct StrongRef {
 /// <https://atproto.com/specs/tid>
 pub(super) fn tid(bits: u64) -> String {
     const ALPHABET: &[u8; 32] = b"234567abcdefghijklmnopqrstuvwxyz";
-    (0..13)
-        .map(|place| char::from(ALPHABET[(bits >> (60 - 5 * place) & 31) as usize]))
-        .collect()
+    (0..13).map(|place| char::from(ALPHABET[(bits >> (60 - 5 * place) & 31) as usize])).collect()
 }
 
 /// One-to-one, and well mixed (the finalizer of splitmix64).

@@ -102,11 +102,7 @@ pub(super) fn encode(planned: &Planned, accounts: &Accounts, pad: usize) -> Fram
             }
             Ok(())
         }),
-        What::Account {
-            account,
-            active,
-            status,
-        } => infallible(|out| {
+        What::Account { account, active, status } => infallible(|out| {
             let mut cbor = header(out, "#account")?;
             cbor.encode_map_header(if status.is_some() { 5 } else { 4 })?;
             did_seq_time(&mut cbor, &accounts.did(*account), seq, &time)?;
@@ -124,10 +120,8 @@ pub(super) fn encode(planned: &Planned, accounts: &Accounts, pad: usize) -> Fram
             let node = block(|out| node(out, &[]));
             let commit = block(|out| signed_commit(out, &did, &rev, &node.1, seq));
             let mut car = Vec::with_capacity(512);
-            Writer::new(&mut car, &[commit.1])?.write_block_ref(BlockRef {
-                cid: commit.1,
-                data: &commit.0,
-            })?;
+            Writer::new(&mut car, &[commit.1])?
+                .write_block_ref(BlockRef { cid: commit.1, data: &commit.0 })?;
             let mut cbor = header(out, "#sync")?;
             cbor.encode_map_header(5)?;
             cbor.encode_text("did")?;
@@ -142,31 +136,15 @@ pub(super) fn encode(planned: &Planned, accounts: &Accounts, pad: usize) -> Fram
             cbor.encode_bytes(&car)?;
             Ok(())
         }),
-        What::Commit {
-            account,
-            rev,
-            since,
-            operations,
-        } => {
+        What::Commit { account, rev, since, operations } => {
             let did = accounts.did(*account);
-            let commit = Commit {
-                did: &did,
-                rev: &tid(*rev),
-                since: *since,
-                seq,
-                time: &time,
-            };
-            let done: Vec<Done> = operations
-                .iter()
-                .map(|it| Done::of(it, planned.micros, accounts))
-                .collect();
+            let commit = Commit { did: &did, rev: &tid(*rev), since: *since, seq, time: &time };
+            let done: Vec<Done> =
+                operations.iter().map(|it| Done::of(it, planned.micros, accounts)).collect();
             infallible(|out| commit.encode(&done, pad, out))
         }
     };
-    Frame {
-        seq: Some(seq),
-        bytes,
-    }
+    Frame { seq: Some(seq), bytes }
 }
 
 /// RFC 3339 with milliseconds and Z.
@@ -197,11 +175,7 @@ impl Done {
             Action::Update(content) => ("update", Some(record(content))),
             Action::Delete => ("delete", None),
         };
-        Done {
-            action,
-            path: format!("{}/{rkey}", operation.collection),
-            record,
-        }
+        Done { action, path: format!("{}/{rkey}", operation.collection), record }
     }
 }
 
@@ -272,11 +246,7 @@ fn car(
 ) -> Result<Vec<u8>, CarError> {
     /// Tree nodes of real frames are about as long.
     const FILLER: usize = 700;
-    let records = || {
-        operations
-            .iter()
-            .filter_map(|operation| operation.record.as_ref())
-    };
+    let records = || operations.iter().filter_map(|operation| operation.record.as_ref());
     let size =
         400 + commit.0.len() + node.0.len() + records().map(|(data, _)| data.len() + 40).sum::<usize>();
     let mut out = Vec::with_capacity(size + pad + pad / 8);
@@ -326,12 +296,7 @@ fn signed_commit(out: &mut Vec<u8>, did: &str, rev: &str, data: &Cid, chance: u6
 fn node(out: &mut Vec<u8>, operations: &[Done]) -> Result<(), CarError> {
     let mut entries: Vec<(&str, &Cid)> = operations
         .iter()
-        .filter_map(|operation| {
-            operation
-                .record
-                .as_ref()
-                .map(|(_, cid)| (operation.path.as_str(), cid))
-        })
+        .filter_map(|operation| operation.record.as_ref().map(|(_, cid)| (operation.path.as_str(), cid)))
         .collect();
     entries.sort_unstable();
     let mut cbor = Encoder::new(out);
@@ -340,11 +305,7 @@ fn node(out: &mut Vec<u8>, operations: &[Done]) -> Result<(), CarError> {
     cbor.encode_array_header(entries.len() as u64)?;
     let mut before = "";
     for (path, cid) in entries {
-        let shared = path
-            .bytes()
-            .zip(before.bytes())
-            .take_while(|(a, b)| a == b)
-            .count();
+        let shared = path.bytes().zip(before.bytes()).take_while(|(a, b)| a == b).count();
         before = path;
         cbor.encode_map_header(4)?;
         cbor.encode_text("k")?;

@@ -152,20 +152,12 @@ impl Network {
         self.seq += if self.one_in(50) { self.rng.u64(2..=4) } else { 1 };
         self.micros = self.micros.saturating_add(self.rng.i64(1..2000));
         let what = match self.beginnings.pop_front() {
-            Some(Beginning::Account(account)) => What::Account {
-                account,
-                active: true,
-                status: None,
-            },
+            Some(Beginning::Account(account)) => What::Account { account, active: true, status: None },
             Some(Beginning::Profile(account)) => self.profile(account),
             None if self.somebody_is_new() => self.arrival(),
             None => self.something(),
         };
-        Some(Planned {
-            seq: self.seq,
-            micros: self.micros,
-            what,
-        })
+        Some(Planned { seq: self.seq, micros: self.micros, what })
     }
 
     fn somebody_is_new(&self) -> bool {
@@ -176,12 +168,8 @@ impl Network {
 
     fn arrival(&mut self) -> What {
         let account = self.accounts.add();
-        self.beginnings
-            .extend([Beginning::Account(account), Beginning::Profile(account)]);
-        What::Identity {
-            account,
-            handle: Some(self.accounts.handle(account)),
-        }
+        self.beginnings.extend([Beginning::Account(account), Beginning::Profile(account)]);
+        What::Identity { account, handle: Some(self.accounts.handle(account)) }
     }
 
     fn something(&mut self) -> What {
@@ -225,9 +213,7 @@ impl Network {
             }
         }
         // At least three in four are active.
-        (0..present)
-            .find(|&one| self.accounts.is_active(one))
-            .unwrap_or(0)
+        (0..present).find(|&one| self.accounts.is_active(one)).unwrap_or(0)
     }
 
     /// An account that others follow, mention, block; the first ones by far the most.
@@ -263,12 +249,7 @@ impl Network {
     fn commit(&mut self, account: u32, operations: Vec<Operation>) -> What {
         let rev = self.accounts.next_tid(account, self.micros);
         let since = std::mem::replace(&mut self.accounts.get_mut(account).rev, rev);
-        What::Commit {
-            account,
-            rev,
-            since,
-            operations,
-        }
+        What::Commit { account, rev, since, operations }
     }
 
     /// A commit of one operation by whoever finds something to do it to.
@@ -298,12 +279,7 @@ impl Network {
             return None;
         }
         let rkey = self.accounts.next_tid(owner, self.micros);
-        self.likes.insert(Live {
-            owner,
-            collection: LIKE,
-            rkey: Rkey::Tid(rkey),
-            subject,
-        });
+        self.likes.insert(Live { owner, collection: LIKE, rkey: Rkey::Tid(rkey), subject });
         let content = self.draft(Draft::Like(it));
         Some(create(LIKE, rkey, content))
     }
@@ -317,12 +293,7 @@ impl Network {
         let Live { owner, subject, .. } = self.likes.get(at);
         let post = self.posts.get(subject)?.it;
         let rkey = self.accounts.next_tid(owner, self.micros);
-        self.likes.insert(Live {
-            owner,
-            collection: LIKE,
-            rkey: Rkey::Tid(rkey),
-            subject,
-        });
+        self.likes.insert(Live { owner, collection: LIKE, rkey: Rkey::Tid(rkey), subject });
         let content = self.draft(Draft::Like(post));
         Some(self.commit(owner, vec![create(LIKE, rkey, content)]))
     }
@@ -334,12 +305,7 @@ impl Network {
             return None;
         }
         let rkey = self.accounts.next_tid(owner, self.micros);
-        self.reposts.insert(Live {
-            owner,
-            collection: REPOST,
-            rkey: Rkey::Tid(rkey),
-            subject,
-        });
+        self.reposts.insert(Live { owner, collection: REPOST, rkey: Rkey::Tid(rkey), subject });
         let content = self.draft(Draft::Repost(post));
         Some(create(REPOST, rkey, content))
     }
@@ -366,75 +332,31 @@ impl Network {
             return None;
         }
         let rkey = self.accounts.next_tid(owner, self.micros);
-        self.blocks.insert(Live {
-            owner,
-            collection: BLOCK,
-            rkey: Rkey::Tid(rkey),
-            subject: subject.into(),
-        });
+        self.blocks.insert(Live { owner, collection: BLOCK, rkey: Rkey::Tid(rkey), subject: subject.into() });
         let content = self.draft(Draft::Block(subject));
         Some(create(BLOCK, rkey, content))
     }
 
     fn post(&mut self, owner: u32) -> Option<Operation> {
-        let parent = if self.rng.u32(0..100) < 30 {
-            self.subject()
-        } else {
-            None
-        };
+        let parent = if self.rng.u32(0..100) < 30 { self.subject() } else { None };
         Some(self.new_post(owner, parent))
     }
 
     fn new_post(&mut self, owner: u32, parent: Option<u64>) -> Operation {
-        let reply = parent
-            .and_then(|parent| self.posts.get(parent))
-            .map(Post::as_parent);
+        let reply = parent.and_then(|parent| self.posts.get(parent)).map(Post::as_parent);
         let rkey = self.accounts.next_tid(owner, self.micros);
         let (bytes, cid) = self.post_content(reply);
-        let it = StrongRef {
-            owner,
-            collection: POST,
-            rkey,
-            cid,
-        };
-        let place = if self.one_in(8) {
-            Some(self.rng.usize(0..HOT))
-        } else {
-            None
-        };
-        self.posts.add(
-            Post {
-                it,
-                reply,
-                alive: true,
-            },
-            place,
-        );
+        let it = StrongRef { owner, collection: POST, rkey, cid };
+        let place = if self.one_in(8) { Some(self.rng.usize(0..HOT)) } else { None };
+        self.posts.add(Post { it, reply, alive: true }, place);
         create(POST, rkey, Content::Block(bytes, cid))
     }
 
     fn post_content(&mut self, reply: Option<Reply>) -> (Vec<u8>, shrike::cbor::Cid) {
-        let quote = if self.rng.u32(0..100) < 8 {
-            self.subject()
-        } else {
-            None
-        };
+        let quote = if self.rng.u32(0..100) < 8 { self.subject() } else { None };
         let quote = quote.and_then(|quote| self.posts.get(quote)).map(|post| post.it);
-        let mention = if self.one_in(10) {
-            Some(self.somebody_known())
-        } else {
-            None
-        };
-        record::encode(
-            &Draft::Post {
-                reply,
-                quote,
-                mention,
-            },
-            self.rng.u64(..),
-            self.micros,
-            &self.accounts,
-        )
+        let mention = if self.one_in(10) { Some(self.somebody_known()) } else { None };
+        record::encode(&Draft::Post { reply, quote, mention }, self.rng.u64(..), self.micros, &self.accounts)
     }
 
     /// A post of an active account that is still there.
@@ -453,32 +375,14 @@ impl Network {
         let (bytes, cid) = self.post_content(reply);
         self.posts.get_mut(number)?.it.cid = cid;
         let action = Action::Update(Content::Block(bytes, cid));
-        Some(self.commit(
-            it.owner,
-            vec![Operation {
-                collection: POST,
-                rkey: Rkey::Tid(it.rkey),
-                action,
-            }],
-        ))
+        Some(self.commit(it.owner, vec![Operation { collection: POST, rkey: Rkey::Tid(it.rkey), action }]))
     }
 
     fn profile(&mut self, account: u32) -> What {
         let content = self.draft(Draft::Profile);
         let had_one = std::mem::replace(&mut self.accounts.get_mut(account).has_profile, true);
-        let action = if had_one {
-            Action::Update(content)
-        } else {
-            Action::Create(content)
-        };
-        self.commit(
-            account,
-            vec![Operation {
-                collection: PROFILE,
-                rkey: Rkey::Own,
-                action,
-            }],
-        )
+        let action = if had_one { Action::Update(content) } else { Action::Create(content) };
+        self.commit(account, vec![Operation { collection: PROFILE, rkey: Rkey::Own, action }])
     }
 
     fn deletion(&mut self) -> Option<What> {
@@ -498,12 +402,7 @@ impl Network {
         };
         let accounts = &self.accounts;
         let at = pool.find(&mut self.rng, |live| accounts.is_active(live.owner))?;
-        let Live {
-            owner,
-            collection,
-            rkey,
-            ..
-        } = pool.remove(at);
+        let Live { owner, collection, rkey, .. } = pool.remove(at);
         Some(self.commit(owner, vec![delete(collection, rkey)]))
     }
 
@@ -543,12 +442,7 @@ impl Network {
             let place = self.rng.usize(0..SHELF);
             shelve(&mut self.lists, place, (owner, rkey));
         }
-        self.others.insert(Live {
-            owner,
-            collection,
-            rkey: Rkey::Tid(rkey),
-            subject: rkey,
-        });
+        self.others.insert(Live { owner, collection, rkey: Rkey::Tid(rkey), subject: rkey });
         let content = self.draft(draft);
         Some((owner, create(collection, rkey, content)))
     }
@@ -560,18 +454,10 @@ impl Network {
         if self.others.contains(owner, collection, rkey) {
             return None;
         }
-        self.others.insert(Live {
-            owner,
-            collection,
-            rkey: Rkey::Tid(rkey),
-            subject: rkey,
-        });
+        self.others.insert(Live { owner, collection, rkey: Rkey::Tid(rkey), subject: rkey });
         let post = (owner, rkey);
-        let draft = if collection == THREADGATE {
-            Draft::Threadgate { post }
-        } else {
-            Draft::Postgate { post }
-        };
+        let draft =
+            if collection == THREADGATE { Draft::Threadgate { post } } else { Draft::Postgate { post } };
         let content = self.draft(draft);
         Some(self.commit(owner, vec![create(collection, rkey, content)]))
     }
@@ -580,22 +466,8 @@ impl Network {
         let rkey = self.accounts.next_tid(owner, self.micros);
         let (bytes, cid) = record::encode(&Draft::Generator, self.rng.u64(..), self.micros, &self.accounts);
         let place = self.rng.usize(0..SHELF);
-        shelve(
-            &mut self.generators,
-            place,
-            StrongRef {
-                owner,
-                collection: GENERATOR,
-                rkey,
-                cid,
-            },
-        );
-        self.others.insert(Live {
-            owner,
-            collection: GENERATOR,
-            rkey: Rkey::Tid(rkey),
-            subject: rkey,
-        });
+        shelve(&mut self.generators, place, StrongRef { owner, collection: GENERATOR, rkey, cid });
+        self.others.insert(Live { owner, collection: GENERATOR, rkey: Rkey::Tid(rkey), subject: rkey });
         self.commit(owner, vec![create(GENERATOR, rkey, Content::Block(bytes, cid))])
     }
 
@@ -604,31 +476,15 @@ impl Network {
         let action = if self.others.contains(owner, LABELER, 0) {
             Action::Update(content)
         } else {
-            self.others.insert(Live {
-                owner,
-                collection: LABELER,
-                rkey: Rkey::Own,
-                subject: 0,
-            });
+            self.others.insert(Live { owner, collection: LABELER, rkey: Rkey::Own, subject: 0 });
             Action::Create(content)
         };
-        self.commit(
-            owner,
-            vec![Operation {
-                collection: LABELER,
-                rkey: Rkey::Own,
-                action,
-            }],
-        )
+        self.commit(owner, vec![Operation { collection: LABELER, rkey: Rkey::Own, action }])
     }
 
     /// A commit of 2 to 50 operations, or of 200, which is the most that there may be.
     fn several(&mut self) -> Option<What> {
-        let many = if self.one_in(20) {
-            200
-        } else {
-            2 + young(&mut self.rng, 49) as usize
-        };
+        let many = if self.one_in(20) { 200 } else { 2 + young(&mut self.rng, 49) as usize };
         let mut operations = Vec::with_capacity(many);
         let mut owner = self.somebody();
         if self.one_in(3) {
@@ -686,10 +542,7 @@ impl Network {
         if self.free_handles.len() < FREE_HANDLES {
             self.free_handles.push(before);
         }
-        What::Identity {
-            account,
-            handle: Some(self.accounts.handle(account)),
-        }
+        What::Identity { account, handle: Some(self.accounts.handle(account)) }
     }
 
     /// An identity event that says nothing new, or less than was known.
@@ -710,26 +563,14 @@ impl Network {
         if dice >= 95 {
             // Its server has trouble; the account is active all the same.
             let account = self.somebody();
-            let status = if self.rng.bool() {
-                "throttled"
-            } else {
-                "desynchronized"
-            };
-            return Some(What::Account {
-                account,
-                active: true,
-                status: Some(status),
-            });
+            let status = if self.rng.bool() { "throttled" } else { "desynchronized" };
+            return Some(What::Account { account, active: true, status: Some(status) });
         }
         if away > 0 && (too_many || dice < 45) {
             let at = self.rng.usize(0..self.away.len());
             let account = self.away.swap_remove(at);
             self.accounts.get_mut(account).status = Status::Active;
-            return Some(What::Account {
-                account,
-                active: true,
-                status: None,
-            });
+            return Some(What::Account { account, active: true, status: None });
         }
         if too_many {
             return None;
@@ -748,36 +589,21 @@ impl Network {
         } else {
             self.away.push(account);
         }
-        Some(What::Account {
-            account,
-            active: false,
-            status: status.name(),
-        })
+        Some(What::Account { account, active: false, status: status.name() })
     }
 
     fn sync(&mut self) -> What {
         let account = self.somebody();
-        What::Sync {
-            account,
-            rev: self.accounts.get(account).rev,
-        }
+        What::Sync { account, rev: self.accounts.get(account).rev }
     }
 }
 
 fn create(collection: &'static str, rkey: u64, content: Content) -> Operation {
-    Operation {
-        collection,
-        rkey: Rkey::Tid(rkey),
-        action: Action::Create(content),
-    }
+    Operation { collection, rkey: Rkey::Tid(rkey), action: Action::Create(content) }
 }
 
 fn delete(collection: &'static str, rkey: Rkey) -> Operation {
-    Operation {
-        collection,
-        rkey,
-        action: Action::Delete,
-    }
+    Operation { collection, rkey, action: Action::Delete }
 }
 
 /// Puts something in one of the places of a shelf that fills up first.

@@ -40,12 +40,7 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(capacity: usize) -> Self {
-        Pool {
-            capacity,
-            oldest: 0,
-            list: Vec::new(),
-            keys: HashMap::new(),
-        }
+        Pool { capacity, oldest: 0, list: Vec::new(), keys: HashMap::new() }
     }
 
     pub(super) fn contains(&self, owner: u32, collection: &'static str, subject: u64) -> bool {
@@ -68,9 +63,7 @@ impl Pool {
         if self.list.is_empty() {
             return None;
         }
-        (0..4)
-            .map(|_| rng.usize(0..self.list.len()))
-            .find(|&at| wanted(&self.list[at]))
+        (0..4).map(|_| rng.usize(0..self.list.len())).find(|&at| wanted(&self.list[at]))
     }
 
     pub(super) fn get(&self, at: usize) -> Live {

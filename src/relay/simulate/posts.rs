@@ -20,10 +20,7 @@ pub(super) struct Post {
 impl Post {
     /// What an answer to this post refers to.
     pub(super) fn as_parent(&self) -> Reply {
-        Reply {
-            root: self.reply.map_or(self.it, |reply| reply.root),
-            parent: self.it,
-        }
+        Reply { root: self.reply.map_or(self.it, |reply| reply.root), parent: self.it }
     }
 }
 
@@ -36,11 +33,7 @@ pub(super) struct Posts {
 
 impl Posts {
     pub(super) fn new() -> Self {
-        Posts {
-            ring: Vec::new(),
-            written: 0,
-            hot: Vec::new(),
-        }
+        Posts { ring: Vec::new(), written: 0, hot: Vec::new() }
     }
 
     pub(super) fn add(&mut self, post: Post, hot: Option<usize>) {
@@ -61,20 +54,12 @@ impl Posts {
 
     pub(super) fn get(&self, number: u64) -> Option<&Post> {
         let is_there = number < self.written && self.written - number <= POSTS;
-        if is_there {
-            self.ring.get((number % POSTS) as usize)
-        } else {
-            None
-        }
+        if is_there { self.ring.get((number % POSTS) as usize) } else { None }
     }
 
     pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut Post> {
         let is_there = number < self.written && self.written - number <= POSTS;
-        if is_there {
-            self.ring.get_mut((number % POSTS) as usize)
-        } else {
-            None
-        }
+        if is_there { self.ring.get_mut((number % POSTS) as usize) } else { None }
     }
 
     pub(super) fn youngest(&self) -> Option<u64> {
@@ -84,11 +69,7 @@ impl Posts {
     /// Any post, evenly.
     pub(super) fn any(&self, rng: &mut fastrand::Rng) -> Option<u64> {
         let kept = self.ring.len() as u64;
-        if kept == 0 {
-            None
-        } else {
-            Some(self.written - 1 - rng.u64(0..kept))
-        }
+        if kept == 0 { None } else { Some(self.written - 1 - rng.u64(0..kept)) }
     }
 
     /// A post as people come upon them.

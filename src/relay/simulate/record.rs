@@ -28,34 +28,19 @@ pub(super) const THING: &str = "com.example.thing";
 /// What a record is about. The rest of it comes from a number (see [`encode`]).
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Draft {
-    Post {
-        reply: Option<Reply>,
-        quote: Option<StrongRef>,
-        mention: Option<u32>,
-    },
+    Post { reply: Option<Reply>, quote: Option<StrongRef>, mention: Option<u32> },
     Like(StrongRef),
     Repost(StrongRef),
     Follow(u32),
     Block(u32),
     Profile,
     List,
-    ListItem {
-        list: (u32, u64),
-        subject: u32,
-    },
-    ListBlock {
-        list: (u32, u64),
-    },
-    StarterPack {
-        list: (u32, u64),
-    },
+    ListItem { list: (u32, u64), subject: u32 },
+    ListBlock { list: (u32, u64) },
+    StarterPack { list: (u32, u64) },
     Generator,
-    Threadgate {
-        post: (u32, u64),
-    },
-    Postgate {
-        post: (u32, u64),
-    },
+    Threadgate { post: (u32, u64) },
+    Postgate { post: (u32, u64) },
     Labeler,
     Thing,
 }
@@ -69,11 +54,7 @@ pub(super) struct Reply {
 /// A record's block and CID. It follows from the draft, the number `chance`, the time (microseconds since 1970) and the
 /// accounts' handles.
 pub(super) fn encode(draft: &Draft, chance: u64, micros: i64, accounts: &Accounts) -> (Vec<u8>, Cid) {
-    let mut author = Author {
-        rng: fastrand::Rng::with_seed(chance),
-        micros,
-        accounts,
-    };
+    let mut author = Author { rng: fastrand::Rng::with_seed(chance), micros, accounts };
     let record = author.record(draft);
     let bytes = infallible_vec(|out| Ok(record.write(&mut Encoder::new(out))?));
     let cid = Cid::compute(Codec::Drisl, &bytes);
@@ -222,16 +203,8 @@ const WORDS: &[&str] = &[
     "🇧🇷",
 ];
 const LANGS: &[&str] = &["en", "ja", "pt", "de", "es", "fr", "en-GB", "ko", "uk", "th"];
-const TAGS: &[&str] = &[
-    "art",
-    "photography",
-    "rust",
-    "caturday",
-    "nowplaying",
-    "ニュース",
-    "furry",
-    "gardening",
-];
+const TAGS: &[&str] =
+    &["art", "photography", "rust", "caturday", "nowplaying", "ニュース", "furry", "gardening"];
 
 struct Author<'a> {
     rng: fastrand::Rng,
@@ -244,11 +217,7 @@ impl Author<'_> {
         let created = self.created_at(matches!(draft, Draft::Post { .. }));
         let mut entries = vec![("createdAt", created)];
         let kind = match draft {
-            Draft::Post {
-                reply,
-                quote,
-                mention,
-            } => {
+            Draft::Post { reply, quote, mention } => {
                 self.post(&mut entries, reply.as_ref(), quote.as_ref(), *mention);
                 POST
             }
@@ -307,16 +276,9 @@ impl Author<'_> {
             }
             Draft::Threadgate { post } => {
                 entries.push(("post", self.uri(post.0, POST, post.1)));
-                let rule = if self.chance(2) {
-                    "mentionRule"
-                } else {
-                    "followingRule"
-                };
+                let rule = if self.chance(2) { "mentionRule" } else { "followingRule" };
                 let rule = Item::Map(vec![("$type", format!("{THREADGATE}#{rule}").into())]);
-                entries.push((
-                    "allow",
-                    Item::List(if self.chance(3) { Vec::new() } else { vec![rule] }),
-                ));
+                entries.push(("allow", Item::List(if self.chance(3) { Vec::new() } else { vec![rule] })));
                 THREADGATE
             }
             Draft::Postgate { post } => {
@@ -361,18 +323,14 @@ impl Author<'_> {
         if self.chance(8) {
             let uri = format!("https://example.com/a/{}", self.rng.u32(..));
             let shown: String = uri.chars().skip("https://".len()).collect();
-            let feature = Item::Map(vec![
-                ("$type", "app.bsky.richtext.facet#link".into()),
-                ("uri", uri.into()),
-            ]);
+            let feature =
+                Item::Map(vec![("$type", "app.bsky.richtext.facet#link".into()), ("uri", uri.into())]);
             facets.push(facet(&mut text, &shown, feature));
         }
         if self.chance(8) {
             let tag = self.pick(TAGS);
-            let feature = Item::Map(vec![
-                ("$type", "app.bsky.richtext.facet#tag".into()),
-                ("tag", tag.into()),
-            ]);
+            let feature =
+                Item::Map(vec![("$type", "app.bsky.richtext.facet#tag".into()), ("tag", tag.into())]);
             facets.push(facet(&mut text, &format!("#{tag}"), feature));
         }
         // After the facets, whose places count bytes from the beginning.
@@ -391,10 +349,7 @@ impl Author<'_> {
             entries.push(("langs", Item::List(langs.into_iter().map(Item::from).collect())));
         }
         if self.chance(30) {
-            entries.push((
-                "tags",
-                Item::List(vec![self.pick(TAGS).into(), self.pick(TAGS).into()]),
-            ));
+            entries.push(("tags", Item::List(vec![self.pick(TAGS).into(), self.pick(TAGS).into()])));
         }
         if self.chance(50) {
             let label = Item::Map(vec![("val", "!no-unauthenticated".into())]);
@@ -407,10 +362,7 @@ impl Author<'_> {
             ));
         }
         if let Some(Reply { root, parent }) = reply {
-            let both = vec![
-                ("root", self.strong_ref(root)),
-                ("parent", self.strong_ref(parent)),
-            ];
+            let both = vec![("root", self.strong_ref(root)), ("parent", self.strong_ref(parent))];
             entries.push(("reply", Item::Map(both)));
         }
         if let Some(embed) = self.embed(quote) {
@@ -427,18 +379,12 @@ impl Author<'_> {
                 _ => None,
             };
         };
-        let record = Item::Map(vec![
-            ("$type", "app.bsky.embed.record".into()),
-            ("record", self.strong_ref(quote)),
-        ]);
+        let record =
+            Item::Map(vec![("$type", "app.bsky.embed.record".into()), ("record", self.strong_ref(quote))]);
         if !self.chance(4) {
             return Some(record);
         }
-        let media = if self.chance(3) {
-            self.external()
-        } else {
-            self.images()
-        };
+        let media = if self.chance(3) { self.external() } else { self.images() };
         Some(Item::Map(vec![
             ("$type", "app.bsky.embed.recordWithMedia".into()),
             ("record", record),
@@ -449,11 +395,7 @@ impl Author<'_> {
     fn images(&mut self) -> Item {
         let images = (0..self.rng.u32(1..=4))
             .map(|_| {
-                let alt = if self.chance(2) {
-                    String::new()
-                } else {
-                    self.words(1, 20)
-                };
+                let alt = if self.chance(2) { String::new() } else { self.words(1, 20) };
                 let mut image = vec![("alt", alt.into()), ("image", self.blob("image/jpeg"))];
                 if !self.chance(5) {
                     let (width, height) = (self.rng.u64(100..4000), self.rng.u64(100..4000));
@@ -463,10 +405,7 @@ impl Author<'_> {
                 Item::Map(image)
             })
             .collect();
-        Item::Map(vec![
-            ("$type", "app.bsky.embed.images".into()),
-            ("images", Item::List(images)),
-        ])
+        Item::Map(vec![("$type", "app.bsky.embed.images".into()), ("images", Item::List(images))])
     }
 
     fn external(&mut self) -> Item {
@@ -478,10 +417,7 @@ impl Author<'_> {
         if self.chance(2) {
             external.push(("thumb", self.blob("image/jpeg")));
         }
-        Item::Map(vec![
-            ("$type", "app.bsky.embed.external".into()),
-            ("external", Item::Map(external)),
-        ])
+        Item::Map(vec![("$type", "app.bsky.embed.external".into()), ("external", Item::Map(external))])
     }
 
     fn video(&mut self) -> Item {
@@ -501,10 +437,7 @@ impl Author<'_> {
             // The form that blobs had before they had a type; such records are still about.
             let avatar = if self.chance(50) {
                 let cid = Cid::compute(Codec::Raw, &self.rng.u64(..).to_be_bytes());
-                Item::Map(vec![
-                    ("cid", cid.to_string().into()),
-                    ("mimeType", "image/jpeg".into()),
-                ])
+                Item::Map(vec![("cid", cid.to_string().into()), ("mimeType", "image/jpeg".into())])
             } else {
                 self.blob("image/jpeg")
             };
@@ -590,12 +523,6 @@ fn facet(text: &mut String, shown: &str, feature: Item) -> Item {
     text.push(' ');
     let start = text.len() as u64;
     text.push_str(shown);
-    let index = vec![
-        ("byteStart", Item::Integer(start)),
-        ("byteEnd", Item::Integer(text.len() as u64)),
-    ];
-    Item::Map(vec![
-        ("index", Item::Map(index)),
-        ("features", Item::List(vec![feature])),
-    ])
+    let index = vec![("byteStart", Item::Integer(start)), ("byteEnd", Item::Integer(text.len() as u64))];
+    Item::Map(vec![("index", Item::Map(index)), ("features", Item::List(vec![feature]))])
 }

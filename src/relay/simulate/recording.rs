@@ -35,10 +35,7 @@ pub fn read_frames(path: &Path) -> anyhow::Result<Vec<Frame>> {
             return Ok(frames);
         }
         let Ok(head) = <[u8; 4]>::try_from(head) else {
-            bail!(
-                "{}: the record at offset {offset} is cut off within its length",
-                path.display()
-            );
+            bail!("{}: the record at offset {offset} is cut off within its length", path.display());
         };
         let length = u64::from(u32::from_be_bytes(head));
         if length > MAX_FRAME {
@@ -60,10 +57,7 @@ pub fn read_frames(path: &Path) -> anyhow::Result<Vec<Frame>> {
             );
         }
         offset += 4 + length;
-        frames.push(Frame {
-            seq: seq_of(&message),
-            bytes: Bytes::from(message),
-        });
+        frames.push(Frame { seq: seq_of(&message), bytes: Bytes::from(message) });
     }
 }
 
@@ -85,7 +79,5 @@ pub(super) fn is_error(frame: &[u8]) -> bool {
     let Ok(Value::Map(header)) = Decoder::new(frame).decode() else {
         return false;
     };
-    header
-        .into_iter()
-        .any(|(key, value)| key == "op" && value == Value::Signed(-1))
+    header.into_iter().any(|(key, value)| key == "op" && value == Value::Signed(-1))
 }

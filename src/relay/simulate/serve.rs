@@ -83,9 +83,7 @@ pub async fn serve(
     counters: Arc<Counters>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let address = listener
-        .local_addr()
-        .context("the simulated relay's listener has no address")?;
+    let address = listener.local_addr().context("the simulated relay's listener has no address")?;
     tracing::debug!(%address, "simulated relay listens");
     let options = Arc::new(options);
     let mut connections = JoinSet::new();
@@ -184,10 +182,7 @@ async fn handshake(
         .max_message_size(Some(64 * 1024))
         .max_frame_size(Some(64 * 1024))
         .write_buffer_size(256 * 1024);
-    #[expect(
-        clippy::result_large_err,
-        reason = "the websocket library's callback returns a whole response"
-    )]
+    #[expect(clippy::result_large_err, reason = "the websocket library's callback returns a whole response")]
     let judge = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
         let refuse = |status: StatusCode, reason: &str| {
             let mut refusal = ErrorResponse::new(Some(format!("{reason}\n")));
@@ -249,9 +244,7 @@ async fn send(
                         end = Some(End::Error);
                     }
                     counters.frames_sent.fetch_add(1, Ordering::Relaxed);
-                    counters
-                        .last_seq_sent
-                        .fetch_max(frame.seq.unwrap_or(0), Ordering::Relaxed);
+                    counters.last_seq_sent.fetch_max(frame.seq.unwrap_or(0), Ordering::Relaxed);
                     sink.feed(Message::Binary(frame.bytes)).await?;
                     fed += 1;
                 }
@@ -279,12 +272,7 @@ enum End {
 /// The frames of one connection.
 enum Frames {
     Network(Box<Network>),
-    Recording {
-        frames: Arc<[Frame]>,
-        at: usize,
-        cursor: Option<u64>,
-        before: Option<u64>,
-    },
+    Recording { frames: Arc<[Frame]>, at: usize, cursor: Option<u64>, before: Option<u64> },
 }
 
 impl Frames {
@@ -297,11 +285,7 @@ impl Frames {
                     return Some(Frames::Network(network));
                 };
                 // Numbers grow by four at the most.
-                let most = if options.events == 0 {
-                    ENDLESS
-                } else {
-                    options.events.saturating_mul(4)
-                };
+                let most = if options.events == 0 { ENDLESS } else { options.events.saturating_mul(4) };
                 if cursor > most {
                     return None;
                 }
@@ -320,12 +304,7 @@ impl Frames {
                 {
                     return None;
                 }
-                Some(Frames::Recording {
-                    frames: frames.clone(),
-                    at: 0,
-                    cursor,
-                    before: None,
-                })
+                Some(Frames::Recording { frames: frames.clone(), at: 0, cursor, before: None })
             }
         }
     }
@@ -333,12 +312,7 @@ impl Frames {
     fn next(&mut self) -> Option<Frame> {
         match self {
             Frames::Network(network) => network.next(),
-            Frames::Recording {
-                frames,
-                at,
-                cursor,
-                before,
-            } => loop {
+            Frames::Recording { frames, at, cursor, before } => loop {
                 let frame = frames.get(*at)?;
                 *at += 1;
                 let is_wanted = match (frame.seq, *cursor) {

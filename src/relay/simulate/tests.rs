@@ -15,12 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 
 fn options(events: u64) -> NetworkOptions {
-    NetworkOptions {
-        seed: 7,
-        accounts: 500,
-        events,
-        ..NetworkOptions::default()
-    }
+    NetworkOptions { seed: 7, accounts: 500, events, ..NetworkOptions::default() }
 }
 
 fn frames(options: &NetworkOptions) -> Vec<Frame> {
@@ -30,17 +25,10 @@ fn frames(options: &NetworkOptions) -> Vec<Frame> {
 /// A frame's `t` and body.
 fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
     let mut decoder = Decoder::new(frame);
-    let Value::Map(header) = decoder.decode().unwrap() else {
-        panic!("the header is no map")
-    };
-    let Value::Map(body) = decoder.decode().unwrap() else {
-        panic!("the body is no map")
-    };
+    let Value::Map(header) = decoder.decode().unwrap() else { panic!("the header is no map") };
+    let Value::Map(body) = decoder.decode().unwrap() else { panic!("the body is no map") };
     assert!(decoder.is_empty(), "bytes after the body");
-    let kind = header
-        .iter()
-        .find(|(key, _)| *key == "t")
-        .map(|(_, kind)| text(kind).to_owned());
+    let kind = header.iter().find(|(key, _)| *key == "t").map(|(_, kind)| text(kind).to_owned());
     (kind.unwrap_or_default(), body.into_iter().collect())
 }
 
@@ -52,9 +40,7 @@ fn text<'a>(value: &Value<'a>) -> &'a str {
 }
 
 fn operations<'a, 'b>(body: &'b BTreeMap<&'a str, Value<'a>>) -> Vec<BTreeMap<&'a str, &'b Value<'a>>> {
-    let Value::Array(ops) = &body["ops"] else {
-        panic!("ops is no array")
-    };
+    let Value::Array(ops) = &body["ops"] else { panic!("ops is no array") };
     ops.iter()
         .map(|op| match op {
             Value::Map(entries) => entries.iter().map(|(key, value)| (*key, value)).collect(),
@@ -68,13 +54,7 @@ fn the_same_options_give_the_same_bytes_and_another_seed_others() {
     let first = frames(&options(3000));
     assert_eq!(first.len(), 3000);
     assert_eq!(first, frames(&options(3000)));
-    assert_ne!(
-        first,
-        frames(&NetworkOptions {
-            seed: 8,
-            ..options(3000)
-        })
-    );
+    assert_ne!(first, frames(&NetworkOptions { seed: 8, ..options(3000) }));
 }
 
 #[test]
@@ -84,19 +64,12 @@ fn a_shorter_run_is_the_beginning_of_a_longer_one() {
 
 #[test]
 fn every_frame_decodes_and_every_block_has_its_cid() {
-    for frame in frames(&NetworkOptions {
-        pad: 2000,
-        deletions: true,
-        ..options(5000)
-    }) {
+    for frame in frames(&NetworkOptions { pad: 2000, deletions: true, ..options(5000) }) {
         let (kind, body) = parts(&frame.bytes);
         assert_eq!(body["seq"], Value::Unsigned(frame.seq.unwrap()));
         text(&body["time"]).parse::<jiff::Timestamp>().unwrap();
         let Some(Value::Bytes(blocks)) = body.get("blocks") else {
-            assert!(
-                ["#identity", "#account"].contains(&kind.as_str()),
-                "{kind} has no blocks"
-            );
+            assert!(["#identity", "#account"].contains(&kind.as_str()), "{kind} has no blocks");
             continue;
         };
         shrike::car::verify(*blocks).unwrap();
@@ -111,9 +84,8 @@ fn every_frame_decodes_and_every_block_has_its_cid() {
             continue;
         }
         let fields: Vec<&str> = body.keys().copied().collect();
-        let wanted = [
-            "blobs", "blocks", "commit", "ops", "rebase", "repo", "rev", "seq", "since", "time", "tooBig",
-        ];
+        let wanted =
+            ["blobs", "blocks", "commit", "ops", "rebase", "repo", "rev", "seq", "since", "time", "tooBig"];
         assert_eq!(fields, wanted);
         assert_eq!(body["commit"], Value::Cid(roots[0]));
         for op in operations(&body) {
@@ -123,11 +95,8 @@ fn every_frame_decodes_and_every_block_has_its_cid() {
                     let Value::Map(record) = shrike::cbor::decode(blocks[cid]).unwrap() else {
                         panic!("no map")
                     };
-                    let kind = record
-                        .iter()
-                        .find(|(key, _)| *key == "$type")
-                        .map(|(_, kind)| text(kind))
-                        .unwrap();
+                    let kind =
+                        record.iter().find(|(key, _)| *key == "$type").map(|(_, kind)| text(kind)).unwrap();
                     assert!(text(op["path"]).starts_with(kind));
                 }
                 other => panic!("{other:?}"),
@@ -167,16 +136,9 @@ fn accounts_act_only_on_what_is_there() {
     let mut inactive = HashSet::new();
     let mut alive = HashSet::new();
     let mut kinds: BTreeMap<String, u32> = BTreeMap::new();
-    for frame in frames(&NetworkOptions {
-        deletions: true,
-        ..options(60_000)
-    }) {
+    for frame in frames(&NetworkOptions { deletions: true, ..options(60_000) }) {
         let (kind, body) = parts(&frame.bytes);
-        let did = body
-            .get("did")
-            .or(body.get("repo"))
-            .map(|did| text(did).to_owned())
-            .unwrap();
+        let did = body.get("did").or(body.get("repo")).map(|did| text(did).to_owned()).unwrap();
         match kind.as_str() {
             "#identity" => _ = known.insert(did),
             "#account" if body["active"] == Value::Bool(true) => _ = inactive.remove(&did),
@@ -187,9 +149,7 @@ fn accounts_act_only_on_what_is_there() {
                     let path = text(op["path"]);
                     let uri = format!("{did}/{path}");
                     let collection = path.split('/').next().unwrap();
-                    *kinds
-                        .entry(format!("{collection} {}", text(op["action"])))
-                        .or_default() += 1;
+                    *kinds.entry(format!("{collection} {}", text(op["action"]))).or_default() += 1;
                     match text(op["action"]) {
                         "create" => assert!(alive.insert(uri), "{path} is created twice"),
                         "update" => assert!(alive.contains(&uri), "{path} is not there to be changed"),
@@ -234,19 +194,13 @@ fn seeking_gives_exactly_the_tail_of_the_full_run() {
 #[test]
 fn a_tiny_network_goes_on_too() {
     for accounts in [0, 1, 2] {
-        let options = NetworkOptions {
-            accounts,
-            deletions: true,
-            ..options(3000)
-        };
+        let options = NetworkOptions { accounts, deletions: true, ..options(3000) };
         assert_eq!(frames(&options).len(), 3000);
     }
 }
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 #[test]
@@ -288,18 +242,9 @@ impl Relay {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(Counters::default());
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(serve(
-            listener,
-            RelayOptions { source, rate },
-            counters.clone(),
-            shutdown.clone(),
-        ));
-        Relay {
-            address,
-            counters,
-            shutdown,
-            task,
-        }
+        let task =
+            tokio::spawn(serve(listener, RelayOptions { source, rate }, counters.clone(), shutdown.clone()));
+        Relay { address, counters, shutdown, task }
     }
 
     async fn connect(&self, rest: &str) -> Result<Client, tungstenite::Error> {
@@ -309,11 +254,7 @@ impl Relay {
 
     async fn stop(self) {
         self.shutdown.cancel();
-        tokio::time::timeout(Duration::from_secs(5), self.task)
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(5), self.task).await.unwrap().unwrap().unwrap();
     }
 }
 
@@ -333,10 +274,7 @@ async fn receive(client: &mut Client) -> Option<Bytes> {
 
 async fn expect_frames(client: &mut Client, wanted: &[Frame]) {
     for (at, frame) in wanted.iter().enumerate() {
-        assert!(
-            receive(client).await.as_ref() == Some(&frame.bytes),
-            "frame {at} is another"
-        );
+        assert!(receive(client).await.as_ref() == Some(&frame.bytes), "frame {at} is another");
     }
 }
 
@@ -346,17 +284,11 @@ async fn consumers_are_sent_everything_from_their_cursor_on() {
     let relay = Relay::start(Source::Network(options(3000)), None).await;
     let mut first = relay.connect("subscribeRepos").await.unwrap();
     let cursor = all[2000].seq.unwrap();
-    let mut second = relay
-        .connect(&format!("subscribeRepos?x=y&cursor={cursor}"))
-        .await
-        .unwrap();
+    let mut second = relay.connect(&format!("subscribeRepos?x=y&cursor={cursor}")).await.unwrap();
     expect_frames(&mut second, &all[2000..]).await;
     expect_frames(&mut first, &all).await;
     assert_eq!(relay.counters.frames_sent.load(Ordering::Relaxed), 4000);
-    assert_eq!(
-        relay.counters.last_seq_sent.load(Ordering::Relaxed),
-        all[2999].seq.unwrap()
-    );
+    assert_eq!(relay.counters.last_seq_sent.load(Ordering::Relaxed), all[2999].seq.unwrap());
     assert_eq!(relay.counters.connections.load(Ordering::Relaxed), 2);
     // The connections stay open after the last frame, until the relay stops.
     relay.stop().await;
@@ -370,16 +302,8 @@ async fn a_cursor_in_the_future_is_answered_with_the_error() {
     let recorded = read_frames(&fixture("pds-live.frames")).unwrap();
     let recording = Relay::start(Source::Recording(recorded.into()), None).await;
     // An endless network has no last frame, but one that nobody would wait for.
-    for (relay, cursor) in [
-        (&endless, u64::MAX),
-        (&finite, 300),
-        (&finite, u64::MAX),
-        (&recording, 300),
-    ] {
-        let mut client = relay
-            .connect(&format!("subscribeRepos?cursor={cursor}"))
-            .await
-            .unwrap();
+    for (relay, cursor) in [(&endless, u64::MAX), (&finite, 300), (&finite, u64::MAX), (&recording, 300)] {
+        let mut client = relay.connect(&format!("subscribeRepos?cursor={cursor}")).await.unwrap();
         let bytes = receive(&mut client).await.unwrap();
         let (kind, body) = parts(&bytes);
         assert_eq!(kind, "");
@@ -391,11 +315,9 @@ async fn a_cursor_in_the_future_is_answered_with_the_error() {
 #[tokio::test]
 async fn other_paths_and_bad_cursors_are_refused() {
     let relay = Relay::start(Source::Network(options(10)), None).await;
-    for (rest, wanted) in [
-        ("listRepos", 404),
-        ("subscribeRepos?cursor=-1", 400),
-        ("subscribeRepos?cursor=", 400),
-    ] {
+    for (rest, wanted) in
+        [("listRepos", 404), ("subscribeRepos?cursor=-1", 400), ("subscribeRepos?cursor=", 400)]
+    {
         match relay.connect(rest).await {
             Err(tungstenite::Error::Http(response)) => assert_eq!(response.status(), wanted, "{rest}"),
             other => panic!("{rest}: {other:?}"),
@@ -408,18 +330,14 @@ async fn other_paths_and_bad_cursors_are_refused() {
 async fn a_recorded_error_closes_the_connection_and_can_be_passed() {
     let mut recorded = read_frames(&fixture("pds-live.frames")).unwrap();
     recorded.truncate(10);
-    let error = read_frames(&fixture("error-consumer-too-slow.frames"))
-        .unwrap()
-        .remove(0);
+    let error = read_frames(&fixture("error-consumer-too-slow.frames")).unwrap().remove(0);
     recorded.insert(5, error);
     let relay = Relay::start(Source::Recording(recorded.clone().into()), None).await;
     let mut client = relay.connect("subscribeRepos").await.unwrap();
     expect_frames(&mut client, &recorded[..6]).await;
     assert_eq!(receive(&mut client).await, None);
-    let mut client = relay
-        .connect(&format!("subscribeRepos?cursor={}", recorded[4].seq.unwrap()))
-        .await
-        .unwrap();
+    let mut client =
+        relay.connect(&format!("subscribeRepos?cursor={}", recorded[4].seq.unwrap())).await.unwrap();
     expect_frames(&mut client, &recorded[4..5]).await;
     expect_frames(&mut client, &recorded[6..]).await;
     relay.stop().await;

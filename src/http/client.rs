@@ -1,0 +1,45 @@
+//! The few lines of HTTP with which the command line asks a running process.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// Fetches `path` from the process that serves `address`; returns status code and body.
+///
+/// # Errors
+///
+/// Nobody answers there within `limit`, or not in HTTP.
+pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
+    tokio::time::timeout(limit, fetch(reachable(address), path))
+        .await
+        .with_context(|| format!("no answer from {address} within {limit:?}"))?
+}
+
+/// An address that serves all interfaces is asked on loopback.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+async fn fetch(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let mut socket =
+        TcpStream::connect(address).await.with_context(|| format!("nobody listens on {address}"))?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    socket.take(16 << 20).read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is no HTTP")?;
+    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("the answer is no HTTP")?;
+    if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        bail!("the answer comes in chunks, which standpipe does not send");
+    }
+    Ok((code, body.to_owned()))
+}

@@ -1,0 +1,144 @@
+//! `/status` and `standpipe status`: stream, group, pipelines, reader, dead letters; from Redis alone, and from the
+//! process where one is at hand.
+
+use std::sync::atomic::Ordering;
+
+use redis::RedisResult;
+use redis::aio::MultiplexedConnection;
+use serde::{Deserialize, Serialize};
+
+use crate::status::{PipelineStatus, ReaderStatus, Status, lock, now_ms};
+use crate::stream::Keys;
+use crate::stream::group::{self, ConsumerInfo};
+use crate::stream::janitor::Look;
+
+/// The whole of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The program's version.
+    pub version: &'static str,
+    /// The stream and its group.
+    pub stream: StreamReport,
+    /// The group's consumers, also those of other processes and programs.
+    pub consumers: Vec<ConsumerInfo>,
+    /// Dead letters.
+    pub dead_letters: u64,
+    /// What the process says that was asked; absent when Redis alone was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<ProcessReport>,
+}
+
+/// The stream and its group.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StreamReport {
+    /// The key.
+    pub key: String,
+    /// The consumer group.
+    pub group: String,
+    /// Whether the stream exists.
+    pub exists: bool,
+    /// Whether the group exists.
+    pub group_exists: bool,
+    /// Entries in the stream.
+    pub length: u64,
+    /// Entries that nobody got yet; null when Redis does not know.
+    pub waiting: Option<u64>,
+    /// Entries delivered and not acknowledged.
+    pub pending: u64,
+    /// Age of the oldest entry that is not acknowledged.
+    pub oldest_waiting_seconds: Option<f64>,
+    /// The group whose progress bounds the trim.
+    pub trim_held_by: String,
+    /// The relay position up to which everything is in the stream.
+    pub cursor: Option<i64>,
+    /// The relay it belongs to.
+    pub relay: Option<String>,
+}
+
+/// What the process says of itself.
+#[derive(Debug, Serialize)]
+pub struct ProcessReport {
+    /// Seconds since its start.
+    pub uptime_seconds: f64,
+    /// Entries finished since its start.
+    pub entries: u64,
+    /// Entries per second since its start.
+    pub entries_per_second: f64,
+    /// Each pipeline.
+    pub pipelines: Vec<PipelineStatus>,
+    /// The reader, in a process that has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reader: Option<ReaderStatus>,
+    /// Connections to PostgreSQL.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolReport>,
+}
+
+/// Connections to PostgreSQL.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PoolReport {
+    /// Open.
+    pub size: usize,
+    /// In use.
+    pub in_use: usize,
+    /// At the most.
+    pub max: usize,
+}
+
+/// Asks Redis.
+///
+/// # Errors
+///
+/// It cannot be reached.
+pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Report> {
+    let look = crate::stream::janitor::look(connection, keys).await?;
+    let cursor = crate::stream::append::read_cursor(connection, keys).await?;
+    let consumers = if look.group { group::consumers(connection, keys).await? } else { Vec::new() };
+    let dead_letters = redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await?;
+    Ok(Report {
+        version: env!("CARGO_PKG_VERSION"),
+        stream: StreamReport {
+            key: keys.stream.clone(),
+            group: keys.group.clone(),
+            exists: look.exists,
+            group_exists: look.group,
+            length: look.length,
+            waiting: waiting(&look),
+            pending: look.pending,
+            oldest_waiting_seconds: oldest_seconds(&look),
+            trim_held_by: look.held_by,
+            cursor: cursor.position,
+            relay: cursor.relay,
+        },
+        consumers,
+        dead_letters,
+        process: None,
+    })
+}
+
+/// Entries that nobody got yet. Redis counts them or says that it does not know; none is none either way.
+#[must_use]
+pub fn waiting(look: &Look) -> Option<u64> {
+    if look.group && look.oldest_waiting.is_none() { Some(0) } else { look.lag }
+}
+
+/// Age of the oldest entry that is not acknowledged.
+#[must_use]
+pub fn oldest_seconds(look: &Look) -> Option<f64> {
+    look.oldest_unacknowledged().map(|id| now_ms().saturating_sub(id.ms) as f64 / 1000.0)
+}
+
+/// What this process says of itself.
+#[must_use]
+pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
+    let uptime = now_ms().saturating_sub(status.started_ms) as f64 / 1000.0;
+    let entries = status.entries.load(Ordering::Relaxed);
+    ProcessReport {
+        uptime_seconds: uptime,
+        entries,
+        entries_per_second: if uptime > 0.0 { entries as f64 / uptime } else { 0.0 },
+        pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
+        reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
+        pool,
+    }
+}

@@ -1,0 +1,331 @@
+//! Starting the parts and ending them in order. The only place that spawns.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::config::Config;
+use crate::http::Server;
+use crate::metrics;
+use crate::pipeline::Pipeline;
+use crate::relay::reader::Reader;
+use crate::report;
+use crate::status::{Status, lock, now_ms};
+use crate::store::verdict::Verdict;
+use crate::store::{Store, migrate};
+use crate::stream::{Keys, Redis, backoff, group, janitor};
+
+/// Which parts this process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parts {
+    /// Reader and pipelines.
+    All,
+    /// Only the reader.
+    Reader,
+    /// Only the pipelines.
+    Worker,
+}
+
+impl Parts {
+    fn reader(self) -> bool {
+        self != Self::Worker
+    }
+
+    fn worker(self) -> bool {
+        self != Self::Reader
+    }
+}
+
+/// A started process.
+pub struct Running {
+    config: Arc<Config>,
+    /// What its parts say.
+    pub status: Arc<Status>,
+    /// Where its HTTP server listens.
+    pub http: Option<SocketAddr>,
+    stop_reader: CancellationToken,
+    stop: CancellationToken,
+    readers: JoinSet<()>,
+    pipelines: JoinSet<()>,
+    /// What ends after everything else.
+    helpers: JoinSet<()>,
+    store: Option<Store>,
+}
+
+/// Runs until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+///
+/// # Errors
+///
+/// The process cannot start: the HTTP address is taken, or the configuration turns out to be unusable.
+pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Result<ExitCode> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut next_signal = async move || {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    let stop = CancellationToken::new();
+    let start = start(config, parts, metrics, stop.clone());
+    tokio::pin!(start);
+    let mut running = tokio::select! {
+        running = &mut start => match running? {
+            Some(running) => running,
+            None => return Ok(ExitCode::FAILURE),
+        },
+        name = next_signal() => {
+            info!(signal = name, "stopped before the start was complete");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    tokio::select! {
+        name = next_signal() => info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal ends at once"),
+        () = running.failed() => {
+            error!("a part of the process ended that should not have: stopping");
+            running.drain().await;
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    let began = Instant::now();
+    tokio::select! {
+        drained = running.drain() => {
+            if drained {
+                info!(seconds = began.elapsed().as_secs_f64(), "drained");
+                Ok(ExitCode::SUCCESS)
+            } else {
+                error!("not drained within DRAIN_TIMEOUT; what was in hand stays pending and is applied at the next start");
+                Ok(ExitCode::FAILURE)
+            }
+        }
+        name = next_signal() => {
+            warn!(signal = name, "second signal: ending at once; what was in hand stays pending");
+            // Immediately: tasks in the middle of a call are not waited for.
+            std::process::exit(130);
+        }
+    }
+}
+
+/// Starts the parts. `None` when `stop` came first.
+///
+/// # Errors
+///
+/// As for [`run`].
+pub async fn start(
+    config: Config,
+    parts: Parts,
+    metrics: PrometheusHandle,
+    stop: CancellationToken,
+) -> Result<Option<Running>> {
+    let config = Arc::new(config);
+    let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
+    let store = parts.worker().then(|| Store::new(&config)).transpose()?;
+    let consumers = if parts.worker() { config.parallel_consumers } else { 0 };
+    let status = Arc::new(Status::new(
+        parts.reader().then(|| config.relay_url.relay()),
+        (0..consumers).map(|index| config.consumer_name(index)).collect(),
+    ));
+    let mut running = Running {
+        status: Arc::clone(&status),
+        http: None,
+        stop_reader: stop.child_token(),
+        stop: stop.clone(),
+        readers: JoinSet::new(),
+        pipelines: JoinSet::new(),
+        helpers: JoinSet::new(),
+        store: store.clone(),
+        config: Arc::clone(&config),
+    };
+
+    // Helpers live until everything else has ended.
+    if let Some(address) = config.http_addr {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("HTTP_ADDR: cannot listen on {address}"))?;
+        let address = listener.local_addr()?;
+        running.http = Some(address);
+        info!(%address, "HTTP");
+        let server = Server::new(&config, redis.clone(), store.clone(), Arc::clone(&status), metrics.clone());
+        running.helpers.spawn(async move {
+            if let Err(error) = server.serve(listener).await {
+                error!(%error, "the HTTP server broke");
+            }
+        });
+    }
+    running.helpers.spawn(upkeep(metrics, Arc::clone(&status)));
+
+    if let Some(store) = &store
+        && !prepare_database(store, config.auto_migrate, &stop).await?
+    {
+        return Ok(None);
+    }
+    running.helpers.spawn(keep_house(Keys::new(&config), redis.clone(), Arc::clone(&status)));
+    if let Some(store) = &store {
+        for index in 0..consumers {
+            let pipeline = Pipeline::new(index, &config, redis.clone(), store.clone(), Arc::clone(&status));
+            running.pipelines.spawn(pipeline.run(stop.clone()));
+        }
+    }
+    if parts.reader() {
+        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status));
+        running.readers.spawn(reader.run(running.stop_reader.clone()));
+    }
+    info!(
+        ?parts,
+        version = env!("CARGO_PKG_VERSION"),
+        pipelines = consumers,
+        batch = config.batch_size,
+        "started"
+    );
+    Ok(Some(running))
+}
+
+impl Running {
+    /// Resolves when a part ended without being told to: it panicked.
+    pub async fn failed(&mut self) {
+        tokio::select! {
+            Some(_) = self.readers.join_next() => {}
+            Some(_) = self.pipelines.join_next() => {}
+            Some(_) = self.helpers.join_next() => {}
+            else => std::future::pending().await,
+        }
+    }
+
+    /// Stops the reader, lets the pipelines finish and acknowledge what they hold, closes everything.
+    ///
+    /// Returns whether that was done within `DRAIN_TIMEOUT`.
+    pub async fn drain(&mut self) -> bool {
+        let limit = self.config.drain_timeout;
+        let drained = tokio::time::timeout(limit, async {
+            self.stop_reader.cancel();
+            while self.readers.join_next().await.is_some() {}
+            self.stop.cancel();
+            while self.pipelines.join_next().await.is_some() {}
+        })
+        .await
+        .is_ok();
+        self.readers.shutdown().await;
+        self.pipelines.shutdown().await;
+        self.helpers.shutdown().await;
+        if let Some(store) = &self.store {
+            store.close();
+        }
+        drained
+    }
+}
+
+/// Waits for the database and brings it up to date; `false` when it is time to stop.
+async fn prepare_database(store: &Store, migrate: bool, stop: &CancellationToken) -> Result<bool> {
+    let mut delays = backoff();
+    let mut said = String::new();
+    while !stop.is_cancelled() {
+        let error = match try_prepare(store, migrate).await {
+            Ok(()) => return Ok(true),
+            Err(error) => error,
+        };
+        if error.message != said {
+            said.clone_from(&error.message);
+            match error.verdict {
+                Verdict::Halt => {
+                    error!(reason = said, "the database cannot be used; trying again until it can")
+                }
+                _ => warn!(reason = said, "waiting for PostgreSQL"),
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    Ok(false)
+}
+
+async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), crate::store::StoreError> {
+    let mut session = store.session().await?;
+    let found = migrate::look(session.client()).await?;
+    if !auto_migrate {
+        if found.is_current() {
+            return Ok(());
+        }
+        return Err(crate::store::StoreError {
+            verdict: Verdict::Halt,
+            message: format!(
+                "the database is at version {} and this program needs {} with its own functions, and AUTO_MIGRATE is \
+                 false: run `standpipe migrate`",
+                found.version,
+                migrate::wanted()
+            ),
+        });
+    }
+    let done = migrate::migrate(session.client_mut()).await?;
+    if !done.is_empty() {
+        info!(done = done.join(", "), "the database has been migrated");
+    }
+    Ok(())
+}
+
+/// Trims what is acknowledged, and looks at the stream for everybody.
+async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
+    let mut delays = backoff();
+    loop {
+        let Ok(mut connection) = redis.connect().await else {
+            tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
+            continue;
+        };
+        delays = backoff();
+        loop {
+            let look = match janitor::sweep(&mut connection, &keys).await {
+                Ok(look) => look,
+                Err(_) => break,
+            };
+            metrics::look(&look);
+            let again = look.trimmed > 0;
+            let missing = !look.exists || !look.group;
+            *lock(&status.stream) = Some((look, now_ms()));
+            if missing {
+                match group::ensure(&mut connection, &keys).await {
+                    Ok(ensured) => metrics::note_ensured(ensured),
+                    Err(_) => break,
+                }
+            }
+            let pause = if again { Duration::from_millis(50) } else { Duration::from_secs(1) };
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+/// Keeps the histograms small and says now and then how it is going.
+async fn upkeep(metrics: PrometheusHandle, status: Arc<Status>) {
+    let mut entries = 0;
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
+    let mut last = Instant::now();
+    loop {
+        tick.tick().await;
+        metrics.run_upkeep();
+        if last.elapsed() < Duration::from_secs(10) {
+            continue;
+        }
+        let now = status.entries.load(Ordering::Relaxed);
+        let rate = (now - entries) as f64 / last.elapsed().as_secs_f64();
+        (entries, last) = (now, Instant::now());
+        let look = status.look().map(|(look, _)| look).unwrap_or_default();
+        info!(
+            events_per_second = format_args!("{rate:.0}"),
+            entries = now,
+            waiting = report::waiting(&look).map_or_else(|| "unknown".to_owned(), |n| n.to_string()),
+            pending = look.pending,
+            oldest_seconds = format_args!("{:.1}", report::oldest_seconds(&look).unwrap_or(0.0)),
+            "progress"
+        );
+    }
+}
