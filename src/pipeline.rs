@@ -216,7 +216,8 @@ impl Pipeline {
             }
         }
         ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
-        session.flush().await?;
+        let events: Vec<&Event<'_>> = batch.iter().filter_map(|work| work.event.as_ref()).collect();
+        session.flush(&events).await?;
         ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
         self.say(State::Running);
         Ok(())

@@ -1,22 +1,21 @@
 -- Every delete leaves a tombstone, whether there was a row or not: a create that comes late must find it.
-CREATE OR REPLACE FUNCTION standpipe.put_tombstones(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.put_tombstone(o standpipe.op) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO standpipe.tombstones AS t (uri, commit_rev, commit_seq, stream_ms, stream_seq)
-    SELECT o.uri, o.rev, o.seq, o.ms, o.sq FROM unnest(ops) o
+    VALUES (o.uri, o.rev, o.seq, o.ms, o.sq)
     ON CONFLICT (uri) DO UPDATE SET
-        commit_rev = excluded.commit_rev,
-        commit_seq = excluded.commit_seq,
-        stream_ms = excluded.stream_ms,
-        stream_seq = excluded.stream_seq
+        commit_rev = excluded.commit_rev, commit_seq = excluded.commit_seq,
+        stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
     WHERE standpipe.newer(
         excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
         t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
 END $$;
 
 -- Whether a delete that is not older than this operation has been seen.
-CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE sql STABLE AS $$
-    SELECT EXISTS (
-        SELECT FROM standpipe.tombstones t
-        WHERE t.uri = o.uri AND NOT standpipe.newer(
-            o.rev, o.seq, o.ms, o.sq, t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq))
-$$;
+CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM standpipe.tombstones t
+    WHERE t.uri = o.uri AND NOT standpipe.newer(
+        o.rev, o.seq, o.ms, o.sq, t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
+    RETURN FOUND;
+END $$;

@@ -1,73 +1,54 @@
 -- app.bsky.bookmark. subject: the bookmarked post's URI. bookmark_count counts distinct users.
 
--- Inserts what is not there and not dead; what is there and older is removed first and inserted anew.
--- A delta is made for every subject, of zero where nothing changed: a counter row exists as soon as anything
--- refers to the post, in whatever order the events came.
-CREATE OR REPLACE FUNCTION standpipe.put_bookmarks(ops standpipe.op[], INOUT deltas standpipe.delta[], OUT applied integer)
-LANGUAGE plpgsql AS $$
+-- A delta is returned for the subject even when nothing changed, of zero then: a counter row exists as soon as
+-- anything refers to the post, in whatever order the events came.
+CREATE OR REPLACE FUNCTION standpipe.put_bookmark(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE
-    newer standpipe.op[];
-    more integer;
+    removed standpipe.delta[] := '{}';
+    counted integer;
 BEGIN
-    WITH added AS (
-        INSERT INTO bookmarks AS r (uri, user_did, post_uri, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
-        SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
-        FROM unnest(ops) o
-        WHERE NOT standpipe.is_dead(o)
-        ON CONFLICT (uri) DO NOTHING
-        RETURNING r.uri
-    ), subjects AS (
-        SELECT o.subject, o.repo, count(a.uri)::integer AS added
-        FROM unnest(ops) o LEFT JOIN added a ON a.uri = o.uri
-        GROUP BY o.subject, o.repo
-    )
-    -- The subquery sees the rows as they were before this statement: was there a bookmark by the same account?
-    SELECT coalesce(sum(s.added), 0), deltas || array_agg(ROW(s.subject, 0, 0, 0, 0, CASE WHEN s.added > 0 AND NOT EXISTS (SELECT FROM bookmarks x WHERE x.post_uri = s.subject AND x.user_did = s.repo) THEN 1 ELSE 0 END)::standpipe.delta)
-    INTO applied, deltas
-    FROM subjects s;
-
-    IF applied < cardinality(ops) THEN
-        SELECT array_agg(o) INTO newer
-        FROM unnest(ops) o JOIN bookmarks r ON r.uri = o.uri
-        WHERE standpipe.newer(o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-        IF newer IS NOT NULL THEN
-            deltas := standpipe.remove_bookmarks((SELECT array_agg(o.uri) FROM unnest(newer) o), deltas);
-            SELECT p.deltas, p.applied INTO deltas, more FROM standpipe.put_bookmarks(newer, deltas) p;
-            applied := applied + more;
+    IF standpipe.is_dead(o) THEN
+        RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
+    END IF;
+    -- Twice at the most: what is there and older is removed, and the second time round nothing is in the way.
+    LOOP
+        -- Before the insert, so that only others are seen: was there a bookmark of it by this account already?
+        PERFORM FROM bookmarks x WHERE x.post_uri = o.subject AND x.user_did = o.repo;
+        counted := CASE WHEN FOUND THEN 0 ELSE 1 END;
+        INSERT INTO bookmarks (uri, user_did, post_uri, created_at,
+                         commit_rev, commit_seq, stream_ms, stream_seq)
+        VALUES (o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq)
+        ON CONFLICT (uri) DO NOTHING;
+        EXIT WHEN FOUND;
+        PERFORM FROM bookmarks r WHERE r.uri = o.uri AND standpipe.newer(
+            o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+        IF NOT FOUND THEN
+            RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
         END IF;
-    END IF;
+        removed := standpipe.remove_bookmark(o.uri);
+    END LOOP;
+    RETURN ROW(true, removed || ROW(o.subject, 0, 0, 0, 0, counted)::standpipe.delta);
 END $$;
 
--- Deletes the rows that are older than their delete.
-CREATE OR REPLACE FUNCTION standpipe.delete_bookmarks(ops standpipe.op[], INOUT deltas standpipe.delta[], OUT applied integer)
-LANGUAGE plpgsql AS $$
-DECLARE
-    uris text[];
+-- Deletes the row if it is older than its delete.
+CREATE OR REPLACE FUNCTION standpipe.delete_bookmark(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 BEGIN
-    SELECT array_agg(r.uri) INTO uris
-    FROM unnest(ops) o JOIN bookmarks r ON r.uri = o.uri
-    WHERE standpipe.newer(o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    applied := coalesce(cardinality(uris), 0);
-    IF applied > 0 THEN
-        deltas := standpipe.remove_bookmarks(uris, deltas);
+    PERFORM standpipe.put_tombstone(o);
+    PERFORM FROM bookmarks r WHERE r.uri = o.uri AND standpipe.newer(
+        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+    IF NOT FOUND THEN
+        RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
+    RETURN ROW(true, standpipe.remove_bookmark(o.uri));
 END $$;
 
--- Removes rows and counts an account out where no other bookmark of the same post by it is left.
-CREATE OR REPLACE FUNCTION standpipe.remove_bookmarks(uris text[], INOUT deltas standpipe.delta[])
-LANGUAGE plpgsql AS $$
+-- Removes a row and counts its account out if no other bookmark of the same record by it is left.
+CREATE OR REPLACE FUNCTION standpipe.remove_bookmark(gone text) RETURNS standpipe.delta[] LANGUAGE plpgsql AS $$
 DECLARE
-    posts text[];
-    users text[];
+    post text;
+    account text;
 BEGIN
-    WITH gone AS (
-        DELETE FROM bookmarks WHERE uri = ANY (uris) RETURNING post_uri, user_did
-    )
-    SELECT array_agg(g.post_uri), array_agg(g.user_did) INTO posts, users
-    FROM (SELECT DISTINCT post_uri, user_did FROM gone) g;
-    -- A statement of its own, so that it sees what is left.
-    deltas := deltas || (
-        SELECT array_agg(ROW(g.post_uri, 0, 0, 0, 0, -1)::standpipe.delta)
-        FROM unnest(posts, users) AS g (post_uri, user_did)
-        WHERE NOT EXISTS (SELECT FROM bookmarks x WHERE x.post_uri = g.post_uri AND x.user_did = g.user_did));
+    DELETE FROM bookmarks r WHERE r.uri = gone RETURNING r.post_uri, r.user_did INTO post, account;
+    PERFORM FROM bookmarks x WHERE x.post_uri = post AND x.user_did = account;
+    RETURN CASE WHEN FOUND THEN ARRAY[]::standpipe.delta[] ELSE ARRAY[ROW(post, 0, 0, 0, 0, -1)::standpipe.delta] END;
 END $$;

@@ -1,47 +1,50 @@
 -- app.bsky.graph.follow and app.bsky.graph.block. subject: the DID of the followed or blocked account.
 -- Nothing is counted from them, so that a write is one statement.
-CREATE OR REPLACE FUNCTION standpipe.put_follows(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+
+CREATE OR REPLACE FUNCTION standpipe.put_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
+    IF standpipe.is_dead(o) THEN
+        RETURN false;
+    END IF;
     INSERT INTO follows AS r (uri, follower_did, following_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
-    SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
-    FROM unnest(ops) o
-    WHERE NOT standpipe.is_dead(o)
+    VALUES (o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq)
     ON CONFLICT (uri) DO UPDATE SET
         following_did = excluded.following_did, created_at = excluded.created_at,
         commit_rev = excluded.commit_rev, commit_seq = excluded.commit_seq,
         stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
     WHERE standpipe.newer(excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
                           r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    GET DIAGNOSTICS applied = ROW_COUNT;
+    RETURN FOUND;
 END $$;
 
-CREATE OR REPLACE FUNCTION standpipe.delete_follows(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.delete_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM follows r USING unnest(ops) o
-    WHERE r.uri = o.uri AND standpipe.newer(
+    PERFORM standpipe.put_tombstone(o);
+    DELETE FROM follows r WHERE r.uri = o.uri AND standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    GET DIAGNOSTICS applied = ROW_COUNT;
+    RETURN FOUND;
 END $$;
 
-CREATE OR REPLACE FUNCTION standpipe.put_blocks(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.put_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
+    IF standpipe.is_dead(o) THEN
+        RETURN false;
+    END IF;
     INSERT INTO blocks AS r (uri, blocker_did, blocked_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
-    SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
-    FROM unnest(ops) o
-    WHERE NOT standpipe.is_dead(o)
+    VALUES (o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq)
     ON CONFLICT (uri) DO UPDATE SET
         blocked_did = excluded.blocked_did, created_at = excluded.created_at,
         commit_rev = excluded.commit_rev, commit_seq = excluded.commit_seq,
         stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
     WHERE standpipe.newer(excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
                           r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    GET DIAGNOSTICS applied = ROW_COUNT;
+    RETURN FOUND;
 END $$;
 
-CREATE OR REPLACE FUNCTION standpipe.delete_blocks(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.delete_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM blocks r USING unnest(ops) o
-    WHERE r.uri = o.uri AND standpipe.newer(
+    PERFORM standpipe.put_tombstone(o);
+    DELETE FROM blocks r WHERE r.uri = o.uri AND standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    GET DIAGNOSTICS applied = ROW_COUNT;
+    RETURN FOUND;
 END $$;

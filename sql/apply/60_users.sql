@@ -1,116 +1,113 @@
 -- Every account that an event speaks of has a row. `dids` comes sorted: two transactions that insert the same
 -- accounts take them in the same order.
 CREATE OR REPLACE FUNCTION standpipe.ensure_users(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    account text;
 BEGIN
-    INSERT INTO users (did, handle)
-    SELECT d, 'handle.invalid' FROM unnest(dids) d
-    WHERE NOT EXISTS (SELECT FROM users u WHERE u.did = d)
-    ON CONFLICT (did) DO NOTHING;
+    FOREACH account IN ARRAY dids LOOP
+        PERFORM FROM users u WHERE u.did = account;
+        IF NOT FOUND THEN
+            INSERT INTO users (did, handle) VALUES (account, 'handle.invalid') ON CONFLICT (did) DO NOTHING;
+        END IF;
+    END LOOP;
 END $$;
 
 -- app.bsky.actor.profile/self. A register of the account: a delete is a write of nothing (body NULL), so that it
 -- needs no tombstone. body: display_name, description, avatar_url, banner_url, pinned_post, record.
-CREATE OR REPLACE FUNCTION standpipe.put_profiles(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.put_profile(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    WITH newest AS (
-        INSERT INTO standpipe.accounts AS a (did, profile_rev, profile_seq, profile_ms, profile_sq)
-        SELECT o.repo, o.rev, o.seq, o.ms, o.sq FROM unnest(ops) o
-        ON CONFLICT (did) DO UPDATE SET
-            profile_rev = excluded.profile_rev, profile_seq = excluded.profile_seq,
-            profile_ms = excluded.profile_ms, profile_sq = excluded.profile_sq
-        WHERE standpipe.newer(excluded.profile_rev, excluded.profile_seq, excluded.profile_ms, excluded.profile_sq,
-                              a.profile_rev, a.profile_seq, a.profile_ms, a.profile_sq)
-        RETURNING a.did
-    )
+    INSERT INTO standpipe.accounts AS a (did, profile_rev, profile_seq, profile_ms, profile_sq)
+    VALUES (o.repo, o.rev, o.seq, o.ms, o.sq)
+    ON CONFLICT (did) DO UPDATE SET
+        profile_rev = excluded.profile_rev, profile_seq = excluded.profile_seq,
+        profile_ms = excluded.profile_ms, profile_sq = excluded.profile_sq
+    WHERE standpipe.newer(excluded.profile_rev, excluded.profile_seq, excluded.profile_ms, excluded.profile_sq,
+                          a.profile_rev, a.profile_seq, a.profile_ms, a.profile_sq);
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
     UPDATE users u SET
         display_name = o.body ->> 'display_name', description = o.body ->> 'description',
         avatar_url = o.body ->> 'avatar_url', banner_url = o.body ->> 'banner_url',
         pinned_post = o.body -> 'pinned_post', profile_record = o.body -> 'record'
-    FROM unnest(ops) o JOIN newest n ON n.did = o.repo
     WHERE u.did = o.repo;
-    GET DIAGNOSTICS applied = ROW_COUNT;
+    RETURN true;
 END $$;
 
 -- #identity. subject: the handle. Two registers: the newest handle claimed for the account, and the newest
 -- claimant of the handle. A user shows its newest handle while it is that handle's newest claimant, else
 -- handle.invalid. `locked` holds the handles whose locks the caller took; an account's handle that changed
 -- since the caller looked is not among them, and the transaction is tried again.
-CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[], OUT applied integer)
+CREATE OR REPLACE FUNCTION standpipe.put_identity(o standpipe.op, locked text[]) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    o standpipe.op;
     before text;
     claimant text;
     changed boolean;
 BEGIN
-    applied := 0;
-    FOREACH o IN ARRAY ops LOOP
-        SELECT a.handle INTO before FROM standpipe.accounts a WHERE a.did = o.repo;
-        IF before IS NOT NULL AND NOT before = ANY (locked) THEN
-            RAISE EXCEPTION 'the handle of % changed meanwhile', o.repo USING ERRCODE = 'serialization_failure';
-        END IF;
-        INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
-        VALUES (o.repo, o.subject, o.seq, o.ms, o.sq)
-        ON CONFLICT (did) DO UPDATE SET
-            handle = excluded.handle, handle_seq = excluded.handle_seq,
-            handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
-        WHERE a.handle IS NULL OR standpipe.newer(
-            NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
-            NULL, a.handle_seq, a.handle_ms, a.handle_sq);
-        changed := FOUND;
-        INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
-        VALUES (o.subject, o.repo, o.seq, o.ms, o.sq)
-        ON CONFLICT (handle) DO UPDATE SET
-            did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
-        WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq);
-        changed := changed OR FOUND;
-        IF changed THEN
-            applied := applied + 1;
-            SELECT h.did INTO claimant FROM standpipe.handles h WHERE h.handle = o.subject;
-            UPDATE users u SET handle = 'handle.invalid' WHERE u.handle = o.subject AND u.did <> claimant;
-            UPDATE users u SET handle = CASE
-                    WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
-                    ELSE 'handle.invalid'
-                END
-            FROM standpipe.accounts a
-            WHERE a.did = o.repo AND u.did = o.repo;
-        END IF;
-    END LOOP;
+    SELECT a.handle INTO before FROM standpipe.accounts a WHERE a.did = o.repo;
+    IF before IS NOT NULL AND NOT before = ANY (locked) THEN
+        RAISE EXCEPTION 'the handle of % changed meanwhile', o.repo USING ERRCODE = 'serialization_failure';
+    END IF;
+    INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
+    VALUES (o.repo, o.subject, o.seq, o.ms, o.sq)
+    ON CONFLICT (did) DO UPDATE SET
+        handle = excluded.handle, handle_seq = excluded.handle_seq,
+        handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
+    WHERE a.handle IS NULL OR standpipe.newer(
+        NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
+        NULL, a.handle_seq, a.handle_ms, a.handle_sq);
+    changed := FOUND;
+    INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
+    VALUES (o.subject, o.repo, o.seq, o.ms, o.sq)
+    ON CONFLICT (handle) DO UPDATE SET
+        did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
+    WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq);
+    changed := changed OR FOUND;
+    IF changed THEN
+        SELECT h.did INTO claimant FROM standpipe.handles h WHERE h.handle = o.subject;
+        UPDATE users u SET handle = 'handle.invalid' WHERE u.handle = o.subject AND u.did <> claimant;
+        UPDATE users u SET handle = CASE
+                WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
+                ELSE 'handle.invalid'
+            END
+        FROM standpipe.accounts a
+        WHERE a.did = o.repo AND u.did = o.repo;
+    END IF;
+    RETURN changed;
 END $$;
 
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
 -- Status is a register ordered by the relay's sequence number where both have it, by the event's time otherwise.
 -- A deletion is a second register that only grows: it says from when on older records are dead, whatever the
 -- status says later.
-CREATE OR REPLACE FUNCTION standpipe.put_accounts(ops standpipe.op[], OUT applied integer) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION standpipe.put_account(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
-    o standpipe.op;
+    changed boolean;
 BEGIN
-    applied := 0;
-    FOREACH o IN ARRAY ops LOOP
-        INSERT INTO standpipe.accounts AS a (did, status_seq, status_time, status_ms, status_sq)
-        VALUES (o.repo, o.seq, o.created_at, o.ms, o.sq)
-        ON CONFLICT (did) DO UPDATE SET
-            status_seq = excluded.status_seq, status_time = excluded.status_time,
-            status_ms = excluded.status_ms, status_sq = excluded.status_sq
-        WHERE CASE
-            WHEN a.status_time IS NULL THEN true
-            WHEN excluded.status_seq IS NOT NULL AND a.status_seq IS NOT NULL
-                THEN excluded.status_seq::bigint > a.status_seq::bigint
-            ELSE (excluded.status_time, excluded.status_ms, excluded.status_sq)
-                > (a.status_time, a.status_ms, a.status_sq)
+    INSERT INTO standpipe.accounts AS a (did, status_seq, status_time, status_ms, status_sq)
+    VALUES (o.repo, o.seq, o.created_at, o.ms, o.sq)
+    ON CONFLICT (did) DO UPDATE SET
+        status_seq = excluded.status_seq, status_time = excluded.status_time,
+        status_ms = excluded.status_ms, status_sq = excluded.status_sq
+    WHERE CASE
+        WHEN a.status_time IS NULL THEN true
+        WHEN excluded.status_seq IS NOT NULL AND a.status_seq IS NOT NULL
+            THEN excluded.status_seq::bigint > a.status_seq::bigint
+        ELSE (excluded.status_time, excluded.status_ms, excluded.status_sq)
+            > (a.status_time, a.status_ms, a.status_sq)
+    END;
+    changed := FOUND;
+    IF changed THEN
+        UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
+    END IF;
+    IF o.subject = 'deleted' AND o.body = 'false' THEN
+        UPDATE standpipe.accounts a SET deleted_seq = o.seq, deleted_time = o.created_at
+        WHERE a.did = o.repo AND CASE
+            WHEN a.deleted_time IS NULL THEN true
+            WHEN o.seq IS NOT NULL AND a.deleted_seq IS NOT NULL THEN o.seq::bigint > a.deleted_seq::bigint
+            ELSE o.created_at > a.deleted_time
         END;
-        IF FOUND THEN
-            applied := applied + 1;
-            UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
-        END IF;
-        IF o.subject = 'deleted' AND o.body = 'false' THEN
-            UPDATE standpipe.accounts a SET deleted_seq = o.seq, deleted_time = o.created_at
-            WHERE a.did = o.repo AND CASE
-                WHEN a.deleted_time IS NULL THEN true
-                WHEN o.seq IS NOT NULL AND a.deleted_seq IS NOT NULL THEN o.seq::bigint > a.deleted_seq::bigint
-                ELSE o.created_at > a.deleted_time
-            END;
-        END IF;
-    END LOOP;
+    END IF;
+    RETURN changed;
 END $$;

@@ -456,3 +456,9 @@ CREATE TYPE standpipe.delta AS (
     quotes integer,
     bookmarks integer
 );
+
+-- What an operation came to: whether it changed something, and what it counts.
+CREATE TYPE standpipe.effect AS (
+    applied boolean,
+    deltas standpipe.delta[]
+);

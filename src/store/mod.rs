@@ -1,10 +1,12 @@
 //! The only place that knows PostgreSQL: connections, the apply call, the flush, migrations, and what an error means.
 
 pub mod audit;
+mod known;
 pub mod migrate;
 mod types;
 pub mod verdict;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
@@ -17,15 +19,17 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use crate::config::Config;
 use crate::event::{Event, Kind, Reason, Reject};
 use crate::metrics;
+use known::KnownAccounts;
 use types::Call;
 use verdict::{Verdict, describe, judge};
 
-const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7)";
+const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5)";
 
 /// The bounded pool.
 #[derive(Clone)]
 pub struct Store {
     pool: Pool,
+    known: Arc<KnownAccounts>,
 }
 
 /// What applying an event came to.
@@ -101,7 +105,7 @@ impl Store {
                 recycle: Some(Duration::from_secs(5)),
             })
             .build()?;
-        Ok(Self { pool })
+        Ok(Self { pool, known: Arc::default() })
     }
 
     /// A connection out of the pool.
@@ -113,7 +117,7 @@ impl Store {
         let asked = Instant::now();
         let client = self.pool.get().await?;
         ::metrics::histogram!(metrics::POOL_WAIT).record(asked.elapsed().as_secs_f64());
-        Ok(Session { client })
+        Ok(Session { client, known: Arc::clone(&self.known) })
     }
 
     /// Whether the server answers, within `limit`.
@@ -148,6 +152,7 @@ impl Store {
 /// One connection, held for one batch: what is applied on it is flushed on it.
 pub struct Session {
     client: Object,
+    known: Arc<KnownAccounts>,
 }
 
 impl Session {
@@ -164,6 +169,7 @@ impl Session {
 
     /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
     pub fn discard(self) {
+        self.known.clear();
         drop(Object::take(self.client));
     }
 
@@ -175,13 +181,14 @@ impl Session {
             Ok(statement) => statement,
             Err(error) => return vec![Err(StoreError::from(&error)); events.len().max(1)],
         };
-        let calls: Vec<Call<'_>> = events.iter().map(|event| Call::new(event, |_| true)).collect();
+        let calls: Vec<Call<'_>> =
+            events.iter().map(|event| Call::new(event, &self.known, |_| true)).collect();
         let parameters: Vec<_> = calls.iter().map(Call::parameters).collect();
         let answers = join_all(parameters.iter().map(|p| self.client.query_one(&statement, p))).await;
         let mut results = Vec::with_capacity(events.len());
         for (event, answer) in events.iter().zip(answers) {
             results.push(match answer {
-                Ok(row) => Ok(outcome(event, row.get(0))),
+                Ok(row) => Ok(outcome(event, &row.get::<_, Vec<bool>>(0))),
                 Err(error) if judge(&error) == Verdict::Reject => self.isolate(event, &error).await,
                 Err(error) => Err(StoreError::from(&error)),
             });
@@ -203,7 +210,7 @@ impl Session {
         let statement = self.client.prepare_cached(APPLY).await?;
         let mut bad = Vec::new();
         for index in 0..event.ops.len() {
-            let call = Call::new(event, |other| other == index);
+            let call = Call::new(event, &self.known, |other| other == index);
             self.client.batch_execute("BEGIN").await?;
             let tried = self.client.query_one(&statement, &call.parameters()).await;
             self.client.batch_execute("ROLLBACK").await?;
@@ -227,7 +234,7 @@ impl Session {
         Ok(Outcome::Rejected(bad))
     }
 
-    /// Makes everything that was committed on this connection durable.
+    /// Makes everything that was committed on this connection durable, `events` among it.
     ///
     /// The transactions themselves commit without waiting for the disk. This one waits, and the log is written in
     /// order: when it has answered, all of them are on disk. It must write something of its own: a transaction
@@ -236,7 +243,7 @@ impl Session {
     /// # Errors
     ///
     /// The flush has not answered: everything since the last one counts as not applied.
-    pub async fn flush(&self) -> Result<(), StoreError> {
+    pub async fn flush(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
         let statement = self
             .client
             .prepare_cached(
@@ -246,26 +253,30 @@ impl Session {
             )
             .await?;
         self.client.query_one(&statement, &[]).await?;
+        for event in events {
+            for did in std::iter::once(&event.repo).chain(&event.mentions) {
+                if !self.known.contains(did) {
+                    self.known.insert(did);
+                }
+            }
+        }
         Ok(())
     }
 }
 
-/// Adds up what the function says of each section.
-fn outcome(event: &Event<'_>, counts: Vec<i32>) -> Outcome {
-    let mut applied: Vec<(Kind, u32, u32)> = Vec::with_capacity(counts.len());
-    let mut counts = counts.into_iter();
-    let mut last = None;
-    for op in &event.ops {
-        if last != Some((op.delete, op.kind)) {
-            last = Some((op.delete, op.kind));
-            let changed = u32::try_from(counts.next().unwrap_or(0)).unwrap_or(0);
-            applied.push((op.kind, 0, changed));
-        }
-        if let Some((_, total, _)) = applied.last_mut() {
-            *total += 1;
+/// Adds up what the function says of each operation.
+fn outcome(event: &Event<'_>, changed: &[bool]) -> Outcome {
+    let mut kinds: Vec<(Kind, u32, u32)> = Vec::with_capacity(1);
+    for (op, changed) in event.ops.iter().zip(changed) {
+        match kinds.last_mut() {
+            Some((kind, total, applied)) if *kind == op.kind => {
+                *total += 1;
+                *applied += u32::from(*changed);
+            }
+            _ => kinds.push((op.kind, 1, u32::from(*changed))),
         }
     }
-    Outcome::Applied(applied)
+    Outcome::Applied(kinds)
 }
 
 /// The driver's options from the operator's URL.

@@ -5,6 +5,7 @@ use std::error::Error;
 use bytes::{BufMut as _, BytesMut};
 use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
 
+use super::known::KnownAccounts;
 use crate::event::{Event, Json, Kind, Micros};
 
 impl ToSql for Micros {
@@ -62,41 +63,33 @@ pub(super) struct Call<'a> {
     handles: Vec<&'a str>,
     dids: Vec<&'a str>,
     ops: Vec<SqlOp<'a>>,
-    sections: Vec<&'static str>,
-    sizes: Vec<i32>,
-    deletes: i32,
+    kinds: Vec<&'static str>,
 }
 
 impl<'a> Call<'a> {
     /// The call that applies the operations of `event` for which `chosen` says yes.
-    pub(super) fn new(event: &'a Event<'_>, chosen: impl Fn(usize) -> bool) -> Self {
+    pub(super) fn new(event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) -> Self {
+        let mut dids: Vec<&str> = Vec::with_capacity(1 + event.mentions.len());
+        dids.extend(
+            std::iter::once(&event.repo)
+                .chain(&event.mentions)
+                .map(|did| &**did)
+                .filter(|did| !known.contains(did)),
+        );
+        dids.sort_unstable();
+        dids.dedup();
         let mut call = Self {
             repos: vec![&event.repo],
             handles: Vec::new(),
-            dids: Vec::with_capacity(1 + event.mentions.len()),
+            dids,
             ops: Vec::with_capacity(event.ops.len()),
-            sections: Vec::with_capacity(1),
-            sizes: Vec::with_capacity(1),
-            deletes: 0,
+            kinds: Vec::with_capacity(event.ops.len()),
         };
-        call.dids.push(&event.repo);
-        call.dids.extend(event.mentions.iter().map(|did| &**did));
-        call.dids.sort_unstable();
-        call.dids.dedup();
-        let mut last = None;
         for (_, op) in event.ops.iter().enumerate().filter(|(index, _)| chosen(*index)) {
             if op.kind == Kind::Identity {
                 call.handles.extend(op.subject.as_deref());
             }
-            call.deletes += i32::from(op.delete);
-            if last != Some((op.delete, op.kind)) {
-                last = Some((op.delete, op.kind));
-                call.sections.push(section(op.delete, op.kind));
-                call.sizes.push(0);
-            }
-            if let Some(size) = call.sizes.last_mut() {
-                *size += 1;
-            }
+            call.kinds.push(kind_name(op.delete, op.kind));
             call.ops.push(SqlOp {
                 repo: &event.repo,
                 uri: &op.uri,
@@ -116,13 +109,13 @@ impl<'a> Call<'a> {
     }
 
     /// The parameters in the function's order.
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 7] {
-        [&self.repos, &self.handles, &self.dids, &self.ops, &self.sections, &self.sizes, &self.deletes]
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 5] {
+        [&self.repos, &self.handles, &self.dids, &self.ops, &self.kinds]
     }
 }
 
-/// The section's name in `sql/apply/90_apply.sql`.
-fn section(delete: bool, kind: Kind) -> &'static str {
+/// The operation's name in `sql/apply/90_apply.sql`.
+fn kind_name(delete: bool, kind: Kind) -> &'static str {
     match (delete, kind) {
         (false, kind) => kind.name(),
         (true, Kind::Post) => "delete post",

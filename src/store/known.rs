@@ -1,0 +1,61 @@
+//! Accounts whose row is known to exist, so that not every event has to ask.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::Mutex;
+
+use crate::status::lock;
+
+/// Accounts per generation: 16 bytes each, twice.
+const GENERATION: usize = 100_000;
+
+/// A bounded set of accounts: two generations, the older one is forgotten when the younger is full. Holds hashes; that
+/// two of so few share 64 bits does not happen.
+#[derive(Debug, Default)]
+pub(super) struct KnownAccounts {
+    hasher: RandomState,
+    generations: Mutex<(HashSet<u64>, HashSet<u64>)>,
+}
+
+impl KnownAccounts {
+    pub(super) fn contains(&self, did: &str) -> bool {
+        let hash = self.hasher.hash_one(did);
+        let generations = lock(&self.generations);
+        generations.0.contains(&hash) || generations.1.contains(&hash)
+    }
+
+    /// Only for accounts whose row is durable.
+    pub(super) fn insert(&self, did: &str) {
+        let hash = self.hasher.hash_one(did);
+        let mut generations = lock(&self.generations);
+        if generations.0.len() >= GENERATION {
+            generations.1 = std::mem::take(&mut generations.0);
+        }
+        generations.0.insert(hash);
+    }
+
+    /// After a connection broke it may be another server that answers.
+    pub(super) fn clear(&self) {
+        *lock(&self.generations) = Default::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_set_is_bounded_and_keeps_the_younger_ones() {
+        let known = KnownAccounts::default();
+        for n in 0..3 * GENERATION {
+            known.insert(&format!("did:plc:{n}"));
+        }
+        let generations = lock(&known.generations);
+        assert!(generations.0.len() + generations.1.len() <= 2 * GENERATION);
+        drop(generations);
+        assert!(known.contains(&format!("did:plc:{}", 3 * GENERATION - 1)));
+        assert!(!known.contains("did:plc:0"));
+        known.clear();
+        assert!(!known.contains(&format!("did:plc:{}", 3 * GENERATION - 1)));
+    }
+}
