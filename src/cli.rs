@@ -46,7 +46,7 @@ pub enum Command {
     Reader,
     /// Only the pipelines: Redis stream -> PostgreSQL
     Worker,
-    /// Create or upgrade the tables (also done at start unless AUTO_MIGRATE=false)
+    /// Create or upgrade the tables (also done at start unless `AUTO_MIGRATE=false`)
     Migrate,
     /// Check configuration, Redis, PostgreSQL, permissions and settings; say what is wrong and what to do
     Check,

@@ -400,10 +400,6 @@ impl Reading {
     }
 
     /// Parses every variable before it looks at any result, so that no problem hides another.
-    #[expect(
-        clippy::too_many_lines,
-        reason = "one line per variable, twice; in parts it would be harder to compare with the table"
-    )]
     fn config(&mut self, raw: &Raw, host: Option<&str>, role: Role) -> Option<Config> {
         let relay_url = self.take("RELAY_URL", raw.relay_url.as_deref(), RelayUrl::parse);
         let redis_url = self.take("REDIS_URL", raw.redis_url.as_deref(), RedisUrl::parse);

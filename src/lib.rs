@@ -12,6 +12,9 @@
 //! [`event`] is the language they share, [`config`] the only place that reads the environment, [`run`] the only place
 //! that spawns.
 
+// What would end the process, or a pipeline: only with a reason at the place. Tests may.
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
+
 pub mod apply;
 pub mod config;
 pub mod demo;

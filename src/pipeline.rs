@@ -209,10 +209,10 @@ impl Pipeline {
                     Err(error) => return Err(error),
                 }
             }
-            if let Some(error) = again {
-                if !self.wait_for_postgres(error.clone(), delays.next(), stop).await {
-                    return Err(error);
-                }
+            if let Some(error) = again
+                && !self.wait_for_postgres(error.clone(), delays.next(), stop).await
+            {
+                return Err(error);
             }
         }
         ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
@@ -302,7 +302,7 @@ impl Pipeline {
         let consumer = &self.consumer;
         match state {
             State::WaitingForRedis { reason } => {
-                warn!(consumer, reason, "waiting for Redis; nothing is lost")
+                warn!(consumer, reason, "waiting for Redis; nothing is lost");
             }
             State::WaitingForPostgres { reason } => {
                 warn!(consumer, reason, "waiting for PostgreSQL; nothing is lost and nothing more is read");

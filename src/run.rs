@@ -22,8 +22,8 @@ use crate::relay::reader::Reader;
 use crate::report;
 use crate::status::{Status, lock, now_ms};
 use crate::store::verdict::Verdict;
-use crate::store::{Store, migrate};
-use crate::stream::{Keys, Redis, backoff, group, janitor};
+use crate::store::{Store, migrate, tombstones};
+use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor};
 
 /// Which parts this process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +171,12 @@ pub async fn start(
     }
     running.helpers.spawn(keep_house(Keys::new(&config), redis.clone(), Arc::clone(&status)));
     if let Some(store) = &store {
+        running.helpers.spawn(forget_tombstones(
+            Keys::new(&config),
+            redis.clone(),
+            store.clone(),
+            config.tombstone_retention,
+        ));
         for index in 0..consumers {
             let pipeline = Pipeline::new(index, &config, redis.clone(), store.clone(), Arc::clone(&status));
             running.pipelines.spawn(pipeline.run(stop.clone()));
@@ -235,11 +241,10 @@ async fn prepare_database(store: &Store, migrate: bool, stop: &CancellationToken
         };
         if error.message != said {
             said.clone_from(&error.message);
-            match error.verdict {
-                Verdict::Halt => {
-                    error!(reason = said, "the database cannot be used; trying again until it can")
-                }
-                _ => warn!(reason = said, "waiting for PostgreSQL"),
+            if error.verdict == Verdict::Halt {
+                error!(reason = said, "the database cannot be used; trying again until it can");
+            } else {
+                warn!(reason = said, "waiting for PostgreSQL");
             }
         }
         tokio::select! {
@@ -284,10 +289,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
         };
         delays = backoff();
         loop {
-            let look = match janitor::sweep(&mut connection, &keys).await {
-                Ok(look) => look,
-                Err(_) => break,
-            };
+            let Ok(look) = janitor::sweep(&mut connection, &keys).await else { break };
             metrics::look(&look);
             let again = look.trimmed > 0;
             let missing = !look.exists || !look.group;
@@ -301,6 +303,23 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
             let pause = if again { Duration::from_millis(50) } else { Duration::from_secs(1) };
             tokio::time::sleep(pause).await;
         }
+    }
+}
+
+/// Once an hour forgets the tombstones that are older than the retention and than everything that may still come.
+async fn forget_tombstones(keys: Keys, redis: Redis, store: Store, retention: Duration) {
+    loop {
+        let swept = async {
+            let mut connection = redis.connect().await.ok()?;
+            let oldest = dead_letters::oldest_source(&mut connection, &keys).await.ok()?;
+            let bound = now_ms().saturating_sub(retention.as_millis() as u64).min(oldest.unwrap_or(u64::MAX));
+            tombstones::sweep(store.session().await.ok()?.client(), bound).await.ok()
+        };
+        // When a server is away the next hour will do.
+        if let Some(count @ 1..) = swept.await {
+            info!(count, "tombstones older than the retention have been forgotten");
+        }
+        tokio::time::sleep(Duration::from_hours(1)).await;
     }
 }
 

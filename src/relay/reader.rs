@@ -255,7 +255,8 @@ impl Reader {
         let mut url = self.config.relay_url.expose().to_owned();
         if let Some(cursor) = from {
             url.push(if url.contains('?') { '&' } else { '?' });
-            url.push_str(&format!("cursor={cursor}"));
+            url.push_str("cursor=");
+            url.push_str(&cursor.to_string());
         }
         let limits = WebSocketConfig::default()
             .max_message_size(Some(MESSAGE_BYTES))

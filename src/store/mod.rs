@@ -3,6 +3,7 @@
 pub mod audit;
 mod known;
 pub mod migrate;
+pub mod tombstones;
 mod types;
 pub mod verdict;
 

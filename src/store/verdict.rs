@@ -37,9 +37,8 @@ fn judge_code(code: &SqlState) -> Verdict {
         // read_only_sql_transaction (a standby after a failover), in_failed_sql_transaction,
         // invalid_sql_statement_name (a pooler gave us another session), feature_not_supported (a cached plan whose
         // tables changed)
-        "25006" | "25P02" | "26000" | "0A000" => Verdict::Reconnect,
-        // admin_shutdown, crash_shutdown, cannot_connect_now
-        "57P01" | "57P02" | "57P03" => Verdict::Reconnect,
+        // Also admin_shutdown, crash_shutdown, cannot_connect_now.
+        "25006" | "25P02" | "26000" | "0A000" | "57P01" | "57P02" | "57P03" => Verdict::Reconnect,
         _ => match code.get(..2) {
             // connection exceptions; system errors such as I/O
             Some("08" | "58") => Verdict::Reconnect,

@@ -148,7 +148,7 @@ pub async fn take_lease(
     keys: &Keys,
     token: &str,
 ) -> RedisResult<bool> {
-    let taken: Option<String> = redis::cmd("SET")
+    let answer: Option<String> = redis::cmd("SET")
         .arg(&keys.lease)
         .arg(token)
         .arg("NX")
@@ -156,7 +156,7 @@ pub async fn take_lease(
         .arg(LEASE.as_millis() as u64)
         .query_async(connection)
         .await?;
-    if taken.is_some() {
+    if answer.is_some() {
         return Ok(true);
     }
     // Ours from before a reconnection?

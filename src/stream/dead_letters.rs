@@ -3,11 +3,12 @@
 use std::sync::LazyLock;
 
 use redis::aio::MultiplexedConnection;
+use redis::streams::StreamRangeReply;
 use redis::{RedisResult, Script};
 
 use super::Keys;
 use super::entry::Entry;
-use crate::event::Rejected;
+use crate::event::{EntryId, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
 
@@ -67,6 +68,41 @@ pub async fn bury(
         0 => Buried::Already,
         _ => Buried::Full,
     })
+}
+
+/// The oldest entry that may still be applied: in the stream or among the dead letters; Unix milliseconds.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn oldest_source(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<u64>> {
+    let mut oldest = range(connection, &keys.stream, "-", 1).await?.ids.first().map(|entry| id_ms(&entry.id));
+    let mut from = "-".to_owned();
+    loop {
+        // Dead letters stand in the order in which they died, not in that of their sources: all are looked at.
+        let page = range(connection, &keys.dead, &from, 200).await?.ids;
+        let Some(last) = page.last() else { return Ok(oldest) };
+        from = format!("({}", last.id);
+        for letter in &page {
+            let source: Option<String> = letter.get("source_id");
+            let ms = source.map_or(0, |id| id_ms(&id));
+            oldest = Some(oldest.map_or(ms, |before| before.min(ms)));
+        }
+    }
+}
+
+async fn range(
+    connection: &mut MultiplexedConnection,
+    key: &str,
+    from: &str,
+    count: usize,
+) -> RedisResult<StreamRangeReply> {
+    redis::cmd("XRANGE").arg(key).arg(from).arg("+").arg("COUNT").arg(count).query_async(connection).await
+}
+
+/// The milliseconds of an entry's id; 0, older than everything, for what is none.
+fn id_ms(id: &str) -> u64 {
+    id.parse::<EntryId>().map_or(0, |id| id.ms)
 }
 
 /// The event around the operation: a commit's `repo`, `rev` and the like without its other operations, which may be

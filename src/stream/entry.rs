@@ -95,14 +95,13 @@ fn from_fields(id: EntryId, fields: Vec<Value>) -> Entry {
     let mut entry = Entry { id, ..Entry::default() };
     let mut fields = fields.into_iter();
     while let (Some(name), Some(value)) = (fields.next(), fields.next()) {
-        match name {
-            Value::BulkString(name) => match name.as_slice() {
+        if let Value::BulkString(name) = name {
+            match name.as_slice() {
                 b"type" => entry.event_type = text(value),
                 b"data" => entry.data = text(value),
                 b"seq" => entry.seq = text(value),
                 _ => {}
-            },
-            _ => {}
+            }
         }
     }
     entry

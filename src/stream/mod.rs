@@ -16,7 +16,7 @@ use redis::{AsyncConnectionConfig, IntoConnectionInfo, RedisError};
 use crate::config::Config;
 
 /// How long one XREADGROUP waits for entries; also how long a stop may have to wait for a quiet pipeline.
-pub const BLOCK: Duration = Duration::from_millis(1000);
+pub const BLOCK: Duration = Duration::from_secs(1);
 
 /// Every key that belongs to one stream.
 #[derive(Clone, Debug)]

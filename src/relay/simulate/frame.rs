@@ -355,6 +355,7 @@ fn infallible(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> Bytes
 /// What is written into memory.
 pub(super) fn infallible_vec(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
+    #[expect(clippy::expect_used, reason = "a Vec never refuses bytes")]
     // Unwrap safety: the encoders fail only where their writer fails, which a Vec never does, and at floats, which
     // no frame has.
     write(&mut out).expect("writing CBOR into memory cannot fail");

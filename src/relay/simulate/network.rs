@@ -176,7 +176,7 @@ impl Network {
         let what = match self.rng.u32(0..1000) {
             0..503 => self.one(Self::like),
             503..506 => self.like_again(),
-            506..626 => self.one(Self::post),
+            506..626 => self.one(|network, owner| Some(network.post(owner))),
             626..706 => self.one(Self::repost),
             706..846 => self.one(Self::follow),
             846..856 => self.one(Self::block),
@@ -337,9 +337,9 @@ impl Network {
         Some(create(BLOCK, rkey, content))
     }
 
-    fn post(&mut self, owner: u32) -> Option<Operation> {
+    fn post(&mut self, owner: u32) -> Operation {
         let parent = if self.rng.u32(0..100) < 30 { self.subject() } else { None };
-        Some(self.new_post(owner, parent))
+        self.new_post(owner, parent)
     }
 
     fn new_post(&mut self, owner: u32, parent: Option<u64>) -> Operation {
@@ -414,7 +414,7 @@ impl Network {
         let owner = self.somebody();
         let list = match self.lists.len() {
             0 => None,
-            shelf => Some(self.lists[self.rng.usize(0..shelf)]),
+            count => Some(self.lists[self.rng.usize(0..count)]),
         };
         let operation = match (dice, list) {
             (25..52, Some(list)) => {
@@ -513,7 +513,7 @@ impl Network {
                     0..4 => self.like(owner),
                     4..8 => self.follow(owner),
                     8 => self.repost(owner),
-                    _ => self.post(owner),
+                    _ => Some(self.post(owner)),
                 })
             };
             let operation = match operation {

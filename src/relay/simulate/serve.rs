@@ -39,12 +39,16 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Where frames come from.
 #[derive(Clone, Debug)]
 pub enum Source {
+    /// Made up as it goes.
     Network(NetworkOptions),
+    /// What a real server sent once.
     Recording(Arc<[Frame]>),
 }
 
+/// What a simulated relay does.
 #[derive(Clone, Debug)]
 pub struct RelayOptions {
+    /// Where its frames come from.
     pub source: Source,
     /// Frames per second and connection; None or 0 is as fast as the consumer takes them. A consumer that falls
     /// behind is sent the backlog as fast as it takes it, as by a real relay.

@@ -1,0 +1,33 @@
+//! Forgetting tombstones that nothing can need any more.
+
+use tokio_postgres::Client;
+
+use super::StoreError;
+
+/// Rows per transaction: short enough that nobody waits for it.
+const CHUNK: i64 = 5_000;
+
+/// Deletes tombstones of deletes that came into the stream before `before_ms` (Unix milliseconds). The caller sees to it
+/// that no older event can come again. Returns how many.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn sweep(client: &Client, before_ms: u64) -> Result<u64, StoreError> {
+    let before = i64::try_from(before_ms).unwrap_or(i64::MAX);
+    let mut total = 0;
+    loop {
+        // Rows that a delete of the same record is moving forward just now are left for the next time.
+        let deleted = client
+            .execute(
+                "DELETE FROM standpipe.tombstones WHERE uri IN (
+                     SELECT uri FROM standpipe.tombstones WHERE stream_ms < $1 LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                &[&before, &CHUNK],
+            )
+            .await?;
+        total += deleted;
+        if deleted < CHUNK as u64 {
+            return Ok(total);
+        }
+    }
+}
