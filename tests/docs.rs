@@ -1,0 +1,63 @@
+//! What the documentation names exists.
+
+use std::path::Path;
+
+fn sources(folder: &Path, into: &mut String) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|ext| ext == "rs") {
+            into.push_str(&std::fs::read_to_string(path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_invariant_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/invariants.md")).unwrap();
+    let mut code = String::new();
+    sources(&root.join("src"), &mut code);
+    sources(&root.join("tests"), &mut code);
+    let mut sections: Vec<Vec<&str>> = Vec::new();
+    for line in page.lines() {
+        if line.starts_with(|c: char| c.is_ascii_digit()) {
+            sections.push(Vec::new());
+        }
+        // Names of tests are the only words in code font with several underscores.
+        let names = line.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() > 2);
+        if let Some(section) = sections.last_mut() {
+            section.extend(names);
+        }
+    }
+    assert_eq!(sections.len(), 8, "eight invariants");
+    for (index, names) in sections.iter().enumerate() {
+        assert!(!names.is_empty(), "invariant {} names no test", index + 1);
+        for name in names {
+            assert!(
+                code.contains(&format!("fn {name}(")),
+                "invariant {} names {name}, which is no test",
+                index + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn every_metric_that_the_runbook_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let metrics = std::fs::read_to_string(root.join("src/metrics.rs")).unwrap();
+    let mut seen = 0;
+    for page in ["docs/operations.md", "docs/performance.md", "README.md"] {
+        let text = std::fs::read_to_string(root.join(page)).unwrap();
+        for word in text.split('`').skip(1).step_by(2).filter(|word| word.starts_with("standpipe_")) {
+            if word == "standpipe_" {
+                continue;
+            }
+            seen += 1;
+            assert!(metrics.contains(&format!("\"{word}\"")), "{page} names {word}, which is no metric");
+        }
+    }
+    assert!(seen > 5);
+}
