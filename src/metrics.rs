@@ -30,6 +30,8 @@ pub const DEAD_LETTERS: &str = "standpipe_dead_letters_total";
 pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
 /// Entries that somebody trimmed while they were pending.
 pub const LOST: &str = "standpipe_entries_lost_total";
+/// Entries taken over from consumers that are gone.
+pub const CLAIMED: &str = "standpipe_claimed_entries_total";
 /// Group recreations.
 pub const GROUP_RECREATED: &str = "standpipe_group_recreations_total";
 /// Stream losses.
@@ -174,6 +176,7 @@ fn describe() {
         "Entries left pending because the dead letters reached their budget"
     );
     describe_counter!(LOST, "Entries that somebody trimmed while they were pending");
+    describe_counter!(CLAIMED, "Entries taken over from consumers that are gone");
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
@@ -222,6 +225,7 @@ fn zero() {
     for name in [
         DEAD_LETTERS_FULL,
         LOST,
+        CLAIMED,
         GROUP_RECREATED,
         STREAM_LOST,
         TRIMMED,

@@ -1,10 +1,12 @@
 //! The loop: read, apply, acknowledge.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -12,7 +14,7 @@ use crate::apply::interpret;
 use crate::config::Config;
 use crate::event::{EntryId, Event, Rejected};
 use crate::metrics;
-use crate::status::{State, Status, now_ms};
+use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Outcome, Session, Store, StoreError};
 use crate::stream::dead_letters::{Buried, bury};
@@ -36,7 +38,15 @@ pub struct Pipeline {
     status: Arc<Status>,
     batch_size: usize,
     dead_letter_budget: u64,
+    claim_idle: Duration,
+    max_attempts: u64,
+    in_hand: InHand,
+    /// Whether our consumer names are ours.
+    named: watch::Receiver<bool>,
 }
+
+/// The entries that the pipelines of this process hold.
+pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
 
 /// An entry on its way through.
 struct Work<'a> {
@@ -51,8 +61,20 @@ struct Work<'a> {
 impl Pipeline {
     /// The pipeline with this number.
     #[must_use]
-    pub fn new(index: usize, config: &Config, redis: Redis, store: Store, status: Arc<Status>) -> Self {
+    pub fn new(
+        index: usize,
+        config: &Config,
+        redis: Redis,
+        store: Store,
+        status: Arc<Status>,
+        in_hand: InHand,
+        named: watch::Receiver<bool>,
+    ) -> Self {
         Self {
+            claim_idle: config.claim_idle,
+            max_attempts: config.max_attempts.into(),
+            in_hand,
+            named,
             index,
             consumer: config.consumer_name(index),
             keys: Keys::new(config),
@@ -65,11 +87,14 @@ impl Pipeline {
     }
 
     /// Works until `stop`, then finishes what is in hand.
-    pub async fn run(self, stop: CancellationToken) {
+    pub async fn run(mut self, stop: CancellationToken) {
         let mut delays = backoff();
         while !stop.is_cancelled() {
+            if !self.wait_for_name(&stop).await {
+                break;
+            }
             let began = Instant::now();
-            let Err(error) = self.session(&stop).await else { break };
+            let Err(error) = self.session(&stop).await else { continue };
             // A connection in doubt is dropped: a read whose answer nobody took has still moved entries to us.
             metrics::count(metrics::REDIS_RECONNECTS, 1);
             if began.elapsed() > Duration::from_secs(30) {
@@ -78,7 +103,30 @@ impl Pipeline {
             self.say(State::WaitingForRedis { reason: error.to_string() });
             self.sleep(delays.next(), &stop).await;
         }
+        self.leave().await;
         self.say(State::Stopped);
+    }
+
+    /// Waits until this process has its consumer names to itself; `false` when it is time to stop.
+    async fn wait_for_name(&mut self, stop: &CancellationToken) -> bool {
+        if *self.named.borrow() {
+            return true;
+        }
+        self.say(State::WaitingForLease { reason: "another process uses this consumer name".to_owned() });
+        tokio::select! {
+            named = self.named.wait_for(|named| *named) => named.is_ok(),
+            () = stop.cancelled() => false,
+        }
+    }
+
+    /// Takes our name out of the group when nothing is pending under it: whoever starts under it next need not wonder
+    /// whether we are still there.
+    async fn leave(&self) {
+        if let Ok(mut connection) = self.redis.connect().await {
+            let name = Some(self.consumer.as_str());
+            // If it fails the name stays, and the next start waits for it to fall silent.
+            let _ = group::remove_idle_consumers(&mut connection, &self.keys, Duration::ZERO, name).await;
+        }
     }
 
     /// One connection to Redis: first what we got earlier and never acknowledged, then what is new.
@@ -87,7 +135,14 @@ impl Pipeline {
         let mut missing = backoff();
         let mut after = Some(EntryId::default());
         let mut count = self.batch_size;
-        while !stop.is_cancelled() {
+        // Pipelines take turns, so that not all of them scan at once.
+        let every = self.claim_idle / 2;
+        let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
+        while !stop.is_cancelled() && *self.named.borrow() {
+            if after.is_none() && Instant::now() >= next_claim {
+                self.claim(&mut connection, stop).await?;
+                next_claim = Instant::now() + every;
+            }
             let read = match after {
                 Some(id) => group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await,
                 None => group::read_new(&mut connection, &self.keys, &self.consumer, count).await,
@@ -110,12 +165,81 @@ impl Pipeline {
                 }
             }
             count = self.next_count(&batch, count);
+            if after.is_some() {
+                self.work_again(&mut connection, batch, stop).await?;
+                continue;
+            }
             self.work(&mut connection, &batch, stop).await?;
             if !batch.entries.is_empty() {
                 missing = backoff();
             }
         }
         Ok(())
+    }
+
+    /// Takes over what consumers left that are gone. Not while PostgreSQL is away: whoever holds entries is waiting for
+    /// it too, and to take them from each other would help nobody.
+    async fn claim(
+        &self,
+        connection: &mut MultiplexedConnection,
+        stop: &CancellationToken,
+    ) -> RedisResult<()> {
+        let mut start = Some("0-0".to_owned());
+        while let Some(from) = start.take().filter(|_| !stop.is_cancelled()) {
+            if self.store.ping(Duration::from_secs(2)).await.is_err() {
+                return Ok(());
+            }
+            let claimed =
+                group::claim(connection, &self.keys, &self.consumer, self.claim_idle, &from, self.batch_size);
+            let claimed = match claimed.await {
+                Ok(claimed) => claimed,
+                // The next read meets it and has the group created.
+                Err(error) if is_nogroup(&error) => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            start = claimed.next;
+            let mut batch = claimed.batch;
+            {
+                // What another pipeline of this process holds is being worked on, whoever it belongs to by now.
+                let in_hand = lock(&self.in_hand);
+                batch.entries.retain(|entry| !in_hand.contains(&entry.id));
+            }
+            if !batch.entries.is_empty() {
+                metrics::count(metrics::CLAIMED, batch.entries.len() as u64);
+                info!(
+                    consumer = self.consumer,
+                    entries = batch.entries.len(),
+                    "took over entries of a consumer that is gone"
+                );
+            }
+            self.work_again(connection, batch, stop).await?;
+        }
+        Ok(())
+    }
+
+    /// Works on entries that were delivered before. One that was delivered often is worked on alone: should it be what
+    /// brought the process down, its neighbours get through. The number alone makes no dead letter.
+    async fn work_again(
+        &self,
+        connection: &mut MultiplexedConnection,
+        mut batch: Batch,
+        stop: &CancellationToken,
+    ) -> RedisResult<()> {
+        if let (Some(first), Some(last)) = (batch.entries.first(), batch.entries.last()) {
+            let (first, last, count) = (first.id, last.id, batch.entries.len());
+            let times = group::deliveries(connection, &self.keys, &self.consumer, first, last, count).await?;
+            let often: HashSet<EntryId> =
+                times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
+            let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
+            batch.entries = together;
+            self.work(connection, &batch, stop).await?;
+            for entry in Vec::<Entry>::into_iter(alone) {
+                let batch = Batch { entries: vec![entry], gone: Vec::new() };
+                self.work(connection, &batch, stop).await?;
+            }
+            return Ok(());
+        }
+        self.work(connection, &batch, stop).await
     }
 
     /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts.
@@ -137,13 +261,22 @@ impl Pipeline {
         ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
         self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
         let ids: Vec<EntryId> = batch.entries.iter().map(|entry| entry.id).collect();
+        lock(&self.in_hand).extend(&ids);
         let done = tokio::select! {
             done = self.apply(&batch.entries, stop) => done,
             never = self.keep_fresh(connection.clone(), &ids) => never,
         };
-        if let Some(done) = done {
-            self.acknowledge(connection, &done).await?;
+        let acknowledged = match done {
+            Some(done) => self.acknowledge(connection, &done).await,
+            None => Ok(()),
+        };
+        {
+            let mut in_hand = lock(&self.in_hand);
+            for id in &ids {
+                in_hand.remove(id);
+            }
         }
+        acknowledged?;
         self.status.pipeline(self.index, |status| status.in_flight = 0);
         Ok(())
     }

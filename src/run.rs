@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -17,13 +18,19 @@ use tracing::{error, info, warn};
 use crate::config::Config;
 use crate::http::Server;
 use crate::metrics;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{InHand, Pipeline};
 use crate::relay::reader::Reader;
 use crate::report;
 use crate::status::{Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Store, migrate, tombstones};
-use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor};
+use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor, lease};
+
+/// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
+/// times a second.
+const ACTIVE: Duration = Duration::from_secs(3);
+/// Consumers without anything pending are forgotten after this time.
+const FORGET_CONSUMERS: Duration = Duration::from_hours(1);
 
 /// Which parts this process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +62,8 @@ pub struct Running {
     pub http: Option<SocketAddr>,
     stop_reader: CancellationToken,
     stop: CancellationToken,
+    /// Told when the pipelines have ended.
+    release: CancellationToken,
     readers: JoinSet<()>,
     pipelines: JoinSet<()>,
     /// What ends after everything else.
@@ -140,6 +149,7 @@ pub async fn start(
         http: None,
         stop_reader: stop.child_token(),
         stop: stop.clone(),
+        release: CancellationToken::new(),
         readers: JoinSet::new(),
         pipelines: JoinSet::new(),
         helpers: JoinSet::new(),
@@ -177,8 +187,18 @@ pub async fn start(
             store.clone(),
             config.tombstone_retention,
         ));
+        let in_hand = InHand::default();
+        let (say_named, named) = watch::channel(false);
+        running.helpers.spawn(hold_names(
+            Arc::clone(&config),
+            redis.clone(),
+            say_named,
+            running.release.clone(),
+        ));
         for index in 0..consumers {
-            let pipeline = Pipeline::new(index, &config, redis.clone(), store.clone(), Arc::clone(&status));
+            let (redis, store, status) = (redis.clone(), store.clone(), Arc::clone(&status));
+            let pipeline =
+                Pipeline::new(index, &config, redis, store, status, Arc::clone(&in_hand), named.clone());
             running.pipelines.spawn(pipeline.run(stop.clone()));
         }
     }
@@ -222,6 +242,9 @@ impl Running {
         .is_ok();
         self.readers.shutdown().await;
         self.pipelines.shutdown().await;
+        self.release.cancel();
+        // A moment for the lease to be given back; the others have no end of their own.
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.helpers.join_next()).await;
         self.helpers.shutdown().await;
         if let Some(store) = &self.store {
             store.close();
@@ -279,6 +302,62 @@ async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), crate::sto
     Ok(())
 }
 
+/// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
+/// active under them without one. Says true while the names are ours. Ends, and gives the lease back, at `release`.
+async fn hold_names(config: Arc<Config>, redis: Redis, say: watch::Sender<bool>, release: CancellationToken) {
+    let keys = Keys::new(&config);
+    let token = lease::token(&config.consumer_id);
+    let names: Vec<String> =
+        (0..config.parallel_consumers).map(|index| config.consumer_name(index)).collect();
+    let mut said = false;
+    let mut delays = backoff();
+    let hold = async {
+        loop {
+            let held = async {
+                let mut connection = redis.connect().await?;
+                loop {
+                    let ours = lease::take(&mut connection, &keys.consumer_lease, &token).await?;
+                    let active = if ours && !*say.borrow() {
+                        group::active(&mut connection, &keys, &names, ACTIVE).await?
+                    } else {
+                        None
+                    };
+                    if ours && active.is_none() {
+                        said = false;
+                        say.send_replace(true);
+                        tokio::time::sleep(Duration::from_secs(3)).await;
+                        continue;
+                    }
+                    say.send_replace(false);
+                    if !std::mem::replace(&mut said, true) {
+                        warn!(
+                            consumer_id = config.consumer_id,
+                            active,
+                            "waiting: another process works under this CONSUMER_ID, or did a moment ago; a name that \
+                             nobody uses is free after 10 s. Processes that run side by side need different ones"
+                        );
+                    }
+                    tokio::time::sleep(Duration::from_millis(250)).await;
+                }
+            };
+            let held: Result<std::convert::Infallible, redis::RedisError> = held.await;
+            // While Redis is away nobody else can take the lease either; who holds it is found out afterwards.
+            let Err(error) = held;
+            tracing::debug!(%error, "the lease on the consumer names cannot be prolonged");
+            tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5)).min(Duration::from_secs(1)))
+                .await;
+        }
+    };
+    tokio::select! {
+        () = hold => {}
+        () = release.cancelled() => {}
+    }
+    if let Ok(mut connection) = redis.connect().await {
+        // If it fails the lease runs out by itself.
+        let _ = lease::release(&mut connection, &keys.consumer_lease, &token).await;
+    }
+}
+
 /// Trims what is acknowledged, and looks at the stream for everybody.
 async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
     let mut delays = backoff();
@@ -288,6 +367,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
             continue;
         };
         delays = backoff();
+        let mut cleaned: Option<Instant> = None;
         loop {
             let Ok(look) = janitor::sweep(&mut connection, &keys).await else { break };
             metrics::look(&look);
@@ -297,6 +377,16 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
             if missing {
                 match group::ensure(&mut connection, &keys).await {
                     Ok(ensured) => metrics::note_ensured(ensured),
+                    Err(_) => break,
+                }
+            }
+            if !missing && cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
+                cleaned = Some(Instant::now());
+                match group::remove_idle_consumers(&mut connection, &keys, FORGET_CONSUMERS, None).await {
+                    Ok(0) => {}
+                    Ok(count) => {
+                        info!(count, "consumers that were idle for an hour have been removed from the group");
+                    }
                     Err(_) => break,
                 }
             }

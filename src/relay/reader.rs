@@ -23,7 +23,7 @@ use crate::config::{Config, MemoryMark, OnFutureCursor};
 use crate::metrics;
 use crate::status::{State, Status, now_ms};
 use crate::stream::append::{self, AppendError, Cursor, NewEntry};
-use crate::stream::{Keys, Redis, backoff, group};
+use crate::stream::{Keys, Redis, backoff, group, lease};
 
 /// What may wait between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
@@ -90,7 +90,7 @@ impl Reader {
     /// A reader for the configured relay.
     #[must_use]
     pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>) -> Self {
-        let token = format!("{}:{}:{:08x}", config.consumer_id, std::process::id(), fastrand::u32(..));
+        let token = lease::token(&config.consumer_id);
         Self { keys: Keys::new(&config), config, redis, status, token }
     }
 
@@ -135,7 +135,7 @@ impl Reader {
         }
         if let Ok(mut connection) = self.redis.connect().await {
             // If this fails the lease runs out by itself.
-            let _ = append::release_lease(&mut connection, &self.keys, &self.token).await;
+            let _ = lease::release(&mut connection, &self.keys.lease, &self.token).await;
         }
         self.status.reader(|reader| reader.state = State::Stopped);
     }
@@ -202,7 +202,7 @@ impl Reader {
         stop: &CancellationToken,
     ) -> Result<bool, End> {
         let mut said = false;
-        while !append::take_lease(connection, &self.keys, &self.token).await? {
+        while !lease::take(connection, &self.keys.lease, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
                 let reason = format!("another reader holds the lease {}", self.keys.lease);
                 info!(reason, "the reader waits; a lease that nobody renews runs out after 10 s");

@@ -1,15 +1,11 @@
 //! Appending to the stream, with the cursor in the same transaction, under a lease: one reader at a time.
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisError, RedisResult, Script};
 
-use super::Keys;
-
-/// How long a reader that vanished keeps others out.
-pub const LEASE: Duration = Duration::from_secs(10);
+use super::{Keys, lease};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append.lua")));
 
@@ -123,7 +119,7 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
         // PEXPIRE works when memory is full, SET does not.
         redis::cmd("PEXPIRE")
             .arg(&keys.lease)
-            .arg(LEASE.as_millis() as u64)
+            .arg(lease::LIFE.as_millis() as u64)
             .query_async::<i64>(connection)
             .await?;
     }
@@ -136,46 +132,6 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
         max_memory: field("maxmemory").trim().parse().unwrap_or(0),
         run_id: field("run_id").trim().to_owned(),
     })
-}
-
-/// Takes the lease, if nobody holds it.
-///
-/// # Errors
-///
-/// Redis cannot be reached or its memory is full.
-pub async fn take_lease(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    token: &str,
-) -> RedisResult<bool> {
-    let answer: Option<String> = redis::cmd("SET")
-        .arg(&keys.lease)
-        .arg(token)
-        .arg("NX")
-        .arg("PX")
-        .arg(LEASE.as_millis() as u64)
-        .query_async(connection)
-        .await?;
-    if answer.is_some() {
-        return Ok(true);
-    }
-    // Ours from before a reconnection?
-    let holder: Option<String> = redis::cmd("GET").arg(&keys.lease).query_async(connection).await?;
-    Ok(holder.as_deref() == Some(token))
-}
-
-/// Gives the lease back, if it is ours.
-///
-/// # Errors
-///
-/// Redis cannot be reached; the lease then runs out by itself.
-pub async fn release_lease(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    token: &str,
-) -> RedisResult<()> {
-    let script = Script::new("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end");
-    script.key(&keys.lease).arg(token).invoke_async(connection).await
 }
 
 /// Appends entries and sets the cursor, in one transaction.
@@ -205,7 +161,7 @@ pub async fn append(
         .arg(position)
         .arg(relay)
         .arg(token)
-        .arg(LEASE.as_millis() as u64);
+        .arg(lease::LIFE.as_millis() as u64);
     for entry in entries {
         invocation.arg(entry.event_type).arg(&entry.data).arg(entry.seq);
     }

@@ -1,7 +1,10 @@
-//! The consumer group: created in one place, read, acknowledged.
+//! The consumer group: created in one place, read, acknowledged, taken over.
+
+use std::sync::LazyLock;
+use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::{RedisError, RedisResult, Script};
+use redis::{FromRedisValue as _, ParsingError, RedisError, RedisResult, Script, Value};
 use serde::{Deserialize, Serialize};
 
 use super::entry::Batch;
@@ -131,8 +134,111 @@ pub async fn keep_fresh(
     for id in ids {
         command.arg(id.to_string());
     }
-    command.arg("JUSTID").query_async::<redis::Value>(connection).await?;
+    command.arg("JUSTID").query_async::<Value>(connection).await?;
     Ok(())
+}
+
+/// One page of entries that their consumers left.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claimed {
+    /// Now pending with us, and those that somebody deleted meanwhile.
+    pub batch: Batch,
+    /// Where to go on; `None` at the end. Handed back as it came: the server says where the next scan begins.
+    pub next: Option<String>,
+}
+
+/// Takes over entries that nobody has touched for `idle`, from `start` ("0-0" for the beginning).
+///
+/// The server scans ten times `count` entries at the most, so that an empty page is not the end.
+///
+/// # Errors
+///
+/// As for [`read_new`].
+pub async fn claim(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    consumer: &str,
+    idle: Duration,
+    start: &str,
+    count: usize,
+) -> RedisResult<Claimed> {
+    let reply: Value = redis::cmd("XAUTOCLAIM")
+        .arg(&keys.stream)
+        .arg(&keys.group)
+        .arg(consumer)
+        .arg(idle.as_millis() as u64)
+        .arg(start)
+        .arg("COUNT")
+        .arg(count)
+        .query_async(connection)
+        .await?;
+    Ok(claimed(reply)?)
+}
+
+fn claimed(reply: Value) -> Result<Claimed, ParsingError> {
+    let Value::Array(parts) = reply else {
+        return Err("XAUTOCLAIM answered with something else than a list".into());
+    };
+    let mut parts = parts.into_iter();
+    let next = String::from_redis_value(parts.next().unwrap_or(Value::Nil))?;
+    let mut batch = Batch::default();
+    batch.extend(parts.next().unwrap_or(Value::Array(Vec::new())))?;
+    // Since Redis 7; 6.2 gives deleted entries as nil in the list, without their ids.
+    if let Some(Value::Array(gone)) = parts.next() {
+        for id in gone {
+            let id = String::from_redis_value(id)?;
+            batch.gone.extend(id.parse::<EntryId>());
+        }
+    }
+    Ok(Claimed { batch, next: (next != "0-0").then_some(next) })
+}
+
+/// How often each of a consumer's entries has been delivered, for those with an id from `first` to `last`.
+///
+/// # Errors
+///
+/// As for [`read_new`].
+pub async fn deliveries(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    consumer: &str,
+    first: EntryId,
+    last: EntryId,
+    count: usize,
+) -> RedisResult<Vec<(EntryId, u64)>> {
+    let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
+        .arg(&keys.stream)
+        .arg(&keys.group)
+        .arg(first.to_string())
+        .arg(last.to_string())
+        .arg(count)
+        .arg(consumer)
+        .query_async(connection)
+        .await?;
+    Ok(reply.into_iter().filter_map(|(id, _, _, times)| Some((id.parse().ok()?, times))).collect())
+}
+
+/// Removes consumers that have nothing pending and have not asked for anything for `idle`: all of them, or the one of
+/// this name. Returns how many.
+///
+/// # Errors
+///
+/// As for [`read_new`].
+pub async fn remove_idle_consumers(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    idle: Duration,
+    only: Option<&str>,
+) -> RedisResult<u64> {
+    // One script: between a look and a removal the consumer may have got something, which the removal would destroy.
+    static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("remove_consumers.lua")));
+    SCRIPT
+        .key(&keys.stream)
+        .arg(&keys.group)
+        .arg(idle.as_millis() as u64)
+        .arg(only.unwrap_or_default())
+        .invoke_async(connection)
+        .await
 }
 
 /// One consumer of the group, as Redis knows it.
@@ -144,6 +250,31 @@ pub struct ConsumerInfo {
     pub pending: u64,
     /// How long ago it last asked for something.
     pub idle_seconds: f64,
+}
+
+/// The first of `names` that asked for something within `limit`: somebody works under it.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn active(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    names: &[String],
+    limit: Duration,
+) -> RedisResult<Option<String>> {
+    let consumers = match consumers(connection, keys).await {
+        Ok(consumers) => consumers,
+        // No stream or no group: no consumers.
+        Err(error) if super::is_nogroup(&error) || error.to_string().contains("no such key") => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let active = consumers
+        .into_iter()
+        .find(|consumer| consumer.idle_seconds < limit.as_secs_f64() && names.contains(&consumer.name));
+    Ok(active.map(|consumer| consumer.name))
 }
 
 /// The group's consumers.
@@ -170,4 +301,28 @@ pub async fn consumers(
             idle_seconds: consumer.idle as f64 / 1000.0,
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_of_both_generations_are_read() {
+        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let entry = Value::Array(vec![bulk("7-1"), Value::Array(vec![bulk("type"), bulk("commit")])]);
+        let new = Value::Array(vec![
+            bulk("9-0"),
+            Value::Array(vec![entry.clone()]),
+            Value::Array(vec![bulk("5-0")]),
+        ]);
+        let claimed_new = claimed(new).unwrap();
+        assert_eq!(claimed_new.next.as_deref(), Some("9-0"));
+        assert_eq!(claimed_new.batch.entries.len(), 1);
+        assert_eq!(claimed_new.batch.gone, [EntryId { ms: 5, seq: 0 }]);
+        let old = Value::Array(vec![bulk("0-0"), Value::Array(vec![Value::Nil, entry])]);
+        let claimed_old = claimed(old).unwrap();
+        assert_eq!(claimed_old.next, None);
+        assert_eq!(claimed_old.batch.entries.len(), 1);
+    }
 }

@@ -5,6 +5,7 @@ pub mod dead_letters;
 pub mod entry;
 pub mod group;
 pub mod janitor;
+pub mod lease;
 
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ pub struct Keys {
     pub acked: String,
     /// Who reads the relay at the moment.
     pub lease: String,
+    /// Which process has the consumer names that begin with our `CONSUMER_ID`.
+    pub consumer_lease: String,
     /// How often the stream was found gone.
     pub lost: String,
     /// The dead letters.
@@ -50,6 +53,10 @@ impl Keys {
             relay: config.cursor_relay_key(),
             acked: format!("{}:acked", config.cursor_key),
             lease: format!("{}:lease", config.cursor_key),
+            consumer_lease: format!(
+                "{}:{}:{}:lease",
+                config.stream_key, config.consumer_group, config.consumer_id
+            ),
             lost: format!("{}:lost", config.stream_key),
             dead: config.dead_letter_key(),
             group: config.consumer_group.clone(),
