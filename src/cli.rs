@@ -11,12 +11,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use standpipe::config::{Config, LogFormat, Role, VARIABLES};
+use standpipe::dead_letters::{Filter, Retried, Walk};
 use standpipe::demo::{self, DemoOptions};
 use standpipe::relay::simulate::{self, NetworkOptions, RelayOptions, Source};
 use standpipe::run::{self, Parts};
 use standpipe::store::{Store, audit, migrate};
+use standpipe::stream::dead_letters as stream_letters;
 use standpipe::stream::{Keys, Redis};
-use standpipe::{doctor, http, metrics, report};
+use standpipe::{dead_letters, doctor, http, metrics, report};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -56,6 +58,11 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// What can never be applied: look at it, apply it after a correction, throw it away
+    DeadLetters {
+        #[command(subcommand)]
+        action: DeadLetters,
+    },
     /// Recount every counter and feed item from the rows; exit 0 when all agree
     Audit {
         /// Put right what differs, then check again
@@ -70,6 +77,57 @@ pub enum Command {
     Healthcheck,
     /// List the environment variables
     HelpEnv,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeadLetters {
+    /// List them, the oldest first
+    List {
+        #[command(flatten)]
+        which: Which,
+        /// At the most
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+        /// One JSON object per line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one, whole, as JSON
+    Show {
+        /// Its id
+        id: String,
+    },
+    /// Apply them; what succeeds is removed
+    Retry {
+        #[command(flatten)]
+        which: Which,
+        /// All that fit; needed when no ids are given
+        #[arg(long)]
+        all: bool,
+    },
+    /// Throw them away
+    Purge {
+        #[command(flatten)]
+        which: Which,
+        /// All that fit; needed when no ids are given
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Which {
+    /// Their ids
+    ids: Vec<String>,
+    /// The class of what is wrong
+    #[arg(long, value_parser = ["undecodable", "missing_field", "invalid_field", "database"])]
+    reason: Option<String>,
+    /// A type (commit, identity, account) or a collection such as app.bsky.feed.like
+    #[arg(long)]
+    kind: Option<String>,
+    /// Tried within this time, such as 1h or 2d
+    #[arg(long, value_parser = humantime::parse_duration)]
+    since: Option<Duration>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -139,6 +197,9 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::Check => with_config(Role::Tool, check).await,
         Command::Status { json } => {
             with_config(Role::Tool, async move |config| status(config, json).await).await
+        }
+        Command::DeadLetters { action } => {
+            with_config(Role::Tool, async move |config| letters(config, action).await).await
         }
         Command::Audit { repair } => {
             with_config(Role::Worker, async move |config| audit_database(config, repair).await).await
@@ -277,6 +338,97 @@ async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
     }
     let clean = findings.iter().all(|finding| finding.count == 0);
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
+    let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
+    let keys = Keys::new(&config);
+    let mut connection = match redis.connect().await {
+        Ok(connection) => connection,
+        Err(error) => return Ok(unavailable("Redis", &error)),
+    };
+    let filter =
+        |which: Which| Filter { ids: which.ids, reason: which.reason, kind: which.kind, since: which.since };
+    match action {
+        DeadLetters::List { which, limit, json } => {
+            let mut walk = Walk::new(&mut connection, &keys, filter(which)).await?;
+            let mut listed = 0;
+            while let Some(page) = walk.next(&mut connection, &keys).await? {
+                for letter in page.iter().take(limit - listed) {
+                    listed += 1;
+                    if json {
+                        println!("{}", serde_json::to_string(letter)?);
+                    } else {
+                        println!(
+                            "{}  {}  {} {}  {} ({} attempts)",
+                            letter.id,
+                            letter.reason,
+                            letter.event_type,
+                            letter.collection(),
+                            letter.message,
+                            letter.attempts,
+                        );
+                    }
+                }
+                if listed == limit {
+                    break;
+                }
+            }
+            if listed == 0 && !json {
+                println!("no dead letters");
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        DeadLetters::Show { id } => {
+            let Some(letter) = stream_letters::get(&mut connection, &keys, &id).await? else {
+                eprintln!("standpipe: there is no dead letter {id}");
+                return Ok(ExitCode::FAILURE);
+            };
+            println!("{}", serde_json::to_string_pretty(&letter)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        DeadLetters::Retry { which, all } => {
+            if which.ids.is_empty() && !all {
+                return Ok(which_ones());
+            }
+            let store = Store::new(&config)?;
+            let mut walk = Walk::new(&mut connection, &keys, filter(which)).await?;
+            let (mut applied, mut bad) = (0, 0);
+            while let Some(page) = walk.next(&mut connection, &keys).await? {
+                for letter in page {
+                    let id = letter.id.clone();
+                    match dead_letters::retry(&mut connection, &keys, &store, letter).await? {
+                        Retried::Applied => applied += 1,
+                        Retried::StillBad(reject) => {
+                            bad += 1;
+                            println!("{id}  still cannot be applied: {reject}");
+                        }
+                    }
+                }
+            }
+            println!("{applied} applied, {bad} kept");
+            Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        DeadLetters::Purge { which, all } => {
+            if which.ids.is_empty() && !all {
+                return Ok(which_ones());
+            }
+            let mut walk = Walk::new(&mut connection, &keys, filter(which)).await?;
+            let mut removed = 0;
+            while let Some(page) = walk.next(&mut connection, &keys).await? {
+                for letter in &page {
+                    removed += u32::from(stream_letters::remove(&mut connection, &keys, letter).await?);
+                }
+            }
+            println!("{removed} thrown away");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn which_ones() -> ExitCode {
+    eprintln!("standpipe: give ids, or --all (with --reason, --kind or --since for some of them)");
+    ExitCode::from(EX_USAGE)
 }
 
 async fn healthcheck(config: Config) -> Result<ExitCode> {

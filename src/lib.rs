@@ -17,6 +17,8 @@
 
 pub mod apply;
 pub mod config;
+pub mod crash;
+pub mod dead_letters;
 pub mod demo;
 pub mod doctor;
 pub mod event;

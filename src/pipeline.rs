@@ -12,6 +12,7 @@ use tracing::{error, info, warn};
 
 use crate::apply::interpret;
 use crate::config::Config;
+use crate::crash::{self, Point};
 use crate::event::{EntryId, Event, Rejected};
 use crate::metrics;
 use crate::status::{State, Status, lock, now_ms};
@@ -197,6 +198,9 @@ impl Pipeline {
                 Err(error) if is_nogroup(&error) => return Ok(()),
                 Err(error) => return Err(error),
             };
+            if !claimed.batch.entries.is_empty() {
+                crash::at(Point::WhileClaiming);
+            }
             start = claimed.next;
             let mut batch = claimed.batch;
             {
@@ -262,6 +266,7 @@ impl Pipeline {
         self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
         let ids: Vec<EntryId> = batch.entries.iter().map(|entry| entry.id).collect();
         lock(&self.in_hand).extend(&ids);
+        crash::at(Point::AfterRead);
         let done = tokio::select! {
             done = self.apply(&batch.entries, stop) => done,
             never = self.keep_fresh(connection.clone(), &ids) => never,
@@ -349,8 +354,10 @@ impl Pipeline {
             }
         }
         ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
+        crash::at(Point::AfterCommit);
         let events: Vec<&Event<'_>> = batch.iter().filter_map(|work| work.event.as_ref()).collect();
         session.flush(&events).await?;
+        crash::at(Point::AfterFlush);
         ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
         self.say(State::Running);
         Ok(())
@@ -367,8 +374,10 @@ impl Pipeline {
         group::acknowledge(connection, &self.keys, &good).await?;
         let mut finished = good.len() as u64;
         for work in done.iter().filter(|work| !work.rejected.is_empty()) {
+            crash::at(Point::BeforeDeadLetter);
             match bury(connection, &self.keys, work.entry, &work.rejected, self.dead_letter_budget).await? {
                 Buried::Done => {
+                    crash::at(Point::AfterDeadLetter);
                     finished += 1;
                     for letter in &work.rejected {
                         ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name())
@@ -443,7 +452,9 @@ impl Pipeline {
             State::Halted { reason } => {
                 error!(consumer, reason, "stopped reading: this needs a hand; trying again every {HALTED:?}");
             }
-            State::Running if before != State::Starting => info!(consumer, "at work again"),
+            State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
+                info!(consumer, "at work again");
+            }
             _ => {}
         }
     }

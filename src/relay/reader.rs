@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 
 use super::decode::{Message, decode};
 use crate::config::{Config, MemoryMark, OnFutureCursor};
+use crate::crash::{self, Point};
 use crate::metrics;
 use crate::status::{State, Status, now_ms};
 use crate::stream::append::{self, AppendError, Cursor, NewEntry};
@@ -444,6 +445,7 @@ impl Reader {
                     Err(error) => return Err(error.into()),
                 }
             };
+            crash::at(Point::AfterAppend);
             cursor.position = position;
             items.clear();
             ::metrics::gauge!(metrics::CURSOR).set(position.unwrap_or_default() as f64);

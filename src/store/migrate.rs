@@ -4,6 +4,7 @@ use tokio_postgres::Client;
 
 use super::StoreError;
 use super::verdict::Verdict;
+use crate::crash::{self, Point};
 
 /// Numbered migrations: each runs once, in a transaction of its own.
 const MIGRATIONS: &[(i32, &str, &str)] =
@@ -131,6 +132,7 @@ async fn under_lock(client: &mut Client) -> Result<Vec<String>, StoreError> {
                 .await?;
         }
         transaction.batch_execute(sql).await?;
+        crash::at(Point::InMigration);
         transaction
             .execute("INSERT INTO standpipe.migrations (version, name) VALUES ($1, $2)", &[version, name])
             .await?;

@@ -18,6 +18,7 @@ use tokio_postgres::Error;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::config::Config;
+use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Reason, Reject};
 use crate::metrics;
 use known::KnownAccounts;
@@ -185,6 +186,12 @@ impl Session {
         let calls: Vec<Call<'_>> =
             events.iter().map(|event| Call::new(event, &self.known, |_| true)).collect();
         let parameters: Vec<_> = calls.iter().map(Call::parameters).collect();
+        if crash::is_due(Point::InTransaction)
+            && self.client.batch_execute("BEGIN").await.is_ok()
+            && self.client.query_one(&statement, &parameters[0]).await.is_ok()
+        {
+            crash::now(Point::InTransaction);
+        }
         let answers = join_all(parameters.iter().map(|p| self.client.query_one(&statement, p))).await;
         let mut results = Vec::with_capacity(events.len());
         for (event, answer) in events.iter().zip(answers) {

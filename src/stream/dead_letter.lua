@@ -1,12 +1,17 @@
 -- Acknowledges an entry and keeps what of it can never be applied, both or neither.
 --
--- KEYS: stream, dead letters, their size in bytes.  ARGV: group, entry id, budget in bytes, then the fields of each
--- dead letter: their number, then names and values.
+-- KEYS: stream, dead letters, their size in bytes.  ARGV: group, entry id, budget in bytes, then for each dead letter
+-- the number of its names and values, and these.
 -- Returns 1 when it was done, 0 when somebody else had acknowledged the entry before, -1 when the budget is full: then
 -- the entry stays pending.
 local size = 0
-for i = 4, #ARGV do
-    size = size + #ARGV[i]
+local at = 4
+while at <= #ARGV do
+    local count = tonumber(ARGV[at])
+    for i = at + 1, at + count do
+        size = size + #ARGV[i]
+    end
+    at = at + count + 1
 end
 if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[3]) then
     return -1
@@ -16,14 +21,10 @@ redis.call('INCRBY', KEYS[3], 0)
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then
     return 0
 end
-local at = 4
+at = 4
 while at <= #ARGV do
     local count = tonumber(ARGV[at])
-    local fields = {}
-    for i = 1, count do
-        fields[i] = ARGV[at + i]
-    end
-    redis.call('XADD', KEYS[2], '*', unpack(fields))
+    redis.call('XADD', KEYS[2], '*', unpack(ARGV, at + 1, at + count))
     at = at + count + 1
 end
 redis.call('INCRBY', KEYS[3], size)

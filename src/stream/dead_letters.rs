@@ -3,14 +3,16 @@
 use std::sync::LazyLock;
 
 use redis::aio::MultiplexedConnection;
-use redis::streams::StreamRangeReply;
+use redis::streams::{StreamId, StreamRangeReply};
 use redis::{RedisResult, Script};
+use serde::Serialize;
 
 use super::Keys;
 use super::entry::Entry;
-use crate::event::{EntryId, Rejected};
+use crate::event::{EntryId, InvalidEntryId, Reject, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
+static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
 
 /// What became of an entry that has something bad in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,219 @@ pub enum Buried {
     Already,
     /// The dead letters have reached their budget; the entry stays pending.
     Full,
+}
+
+/// A dead letter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Letter {
+    /// Its own id.
+    pub id: String,
+    /// The id of the entry that it came from.
+    pub source_id: String,
+    /// commit, identity, account.
+    #[serde(rename = "type")]
+    pub event_type: String,
+    /// The relay's sequence number.
+    pub seq: String,
+    /// The class of what is wrong.
+    pub reason: String,
+    /// PostgreSQL's SQLSTATE, when it was the database that refused.
+    pub sqlstate: String,
+    /// What is wrong, for a person.
+    pub message: String,
+    /// The operation; for what is no commit, or no readable one, the whole entry.
+    pub op: String,
+    /// The commit around the operation, without its other operations.
+    pub data: String,
+    /// How often it was tried.
+    pub attempts: u64,
+    /// When it was tried first.
+    pub first_time: String,
+    /// When it was tried last.
+    pub last_time: String,
+    /// The version of the program that tried it last.
+    pub version: String,
+}
+
+impl Letter {
+    fn new(entry: &Entry, rejected: &Rejected) -> Self {
+        let now = jiff::Timestamp::now().to_string();
+        Self {
+            id: String::new(),
+            source_id: entry.id.to_string(),
+            event_type: entry.event_type.clone(),
+            seq: entry.seq.clone(),
+            op: rejected.op.clone(),
+            data: if rejected.op == entry.data { String::new() } else { without_ops(entry) },
+            first_time: now.clone(),
+            ..Self::default()
+        }
+        .tried(&rejected.reject, now)
+    }
+
+    /// The same letter after another attempt.
+    fn tried(mut self, reject: &Reject, now: String) -> Self {
+        reject.reason.name().clone_into(&mut self.reason);
+        self.sqlstate = reject.sqlstate.clone().unwrap_or_default();
+        self.message.clone_from(&reject.message);
+        self.attempts += 1;
+        self.last_time = now;
+        env!("CARGO_PKG_VERSION").clone_into(&mut self.version);
+        self
+    }
+
+    fn fields(&self) -> [(&'static str, String); 12] {
+        [
+            ("source_id", self.source_id.clone()),
+            ("type", self.event_type.clone()),
+            ("seq", self.seq.clone()),
+            ("reason", self.reason.clone()),
+            ("sqlstate", self.sqlstate.clone()),
+            ("message", self.message.clone()),
+            ("op", self.op.clone()),
+            ("data", self.data.clone()),
+            ("attempts", self.attempts.to_string()),
+            ("first_time", self.first_time.clone()),
+            ("last_time", self.last_time.clone()),
+            ("version", self.version.clone()),
+        ]
+    }
+
+    fn from_stream(entry: &StreamId) -> Self {
+        let field = |name: &str| entry.get::<String>(name).unwrap_or_default();
+        Self {
+            id: entry.id.clone(),
+            source_id: field("source_id"),
+            event_type: field("type"),
+            seq: field("seq"),
+            reason: field("reason"),
+            sqlstate: field("sqlstate"),
+            message: field("message"),
+            op: field("op"),
+            data: field("data"),
+            attempts: field("attempts").parse().unwrap_or(1),
+            first_time: field("first_time"),
+            last_time: field("last_time"),
+            version: field("version"),
+        }
+    }
+
+    /// The collection of the operation; empty where it has none.
+    #[must_use]
+    pub fn collection(&self) -> String {
+        serde_json::from_str::<serde_json::Value>(&self.op)
+            .ok()
+            .and_then(|op| Some(op.get("path")?.as_str()?.split('/').next()?.to_owned()))
+            .unwrap_or_default()
+    }
+
+    /// The entry that has this operation alone, to be applied as the original would have been.
+    ///
+    /// # Errors
+    ///
+    /// The id of its source cannot be read.
+    pub fn entry(&self) -> Result<Entry, InvalidEntryId> {
+        let whole = match serde_json::from_str::<serde_json::Value>(&self.data) {
+            Ok(serde_json::Value::Object(mut commit)) => match serde_json::from_str(&self.op) {
+                Ok(op) => {
+                    commit.insert("ops".to_owned(), serde_json::Value::Array(vec![op]));
+                    serde_json::Value::Object(commit).to_string()
+                }
+                Err(_) => self.op.clone(),
+            },
+            _ => self.op.clone(),
+        };
+        Ok(Entry {
+            id: self.source_id.parse()?,
+            event_type: self.event_type.clone(),
+            data: whole,
+            seq: self.seq.clone(),
+        })
+    }
+}
+
+/// A page of letters, the oldest first, after the one with this id.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn page(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    after: Option<&str>,
+    count: usize,
+) -> RedisResult<Vec<Letter>> {
+    let from = after.map_or_else(|| "-".to_owned(), |id| format!("({id}"));
+    let page = range(connection, &keys.dead, &from, count).await?;
+    Ok(page.ids.iter().map(Letter::from_stream).collect())
+}
+
+/// The id of the newest letter.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn newest(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<EntryId>> {
+    let found: StreamRangeReply = redis::cmd("XREVRANGE")
+        .arg(&keys.dead)
+        .arg("+")
+        .arg("-")
+        .arg("COUNT")
+        .arg(1)
+        .query_async(connection)
+        .await?;
+    Ok(found.ids.first().and_then(|letter| letter.id.parse().ok()))
+}
+
+/// The letter with this id.
+///
+/// # Errors
+///
+/// Redis cannot be reached, or the text is no id.
+pub async fn get(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    id: &str,
+) -> RedisResult<Option<Letter>> {
+    let found: StreamRangeReply =
+        redis::cmd("XRANGE").arg(&keys.dead).arg(id).arg(id).query_async(connection).await?;
+    Ok(found.ids.first().map(Letter::from_stream))
+}
+
+/// Removes a letter; `false` when somebody else did.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn remove(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    letter: &Letter,
+) -> RedisResult<bool> {
+    REPLACE.key(&keys.dead).key(bytes_key(keys)).arg(&letter.id).invoke_async(connection).await
+}
+
+/// Notes that another attempt at a letter failed, and why.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn tried_again(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    letter: Letter,
+    reject: &Reject,
+) -> RedisResult<bool> {
+    let mut invocation = REPLACE.prepare_invoke();
+    invocation.key(&keys.dead).key(bytes_key(keys)).arg(&letter.id);
+    for (name, value) in letter.tried(reject, jiff::Timestamp::now().to_string()).fields() {
+        invocation.arg(name).arg(value);
+    }
+    invocation.invoke_async(connection).await
+}
+
+fn bytes_key(keys: &Keys) -> String {
+    format!("{}:bytes", keys.dead)
 }
 
 /// Acknowledges an entry and keeps its bad operations, in one transaction.
@@ -39,24 +254,12 @@ pub async fn bury(
     invocation
         .key(&keys.stream)
         .key(&keys.dead)
-        .key(format!("{}:bytes", keys.dead))
+        .key(bytes_key(keys))
         .arg(&keys.group)
         .arg(entry.id.to_string())
         .arg(budget);
-    let now = jiff::Timestamp::now().to_string();
-    for letter in rejected {
-        let fields = [
-            ("source_id", entry.id.to_string()),
-            ("type", entry.event_type.clone()),
-            ("seq", entry.seq.clone()),
-            ("reason", letter.reject.reason.name().to_owned()),
-            ("sqlstate", letter.reject.sqlstate.clone().unwrap_or_default()),
-            ("message", letter.reject.message.clone()),
-            ("op", letter.op.clone()),
-            ("data", without_ops(entry)),
-            ("time", now.clone()),
-            ("version", env!("CARGO_PKG_VERSION").to_owned()),
-        ];
+    for rejected in rejected {
+        let fields = Letter::new(entry, rejected).fields();
         invocation.arg(fields.len() * 2);
         for (name, value) in fields {
             invocation.arg(name).arg(value);
