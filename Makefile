@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo test lint servers
+.PHONY: help build run demo test chaos lint servers
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,12 @@ demo: servers build ## Watch it work, with private servers and a simulated relay
 
 test: servers ## Run all tests, against private servers
 	cargo test --locked
+
+chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
+	CHAOS_EVENTS=$${CHAOS_EVENTS:-500000} CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} \
+	CHAOS_DAEMON_KILLS=$${CHAOS_DAEMON_KILLS:-200} CHAOS_REDIS_KILLS=$${CHAOS_REDIS_KILLS:-40} \
+	CHAOS_POSTGRES_KILLS=$${CHAOS_POSTGRES_KILLS:-40} CHAOS_CUTS=$${CHAOS_CUTS:-100} CHAOS_OTHERS=$${CHAOS_OTHERS:-8} \
+	cargo test --release --locked --test chaos -- --nocapture
 
 lint: ## Check the formatting and the lints
 	cargo fmt --check
