@@ -43,11 +43,20 @@ pub struct Pipeline {
     max_attempts: u64,
     in_hand: InHand,
     /// Whether our consumer names are ours.
-    named: watch::Receiver<bool>,
+    names: watch::Receiver<Names>,
 }
 
 /// The entries that the pipelines of this process hold.
 pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
+
+/// Whether this process has its consumer names to itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// It has.
+    Ours,
+    /// Not yet, or not any more: what it is waiting for.
+    Waiting(State),
+}
 
 /// An entry on its way through.
 struct Work<'a> {
@@ -69,13 +78,13 @@ impl Pipeline {
         store: Store,
         status: Arc<Status>,
         in_hand: InHand,
-        named: watch::Receiver<bool>,
+        names: watch::Receiver<Names>,
     ) -> Self {
         Self {
             claim_idle: config.claim_idle,
             max_attempts: config.max_attempts.into(),
             in_hand,
-            named,
+            names,
             index,
             consumer: config.consumer_name(index),
             keys: Keys::new(config),
@@ -110,13 +119,19 @@ impl Pipeline {
 
     /// Waits until this process has its consumer names to itself; `false` when it is time to stop.
     async fn wait_for_name(&mut self, stop: &CancellationToken) -> bool {
-        if *self.named.borrow() {
-            return true;
-        }
-        self.say(State::WaitingForLease { reason: "another process uses this consumer name".to_owned() });
-        tokio::select! {
-            named = self.named.wait_for(|named| *named) => named.is_ok(),
-            () = stop.cancelled() => false,
+        loop {
+            let names = self.names.borrow_and_update().clone();
+            match names {
+                Names::Ours => return true,
+                Names::Waiting(state) => self.say(state),
+            }
+            let changed = tokio::select! {
+                changed = self.names.changed() => changed.is_ok(),
+                () = stop.cancelled() => false,
+            };
+            if !changed {
+                return false;
+            }
         }
     }
 
@@ -139,7 +154,7 @@ impl Pipeline {
         // Pipelines take turns, so that not all of them scan at once.
         let every = self.claim_idle / 2;
         let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
-        while !stop.is_cancelled() && *self.named.borrow() {
+        while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
             if after.is_none() && Instant::now() >= next_claim {
                 self.claim(&mut connection, stop).await?;
                 next_claim = Instant::now() + every;

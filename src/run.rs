@@ -18,10 +18,10 @@ use tracing::{error, info, warn};
 use crate::config::Config;
 use crate::http::Server;
 use crate::metrics;
-use crate::pipeline::{InHand, Pipeline};
+use crate::pipeline::{InHand, Names, Pipeline};
 use crate::relay::reader::Reader;
 use crate::report;
-use crate::status::{Status, lock, now_ms};
+use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Store, migrate, tombstones};
 use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor, lease};
@@ -188,17 +188,17 @@ pub async fn start(
             config.tombstone_retention,
         ));
         let in_hand = InHand::default();
-        let (say_named, named) = watch::channel(false);
+        let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
         running.helpers.spawn(hold_names(
             Arc::clone(&config),
             redis.clone(),
-            say_named,
+            say_names,
             running.release.clone(),
         ));
         for index in 0..consumers {
             let (redis, store, status) = (redis.clone(), store.clone(), Arc::clone(&status));
             let pipeline =
-                Pipeline::new(index, &config, redis, store, status, Arc::clone(&in_hand), named.clone());
+                Pipeline::new(index, &config, redis, store, status, Arc::clone(&in_hand), names.clone());
             running.pipelines.spawn(pipeline.run(stop.clone()));
         }
     }
@@ -303,58 +303,68 @@ async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), crate::sto
 }
 
 /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
-/// active under them without one. Says true while the names are ours. Ends, and gives the lease back, at `release`.
-async fn hold_names(config: Arc<Config>, redis: Redis, say: watch::Sender<bool>, release: CancellationToken) {
-    let keys = Keys::new(&config);
+/// active under them without one. Ends, and gives the lease back, at `release`.
+async fn hold_names(
+    config: Arc<Config>,
+    redis: Redis,
+    names: watch::Sender<Names>,
+    release: CancellationToken,
+) {
+    let lease = Keys::new(&config).consumer_lease;
     let token = lease::token(&config.consumer_id);
-    let names: Vec<String> =
-        (0..config.parallel_consumers).map(|index| config.consumer_name(index)).collect();
-    let mut said = false;
-    let mut delays = backoff();
-    let hold = async {
-        loop {
-            let held = async {
-                let mut connection = redis.connect().await?;
-                loop {
-                    let ours = lease::take(&mut connection, &keys.consumer_lease, &token).await?;
-                    let active = if ours && !*say.borrow() {
-                        group::active(&mut connection, &keys, &names, ACTIVE).await?
-                    } else {
-                        None
-                    };
-                    if ours && active.is_none() {
-                        said = false;
-                        say.send_replace(true);
-                        tokio::time::sleep(Duration::from_secs(3)).await;
-                        continue;
-                    }
-                    say.send_replace(false);
-                    if !std::mem::replace(&mut said, true) {
-                        warn!(
-                            consumer_id = config.consumer_id,
-                            active,
-                            "waiting: another process works under this CONSUMER_ID, or did a moment ago; a name that \
-                             nobody uses is free after 10 s. Processes that run side by side need different ones"
-                        );
-                    }
-                    tokio::time::sleep(Duration::from_millis(250)).await;
-                }
-            };
-            let held: Result<std::convert::Infallible, redis::RedisError> = held.await;
-            // While Redis is away nobody else can take the lease either; who holds it is found out afterwards.
-            let Err(error) = held;
-            tracing::debug!(%error, "the lease on the consumer names cannot be prolonged");
-            tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5)).min(Duration::from_secs(1)))
-                .await;
-        }
-    };
     tokio::select! {
-        () = hold => {}
+        () = keep_names(&config, &redis, &names, &token) => {}
         () = release.cancelled() => {}
     }
     if let Ok(mut connection) = redis.connect().await {
         // If it fails the lease runs out by itself.
-        let _ = lease::release(&mut connection, &keys.consumer_lease, &token).await;
+        let _ = lease::release(&mut connection, &lease, &token).await;
+    }
+}
+
+async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>, token: &str) {
+    let keys = Keys::new(config);
+    let ours: Vec<String> = (0..config.parallel_consumers).map(|index| config.consumer_name(index)).collect();
+    let mut delays = backoff();
+    loop {
+        let held = async {
+            let mut connection = redis.connect().await?;
+            loop {
+                let held = lease::take(&mut connection, &keys.consumer_lease, token).await?;
+                let before = names.borrow().clone();
+                let active = if held && before != Names::Ours {
+                    group::active(&mut connection, &keys, &ours, ACTIVE).await?
+                } else {
+                    None
+                };
+                if held && active.is_none() {
+                    names.send_if_modified(|names| std::mem::replace(names, Names::Ours) != Names::Ours);
+                    tokio::time::sleep(Duration::from_secs(3)).await;
+                    continue;
+                }
+                let reason = format!(
+                    "another process works under CONSUMER_ID={}, or did a moment ago; a name that nobody uses is free \
+                     after 10 s, and processes side by side need different ones",
+                    config.consumer_id
+                );
+                if !matches!(&before, Names::Waiting(State::WaitingForLease { .. })) {
+                    warn!(reason, active, "waiting");
+                }
+                names.send_replace(Names::Waiting(State::WaitingForLease { reason }));
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+        };
+        let held: Result<std::convert::Infallible, redis::RedisError> = held.await;
+        let Err(error) = held;
+        // While Redis is away nobody else can take the lease either; who holds it is found out afterwards.
+        names.send_if_modified(|names| match names {
+            Names::Ours => false,
+            Names::Waiting(state) => {
+                *state = State::WaitingForRedis { reason: error.to_string() };
+                true
+            }
+        });
+        tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1))).await;
     }
 }
 

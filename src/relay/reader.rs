@@ -37,6 +37,8 @@ const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
 const LOOK: Duration = Duration::from_secs(1);
 /// How often an undecodable frame may cost the connection before it is passed over.
 const BAD_FRAME_TRIES: u32 = 3;
+/// The same trouble is told again after this time.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// The reader and what it needs.
 pub struct Reader {
@@ -99,6 +101,7 @@ impl Reader {
     pub async fn run(self, stop: CancellationToken) {
         let mut memory = Memory::default();
         let mut delays = backoff();
+        let mut said: Option<(String, Instant)> = None;
         while !stop.is_cancelled() {
             let began = Instant::now();
             let ended = self.session(&mut memory, &stop).await;
@@ -128,7 +131,11 @@ impl Reader {
                 continue;
             }
             let delay = delays.next().unwrap_or(Duration::from_secs(5));
-            warn!(reason, retry_in = ?delay, "the reader starts again from the cursor in Redis");
+            // An outage is a line a minute, not one per attempt.
+            if said.as_ref().is_none_or(|(before, at)| *before != reason || at.elapsed() > SAY_AGAIN) {
+                warn!(reason, "the reader waits and starts again from the cursor in Redis; nothing is lost");
+                said = Some((reason, Instant::now()));
+            }
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = stop.cancelled() => {}
