@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How often an undecodable frame may cost the connection before it is passed over.
 const BAD_FRAME_TRIES: u32 = 3;
 /// The same trouble is told again after this time.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+const SAY_AGAIN: Duration = Duration::from_mins(1);
 
 /// The reader and what it needs.
 pub struct Reader {

@@ -35,6 +35,13 @@ const COUNTS: &str = "
     ) c GROUP BY post_uri";
 
 const RULES: &[Rule] = &[
+    // First what others are counted from.
+    Rule {
+        name: "every quote belongs to a live post",
+        find: "SELECT q.uri, q.quoted_uri, 'none' FROM quotes q
+            WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
+        repair: "DELETE FROM quotes q WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
+    },
     Rule {
         name: "counters agree with the rows",
         find: "WITH expected AS ({COUNTS})
@@ -81,18 +88,14 @@ const RULES: &[Rule] = &[
             )
             INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
             SELECT uri, uri, author_did, CASE WHEN parent_uri IS NULL THEN 'post' ELSE 'reply' END,
-                   least(created_at, indexed_at), cid, created_at
+                   least(created_at, standpipe.committed_at(commit_rev, stream_ms, indexed_at)), cid, created_at
             FROM posts
             UNION ALL
             -- A repost's row does not keep the repost's own CID.
-            SELECT uri, post_uri, user_did, 'repost', least(created_at, indexed_at), '', created_at FROM reposts
+            SELECT uri, post_uri, user_did, 'repost',
+                   least(created_at, standpipe.committed_at(commit_rev, stream_ms, indexed_at)), '', created_at
+            FROM reposts
             ON CONFLICT (uri) DO UPDATE SET type = excluded.type WHERE feed_items.type <> excluded.type",
-    },
-    Rule {
-        name: "every quote belongs to a live post",
-        find: "SELECT q.uri, q.quoted_uri, 'none' FROM quotes q
-            WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
-        repair: "DELETE FROM quotes q WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
     },
     Rule {
         name: "no record lives that was deleted later",

@@ -21,6 +21,7 @@ const FUNCTIONS: &[&str] = &[
     include_str!("../../sql/apply/40_graph.sql"),
     include_str!("../../sql/apply/50_records.sql"),
     include_str!("../../sql/apply/60_users.sql"),
+    include_str!("../../sql/apply/70_time.sql"),
     include_str!("../../sql/apply/90_apply.sql"),
 ];
 
