@@ -50,7 +50,11 @@ BEGIN
             type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
         IF o.subject IS NOT NULL THEN
             INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
-            VALUES (o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at);
+            VALUES (o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at)
+            -- The old workers left rows of posts that are gone.
+            ON CONFLICT (uri) DO UPDATE SET
+                cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri,
+                quoted_cid = excluded.quoted_cid, created_at = excluded.created_at;
         END IF;
     END IF;
     -- Zero where nothing changed: a counter row exists as soon as anything refers to the post.

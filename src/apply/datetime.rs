@@ -1,28 +1,74 @@
-//! Datetimes of the AT Protocol (<https://atproto.com/specs/lexicon#datetime>): RFC 3339 with a time zone.
+//! Datetimes of the AT Protocol (<https://atproto.com/specs/lexicon#datetime>): what RFC 3339 and ISO 8601 have in common,
+//! with a time zone.
+
+use jiff::civil::{Date, date};
 
 use crate::event::Micros;
 
 /// The moment, in UTC, cut to microseconds; `None` when the text is no datetime.
 #[must_use]
 pub fn parse(text: &str) -> Option<Micros> {
-    let bytes = text.as_bytes();
-    // RFC 3339 wants all of these in their places; jiff takes looser forms, which the protocol does not.
-    if bytes.len() < 20 || bytes[4] != b'-' || bytes[10] != b'T' || !bytes[..4].iter().all(u8::is_ascii_digit)
-    {
+    // YYYY-MM-DDTHH:MM:SS, then a fraction of any length, then Z or an offset.
+    let (fixed, rest) = text.split_at_checked(19)?;
+    let bytes = fixed.as_bytes();
+    let separators = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
+    if separators.iter().any(|&(at, byte)| bytes[at] != byte) {
         return None;
     }
-    let fraction = text.get(19..)?;
-    let digits =
-        fraction.strip_prefix('.').map_or(0, |rest| rest.bytes().take_while(u8::is_ascii_digit).count());
-    // Any number of digits is allowed; nine are nanoseconds and more than PostgreSQL keeps.
-    let timestamp: jiff::Timestamp = if digits > 9 {
-        format!("{}{}", text.get(..29)?, text.get(20 + digits..)?).parse().ok()?
-    } else {
-        text.parse().ok()?
+    let number = |from: usize, to: usize| digits(fixed.get(from..to)?);
+    let day = Date::new(
+        i16::try_from(number(0, 4)?).ok()?,
+        i8::try_from(number(5, 7)?).ok()?,
+        i8::try_from(number(8, 10)?).ok()?,
+    )
+    .ok()?;
+    let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+    // A leap second is the last one of its minute.
+    if hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let (micros, zone) = match rest.strip_prefix('.') {
+        None => (0, rest),
+        Some(rest) => {
+            let length = rest.bytes().take_while(u8::is_ascii_digit).count();
+            let (fraction, zone) = rest.split_at(length);
+            // Microseconds are what PostgreSQL keeps.
+            let micros = format!("{:0<6}", fraction.get(..6).unwrap_or(fraction));
+            if length == 0 {
+                return None;
+            }
+            (digits(&micros)?, zone)
+        }
     };
-    // Nanoseconds, so that times before 1970 are cut downwards like all others.
-    let micros = timestamp.as_nanosecond().div_euclid(1000);
-    i64::try_from(micros).ok().map(Micros)
+    let days = day.duration_since(date(1970, 1, 1)).as_hours() / 24;
+    let seconds = days * 86_400 + hour * 3600 + minute * 60 + second.min(59) - offset(zone)?;
+    // The protocol has no moments before the year 0.
+    (seconds >= YEAR_ZERO).then_some(Micros(seconds * 1_000_000 + micros))
+}
+
+/// 0000-01-01T00:00:00Z in Unix time.
+const YEAR_ZERO: i64 = -62_167_219_200;
+
+/// Seconds east of UTC; "-00:00" is forbidden.
+fn offset(zone: &str) -> Option<i64> {
+    if zone == "Z" {
+        return Some(0);
+    }
+    let sign = match zone.as_bytes().first()? {
+        b'+' => 1,
+        b'-' if zone != "-00:00" => -1,
+        _ => return None,
+    };
+    let (hours, minutes) = zone.get(1..)?.split_once(':')?;
+    if hours.len() != 2 || minutes.len() != 2 {
+        return None;
+    }
+    let (hours, minutes) = (digits(hours)?, digits(minutes)?);
+    (hours < 24 && minutes < 60).then_some(sign * (hours * 3600 + minutes * 60))
+}
+
+fn digits(text: &str) -> Option<i64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 #[cfg(test)]
@@ -36,6 +82,8 @@ mod tests {
         assert_eq!(parse("1985-04-12T23:20:50.123456789123Z").unwrap().0, 482_196_050_123_456);
         assert_eq!(parse("1969-12-31T23:59:59.9999999Z"), Some(Micros(-1)));
         assert_eq!(parse("2026-11-21T04:17:51Z").unwrap().0, 1_795_234_671_000_000);
+        assert_eq!(parse("9999-12-31T23:59:59.5Z").unwrap().0, 253_402_300_799_500_000);
+        assert_eq!(parse("1970-01-01T00:00:00.1Z"), Some(Micros(100_000)));
         for bad in [
             "yesterday",
             "",
@@ -46,5 +94,15 @@ mod tests {
         ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
+        for bad in [
+            "2026-02-30T00:00:00Z",
+            "2026-11-21T24:00:00Z",
+            "0000-01-01T00:00:00+01:00",
+            "2026-11-21T04:17:51.Z",
+        ] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+        assert_eq!(parse("2026-11-21T04:17:51-00:00"), None);
+        assert_eq!(parse("ü026-11-21T04:17:51Zaaaaaaaaa"), None);
     }
 }

@@ -176,7 +176,8 @@ fn interpret_op<'a>(
             if out.cid.as_ref().is_some_and(|cid| cid.len() > MAX_NAME) {
                 return Err(Reject::new(Reason::InvalidField, "`cid` is longer than 255 characters"));
             }
-            if python::is_python_form(record.get()) {
+            // The Python reader writes no revision; in our own entries `py_type` is a field like any other.
+            if version.rev.is_none() && python::is_python_form(record.get()) {
                 // Rare beside our own entries, so that a tree and owned text are cheap enough.
                 let tree = serde_json::from_str(record.get()).map_err(|error| reject(&error))?;
                 let normal = RawValue::from_string(python::normalise(tree).to_string())

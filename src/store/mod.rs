@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
-    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
+    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
 };
 use futures_util::future::join_all;
 use tokio_postgres::Error;
@@ -26,6 +26,12 @@ use types::Call;
 use verdict::{Verdict, describe, judge};
 
 const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5)";
+
+/// A role named standpipe has our own schema of that name first on its default search path ("$user", public): the
+/// application's tables are elsewhere.
+const SEARCH_PATH: &str = "SELECT set_config('search_path', coalesce(
+    (SELECT string_agg(quote_ident(s), ', ') FROM unnest(current_schemas(false)) s WHERE s <> 'standpipe'),
+    'public'), false)";
 
 /// The bounded pool.
 #[derive(Clone)]
@@ -100,6 +106,9 @@ impl Store {
         );
         let pool = Pool::builder(manager)
             .max_size(config.db_pool_size)
+            .post_create(Hook::async_fn(|client, _| {
+                Box::pin(async move { client.batch_execute(SEARCH_PATH).await.map_err(HookError::Backend) })
+            }))
             .runtime(Runtime::Tokio1)
             .timeouts(Timeouts {
                 wait: Some(Duration::from_secs(10)),
