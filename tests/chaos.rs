@@ -1,8 +1,8 @@
 //! Everything is broken at random, again and again, and in the end the tables are what they would have been.
 //!
 //! Three daemons work on one group: one reads the relay as well. Faults follow from the seed, which is printed. A short
-//! version runs with the other tests; `make chaos` runs the long one and prints a table. Variables: STANDPIPE_SEED,
-//! CHAOS_EVENTS, CHAOS_SECONDS, CHAOS_DAEMON_KILLS, CHAOS_REDIS_KILLS, CHAOS_POSTGRES_KILLS, CHAOS_CUTS, CHAOS_OTHERS.
+//! version runs with the other tests; `make chaos` runs the long one and prints a table. Variables: `STANDPIPE_SEED`,
+//! `CHAOS_EVENTS`, `CHAOS_SECONDS`, `CHAOS_DAEMON_KILLS`, `CHAOS_REDIS_KILLS`, `CHAOS_POSTGRES_KILLS`, `CHAOS_CUTS`, `CHAOS_OTHERS`.
 
 mod support;
 
@@ -275,7 +275,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         house.start(index);
     }
     let url = house.redis.url();
-    wait_until("events flow", Duration::from_secs(60), async || {
+    wait_until("events flow", Duration::from_mins(1), async || {
         delivered(&url).await.is_some_and(|id| id.0 > 0)
     })
     .await;
@@ -298,7 +298,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         if let (Some(mark), true) = (mark, comparable) {
             let (fault, url) = (*fault, url.clone());
             recoveries.spawn(async move {
-                let waited = tokio::time::timeout(Duration::from_secs(120), recovered(url, mark, at)).await;
+                let waited = tokio::time::timeout(Duration::from_mins(2), recovered(url, mark, at)).await;
                 (fault, waited.ok())
             });
         }
@@ -306,7 +306,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
 
     // The cursor is there when the last frame is, and everything is acknowledged.
     let last = Network::new(&network).filter_map(|frame| frame.seq).last().unwrap();
-    wait_until("everything has arrived", Duration::from_secs(600), async || {
+    wait_until("everything has arrived", Duration::from_mins(10), async || {
         let Ok(mut redis) =
             redis::Client::open(url.as_str()).unwrap().get_multiplexed_async_connection().await
         else {
@@ -367,7 +367,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     assert_eq!(dead, 0, "an outage made dead letters");
 
     let audit =
-        Standpipe::run(&["audit"], &[("DATABASE_URL", &house.database)], Duration::from_secs(300)).await;
+        Standpipe::run(&["audit"], &[("DATABASE_URL", &house.database)], Duration::from_mins(5)).await;
     assert_eq!(audit.code, 0, "{}", audit.stdout);
     let expected = tokio::task::spawn_blocking(move || model::expected(&events(&network))).await.unwrap();
     let found = model::read(&connect(&house.database).await).await;

@@ -9,7 +9,7 @@ use standpipe::apply::interpret;
 use standpipe::config::{self, Collections, Role};
 use standpipe::event::EntryId;
 use standpipe::relay::decode::{Message, decode};
-use standpipe::relay::simulate::{Network, NetworkOptions, read_frames};
+use standpipe::relay::simulate::read_frames;
 use standpipe::stream::entry::Entry;
 
 fn collections(wanted: &str) -> Collections {

@@ -58,7 +58,7 @@ pub fn interpret(entry: &Entry) -> Result<Event<'_>, Reject> {
 #[derive(Deserialize)]
 struct Commit<'a> {
     #[serde(borrow)]
-    repo: Text<'a>,
+    repo: Cow<'a, str>,
     #[serde(borrow)]
     ops: Vec<&'a RawValue>,
     #[serde(borrow, default)]
@@ -69,8 +69,9 @@ struct Commit<'a> {
 struct CommitOp<'a> {
     #[serde(borrow)]
     action: Text<'a>,
+    // A name is taken as it is, and refused with a U+0000 in it: without, it would be another one.
     #[serde(borrow)]
-    path: Text<'a>,
+    path: Cow<'a, str>,
     #[serde(borrow, default)]
     cid: Option<Text<'a>>,
     #[serde(borrow, default)]
@@ -83,7 +84,7 @@ fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, R
         message: format!("the commit is unreadable: {}", reject.message),
         ..reject
     })?;
-    check_did(&commit.repo.0)?;
+    check_did(&commit.repo)?;
     version.rev = commit.rev.map(|rev| rev.0).filter(|rev| !rev.is_empty());
     if version.rev.as_ref().is_some_and(|rev| rev.len() > 64) {
         return Err(Reject::new(Reason::InvalidField, "`rev` is longer than 64 characters"));
@@ -91,7 +92,7 @@ fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, R
 
     let mut event = Event {
         event_type: &entry.event_type,
-        repo: commit.repo.0,
+        repo: commit.repo,
         version,
         ops: Vec::with_capacity(commit.ops.len()),
         sources: Vec::with_capacity(commit.ops.len()),
@@ -105,7 +106,7 @@ fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, R
         let read = parse::<CommitOp<'_>>(raw.get());
         if let Ok(op) = &read
             && commit.ops.len() > 1
-            && !seen.insert(op.path.0.clone().into_owned())
+            && !seen.insert(op.path.clone().into_owned())
         {
             continue;
         }
@@ -130,7 +131,7 @@ fn interpret_op<'a>(
     repo: &str,
     version: &Version<'_>,
 ) -> Result<(Op<'a>, Mention<'a>), Reject> {
-    let (collection, rkey) = split_path(&op.path.0)?;
+    let (collection, rkey) = split_path(&op.path)?;
     let kind = match (collection, rkey) {
         ("app.bsky.feed.post", _) => Kind::Post,
         ("app.bsky.feed.like", _) => Kind::Like,
@@ -141,7 +142,7 @@ fn interpret_op<'a>(
         ("app.bsky.actor.profile", "self") => Kind::Profile,
         _ => Kind::Record,
     };
-    let uri = format!("at://{repo}/{}", op.path.0);
+    let uri = format!("at://{repo}/{}", op.path);
     if uri.len() > MAX_URI {
         return Err(Reject::new(
             Reason::InvalidField,
@@ -287,7 +288,7 @@ fn check_did(did: &str) -> Result<(), Reject> {
 }
 
 fn check_uri(uri: &str) -> Result<(), Reject> {
-    if uri.starts_with("at://") && uri.len() <= MAX_URI {
+    if uri.starts_with("at://") && uri.len() <= MAX_URI && !uri.contains(char::is_control) {
         Ok(())
     } else {
         Err(Reject::new(Reason::InvalidField, format!("{} is no at:// URI", json::quote(&shorten(uri)))))
@@ -302,19 +303,19 @@ fn shorten(text: &str) -> String {
 #[derive(Deserialize)]
 struct StrongRef<'a> {
     #[serde(borrow)]
-    uri: Text<'a>,
+    uri: Cow<'a, str>,
     #[serde(borrow, default)]
     cid: Option<Text<'a>>,
 }
 
 impl<'a> StrongRef<'a> {
     fn checked(self) -> Result<(Cow<'a, str>, Option<Cow<'a, str>>), Reject> {
-        check_uri(&self.uri.0)?;
+        check_uri(&self.uri)?;
         let cid = self.cid.map(|cid| cid.0);
         if cid.as_ref().is_some_and(|cid| cid.len() > MAX_NAME) {
             return Err(Reject::new(Reason::InvalidField, "the CID is longer than 255 characters"));
         }
-        Ok((self.uri.0, cid))
+        Ok((self.uri, cid))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::stream::entry::Entry;
 #[derive(Deserialize)]
 struct Identity<'a> {
     #[serde(borrow)]
-    did: Text<'a>,
+    did: Cow<'a, str>,
     #[serde(borrow, default)]
     handle: Option<Text<'a>>,
 }
@@ -20,7 +20,7 @@ struct Identity<'a> {
 #[derive(Deserialize)]
 struct Account<'a> {
     #[serde(borrow)]
-    did: Text<'a>,
+    did: Cow<'a, str>,
     active: bool,
     #[serde(borrow, default)]
     status: Option<Text<'a>>,
@@ -38,7 +38,7 @@ pub(super) fn identity<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Eve
         op.subject = Some(Cow::Owned(handle));
         op
     });
-    event(entry, version, identity.did.0, ops)
+    event(entry, version, identity.did, ops)
 }
 
 pub(super) fn account<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Event<'a>, Reject> {
@@ -53,15 +53,15 @@ pub(super) fn account<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Even
         return Err(Reject::new(Reason::InvalidField, "`status` is longer than 64 characters"));
     }
     op.body = Some(Json(Cow::Borrowed(if account.active { "true" } else { "false" })));
-    event(entry, version, account.did.0, Some(op))
+    event(entry, version, account.did, Some(op))
 }
 
-fn register<'a>(kind: Kind, did: &Text<'a>, version: &Version<'_>) -> Op<'a> {
+fn register<'a>(kind: Kind, did: &Cow<'a, str>, version: &Version<'_>) -> Op<'a> {
     let time = version.time();
     Op {
         kind,
         delete: false,
-        uri: did.0.clone().into_owned(),
+        uri: did.clone().into_owned(),
         cid: None,
         subject: None,
         subject_cid: None,

@@ -70,11 +70,15 @@ impl<'a> Call<'a> {
     /// The call that applies the operations of `event` for which `chosen` says yes.
     pub(super) fn new(event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) -> Self {
         let mut dids: Vec<&str> = Vec::with_capacity(1 + event.mentions.len());
+        // Registers write into the account's row, and what they write is lost without one: for them nothing is taken
+        // for granted.
+        let sure =
+            event.ops.iter().any(|op| matches!(op.kind, Kind::Profile | Kind::Identity | Kind::Account));
         dids.extend(
             std::iter::once(&event.repo)
                 .chain(&event.mentions)
                 .map(|did| &**did)
-                .filter(|did| !known.contains(did)),
+                .filter(|did| sure || !known.contains(did)),
         );
         dids.sort_unstable();
         dids.dedup();

@@ -3,7 +3,10 @@
 
 #![allow(dead_code, unused_imports, reason = "every test binary uses its own part of this module")]
 
+pub mod chain;
+pub mod gate;
 mod http;
+pub mod model;
 mod program;
 mod proxy;
 mod servers;

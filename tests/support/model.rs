@@ -1,0 +1,853 @@
+//! What the tables have to be: an oracle that is small, slow and independent.
+//!
+//! It was written from the design and the contract and shares no code with `src/apply` or `sql/`: no parser, no
+//! comparison, no date arithmetic. It never applies anything: it takes all events as a set, finds the newest write of
+//! every record and register, and derives the tables from those.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+
+use serde_json::{Map, Value, json};
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+// ---------------------------------------------------------------------------------------------
+// What goes in
+
+/// What orders events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    pub rev: Option<String>,
+    pub seq: Option<i64>,
+    /// The stream entry's id.
+    pub id: (u64, u64),
+}
+
+/// An event as its sender meant it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub version: Version,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    Commit { repo: String, ops: Vec<Op> },
+    Identity { did: String, handle: Option<String> },
+    Account { did: String, active: bool, status: Option<String>, time: Option<String> },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Op {
+    pub action: String,
+    pub path: String,
+    pub cid: Option<String>,
+    /// `Null` for a delete.
+    pub record: Value,
+}
+
+// ---------------------------------------------------------------------------------------------
+// What comes out
+
+/// A row by the names of its columns: text, numbers and booleans as such, a time as [`timestamp`] writes it, `jsonb`
+/// as what it holds, NULL as null.
+pub type Row = BTreeMap<&'static str, Value>;
+
+/// Rows by their primary key.
+pub type Rows = BTreeMap<String, Row>;
+
+/// Every table that the model speaks of, by name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tables(pub BTreeMap<&'static str, Rows>);
+
+impl Tables {
+    pub fn rows(&self, table: &str) -> &Rows {
+        &self.0[table]
+    }
+
+    pub fn rows_mut(&mut self, table: &str) -> &mut Rows {
+        self.0.get_mut(table).unwrap()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Column {
+    Text,
+    Int,
+    Bool,
+    Json,
+    Time,
+}
+
+use Column::{Bool, Int, Json, Text, Time};
+
+/// The tables and the columns that events decide. The first column is the key.
+const TABLES: &[(&str, &[(&str, Column)])] = &[
+    (
+        "users",
+        &[
+            ("did", Text),
+            ("handle", Text),
+            ("display_name", Text),
+            ("description", Text),
+            ("avatar_url", Text),
+            ("banner_url", Text),
+            ("pinned_post", Json),
+            ("profile_record", Json),
+            ("account_active", Bool),
+            ("account_status", Text),
+        ],
+    ),
+    (
+        "posts",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("author_did", Text),
+            ("text", Text),
+            ("langs", Json),
+            ("tags", Json),
+            ("parent_uri", Text),
+            ("parent_cid", Text),
+            ("root_uri", Text),
+            ("root_cid", Text),
+            ("embed", Json),
+            ("facets", Json),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    ("likes", POINTER),
+    ("reposts", POINTER),
+    (
+        "bookmarks",
+        &[
+            ("uri", Text),
+            ("user_did", Text),
+            ("post_uri", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "follows",
+        &[
+            ("uri", Text),
+            ("follower_did", Text),
+            ("following_did", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "blocks",
+        &[
+            ("uri", Text),
+            ("blocker_did", Text),
+            ("blocked_did", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "quotes",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("post_uri", Text),
+            ("quoted_uri", Text),
+            ("quoted_cid", Text),
+            ("created_at", Time),
+        ],
+    ),
+    (
+        "feed_items",
+        &[
+            ("uri", Text),
+            ("post_uri", Text),
+            ("originator_did", Text),
+            ("type", Text),
+            ("sort_at", Time),
+            ("cid", Text),
+            ("created_at", Time),
+        ],
+    ),
+    (
+        "generic_records",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("author_did", Text),
+            ("record_type", Text),
+            ("record", Json),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "post_aggregations",
+        &[
+            ("post_uri", Text),
+            ("like_count", Int),
+            ("repost_count", Int),
+            ("reply_count", Int),
+            ("bookmark_count", Int),
+            ("quote_count", Int),
+        ],
+    ),
+];
+
+const POINTER: &[(&str, Column)] = &[
+    ("uri", Text),
+    ("user_did", Text),
+    ("post_uri", Text),
+    ("subject_cid", Text),
+    ("via", Json),
+    ("created_at", Time),
+    ("commit_rev", Text),
+    ("commit_seq", Text),
+];
+
+/// The names of the tables, in the order in which they are shown.
+pub fn table_names() -> impl Iterator<Item = &'static str> {
+    TABLES.iter().map(|(name, _)| *name)
+}
+
+// ---------------------------------------------------------------------------------------------
+// The model
+
+/// A record's write: the last operation of its commit on its path.
+struct Write<'a> {
+    version: &'a Version,
+    repo: &'a str,
+    collection: &'a str,
+    uri: String,
+    /// `None` for a delete.
+    put: Option<Put>,
+}
+
+/// What a create or update says, checked.
+struct Put {
+    cid: Option<String>,
+    record: Map<String, Value>,
+    /// The time that the revision or the stream entry holds.
+    committed: i64,
+    created_at: i64,
+}
+
+/// The tables after these events, which are a set: their order and repetitions do not matter.
+///
+/// # Panics
+/// When the versions of the events contradict each other, so that there is no newest one: then there is nothing that
+/// the tables have to be.
+pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
+    let events: Vec<&Event> = events.into_iter().collect();
+    let mut tables = Tables(TABLES.iter().map(|(name, _)| (*name, Rows::new())).collect());
+
+    // Every record's newest write.
+    let mut records: BTreeMap<String, Vec<Write<'_>>> = BTreeMap::new();
+    for event in &events {
+        for write in writes(event) {
+            records.entry(write.uri.clone()).or_default().push(write);
+        }
+    }
+    let mut counters = Counters::default();
+    let mut accounts = BTreeSet::new();
+    for write in records.values().flatten() {
+        // A post that anything ever referred to has its counters, also when what referred to it came too late.
+        counters.posts.extend(referred_posts(write));
+        if let (Some(put), "app.bsky.graph.follow" | "app.bsky.graph.block") = (&write.put, write.collection)
+        {
+            accounts.insert(put.record["subject"].as_str().unwrap().to_owned());
+        }
+    }
+    let mut profiles = BTreeMap::new();
+    for writes in records.values() {
+        let write = newest(writes, |one, other| newer(one.version, other.version));
+        let Some(put) = &write.put else { continue };
+        if write.collection == "app.bsky.actor.profile" && write.uri.ends_with("/self") {
+            profiles.insert(write.repo.to_owned(), put.record.clone());
+            continue;
+        }
+        store(&mut tables, &mut counters, write, put);
+    }
+    counters.store(tables.rows_mut("post_aggregations"));
+
+    for event in &events {
+        accounts.insert(about(event).to_owned());
+    }
+    let handles = shown_handles(&events);
+    let statuses = statuses(&events);
+    for did in accounts {
+        let profile = profiles.get(&did);
+        let field = |name: &str| profile.map_or(Value::Null, |record| or_null(record, name));
+        let (active, status) = statuses.get(did.as_str()).cloned().unwrap_or((true, None));
+        let row = Row::from([
+            ("handle", json!(handles.get(did.as_str()).map_or("handle.invalid", String::as_str))),
+            ("display_name", field("displayName")),
+            ("description", field("description")),
+            ("avatar_url", blob_cid(&field("avatar"))),
+            ("banner_url", blob_cid(&field("banner"))),
+            ("pinned_post", field("pinnedPost")),
+            ("profile_record", profile.map_or(Value::Null, |record| Value::Object(record.clone()))),
+            ("account_active", json!(active)),
+            ("account_status", json!(status)),
+        ]);
+        insert(tables.rows_mut("users"), "did", did, row);
+    }
+    tables
+}
+
+/// Which of two versions is newer; neither, when they are the same.
+fn newer(one: &Version, other: &Version) -> bool {
+    match (&one.rev, &other.rev, one.seq, other.seq) {
+        (Some(one), Some(other), _, _) => one > other,
+        (_, _, Some(one), Some(other)) => one > other,
+        _ => one.id > other.id,
+    }
+}
+
+/// The item that no other one is newer than.
+fn newest<T>(items: &[T], newer: impl Fn(&T, &T) -> bool) -> &T {
+    let best = items.iter().reduce(|best, item| if newer(item, best) { item } else { best }).unwrap();
+    assert!(
+        !items.iter().any(|item| newer(item, best)),
+        "the versions of these events contradict each other: none is the newest"
+    );
+    best
+}
+
+/// The account that an event is about.
+fn about(event: &Event) -> &str {
+    match &event.kind {
+        Kind::Commit { repo, .. } => repo,
+        Kind::Identity { did, .. } | Kind::Account { did, .. } => did,
+    }
+}
+
+fn writes(event: &Event) -> Vec<Write<'_>> {
+    let Kind::Commit { repo, ops } = &event.kind else { return Vec::new() };
+    // The last one on a path wins, good or bad: the reader drops the others before anybody judges them.
+    let last: HashMap<&str, &Op> = ops.iter().map(|op| (op.path.as_str(), op)).collect();
+    last.into_iter()
+        .filter_map(|(path, op)| {
+            let (collection, rkey) = path.split_once('/')?;
+            if !is_record_key(rkey) || !collection.contains('.') {
+                return None;
+            }
+            let put = match op.action.as_str() {
+                "delete" => None,
+                "create" | "update" => Some(checked(op, collection, &event.version)?),
+                _ => return None,
+            };
+            Some(Write { version: &event.version, repo, collection, uri: format!("at://{repo}/{path}"), put })
+        })
+        .collect()
+}
+
+fn is_record_key(rkey: &str) -> bool {
+    !rkey.is_empty() && rkey.chars().all(|c| c.is_ascii_alphanumeric() || "._:~-".contains(c))
+}
+
+/// What an operation says; `None` when something that its row needs is missing or impossible.
+fn checked(op: &Op, collection: &str, version: &Version) -> Option<Put> {
+    let Value::Object(record) = without_nul(&op.record) else { return None };
+    let good = match collection {
+        "app.bsky.feed.post" => op.cid.is_some() && is_post(&record),
+        "app.bsky.feed.like" | "app.bsky.bookmark" => strong_ref(record.get("subject")?).is_some(),
+        "app.bsky.feed.repost" => op.cid.is_some() && strong_ref(record.get("subject")?).is_some(),
+        "app.bsky.graph.follow" | "app.bsky.graph.block" => {
+            record.get("subject")?.as_str()?.starts_with("did:")
+        }
+        "app.bsky.actor.profile" if op.path.ends_with("/self") => {
+            ["displayName", "description"].iter().all(|name| {
+                let value = or_null(&record, name);
+                value.is_null() || value.is_string()
+            })
+        }
+        _ => op.cid.is_some(),
+    };
+    let committed = match &version.rev {
+        Some(rev) => tid_micros(rev).unwrap(),
+        None => i64::try_from(version.id.0).unwrap() * 1000,
+    };
+    let created_at = record.get("createdAt").and_then(Value::as_str).and_then(micros_of).unwrap_or(committed);
+    good.then(|| Put { cid: op.cid.clone(), record, committed, created_at })
+}
+
+fn is_post(record: &Map<String, Value>) -> bool {
+    let is = |name: &str, right: fn(&Value) -> bool| {
+        let value = or_null(record, name);
+        value.is_null() || right(&value)
+    };
+    let reply = or_null(record, "reply");
+    is("text", Value::is_string)
+        && is("langs", Value::is_array)
+        && is("tags", Value::is_array)
+        && is("facets", Value::is_array)
+        && is("embed", Value::is_object)
+        && (reply.is_null()
+            || (strong_ref(&reply["parent"]).is_some() && strong_ref(&reply["root"]).is_some()))
+}
+
+/// The URI and the CID, where it has one.
+fn strong_ref(value: &Value) -> Option<(String, Value)> {
+    let uri = value["uri"].as_str().filter(|uri| uri.starts_with("at://"))?;
+    let cid = &value["cid"];
+    (cid.is_null() || cid.is_string()).then(|| (uri.to_owned(), cid.clone()))
+}
+
+/// The post that a post quotes. Other records can be embedded in the same way and are not quoted.
+fn quoted(record: &Map<String, Value>) -> Option<(String, Value)> {
+    let embed = record.get("embed")?;
+    let target = match embed["$type"].as_str()? {
+        "app.bsky.embed.record" => &embed["record"],
+        "app.bsky.embed.recordWithMedia" => &embed["record"]["record"],
+        _ => return None,
+    };
+    strong_ref(target).filter(|(uri, _)| uri.contains("/app.bsky.feed.post/"))
+}
+
+fn referred_posts(write: &Write<'_>) -> Vec<String> {
+    let Some(put) = &write.put else { return Vec::new() };
+    let subject = || put.record.get("subject").and_then(strong_ref).map(|(uri, _)| uri);
+    match write.collection {
+        "app.bsky.feed.like" | "app.bsky.feed.repost" | "app.bsky.bookmark" => {
+            subject().into_iter().collect()
+        }
+        "app.bsky.feed.post" => [write.uri.clone()]
+            .into_iter()
+            .chain(put.record.get("reply").and_then(|reply| strong_ref(&reply["parent"])).map(|(uri, _)| uri))
+            .chain(quoted(&put.record).map(|(uri, _)| uri))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Adds the rows of a live record.
+fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &Put) {
+    let Put { cid, record, committed, created_at } = put;
+    let created = timestamp(*created_at);
+    let sort_at = timestamp(*created_at.min(committed));
+    let uri = &write.uri;
+    let versioned = |row: &mut Row| {
+        row.insert("created_at", json!(created));
+        row.insert("commit_rev", json!(write.version.rev));
+        row.insert("commit_seq", json!(write.version.seq.map(|seq| seq.to_string())));
+    };
+    match write.collection {
+        "app.bsky.feed.post" => {
+            let reply = |part: &str| strong_ref(&or_null(record, "reply")[part]);
+            let (parent, root) = (reply("parent"), reply("root"));
+            let uri_of = |one: &Option<(String, Value)>| json!(one.as_ref().map(|(uri, _)| uri));
+            let cid_of = |one: &Option<(String, Value)>| one.clone().map_or(Value::Null, |(_, cid)| cid);
+            let or = |name: &str, default: Value| match or_null(record, name) {
+                Value::Null => default,
+                value => value,
+            };
+            let mut row = Row::from([
+                ("cid", json!(cid)),
+                ("author_did", json!(write.repo)),
+                ("text", or("text", json!(""))),
+                ("langs", or_null(record, "langs")),
+                ("tags", or("tags", json!([]))),
+                ("parent_uri", uri_of(&parent)),
+                ("parent_cid", cid_of(&parent)),
+                ("root_uri", uri_of(&root)),
+                ("root_cid", cid_of(&root)),
+                ("embed", or_null(record, "embed")),
+                ("facets", or_null(record, "facets")),
+            ]);
+            versioned(&mut row);
+            insert(tables.rows_mut("posts"), "uri", uri.clone(), row);
+            let item = Row::from([
+                ("post_uri", json!(uri)),
+                ("originator_did", json!(write.repo)),
+                ("type", json!(if parent.is_some() { "reply" } else { "post" })),
+                ("sort_at", json!(sort_at)),
+                ("cid", json!(cid)),
+                ("created_at", json!(created)),
+            ]);
+            insert(tables.rows_mut("feed_items"), "uri", uri.clone(), item);
+            if let Some((parent, _)) = parent {
+                counters.add("reply_count", parent, uri);
+            }
+            if let Some((target, target_cid)) = quoted(record) {
+                let row = Row::from([
+                    ("cid", json!(cid)),
+                    ("post_uri", json!(uri)),
+                    ("quoted_uri", json!(target)),
+                    ("quoted_cid", target_cid),
+                    ("created_at", json!(created)),
+                ]);
+                insert(tables.rows_mut("quotes"), "uri", uri.clone(), row);
+                counters.add("quote_count", target, uri);
+            }
+        }
+        "app.bsky.feed.like" | "app.bsky.feed.repost" | "app.bsky.bookmark" => {
+            let (post, post_cid) = strong_ref(&record["subject"]).unwrap();
+            let (table, counter) = match write.collection {
+                "app.bsky.feed.like" => ("likes", "like_count"),
+                "app.bsky.feed.repost" => ("reposts", "repost_count"),
+                _ => ("bookmarks", "bookmark_count"),
+            };
+            counters.add(counter, post.clone(), write.repo);
+            let mut row = Row::from([("user_did", json!(write.repo)), ("post_uri", json!(post))]);
+            if table != "bookmarks" {
+                row.insert("subject_cid", post_cid);
+                row.insert("via", or_null(record, "via"));
+            }
+            versioned(&mut row);
+            insert(tables.rows_mut(table), "uri", uri.clone(), row);
+            if table == "reposts" {
+                let item = Row::from([
+                    ("post_uri", json!(post)),
+                    ("originator_did", json!(write.repo)),
+                    ("type", json!("repost")),
+                    ("sort_at", json!(sort_at)),
+                    ("cid", json!(cid)),
+                    ("created_at", json!(created)),
+                ]);
+                insert(tables.rows_mut("feed_items"), "uri", uri.clone(), item);
+            }
+        }
+        "app.bsky.graph.follow" | "app.bsky.graph.block" => {
+            let (table, from, to) = match write.collection {
+                "app.bsky.graph.follow" => ("follows", "follower_did", "following_did"),
+                _ => ("blocks", "blocker_did", "blocked_did"),
+            };
+            let mut row = Row::from([(from, json!(write.repo)), (to, record["subject"].clone())]);
+            versioned(&mut row);
+            insert(tables.rows_mut(table), "uri", uri.clone(), row);
+        }
+        collection => {
+            let record_type = record.get("$type").and_then(Value::as_str).filter(|name| !name.is_empty());
+            let mut row = Row::from([
+                ("cid", json!(cid)),
+                ("author_did", json!(write.repo)),
+                ("record_type", json!(record_type.unwrap_or(collection))),
+                ("record", Value::Object(record.clone())),
+            ]);
+            versioned(&mut row);
+            insert(tables.rows_mut("generic_records"), "uri", uri.clone(), row);
+        }
+    }
+}
+
+/// What is counted, as sets: an account or post counts once.
+#[derive(Default)]
+struct Counters {
+    posts: BTreeSet<String>,
+    sets: BTreeMap<(String, &'static str), BTreeSet<String>>,
+}
+
+impl Counters {
+    fn add(&mut self, counter: &'static str, post: String, who: &str) {
+        self.sets.entry((post, counter)).or_default().insert(who.to_owned());
+    }
+
+    fn store(&self, rows: &mut Rows) {
+        const NAMES: [&str; 5] =
+            ["like_count", "repost_count", "reply_count", "bookmark_count", "quote_count"];
+        for post in &self.posts {
+            let count = |name| self.sets.get(&(post.clone(), name)).map_or(0, BTreeSet::len);
+            let row = NAMES.into_iter().map(|name| (name, json!(count(name)))).collect();
+            insert(rows, "post_uri", post.clone(), row);
+        }
+    }
+}
+
+/// The handles that are shown: the newest one claimed for an account, while the account is the newest to claim it.
+fn shown_handles<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, String> {
+    let claims: Vec<(&Version, &str, String)> = events
+        .iter()
+        .filter_map(|event| match &event.kind {
+            Kind::Identity { did, handle: Some(handle) } => {
+                let handle = handle.to_lowercase();
+                is_handle(&handle).then_some((&event.version, did.as_str(), handle))
+            }
+            _ => None,
+        })
+        .collect();
+    let mut of_account: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+    let mut of_handle: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+    for claim in &claims {
+        of_account.entry(claim.1).or_default().push(claim);
+        of_handle.entry(&claim.2).or_default().push(claim);
+    }
+    of_account
+        .into_iter()
+        .filter_map(|(did, own)| {
+            let (_, _, handle) = newest(&own, |one, other| newer(one.0, other.0));
+            let (_, owner, _) = newest(&of_handle[handle.as_str()], |one, other| newer(one.0, other.0));
+            (*owner == did).then(|| (did, handle.clone()))
+        })
+        .collect()
+}
+
+fn is_handle(handle: &str) -> bool {
+    let labels: Vec<&str> = handle.split('.').collect();
+    handle != "handle.invalid"
+        && handle.len() <= 253
+        && labels.len() >= 2
+        && labels.iter().all(|label| {
+            (1..=63).contains(&label.len())
+                && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        })
+        && !labels[labels.len() - 1].starts_with(|c: char| c.is_ascii_digit())
+}
+
+/// The newest status of each account. By the relay's numbers where both events have one, else by the time that the
+/// events give; by the stream where that is the same. What a deletion purges is not here yet: neither is it in the
+/// program.
+fn statuses<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, (bool, Option<String>)> {
+    type Status<'a> = (Option<i64>, (i64, (u64, u64)), bool, Option<&'a str>);
+    let mut all: BTreeMap<&str, Vec<Status<'_>>> = BTreeMap::new();
+    for event in events {
+        if let Kind::Account { did, active, status, time } = &event.kind {
+            let entry = i64::try_from(event.version.id.0).unwrap() * 1000;
+            let time = time.as_deref().and_then(micros_of).unwrap_or(entry);
+            let status = status.as_deref().filter(|status| !status.is_empty());
+            all.entry(did).or_default().push((event.version.seq, (time, event.version.id), *active, status));
+        }
+    }
+    let newer = |one: &Status<'_>, other: &Status<'_>| match (one.0, other.0) {
+        (Some(one), Some(other)) => one > other,
+        _ => one.1 > other.1,
+    };
+    all.into_iter()
+        .map(|(did, all)| {
+            let (_, _, active, status) = newest(&all, newer);
+            (did, (*active, status.map(str::to_owned)))
+        })
+        .collect()
+}
+
+fn blob_cid(blob: &Value) -> Value {
+    match (&blob["ref"], &blob["ref"]["$link"], &blob["cid"]) {
+        (Value::String(cid), _, _) | (_, Value::String(cid), _) | (_, _, Value::String(cid)) => json!(cid),
+        _ => Value::Null,
+    }
+}
+
+fn or_null(record: &Map<String, Value>, name: &str) -> Value {
+    record.get(name).cloned().unwrap_or(Value::Null)
+}
+
+/// PostgreSQL can hold every text but this character.
+fn without_nul(value: &Value) -> Value {
+    match value {
+        Value::String(text) => json!(text.replace('\0', "")),
+        Value::Array(items) => items.iter().map(without_nul).collect(),
+        Value::Object(fields) => Value::Object(
+            fields.iter().map(|(name, value)| (name.replace('\0', ""), without_nul(value))).collect(),
+        ),
+        other => other.clone(),
+    }
+}
+
+fn insert(rows: &mut Rows, key_column: &'static str, key: String, mut row: Row) {
+    row.insert(key_column, json!(key));
+    assert!(rows.insert(key, row).is_none(), "two rows with one key");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Times, in microseconds since 1970
+
+/// The microseconds in a TID.
+pub fn tid_micros(tid: &str) -> Option<i64> {
+    let digits: Option<Vec<u64>> =
+        tid.chars().map(|c| "234567abcdefghijklmnopqrstuvwxyz".find(c).map(|digit| digit as u64)).collect();
+    let digits = digits.filter(|digits| digits.len() == 13 && digits[0] < 16)?;
+    let number = digits.into_iter().fold(0, |number, digit| number * 32 + digit);
+    i64::try_from(number / 1024).ok()
+}
+
+/// A TID of this moment.
+pub fn tid(micros: i64) -> String {
+    let number = u64::try_from(micros).unwrap() * 1024;
+    (0..13)
+        .rev()
+        .map(|place| char::from(b"234567abcdefghijklmnopqrstuvwxyz"[(number >> (5 * place) & 31) as usize]))
+        .collect()
+}
+
+/// The moment that a datetime of the protocol names, cut to microseconds; `None` when it is none:
+/// `YYYY-MM-DDTHH:MM:SS`, perhaps a fraction, and `Z` or `+HH:MM` or `-HH:MM`, but not `-00:00`.
+pub fn micros_of(text: &str) -> Option<i64> {
+    let mut rest = text;
+    let mut number = |digits: usize, before: &str| {
+        rest = rest.strip_prefix(before)?;
+        let (digits, after) = rest.split_at_checked(digits)?;
+        rest = after;
+        digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<i64>().ok())?
+    };
+    let (year, month, day) = (number(4, "")?, number(2, "-")?, number(2, "-")?);
+    let (hour, minute, second) = (number(2, "T")?, number(2, ":")?, number(2, ":")?);
+    let mut micros = 0;
+    if let Some(after) = rest.strip_prefix('.') {
+        let end = after.find(|c: char| !c.is_ascii_digit())?;
+        if end == 0 {
+            return None;
+        }
+        for place in 0..6 {
+            let digit = after.as_bytes()[..end].get(place).map_or(0, |byte| i64::from(byte - b'0'));
+            micros = micros * 10 + digit;
+        }
+        rest = &after[end..];
+    }
+    let offset = if rest == "Z" {
+        0
+    } else {
+        let sign = if rest.starts_with('-') { -1 } else { 1 };
+        let (hours, minutes) = rest.strip_prefix(['+', '-'])?.split_once(':')?;
+        if hours.len() != 2 || minutes.len() != 2 {
+            return None;
+        }
+        let (hours, minutes): (i64, i64) = (hours.parse().ok()?, minutes.parse().ok()?);
+        if hours > 23 || minutes > 59 || rest == "-00:00" {
+            return None;
+        }
+        sign * (hours * 60 + minutes) * 60
+    };
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let days = match month {
+        2 => 28 + i64::from(leap),
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => return None,
+    };
+    if !(1..=days).contains(&day) || hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    Some(
+        (((days_before(year, month) + day - 1) * 24 + hour) * 60 + minute) * 60_000_000
+            + (second - offset) * 1_000_000
+            + micros,
+    )
+}
+
+/// Days from 1970-01-01 to the first of a month, of the years 0 to 9999.
+fn days_before(year: i64, month: i64) -> i64 {
+    // Days before a year, counted from year 0, which is a leap year.
+    let before = |year: i64| {
+        let last = year - 1;
+        if year <= 0 { 0 } else { year * 365 + last / 4 - last / 100 + last / 400 + 1 }
+    };
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let months = [31, 28 + i64::from(leap), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    before(year) - before(1970) + months.iter().take(usize::try_from(month - 1).unwrap()).sum::<i64>()
+}
+
+/// The moment in UTC as `to_char` writes it for [`read`].
+pub fn timestamp(micros: i64) -> String {
+    let (days, rest) = (micros.div_euclid(86_400_000_000), micros.rem_euclid(86_400_000_000));
+    let mut year = 1970 + days.div_euclid(366);
+    while days_before(year + 1, 1) <= days {
+        year += 1;
+    }
+    let month = (1..=12).rev().find(|month| days_before(year, *month) <= days).unwrap();
+    let day = days - days_before(year, month) + 1;
+    let (seconds, micros) = (rest / 1_000_000, rest % 1_000_000);
+    let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{micros:06}")
+}
+
+// ---------------------------------------------------------------------------------------------
+// What is there
+
+/// The tables as they stand in the database.
+pub async fn read(client: &Client) -> Tables {
+    let mut tables = BTreeMap::new();
+    for (name, columns) in TABLES {
+        let list: Vec<String> = columns
+            .iter()
+            .map(|(column, kind)| match kind {
+                Time => format!("to_char({column}, 'YYYY-MM-DD HH24:MI:SS.US')"),
+                _ => format!("{column}::text"),
+            })
+            .collect();
+        let sql = format!("SELECT {} FROM {name}", list.join(", "));
+        let mut rows = Rows::new();
+        for message in client.simple_query(&sql).await.unwrap() {
+            let SimpleQueryMessage::Row(found) = message else { continue };
+            let row: Row = columns
+                .iter()
+                .enumerate()
+                .map(|(index, (column, kind))| (*column, cell(*kind, found.get(index))))
+                .collect();
+            rows.insert(found.get(0).unwrap().to_owned(), row);
+        }
+        tables.insert(*name, rows);
+    }
+    Tables(tables)
+}
+
+fn cell(kind: Column, text: Option<&str>) -> Value {
+    match (kind, text) {
+        (_, None) => Value::Null,
+        (Text | Time, Some(text)) => json!(text),
+        (Int | Bool | Json, Some(text)) => serde_json::from_str(text).unwrap(),
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The difference
+
+/// The differences between two states of the tables, a line each; empty when there are none.
+pub fn differences(expected: &Tables, found: &Tables) -> Vec<String> {
+    let mut lines = Vec::new();
+    for table in table_names() {
+        let (expected, found) = (expected.rows(table), found.rows(table));
+        let keys: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
+        for key in keys {
+            match (expected.get(key), found.get(key)) {
+                (Some(row), None) => {
+                    lines.push(format!("{table} {key}: is missing, should be {}", show(row)));
+                }
+                (None, Some(row)) => lines.push(format!("{table} {key}: should not be, is {}", show(row))),
+                (Some(expected), Some(found)) => {
+                    for (column, right) in expected {
+                        let is = &found[column];
+                        if is != right {
+                            lines.push(format!("{table} {key}: {column} is {is}, should be {right}"));
+                        }
+                    }
+                }
+                (None, None) => unreachable!("the key comes from one of the two"),
+            }
+        }
+    }
+    lines
+}
+
+fn show(row: &Row) -> String {
+    let mut out = String::new();
+    for (column, value) in row.iter().filter(|(_, value)| !value.is_null()) {
+        write!(out, "{}{column}={value}", if out.is_empty() { "" } else { " " }).unwrap();
+    }
+    out
+}
+
+/// # Panics
+/// When the two differ, with the first differences.
+#[track_caller]
+pub fn assert_same(what: &str, expected: &Tables, found: &Tables) {
+    let lines = differences(expected, found);
+    assert!(lines.is_empty(), "{what}: {}", summary(&lines));
+}
+
+/// The first differences, and how many there are.
+pub fn summary(lines: &[String]) -> String {
+    let mut out = format!("{} differences", lines.len());
+    for line in lines.iter().take(12) {
+        write!(out, "\n  {line}").unwrap();
+    }
+    out
+}
