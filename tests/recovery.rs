@@ -601,6 +601,10 @@ fn letters(entries: Vec<(String, Vec<(String, String)>)>) -> Vec<std::collection
     entries.into_iter().map(|(_, fields)| fields.into_iter().collect()).collect()
 }
 
+/// The fields of an entry, and what its dead letters must say: reason and a part of the message.
+type Fields = Vec<(&'static str, String)>;
+type Reasons = Vec<(&'static str, &'static str)>;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
     let long = "x".repeat(300);
@@ -608,8 +612,6 @@ async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
     let time = "2026-11-21T04:17:51.287Z";
     let good_like = like("good", json!({"subject": subject, "createdAt": time}));
     // The entry's fields, and for each dead letter that it makes its reason and a part of its message.
-    type Fields = Vec<(&'static str, String)>;
-    type Reasons = Vec<(&'static str, &'static str)>;
     let entries: Vec<(Fields, Reasons)> = vec![
         (
             vec![
