@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -77,9 +77,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
     let (config, _) = config::from_env(all, Role::All)?;
     let store = Store::new(&config)?;
     let began = Instant::now();
-    let Some(mut running) = run::start(config, Parts::All, metrics, stop.clone()).await? else {
-        bail!("stopped before the start was complete");
-    };
+    let mut running = run::start(config, Parts::All, metrics, stop.clone()).await?;
     if let Some(address) = running.http {
         println!("status on http://{address}/status, metrics on http://{address}/metrics; Ctrl-C stops");
     }

@@ -426,7 +426,7 @@ impl Pipeline {
         delay: Option<Duration>,
         stop: &CancellationToken,
     ) -> bool {
-        let StoreError { verdict, message: reason } = error;
+        let StoreError { verdict, message: reason, .. } = error;
         let (label, delay, state) = match verdict {
             // The store has singled out what can be rejected; a refusal of everything else is our own fault.
             Verdict::Halt | Verdict::Reject => {

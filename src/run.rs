@@ -23,7 +23,7 @@ use crate::relay::reader::Reader;
 use crate::report;
 use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
-use crate::store::{Store, migrate, tombstones};
+use crate::store::{Store, StoreError, migrate, tombstones};
 use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor, lease};
 
 /// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
@@ -86,18 +86,7 @@ pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Res
         }
     };
     let stop = CancellationToken::new();
-    let start = start(config, parts, metrics, stop.clone());
-    tokio::pin!(start);
-    let mut running = tokio::select! {
-        running = &mut start => match running? {
-            Some(running) => running,
-            None => return Ok(ExitCode::FAILURE),
-        },
-        name = next_signal() => {
-            info!(signal = name, "stopped before the start was complete");
-            return Ok(ExitCode::SUCCESS);
-        }
-    };
+    let mut running = start(config, parts, metrics, stop.clone()).await?;
     tokio::select! {
         name = next_signal() => info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal ends at once"),
         () = running.failed() => {
@@ -125,7 +114,7 @@ pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Res
     }
 }
 
-/// Starts the parts. `None` when `stop` came first.
+/// Starts the parts. None of them waits for another: the reader reads while PostgreSQL is away.
 ///
 /// # Errors
 ///
@@ -135,7 +124,7 @@ pub async fn start(
     parts: Parts,
     metrics: PrometheusHandle,
     stop: CancellationToken,
-) -> Result<Option<Running>> {
+) -> Result<Running> {
     let config = Arc::new(config);
     let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
     let store = parts.worker().then(|| Store::new(&config)).transpose()?;
@@ -174,11 +163,6 @@ pub async fn start(
     }
     running.helpers.spawn(upkeep(metrics, Arc::clone(&status)));
 
-    if let Some(store) = &store
-        && !prepare_database(store, config.auto_migrate, &stop).await?
-    {
-        return Ok(None);
-    }
     running.helpers.spawn(keep_house(Keys::new(&config), redis.clone(), Arc::clone(&status)));
     if let Some(store) = &store {
         running.helpers.spawn(forget_tombstones(
@@ -189,9 +173,10 @@ pub async fn start(
         ));
         let in_hand = InHand::default();
         let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
-        running.helpers.spawn(hold_names(
+        running.helpers.spawn(prepare(
             Arc::clone(&config),
             redis.clone(),
+            store.clone(),
             say_names,
             running.release.clone(),
         ));
@@ -213,7 +198,7 @@ pub async fn start(
         batch = config.batch_size,
         "started"
     );
-    Ok(Some(running))
+    Ok(running)
 }
 
 impl Running {
@@ -253,47 +238,60 @@ impl Running {
     }
 }
 
-/// Waits for the database and brings it up to date; `false` when it is time to stop.
-async fn prepare_database(store: &Store, migrate: bool, stop: &CancellationToken) -> Result<bool> {
-    let mut delays = backoff();
-    let mut said = String::new();
-    while !stop.is_cancelled() {
-        let error = match try_prepare(store, migrate).await {
-            Ok(()) => return Ok(true),
-            Err(error) => error,
-        };
-        if error.message != said {
-            said.clone_from(&error.message);
-            if error.verdict == Verdict::Halt {
-                error!(reason = said, "the database cannot be used; trying again until it can");
-            } else {
-                warn!(reason = said, "waiting for PostgreSQL");
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))) => {}
-            () = stop.cancelled() => {}
-        }
+/// What comes before the pipelines: the database brought up to date, then the consumer names. Ends, and gives the names
+/// back, at `release`.
+async fn prepare(
+    config: Arc<Config>,
+    redis: Redis,
+    store: Store,
+    names: watch::Sender<Names>,
+    release: CancellationToken,
+) {
+    let lease = Keys::new(&config).consumer_lease;
+    let token = lease::token(&config.consumer_id);
+    let work = async {
+        prepare_database(&store, config.auto_migrate, &names).await;
+        keep_names(&config, &redis, &names, &token).await;
+    };
+    tokio::select! {
+        () = work => {}
+        () = release.cancelled() => {}
     }
-    Ok(false)
+    if let Ok(mut connection) = redis.connect().await {
+        // If it fails the lease runs out by itself.
+        let _ = lease::release(&mut connection, &lease, &token).await;
+    }
 }
 
-async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), crate::store::StoreError> {
+/// Waits for the database and brings it up to date.
+async fn prepare_database(store: &Store, migrate: bool, names: &watch::Sender<Names>) {
+    let mut delays = backoff();
+    while let Err(error) = try_prepare(store, migrate).await {
+        let reason = error.message;
+        names.send_replace(Names::Waiting(match error.verdict {
+            Verdict::Halt | Verdict::Reject => State::Halted { reason },
+            Verdict::Reconnect | Verdict::Retry => State::WaitingForPostgres { reason },
+        }));
+        tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
+    }
+}
+
+async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), StoreError> {
     let mut session = store.session().await?;
     let found = migrate::look(session.client()).await?;
     if !auto_migrate {
         if found.is_current() {
             return Ok(());
         }
-        return Err(crate::store::StoreError {
-            verdict: Verdict::Halt,
-            message: format!(
+        return Err(StoreError::new(
+            Verdict::Halt,
+            format!(
                 "the database is at version {} and this program needs {} with its own functions, and AUTO_MIGRATE is \
                  false: run `standpipe migrate`",
                 found.version,
                 migrate::wanted()
             ),
-        });
+        ));
     }
     let done = migrate::migrate(session.client_mut()).await?;
     if !done.is_empty() {
@@ -303,25 +301,7 @@ async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), crate::sto
 }
 
 /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
-/// active under them without one. Ends, and gives the lease back, at `release`.
-async fn hold_names(
-    config: Arc<Config>,
-    redis: Redis,
-    names: watch::Sender<Names>,
-    release: CancellationToken,
-) {
-    let lease = Keys::new(&config).consumer_lease;
-    let token = lease::token(&config.consumer_id);
-    tokio::select! {
-        () = keep_names(&config, &redis, &names, &token) => {}
-        () = release.cancelled() => {}
-    }
-    if let Ok(mut connection) = redis.connect().await {
-        // If it fails the lease runs out by itself.
-        let _ = lease::release(&mut connection, &lease, &token).await;
-    }
-}
-
+/// active under them without one.
 async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>, token: &str) {
     let keys = Keys::new(config);
     let ours: Vec<String> = (0..config.parallel_consumers).map(|index| config.consumer_name(index)).collect();

@@ -128,12 +128,13 @@ async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_noth
     let postgres = lazy_postgres().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), None, database.clone()).await;
-    let reader = Program::start("reader", &chain.variables()).await;
+    let mut reader = Program::start("reader", &chain.variables()).await;
     wait_until("every event to be in the stream", RUN, async || {
         chain.look().await.cursor == Some(chain.relay.last_seq)
     })
     .await;
-    drop(reader);
+    reader.signal(Signal::Term);
+    assert_eq!(reader.wait_exit(SOON).await, 0);
 
     let gate = Gate::for_url(&database).await;
     let variables =

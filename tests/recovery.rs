@@ -87,7 +87,8 @@ async fn a_deleted_stream_is_noticed_and_the_reader_goes_back() {
         program.metric_rises(LOSSES, before).await;
     }
     chain.ends_like_an_undisturbed_run().await;
-    assert!(chain.relay.counters.connections_total.load(Ordering::SeqCst) >= 4, "the reader never went back");
+    // Once at least: right after a look of the janitor there may be nothing to go back for.
+    assert!(chain.relay.counters.connections_total.load(Ordering::SeqCst) >= 2, "the reader never went back");
     assert!(program.is_running());
 }
 
@@ -178,11 +179,11 @@ async fn a_redis_that_lost_everything_is_filled_again_from_the_relay() {
 async fn sigterm_under_load_exits_zero_in_time_and_a_restart_finishes_the_rest() {
     let chain = Chain::start(&network(EVENTS), None).await;
     // More than can be done in a moment, half of it in the stream already.
-    let reader = Program::start("reader", &chain.variables()).await;
+    let mut reader = Program::start("reader", &chain.variables()).await;
     let middle = chain.relay.last_seq / 2;
     wait_until("half of the events", RUN, async || chain.look().await.cursor >= Some(middle)).await;
     reader.signal(Signal::Term);
-    drop(reader);
+    assert_eq!(reader.wait_exit(SOON).await, 0);
     let mut program = Program::start("run", &chain.variables()).await;
     wait_until("load", SOON, async || chain.look().await.pending > 0 && program.entries().await > 0.0).await;
     program.signal(Signal::Term);
@@ -476,7 +477,7 @@ async fn a_redis_without_memory_is_never_filled_further_and_drains() {
         let info: String = redis_command(&chain.redis, &["INFO", "memory"]).await;
         info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap().trim().parse().unwrap()
     };
-    let limit = used().await + (1 << 20);
+    let limit = used().await + (3 << 20);
     let _: () = redis_command(&chain.redis, &["CONFIG", "SET", "maxmemory", &limit.to_string()]).await;
     let reader = Program::start("reader", &variables).await;
     wait_until("the reader to wait for room, or to have gone on regardless", SOON, async || {
@@ -770,7 +771,7 @@ async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
     assert_eq!(rows("SELECT display_name FROM users WHERE did = 'did:plc:poison'").await, [""]);
     let lines = worker.lines().len();
     assert!(lines < 20, "upstream drives the log: {lines} lines\n{}", worker.output());
-    assert_eq!(worker.readiness().await.0, 200);
+    becomes_ready(&worker).await;
     assert!(worker.is_running());
 }
 
@@ -841,7 +842,11 @@ async fn dead_letters_beyond_their_budget_stay_pending_until_there_is_room() {
     .await;
     let full = look(&redis).await.unwrap();
     assert!(full.pending > 0 && full.dead_letters > 0, "{full:?}");
-    assert_eq!(worker.metric("standpipe_dead_letters_overflow_total").await, full.pending as f64);
+    wait_until("every one that stays pending to be counted", SOON, async || {
+        let pending = look(&redis).await.unwrap().pending;
+        worker.metric("standpipe_dead_letters_overflow_total").await == pending as f64
+    })
+    .await;
     assert_eq!(query_rows(&database, "SELECT uri FROM posts").await.len() as u64, BAD);
     worker.signal(Signal::Term);
     assert_eq!(worker.wait_exit(SOON).await, 0);
@@ -876,7 +881,8 @@ async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
     assert_eq!(chain.look().await.length, 500);
 
     // Said once: from here on the cursor is this relay's.
-    drop(reader);
+    reader.signal(Signal::Term);
+    assert_eq!(reader.wait_exit(SOON).await, 0);
     let reader = Program::start("reader", &chain.variables()).await;
     wait_until("a connection", Duration::from_secs(30), async || {
         reader.metric("standpipe_relay_connects_total").await == 1.0
@@ -907,7 +913,7 @@ async fn a_cursor_in_the_future_stops_the_reader_unless_it_is_told_otherwise() {
     let program = Program::start("run", &chain.variables().with("ON_FUTURE_CURSOR", "oldest")).await;
     chain.ends_like_an_undisturbed_run().await;
     assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
-    assert_eq!(program.readiness().await.0, 200);
+    becomes_ready(&program).await;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ pub fn interpret(entry: &Entry) -> Result<Event<'_>, Reject> {
         "commit" => commit(entry, version),
         "identity" => registers::identity(entry, version),
         "account" => registers::account(entry, version),
+        "" => Err(Reject::new(Reason::Undecodable, "the entry has no `type`")),
         // #sync says that a repository changed without saying how; other words come from a newer protocol.
         other => Ok(Event {
             event_type: other,

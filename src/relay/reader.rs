@@ -28,8 +28,9 @@ use crate::stream::{Keys, Redis, backoff, group, lease};
 
 /// What may wait between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
-/// What one append carries at the most: a longer script would hold up the server.
-const APPEND_BYTES: usize = 2 * 1024 * 1024;
+/// What one append carries at the most: a longer script would hold up the server, and by so much Redis may go beyond its
+/// memory limit, which it looks at before a script and not within.
+const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
 /// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
 const MESSAGE_BYTES: usize = 8 * 1024 * 1024;

@@ -159,13 +159,13 @@ async fn under_lock(client: &mut Client) -> Result<Vec<String>, StoreError> {
 }
 
 fn newer(version: i32) -> StoreError {
-    StoreError {
-        verdict: Verdict::Halt,
-        message: format!(
+    StoreError::new(
+        Verdict::Halt,
+        format!(
             "the database is at version {version}, this program knows versions up to {}: use a newer standpipe",
             wanted()
         ),
-    }
+    )
 }
 
 /// A hash of all the functions' texts (FNV-1a: it needs to be stable, not strong).

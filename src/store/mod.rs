@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::{
     Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
 };
-use futures_util::future::join_all;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesOrdered;
 use tokio_postgres::Error;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -25,7 +26,14 @@ use known::KnownAccounts;
 use types::Call;
 use verdict::{Verdict, describe, judge};
 
+/// The server ends a statement at its own limit; an answer that takes this much longer never comes. Without that, a
+/// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
+const ANSWER_MARGIN: Duration = Duration::from_secs(5);
+
 const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5)";
+const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
+    pg_logical_emit_message(true, 'standpipe', '')";
 
 /// A role named standpipe has our own schema of that name first on its default search path ("$user", public): the
 /// application's tables are elsewhere.
@@ -38,6 +46,7 @@ const SEARCH_PATH: &str = "SELECT set_config('search_path', coalesce(
 pub struct Store {
     pool: Pool,
     known: Arc<KnownAccounts>,
+    answer_limit: Duration,
 }
 
 /// What applying an event came to.
@@ -57,11 +66,30 @@ pub struct StoreError {
     pub verdict: Verdict,
     /// What happened, without secrets.
     pub message: String,
+    /// What PostgreSQL calls it, when it was PostgreSQL that said so.
+    pub sqlstate: Option<String>,
+}
+
+impl StoreError {
+    /// Something that PostgreSQL did not say.
+    #[must_use]
+    pub fn new(verdict: Verdict, message: impl Into<String>) -> Self {
+        Self { verdict, message: message.into(), sqlstate: None }
+    }
+
+    /// The event's side of a refusal.
+    fn reject(&self) -> Reject {
+        Reject { reason: Reason::Database, message: self.message.clone(), sqlstate: self.sqlstate.clone() }
+    }
 }
 
 impl From<&Error> for StoreError {
     fn from(error: &Error) -> Self {
-        Self { verdict: judge(error), message: describe(error) }
+        Self {
+            verdict: judge(error),
+            message: describe(error),
+            sqlstate: error.code().map(|code| code.code().to_owned()),
+        }
     }
 }
 
@@ -74,14 +102,14 @@ impl From<Error> for StoreError {
 impl From<PoolError> for StoreError {
     fn from(error: PoolError) -> Self {
         match error {
-            PoolError::Backend(error) => Self::from(&error),
-            PoolError::Timeout(kind) => Self {
-                verdict: Verdict::Retry,
-                message: format!(
-                    "no connection within the time allowed ({kind:?}): DB_POOL_SIZE may be too small"
-                ),
-            },
-            other => Self { verdict: Verdict::Reconnect, message: other.to_string() },
+            PoolError::Backend(error) | PoolError::PostCreateHook(HookError::Backend(error)) => {
+                Self::from(&error)
+            }
+            PoolError::Timeout(kind) => Self::new(
+                Verdict::Retry,
+                format!("no connection within the time allowed ({kind:?}): DB_POOL_SIZE may be too small"),
+            ),
+            other => Self::new(Verdict::Reconnect, other.to_string()),
         }
     }
 }
@@ -116,7 +144,7 @@ impl Store {
                 recycle: Some(Duration::from_secs(5)),
             })
             .build()?;
-        Ok(Self { pool, known: Arc::default() })
+        Ok(Self { pool, known: Arc::default(), answer_limit: config.db_statement_timeout + ANSWER_MARGIN })
     }
 
     /// A connection out of the pool.
@@ -128,7 +156,7 @@ impl Store {
         let asked = Instant::now();
         let client = self.pool.get().await?;
         ::metrics::histogram!(metrics::POOL_WAIT).record(asked.elapsed().as_secs_f64());
-        Ok(Session { client, known: Arc::clone(&self.known) })
+        Ok(Session { client, known: Arc::clone(&self.known), answer_limit: self.answer_limit })
     }
 
     /// Whether the server answers, within `limit`.
@@ -143,7 +171,7 @@ impl Store {
             Ok(())
         };
         tokio::time::timeout(limit, ask).await.unwrap_or_else(|_| {
-            Err(StoreError { verdict: Verdict::Reconnect, message: format!("no answer within {limit:?}") })
+            Err(StoreError::new(Verdict::Reconnect, format!("no answer within {limit:?}")))
         })
     }
 
@@ -164,6 +192,7 @@ impl Store {
 pub struct Session {
     client: Object,
     known: Arc<KnownAccounts>,
+    answer_limit: Duration,
 }
 
 impl Session {
@@ -188,9 +217,9 @@ impl Session {
     ///
     /// Nothing is durable before [`Session::flush`] has answered on this same connection.
     pub async fn apply(&self, events: &[&Event<'_>]) -> Vec<Result<Outcome, StoreError>> {
-        let statement = match self.client.prepare_cached(APPLY).await {
+        let statement = match self.in_time(self.client.prepare_cached(APPLY)).await {
             Ok(statement) => statement,
-            Err(error) => return vec![Err(StoreError::from(&error)); events.len().max(1)],
+            Err(error) => return vec![Err(error); events.len().max(1)],
         };
         let calls: Vec<Call<'_>> =
             events.iter().map(|event| Call::new(event, &self.known, |_| true)).collect();
@@ -201,52 +230,75 @@ impl Session {
         {
             crash::now(Point::InTransaction);
         }
-        let answers = join_all(parameters.iter().map(|p| self.client.query_one(&statement, p))).await;
+        // Answers come in the order of the calls, so that each is due within the limit after the one before.
+        let mut answers: FuturesOrdered<_> =
+            parameters.iter().map(|parameters| self.client.query_one(&statement, parameters)).collect();
         let mut results = Vec::with_capacity(events.len());
-        for (event, answer) in events.iter().zip(answers) {
+        let mut refused = Vec::new();
+        while results.len() < events.len() {
+            let answer = self.in_time(async { answers.next().await.transpose() }).await;
             results.push(match answer {
-                Ok(row) => Ok(outcome(event, &row.get::<_, Vec<bool>>(0))),
-                Err(error) if judge(&error) == Verdict::Reject => self.isolate(event, &error).await,
-                Err(error) => Err(StoreError::from(&error)),
+                Ok(Some(row)) => Ok(outcome(events[results.len()], &row.get::<_, Vec<bool>>(0))),
+                // There are as many answers as calls.
+                Ok(None) => Err(self.no_answer()),
+                Err(error) => {
+                    if error.verdict == Verdict::Reject {
+                        refused.push(results.len());
+                    }
+                    let broken = error.verdict == Verdict::Reconnect;
+                    let result = Err(error);
+                    if broken {
+                        // Nothing more comes on this connection.
+                        results.resize(events.len(), result);
+                        return results;
+                    }
+                    result
+                }
             });
+        }
+        drop(answers);
+        for index in refused {
+            if let Err(error) = results[index].clone() {
+                results[index] = self.isolate(events[index], &error).await;
+            }
         }
         results
     }
 
+    /// Waits for an answer, but not for ever.
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        match tokio::time::timeout(self.answer_limit, answer).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => Err(self.no_answer()),
+        }
+    }
+
+    fn no_answer(&self) -> StoreError {
+        StoreError::new(Verdict::Reconnect, format!("no answer within {:?}", self.answer_limit))
+    }
+
     /// Finds the operations that the database refuses, each tried alone in a transaction that is rolled back.
-    async fn isolate(&self, event: &Event<'_>, error: &Error) -> Result<Outcome, StoreError> {
-        let whole = || Reject {
-            reason: Reason::Database,
-            message: describe(error),
-            sqlstate: error.code().map(|code| code.code().to_owned()),
-        };
+    async fn isolate(&self, event: &Event<'_>, error: &StoreError) -> Result<Outcome, StoreError> {
         // Without operations it is the event itself, whose index is one past them.
         if event.ops.len() <= 1 {
-            return Ok(Outcome::Rejected(vec![(0, whole())]));
+            return Ok(Outcome::Rejected(vec![(0, error.reject())]));
         }
-        let statement = self.client.prepare_cached(APPLY).await?;
+        let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         let mut bad = Vec::new();
         for index in 0..event.ops.len() {
             let call = Call::new(event, &self.known, |other| other == index);
-            self.client.batch_execute("BEGIN").await?;
-            let tried = self.client.query_one(&statement, &call.parameters()).await;
-            self.client.batch_execute("ROLLBACK").await?;
+            self.in_time(self.client.batch_execute("BEGIN")).await?;
+            let tried = self.in_time(self.client.query_one(&statement, &call.parameters())).await;
+            self.in_time(self.client.batch_execute("ROLLBACK")).await?;
             match tried {
                 Ok(_) => {}
-                Err(error) if judge(&error) == Verdict::Reject => bad.push((
-                    index,
-                    Reject {
-                        reason: Reason::Database,
-                        message: describe(&error),
-                        sqlstate: error.code().map(|code| code.code().to_owned()),
-                    },
-                )),
-                Err(error) => return Err(StoreError::from(&error)),
+                Err(error) if error.verdict == Verdict::Reject => bad.push((index, error.reject())),
+                Err(error) => return Err(error),
             }
         }
         if bad.is_empty() {
             // Each one passes alone, together they do not: none can be singled out.
-            bad = (0..event.ops.len()).map(|index| (index, whole())).collect();
+            bad = (0..event.ops.len()).map(|index| (index, error.reject())).collect();
         }
         Ok(Outcome::Rejected(bad))
     }
@@ -261,15 +313,8 @@ impl Session {
     ///
     /// The flush has not answered: everything since the last one counts as not applied.
     pub async fn flush(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
-        let statement = self
-            .client
-            .prepare_cached(
-                "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-                            WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
-                        pg_logical_emit_message(true, 'standpipe', '')",
-            )
-            .await?;
-        self.client.query_one(&statement, &[]).await?;
+        let statement = self.in_time(self.client.prepare_cached(FLUSH)).await?;
+        self.in_time(self.client.query_one(&statement, &[])).await?;
         for event in events {
             for did in std::iter::once(&event.repo).chain(&event.mentions) {
                 if !self.known.contains(did) {

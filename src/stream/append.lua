@@ -17,7 +17,8 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return redis.error_reply('STREAMGONE the stream does not exist')
 end
-redis.call('PEXPIRE', KEYS[5], ARGV[5])
+-- The first write must be one that Redis refuses when its memory is full: it lets a script that has written anything
+-- finish.
 for i = 6, #ARGV, 3 do
     redis.call('XADD', KEYS[1], '*', 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
 end
@@ -29,4 +30,5 @@ if ARGV[2] ~= '' then
         redis.call('SET', KEYS[4], ARGV[8], 'NX')
     end
 end
+redis.call('PEXPIRE', KEYS[5], ARGV[5])
 return redis.call('XLEN', KEYS[1])
