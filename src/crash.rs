@@ -31,9 +31,23 @@ pub enum Point {
     InMigration,
 }
 
+/// Every point.
+pub const ALL: [Point; 9] = [
+    Point::AfterAppend,
+    Point::AfterRead,
+    Point::InTransaction,
+    Point::AfterCommit,
+    Point::AfterFlush,
+    Point::BeforeDeadLetter,
+    Point::AfterDeadLetter,
+    Point::WhileClaiming,
+    Point::InMigration,
+];
+
 impl Point {
-    #[cfg(debug_assertions)]
-    fn name(self) -> &'static str {
+    /// Its name in `STANDPIPE_CRASH_AT`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Point::AfterAppend => "after-append",
             Point::AfterRead => "after-read",

@@ -450,7 +450,8 @@ async fn a_full_stream_holds_the_reader_back_and_loses_nothing() {
     let before = chain.look().await;
     waited(2.0).await;
     let after = chain.look().await;
-    assert!((MARK..MARK + 1_000).contains(&after.length), "{after:?}");
+    // Once waiting, it waits until there is a little more room than none.
+    assert!((MARK - MARK / 20..MARK + 1_000).contains(&after.length), "{after:?}");
     assert_eq!((before.length, before.cursor), (after.length, after.cursor), "the reader went on");
     assert!(after.cursor < Some(chain.relay.last_seq), "everything fitted in");
 
