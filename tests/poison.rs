@@ -119,7 +119,7 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     // ... a correction brings back what it corrects ...
     execute(&database, "ALTER TABLE users ALTER display_name TYPE text").await;
     let retry = ["dead-letters", "retry", "--all", "--reason", "database"];
-    let retried = Standpipe::run(&retry, &variables, Duration::from_secs(60)).await;
+    let retried = Standpipe::run(&retry, &variables, Duration::from_mins(1)).await;
     assert_eq!(retried.code, 0, "{}", retried.stdout);
     let names = format!("SELECT count(*) FROM users WHERE did LIKE '{REPO}%' AND length(display_name) = 300");
     assert_eq!(query_value(&database, &names).await, counts["database"].to_string());
