@@ -2,13 +2,12 @@
 //! <https://atproto.com/specs/event-stream>
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use shrike::car::{BlockRef, CarError, Writer};
 use shrike::cbor::{Cid, Codec, Encoder};
 
 use super::accounts::{Accounts, tid};
 use super::pool::Rkey;
-use super::record::{self, Draft};
+use super::record::{self, Draft, infallible_vec, time_text};
 
 /// One message of the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,12 +144,6 @@ pub(super) fn encode(planned: &Planned, accounts: &Accounts, pad: usize) -> Fram
         }
     };
     Frame { seq: Some(seq), bytes }
-}
-
-/// RFC 3339 with milliseconds and Z.
-pub(super) fn time_text(micros: i64) -> String {
-    let time = Timestamp::from_microsecond(micros).unwrap_or(Timestamp::MAX);
-    format!("{time:.3}")
 }
 
 /// An operation with its record encoded.
@@ -350,14 +343,4 @@ fn block(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> (Vec<u8>, 
 
 fn infallible(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> Bytes {
     Bytes::from(infallible_vec(write))
-}
-
-/// What is written into memory.
-pub(super) fn infallible_vec(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> Vec<u8> {
-    let mut out = Vec::with_capacity(512);
-    #[expect(clippy::expect_used, reason = "a Vec never refuses bytes")]
-    // Unwrap safety: the encoders fail only where their writer fails, which a Vec never does, and at floats, which
-    // no frame has.
-    write(&mut out).expect("writing CBOR into memory cannot fail");
-    out
 }

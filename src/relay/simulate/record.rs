@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::io::Write;
 
+use jiff::Timestamp;
+use shrike::car::CarError;
 use shrike::cbor::{CborError, Cid, Codec, Encoder, cbor_key_cmp};
 
 use super::accounts::{Accounts, StrongRef, tid};
-use super::frame::{infallible_vec, time_text};
 
 pub(super) const POST: &str = "app.bsky.feed.post";
 pub(super) const LIKE: &str = "app.bsky.feed.like";
@@ -525,4 +526,20 @@ fn facet(text: &mut String, shown: &str, feature: Item) -> Item {
     text.push_str(shown);
     let index = vec![("byteStart", Item::Integer(start)), ("byteEnd", Item::Integer(text.len() as u64))];
     Item::Map(vec![("index", Item::Map(index)), ("features", Item::List(vec![feature]))])
+}
+
+/// RFC 3339 with milliseconds and Z.
+pub(super) fn time_text(micros: i64) -> String {
+    let time = Timestamp::from_microsecond(micros).unwrap_or(Timestamp::MAX);
+    format!("{time:.3}")
+}
+
+/// What is written into memory.
+pub(super) fn infallible_vec(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> Vec<u8> {
+    let mut out = Vec::with_capacity(512);
+    #[expect(clippy::expect_used, reason = "a Vec never refuses bytes")]
+    // Unwrap safety: the encoders fail only where their writer fails, which a Vec never does, and at floats, which
+    // no frame has.
+    write(&mut out).expect("writing CBOR into memory cannot fail");
+    out
 }
