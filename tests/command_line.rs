@@ -576,8 +576,13 @@ async fn metrics_are_prometheus_text_and_hold_what_the_contract_lists() {
     let first = parse(&program.get("/metrics").await.1).unwrap();
     assert!(first.types.contains_key("standpipe_relay_gaps_total"));
     chain.finished().await;
-    program.metric_rises("standpipe_process_cpu_seconds_total", -1.0).await;
-    program.metric_rises("standpipe_stream_entries", 0.0).await;
+    // Acknowledged comes before counted, and the stream is looked at once a second.
+    wait_until("the metrics to have seen it", SOON, async || {
+        program.entries().await == 300.0
+            && program.metric("standpipe_stream_entries").await > 0.0
+            && program.metric("standpipe_pending_entries").await == 0.0
+    })
+    .await;
     let text = program.get("/metrics").await.1;
     let exposition = parse(&text).unwrap();
 

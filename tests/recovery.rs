@@ -947,6 +947,76 @@ async fn a_second_reader_waits_for_the_lease_and_takes_over() {
     drop(worker);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_process_of_one_name_waits_until_the_first_is_gone() {
+    let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
+    let mut first = Program::start("run", &chain.variables()).await;
+    first.finishes_more(200.0).await;
+    let mut second = Program::start("worker", &chain.variables()).await;
+    second.wait_for_line("CONSUMER_ID", SOON).await;
+    wait_until("every pipeline to wait", SOON, async || {
+        let status = second.status().await;
+        let pipelines = status["process"]["pipelines"].as_array().unwrap();
+        pipelines.iter().all(|pipeline| pipeline["state"] == "waiting_for_lease")
+    })
+    .await;
+    first.finishes_more(200.0).await;
+    assert_eq!(second.entries().await, 0.0);
+    first.signal(Signal::Term);
+    assert_eq!(first.wait_exit(SOON).await, 0);
+    assert!(!chain.look().await.is_finished(chain.relay.last_seq), "the first one has done everything");
+    drop(first);
+    becomes_ready(&second).await;
+
+    // The relay is read by a third one, under another name; the second one's pipelines take part.
+    let third = Program::start("run", &chain.variables().with("CONSUMER_ID", "third")).await;
+    chain.ends_like_an_undisturbed_run().await;
+    assert!(second.entries().await > 0.0);
+    assert!(second.is_running());
+    drop(third);
+}
+
+/// The older workers know no lease: that somebody works under a name is seen from the group.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_consumer_of_our_name_is_waited_for() {
+    let redis = Redis::start().await;
+    let database = Postgres::shared().await.fresh_database().await;
+    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let mut connection = redis.connection().await;
+    let foreign = tokio::spawn(async move {
+        loop {
+            // Redis before 7.2 takes note of a consumer only when it gets something.
+            let pipe = redis::pipe()
+                .xadd(STREAM, "*", &[("type", "sync"), ("data", "{}"), ("seq", "1")])
+                .ignore()
+                .cmd("XREADGROUP")
+                .arg(&["GROUP", GROUP, "test-1", "COUNT", "10", "NOACK", "STREAMS", STREAM, ">"])
+                .ignore()
+                .query_async::<()>(&mut connection)
+                .await;
+            pipe.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    wait_until("the foreign consumer", SOON, async || {
+        let consumers: Vec<redis::Value> =
+            redis_command(&redis, &["XINFO", "CONSUMERS", STREAM, GROUP]).await;
+        !consumers.is_empty()
+    })
+    .await;
+    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
+    let mut worker = Program::start("worker", &variables).await;
+    let line = worker.wait_for_line("CONSUMER_ID", SOON).await;
+    assert!(line.contains("test-1"), "it does not say which: {line}");
+    foreign.abort();
+    let data = commit(22, &[post("1", "a post")]);
+    let _: String =
+        redis_command(&redis, &["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", "1"]).await;
+    wait_until("it to be acknowledged", SOON, async || look(&redis).await.unwrap().is_drained()).await;
+    assert_eq!(query_rows(&database, "SELECT uri FROM posts").await.len(), 1);
+    assert!(worker.is_running());
+}
+
 /// A crashed process leaves entries pending under its own names; its next start, or somebody else, applies them.
 #[tokio::test(flavor = "multi_thread")]
 async fn entries_of_a_killed_process_are_applied_by_its_next_start() {
