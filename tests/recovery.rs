@@ -892,6 +892,37 @@ async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
     assert_eq!(reader.metric("standpipe_relay_gaps_total").await, 0.0);
 }
 
+/// What of the stream is not acknowledged may still be another relay's: its numbers mean nothing at this one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_lost_after_a_change_of_relay_goes_back_to_no_foreign_number() {
+    let chain = Chain::start(&network(EVENTS), None).await;
+    let foreign = chain.relay.last_seq - 1_000;
+    let seq = foreign.to_string();
+    let _: String =
+        redis_command(&chain.redis, &["XADD", STREAM, "*", "type", "sync", "data", "{}", "seq", &seq]).await;
+    let _: () = redis_command(&chain.redis, &["SET", CURSOR, &seq]).await;
+    let _: () = redis_command(&chain.redis, &["SET", CURSOR_RELAY, "another.example"]).await;
+    let mut reader = Program::start("reader", &chain.variables()).await;
+    reader.wait_for_line("gap", SOON).await;
+    // Everything of the new relay stands behind the entry of the old one, and the janitor has seen it so.
+    wait_for("every event in the stream", RUN, async || {
+        let look = chain.look().await;
+        let seen = reader.metric("standpipe_stream_entries").await;
+        if look.cursor == Some(chain.relay.last_seq) && look.waiting && seen == look.length as f64 {
+            Ok(())
+        } else {
+            Err(format!("{look:?}, the janitor saw {seen} entries"))
+        }
+    })
+    .await;
+    let deleted: u64 = redis_command(&chain.redis, &["DEL", STREAM]).await;
+    assert_eq!(deleted, 1);
+    reader.metric_rises(LOSSES, 0.0).await;
+    let worker = Program::start("worker", &chain.variables()).await;
+    chain.ends_like_an_undisturbed_run().await;
+    drop(worker);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cursor_in_the_future_stops_the_reader_unless_it_is_told_otherwise() {
     let chain = Chain::start(&network(500), None).await;

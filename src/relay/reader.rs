@@ -167,7 +167,7 @@ impl Reader {
             return Ok(());
         }
         let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
-        let from = self.resume_position(&cursor, memory);
+        let from = self.resume_position(&mut cursor, memory);
         if cursor.position.is_none() && memory.acked.is_some() {
             warn!(
                 position = memory.acked,
@@ -226,7 +226,7 @@ impl Reader {
     }
 
     /// The position to ask the relay for. `None` is from now on.
-    fn resume_position(&self, cursor: &Cursor, memory: &mut Memory) -> Option<i64> {
+    fn resume_position(&self, cursor: &mut Cursor, memory: &mut Memory) -> Option<i64> {
         match memory.restart_at.take() {
             Some(Restart::Live) => {
                 self.gap(
@@ -248,6 +248,8 @@ impl Reader {
                     "the cursor belongs to {before}, not to {relay}: events between the two are not known; \
                      going on from now"
                 ));
+                cursor.acked = None;
+                memory.acked = None;
                 None
             }
             _ => cursor.position.or(memory.acked),
@@ -489,7 +491,10 @@ impl Reader {
             if gauge.cursor.as_deref().and_then(|text| text.parse().ok()) != cursor.position {
                 return Err(AppendError::CursorMoved.into());
             }
-            cursor.acked = gauge.acked.or(cursor.acked);
+            // Another relay's numbers mean nothing here.
+            if gauge.relay.as_ref().is_none_or(|relay| *relay == self.config.relay_url.relay()) {
+                cursor.acked = gauge.acked.or(cursor.acked);
+            }
             let Some(reason) = self.full(&gauge, waiting) else {
                 if waiting {
                     self.status.reader(|reader| reader.state = State::Running);

@@ -1,8 +1,8 @@
 -- Appends entries and moves the cursor, both or neither.
 --
--- KEYS: stream, cursor, relay, acked, lease.
--- ARGV: the cursor that we believe in ('' for none), the new cursor ('' to leave it), the relay's name, our lease,
---       the lease's life in milliseconds, then type, data, seq for each entry.
+-- KEYS: stream, cursor, relay, acked, lease, start.
+-- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
+--       milliseconds, then type, data, seq for each entry.
 -- Returns the stream's length.
 --
 -- A script and not MULTI/EXEC, because it can look before it writes: whether the lease is still ours, whether
@@ -17,18 +17,26 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return redis.error_reply('STREAMGONE the stream does not exist')
 end
+local relay = redis.call('GET', KEYS[3])
+local first = nil
 -- The first write must be one that Redis refuses when its memory is full: it lets a script that has written anything
 -- finish.
 for i = 6, #ARGV, 3 do
-    redis.call('XADD', KEYS[1], '*', 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
+    local id = redis.call('XADD', KEYS[1], '*', 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
+    first = first or id
 end
-if ARGV[2] ~= '' then
-    redis.call('SET', KEYS[2], ARGV[2])
-    redis.call('SET', KEYS[3], ARGV[3])
-    -- Until the janitor knows better, nothing from here on is acknowledged.
-    if #ARGV >= 8 then
-        redis.call('SET', KEYS[4], ARGV[8], 'NX')
-    end
+redis.call('SET', KEYS[2], ARGV[2])
+redis.call('SET', KEYS[3], ARGV[3])
+local changed = relay and relay ~= ARGV[3]
+if changed then
+    -- What stands in the stream from before has another relay's numbers.
+    redis.call('DEL', KEYS[6])
+    redis.call('SET', KEYS[4], ARGV[8] or ARGV[2])
+end
+if first then
+    -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
+    redis.call('SET', KEYS[6], first, 'NX')
+    redis.call('SET', KEYS[4], ARGV[8], 'NX')
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])
 return redis.call('XLEN', KEYS[1])

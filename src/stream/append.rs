@@ -90,6 +90,8 @@ pub struct Gauge {
     pub max_memory: u64,
     /// The lowest position that the group has not acknowledged.
     pub acked: Option<i64>,
+    /// The relay that both positions belong to; `None` when another program wrote them.
+    pub relay: Option<String>,
     /// The server's identity since its last start.
     pub run_id: String,
 }
@@ -100,15 +102,16 @@ pub struct Gauge {
 ///
 /// Redis cannot be reached.
 pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<Gauge> {
-    let (cursor, holder, acked, length, info): (Option<String>, Option<String>, Option<String>, u64, String) =
-        redis::pipe()
-            .get(&keys.cursor)
-            .get(&keys.lease)
-            .get(&keys.acked)
-            .xlen(&keys.stream)
-            .cmd("INFO")
-            .query_async(connection)
-            .await?;
+    type Answers = (Option<String>, Option<String>, Option<String>, Option<String>, u64, String);
+    let (cursor, holder, acked, relay, length, info): Answers = redis::pipe()
+        .get(&keys.cursor)
+        .get(&keys.lease)
+        .get(&keys.acked)
+        .get(&keys.relay)
+        .xlen(&keys.stream)
+        .cmd("INFO")
+        .query_async(connection)
+        .await?;
     let field = |name: &str| {
         info.lines()
             .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
@@ -127,6 +130,7 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
         cursor,
         lease,
         acked: acked.and_then(|text| text.parse().ok()),
+        relay,
         length,
         used_memory: field("used_memory").trim().parse().unwrap_or(0),
         max_memory: field("maxmemory").trim().parse().unwrap_or(0),
@@ -157,6 +161,7 @@ pub async fn append(
         .key(&keys.relay)
         .key(&keys.acked)
         .key(&keys.lease)
+        .key(&keys.start)
         .arg(believed.map_or_else(String::new, |cursor| cursor.to_string()))
         .arg(position)
         .arg(relay)

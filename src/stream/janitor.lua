@@ -1,6 +1,6 @@
 -- Trims what every group has acknowledged, notes the lowest position that our group has not, and reports.
 --
--- KEYS: stream, cursor, acked.  ARGV: our group, how many entries to trim at the most; 0 to look and change nothing.
+-- KEYS: stream, cursor, acked, start.  ARGV: our group, how many entries to trim at the most; 0 to look and change nothing.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back}, or {} without a stream.
 --
@@ -60,6 +60,12 @@ for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
         local unacked = waiting
         if first ~= '' then
             unacked = redis.call('XRANGE', KEYS[1], first, '+', 'COUNT', 1)[1] or waiting
+        end
+        -- Entries from before a change of relay have another relay's numbers; of the present one nothing is
+        -- acknowledged while they are not.
+        local start = redis.call('GET', KEYS[4])
+        if unacked and start and before(unacked[1], start) then
+            unacked = redis.call('XRANGE', KEYS[1], start, '+', 'COUNT', 1)[1]
         end
         local position = redis.call('GET', KEYS[2])
         if unacked then

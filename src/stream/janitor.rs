@@ -77,6 +77,7 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .key(&keys.stream)
         .key(&keys.cursor)
         .key(&keys.acked)
+        .key(&keys.start)
         .arg(&keys.group)
         .arg(limit)
         .invoke_async(connection)

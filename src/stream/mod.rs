@@ -31,6 +31,8 @@ pub struct Keys {
     /// The lowest relay position that the group has not acknowledged: where the reader goes back to should the
     /// stream be lost.
     pub acked: String,
+    /// The first entry that has the present relay's numbers.
+    pub start: String,
     /// Who reads the relay at the moment.
     pub lease: String,
     /// Which process has the consumer names that begin with our `CONSUMER_ID`.
@@ -52,6 +54,7 @@ impl Keys {
             cursor: config.cursor_key.clone(),
             relay: config.cursor_relay_key(),
             acked: format!("{}:acked", config.cursor_key),
+            start: format!("{}:start", config.cursor_key),
             lease: format!("{}:lease", config.cursor_key),
             consumer_lease: format!(
                 "{}:{}:{}:lease",
