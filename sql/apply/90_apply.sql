@@ -47,8 +47,8 @@ END $$;
 -- synchronous_commit is off for this transaction only; the caller flushes once per batch before it acknowledges
 -- anything. A SET clause on the function would be undone before the commit.
 --
--- Loops over small statements rather than statements over sets: each is a probe or two of an index, and setting
--- up unnest, joins and aggregates for one row cost three times as much as the row (measured).
+-- Loops over small statements rather than statements over sets: each is a probe or two of an index. With unnest,
+-- joins and aggregates, which have to be set up for every call, a like took 71 us instead of 47 (measured).
 CREATE OR REPLACE FUNCTION standpipe.apply(
     repos text[], handles text[], dids text[], ops standpipe.op[], kinds text[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $$
