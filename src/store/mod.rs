@@ -165,14 +165,16 @@ impl Store {
     ///
     /// It does not.
     pub async fn ping(&self, limit: Duration) -> Result<(), StoreError> {
-        let ask = async {
-            let session = self.session().await?;
-            session.client.simple_query("SELECT 1").await?;
-            Ok(())
-        };
-        tokio::time::timeout(limit, ask).await.unwrap_or_else(|_| {
-            Err(StoreError::new(Verdict::Reconnect, format!("no answer within {limit:?}")))
-        })
+        let late = |_| StoreError::new(Verdict::Reconnect, format!("no answer within {limit:?}"));
+        let session = tokio::time::timeout(limit, self.session()).await.map_err(late)??;
+        match tokio::time::timeout(limit, session.client.simple_query("SELECT 1")).await {
+            Ok(answer) => Ok(answer.map(drop)?),
+            Err(elapsed) => {
+                // Given back, it would be the next one's to wait for.
+                session.discard();
+                Err(late(elapsed))
+            }
+        }
     }
 
     /// Connections that exist, and those in use.
