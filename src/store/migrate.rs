@@ -7,8 +7,10 @@ use super::verdict::Verdict;
 use crate::crash::{self, Point};
 
 /// Numbered migrations: each runs once, in a transaction of its own.
-const MIGRATIONS: &[(i32, &str, &str)] =
-    &[(1, "tables", include_str!("../../sql/migrations/0001_tables.sql"))];
+const MIGRATIONS: &[(i32, &str, &str)] = &[
+    (1, "tables", include_str!("../../sql/migrations/0001_tables.sql")),
+    (2, "every_kind", include_str!("../../sql/migrations/0002_every_kind.sql")),
+];
 
 /// The functions: written anew whenever they differ from what the database has.
 const FUNCTIONS: &[&str] = &[
