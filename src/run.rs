@@ -351,15 +351,26 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
 /// Trims what is acknowledged, and looks at the stream for everybody.
 async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
     let mut delays = backoff();
+    let mut said = false;
     loop {
         let Ok(mut connection) = redis.connect().await else {
             tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
             continue;
         };
-        delays = backoff();
         let mut cleaned: Option<Instant> = None;
         loop {
-            let Ok(look) = janitor::sweep(&mut connection, &keys).await else { break };
+            let look = match janitor::sweep(&mut connection, &keys).await {
+                Ok(look) => look,
+                Err(error) => {
+                    // An outage is told by those who wait for it; what the script itself runs into is told here.
+                    if error.code() == Some("ERR") && !std::mem::replace(&mut said, true) {
+                        error!(%error, "the janitor cannot look at the stream: nothing is trimmed");
+                    }
+                    tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
+                    break;
+                }
+            };
+            delays = backoff();
             metrics::look(&look);
             let again = look.trimmed > 0;
             let missing = !look.exists || !look.group;

@@ -36,6 +36,8 @@ enum Fault {
     ConnectionsCut,
     BlackHole,
     PostgresFrozen,
+    PostgresSlow,
+    TrimmedByOthers,
     GroupDestroyed,
     StreamDeleted,
 }
@@ -91,6 +93,8 @@ struct House {
     proxies: [TcpProxy; 3],
     daemons: Vec<Option<Standpipe>>,
     variables: Vec<(String, String)>,
+    /// Entries that others removed from the stream.
+    trimmed: u64,
 }
 
 impl House {
@@ -155,6 +159,24 @@ impl House {
                 self.postgres.pause().await.unwrap();
                 tokio::time::sleep(Duration::from_millis(rng.u64(500..6000))).await;
                 self.postgres.resume().unwrap();
+            }
+            Fault::PostgresSlow => {
+                let before = self.proxies[1].forwarded_bytes();
+                self.proxies[1].delay(Duration::from_millis(rng.u64(5..100)));
+                tokio::time::sleep(Duration::from_millis(rng.u64(500..6000))).await;
+                self.proxies[1].delay(Duration::ZERO);
+                return u64::from(self.proxies[1].forwarded_bytes() > before);
+            }
+            Fault::TrimmedByOthers => {
+                let mut redis = self.redis.connection().await;
+                let keep = rng.u64(0..50).to_string();
+                let trimmed: u64 = redis::cmd("XTRIM")
+                    .arg(&[STREAM, "MAXLEN", &keep])
+                    .query_async(&mut redis)
+                    .await
+                    .unwrap_or(0);
+                self.trimmed += trimmed;
+                return u64::from(trimmed > 0);
             }
             Fault::GroupDestroyed => {
                 let mut redis = self.redis.connection().await;
@@ -234,12 +256,25 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     plan(Fault::PostgresKilled, postgres_kills / 2);
     plan(Fault::PostgresProcessKilled, postgres_kills - postgres_kills / 2);
     plan(Fault::ConnectionsCut, number("CHAOS_CUTS", 4));
-    for fault in [Fault::BlackHole, Fault::PostgresFrozen, Fault::GroupDestroyed, Fault::StreamDeleted] {
+    for fault in [
+        Fault::BlackHole,
+        Fault::PostgresFrozen,
+        Fault::PostgresSlow,
+        Fault::TrimmedByOthers,
+        Fault::GroupDestroyed,
+        Fault::StreamDeleted,
+    ] {
         plan(fault, others);
     }
     rng.shuffle(&mut faults);
 
-    let network = NetworkOptions { seed, accounts: 2_000, events: total, ..NetworkOptions::default() };
+    let network = NetworkOptions {
+        seed,
+        accounts: 2_000,
+        events: total,
+        clock_jumps: true,
+        ..NetworkOptions::default()
+    };
     let redis = Redis::start().await;
     let postgres = Postgres::start_with(PostgresOptions { fsync: true, ..Postgres::options() }).await;
     let database = postgres.fresh_database().await;
@@ -270,7 +305,8 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         ("RELAY_IDLE_TIMEOUT", "5s".to_owned()),
     ];
     let variables = variables.map(|(name, value)| (name.to_owned(), value)).to_vec();
-    let mut house = House { redis, postgres, database, proxies, daemons: vec![None, None, None], variables };
+    let daemons = vec![None, None, None];
+    let mut house = House { redis, postgres, database, proxies, daemons, variables, trimmed: 0 };
     for index in 0..3 {
         house.start(index);
     }
@@ -293,8 +329,13 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         let count = house.cause(*fault, &mut rng).await;
         *caused.entry(*fault).or_default() += count;
         // After these the marked entries may never come again under their ids.
-        let comparable =
-            !matches!(fault, Fault::RedisKilledAndItsTailCut | Fault::StreamDeleted | Fault::GroupDestroyed);
+        let comparable = !matches!(
+            fault,
+            Fault::RedisKilledAndItsTailCut
+                | Fault::StreamDeleted
+                | Fault::GroupDestroyed
+                | Fault::TrimmedByOthers
+        );
         if let (Some(mark), true) = (mark, comparable) {
             let (fault, url) = (*fault, url.clone());
             recoveries.spawn(async move {
@@ -357,6 +398,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         };
         println!("| {fault:?} | {count} | {} | {} |", at(0.5), at(0.99));
     }
+    println!("{} entries were trimmed by others", house.trimmed);
     println!(
         "{total} events in {:.0} s; {unmeasured} recoveries could not be measured; dead letters {dead}",
         ran.as_secs_f64()

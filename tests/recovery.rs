@@ -17,6 +17,8 @@ use support::{Postgres, Redis, Signal, execute, free_port, query_rows, wait_for,
 const EVENTS: u64 = 5_000;
 const RATE: u32 = 2_500;
 const RECREATIONS: &str = "standpipe_group_recreations_total";
+const REMOVED: &str = "standpipe_entries_lost_total";
+const SET_BACK: &str = "standpipe_reader_set_back_total";
 const LOSSES: &str = "standpipe_stream_losses_total";
 
 /// What a process may use in three seconds in which nothing happens. A loop without a pause uses all of them.
@@ -135,6 +137,71 @@ async fn a_stream_deleted_with_a_backlog_is_read_again_from_the_relay() {
 
     chain.ends_like_an_undisturbed_run().await;
     assert!(chain.relay.frames_sent() > EVENTS, "the relay sent nothing twice");
+    assert!(program.is_running());
+}
+
+/// Trims whatever there is, as the `MAXLEN` of another program's XADD would: pending, waiting and all.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
+    let mut postgres = Postgres::start().await;
+    let database = postgres.fresh_database().await;
+    let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
+    let mut program = Program::start("run", &chain.variables()).await;
+    program.finishes_more(300.0).await;
+    postgres.pause().await.unwrap();
+    let before = backlog(&chain, &program).await;
+    let trimmed: u64 = redis_command(&chain.redis, &["XTRIM", STREAM, "MAXLEN", "100"]).await;
+    assert!(trimmed > before.pending, "{trimmed} of {before:?}");
+    program.metric_rises(SET_BACK, 0.0).await;
+    let removed = program.metric(REMOVED).await;
+    // All that was trimmed had not been acknowledged, but for the little that the janitor had not got round to.
+    assert!(removed > 0.9 * trimmed as f64 && removed <= trimmed as f64, "{removed} of {trimmed}");
+    postgres.resume().unwrap();
+
+    chain.ends_like_an_undisturbed_run().await;
+    assert!(chain.relay.frames_sent() > EVENTS + before.length / 2, "the relay sent too little twice");
+    assert_eq!(program.metric(REMOVED).await, removed, "something was found removed twice");
+    assert!(program.is_running());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trimming_under_load_again_and_again_loses_nothing() {
+    let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
+    let mut program = Program::start("run", &chain.variables()).await;
+    let mut trimmed = 0;
+    let began = Instant::now();
+    while program.metric(SET_BACK).await < 2.0 {
+        assert!(began.elapsed() < RUN, "the reader was not set back twice; {trimmed} trimmed");
+        trimmed += redis_command::<u64>(&chain.redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
+        // What comes meanwhile is what the next turn trims.
+        program.finishes_more(20.0).await;
+    }
+    assert!(trimmed > 0);
+    chain.ends_like_an_undisturbed_run().await;
+    assert!(program.is_running());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pending_entry_that_somebody_deletes_is_read_again_from_the_relay() {
+    let mut postgres = Postgres::start().await;
+    let database = postgres.fresh_database().await;
+    let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
+    let program = Program::start("run", &chain.variables()).await;
+    program.finishes_more(300.0).await;
+    postgres.pause().await.unwrap();
+    backlog(&chain, &program).await;
+    type Pending = (u64, String, String, Vec<(String, String)>);
+    let (_, first, last, _): Pending = redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
+    for id in [first, last] {
+        assert_eq!(redis_command::<u64>(&chain.redis, &["XDEL", STREAM, &id]).await, 1);
+    }
+    program.metric_rises(SET_BACK, 0.0).await;
+    // It dies with the deleted entries in hand, so that nobody ever applied them.
+    program.signal(Signal::Kill);
+    drop(program);
+    postgres.resume().unwrap();
+    let mut program = Program::start("run", &chain.variables()).await;
+    chain.ends_like_an_undisturbed_run().await;
     assert!(program.is_running());
 }
 
@@ -1064,22 +1131,36 @@ async fn entries_of_a_killed_process_are_applied_by_its_next_start() {
     drop(program);
 }
 
+/// Two processes share the work; one dies under load and never comes back.
 #[tokio::test(flavor = "multi_thread")]
-async fn entries_of_a_process_that_never_comes_back_are_claimed_by_another() {
-    let chain = Chain::start(&network(1_000), None).await;
-    let program = Program::start("run", &chain.variables().with("CONSUMER_ID", "gone")).await;
-    wait_until("load", SOON, async || chain.look().await.pending > 0).await;
-    program.signal(Signal::Kill);
-    drop(program);
-    let left = chain.look().await;
-    assert!(left.pending > 0, "{left:?}");
-    let variables = chain.variables().with("CONSUMER_ID", "other").with("CLAIM_IDLE", "10s");
-    let program = Program::start("run", &variables).await;
-    wait_until("their entries to be claimed", Duration::from_secs(40), async || {
-        let look = chain.look().await;
-        look.is_drained() && look.cursor == Some(chain.relay.last_seq)
+async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
+    const CLAIM_IDLE: Duration = Duration::from_secs(10);
+    let chain = Chain::start(&network(60_000), Some(4_000)).await;
+    let variables = chain.variables().with("CLAIM_IDLE", "10s");
+    let mut stays = Program::start("run", &variables.clone().with("CONSUMER_ID", "stays")).await;
+    let goes = Program::start("worker", &variables.with("CONSUMER_ID", "goes")).await;
+    stays.finishes_more(500.0).await;
+    goes.finishes_more(500.0).await;
+    goes.signal(Signal::Kill);
+    let killed = Instant::now();
+    drop(goes);
+    let left = pending_with(&chain, "goes-").await;
+    assert!(left > 0, "nothing was pending with it");
+    let before = stays.entries().await;
+    wait_until("its entries to be finished", CLAIM_IDLE + Duration::from_secs(5), async || {
+        pending_with(&chain, "goes-").await == 0
+            && stays.metric("standpipe_claimed_entries_total").await >= left as f64
     })
     .await;
+    println!("{left} entries of the dead process were taken over {:?} after its end", killed.elapsed());
+    assert!(stays.entries().await > before, "there was no load");
     chain.ends_like_an_undisturbed_run().await;
-    drop(program);
+    assert!(stays.is_running());
+}
+
+/// Entries pending with the consumers whose names begin with this.
+async fn pending_with(chain: &Chain, prefix: &str) -> u64 {
+    type Pending = (u64, Option<String>, Option<String>, Option<Vec<(String, u64)>>);
+    let (.., consumers): Pending = redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
+    consumers.into_iter().flatten().filter(|(name, _)| name.starts_with(prefix)).map(|(_, count)| count).sum()
 }

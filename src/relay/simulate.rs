@@ -44,6 +44,8 @@ pub struct NetworkOptions {
     pub pad: usize,
     /// Whether accounts are also deleted for good, rarely.
     pub deletions: bool,
+    /// Whether the clock jumps now and then, by up to six hours in either direction.
+    pub clock_jumps: bool,
 }
 
 impl Default for NetworkOptions {
@@ -56,6 +58,7 @@ impl Default for NetworkOptions {
             start: jiff::Timestamp::constant(1_767_225_600, 0),
             pad: 0,
             deletions: false,
+            clock_jumps: false,
         }
     }
 }

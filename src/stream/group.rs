@@ -11,6 +11,10 @@ use super::entry::Batch;
 use super::{BLOCK, Keys};
 use crate::event::EntryId;
 
+static KEEP_FRESH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("keep_fresh.lua")));
+static GONE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("gone.lua")));
+static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("claim.lua")));
+
 /// What [`ensure`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ensured {
@@ -32,6 +36,7 @@ pub async fn ensure(connection: &mut MultiplexedConnection, keys: &Keys) -> Resu
         .key(&keys.cursor)
         .key(&keys.acked)
         .key(&keys.lost)
+        .key(&keys.watch)
         .arg(&keys.group)
         .invoke_async(connection)
         .await?;
@@ -129,13 +134,33 @@ pub async fn keep_fresh(
     if ids.is_empty() {
         return Ok(());
     }
-    let mut command = redis::cmd("XCLAIM");
-    command.arg(&keys.stream).arg(&keys.group).arg(consumer).arg(0);
+    let mut invocation = KEEP_FRESH.key(&keys.stream);
+    invocation.arg(&keys.group).arg(consumer);
     for id in ids {
-        command.arg(id.to_string());
+        invocation.arg(id.to_string());
     }
-    command.arg("JUSTID").query_async::<Value>(connection).await?;
-    Ok(())
+    invocation.invoke_async(connection).await
+}
+
+/// Acknowledges entries that somebody removed while they were pending, and has the reader go back for them.
+///
+/// # Errors
+///
+/// Redis cannot be reached or its memory is full; the entries then stay pending.
+pub async fn give_up(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    ids: &[EntryId],
+) -> RedisResult<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let mut invocation = GONE.key(&keys.stream);
+    invocation.key(&keys.relay).key(&keys.watch).arg(&keys.group);
+    for id in ids {
+        invocation.arg(id.to_string());
+    }
+    invocation.invoke_async(connection).await
 }
 
 /// One page of entries that their consumers left.
@@ -162,15 +187,16 @@ pub async fn claim(
     start: &str,
     count: usize,
 ) -> RedisResult<Claimed> {
-    let reply: Value = redis::cmd("XAUTOCLAIM")
-        .arg(&keys.stream)
+    let reply: Value = CLAIM
+        .key(&keys.stream)
+        .key(&keys.relay)
+        .key(&keys.watch)
         .arg(&keys.group)
         .arg(consumer)
         .arg(idle.as_millis() as u64)
         .arg(start)
-        .arg("COUNT")
         .arg(count)
-        .query_async(connection)
+        .invoke_async(connection)
         .await?;
     Ok(claimed(reply)?)
 }

@@ -1,15 +1,20 @@
 //! Trims what every group has acknowledged, and looks at how the stream is doing.
 
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue, ParsingError, RedisResult, Script, Value};
 
 use super::Keys;
 use crate::event::EntryId;
+use crate::status::now_ms;
 
 /// Entries trimmed by one call, at the most; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
+
+/// The reader is not set back more often than this, should somebody go on removing entries.
+const SET_BACK_PAUSE: Duration = Duration::from_secs(10);
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("janitor.lua")));
 
@@ -34,6 +39,10 @@ pub struct Look {
     pub trimmed: u64,
     /// The group whose progress bounds the trim.
     pub held_by: String,
+    /// Entries that somebody else was found to have removed before they were acknowledged.
+    pub removed: u64,
+    /// The reader was set back to read such entries again.
+    pub set_back: bool,
 }
 
 impl Look {
@@ -78,8 +87,12 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .key(&keys.cursor)
         .key(&keys.acked)
         .key(&keys.start)
+        .key(&keys.relay)
+        .key(&keys.watch)
         .arg(&keys.group)
         .arg(limit)
+        .arg(now_ms())
+        .arg(SET_BACK_PAUSE.as_millis() as u64)
         .invoke_async(connection)
         .await
 }
@@ -92,8 +105,19 @@ impl FromRedisValue for Look {
         if fields.is_empty() {
             return Ok(Self::default());
         }
-        let (length, group, pending, lag, oldest_pending, oldest_waiting, trimmed, held_by) =
-            <(u64, i64, u64, i64, String, String, u64, String)>::from_redis_value(Value::Array(fields))?;
+        type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64);
+        let (
+            length,
+            group,
+            pending,
+            lag,
+            oldest_pending,
+            oldest_waiting,
+            trimmed,
+            held_by,
+            removed,
+            set_back,
+        ) = Fields::from_redis_value(Value::Array(fields))?;
         Ok(Self {
             exists: true,
             group: group == 1,
@@ -104,6 +128,8 @@ impl FromRedisValue for Look {
             oldest_waiting: oldest_waiting.parse().ok(),
             trimmed,
             held_by,
+            removed,
+            set_back: set_back == 1,
         })
     }
 }

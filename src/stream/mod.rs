@@ -33,6 +33,8 @@ pub struct Keys {
     pub acked: String,
     /// The first entry that has the present relay's numbers.
     pub start: String,
+    /// What one call of the janitor tells the next.
+    pub watch: String,
     /// Who reads the relay at the moment.
     pub lease: String,
     /// Which process has the consumer names that begin with our `CONSUMER_ID`.
@@ -55,6 +57,7 @@ impl Keys {
             relay: config.cursor_relay_key(),
             acked: format!("{}:acked", config.cursor_key),
             start: format!("{}:start", config.cursor_key),
+            watch: format!("{}:watch", config.cursor_key),
             lease: format!("{}:lease", config.cursor_key),
             consumer_lease: format!(
                 "{}:{}:{}:lease",

@@ -24,6 +24,8 @@ const FRAMES_PER_ACCOUNT: u64 = 33;
 const FIRST_ACCOUNTS: u32 = 8;
 /// Lists and feed generators that others can refer to.
 const SHELF: usize = 64;
+/// The farthest that the clock jumps, in microseconds: six hours.
+const CLOCK_JUMP: i64 = 6 * 3600 * 1_000_000;
 /// Handles that somebody had and nobody has.
 const FREE_HANDLES: usize = 1000;
 
@@ -35,6 +37,7 @@ pub struct Network {
     events: u64,
     pad: usize,
     deletions: bool,
+    clock_jumps: bool,
 
     happened: u64,
     seq: u64,
@@ -97,6 +100,7 @@ impl Network {
             events: options.events,
             pad: options.pad,
             deletions: options.deletions,
+            clock_jumps: options.clock_jumps,
             happened: 0,
             seq: 0,
             micros: options.start.as_microsecond(),
@@ -151,6 +155,9 @@ impl Network {
         self.happened += 1;
         self.seq += if self.one_in(50) { self.rng.u64(2..=4) } else { 1 };
         self.micros = self.micros.saturating_add(self.rng.i64(1..2000));
+        if self.clock_jumps && self.one_in(300) {
+            self.micros = self.micros.saturating_add(self.rng.i64(-CLOCK_JUMP..CLOCK_JUMP));
+        }
         let what = match self.beginnings.pop_front() {
             Some(Beginning::Account(account)) => What::Account { account, active: true, status: None },
             Some(Beginning::Profile(account)) => self.profile(account),
