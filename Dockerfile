@@ -3,6 +3,8 @@
 FROM rust:1.95-bookworm AS builder
 WORKDIR /build
 COPY . .
+# What --version shows beside the number: docker build --build-arg STANDPIPE_COMMIT=$(git rev-parse --short=12 HEAD)
+ARG STANDPIPE_COMMIT=""
 # The cache mounts keep the registry and the compiled dependencies between builds, also when Cargo.lock changes: only
 # what changed is compiled again. They are no part of the image, so the binary is copied out in the same step.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \

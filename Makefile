@@ -2,10 +2,10 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo test chaos lint servers
+.PHONY: help build run demo bench test test-ui chaos lint deny test-monitoring servers
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary, target/release/standpipe
 	cargo build --release --locked
@@ -16,6 +16,9 @@ run: build ## Run reader and worker with the environment's settings
 demo: servers build ## Watch it work, with private servers and a simulated relay; EVENTS=200000 stops after that many
 	./target/release/standpipe demo $(if $(EVENTS),--events $(EVENTS))
 
+bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep --svg docs' for more (standpipe bench --help)
+	./target/release/standpipe bench $(BENCH)
+
 test: servers ## Run all tests, against private servers
 	cargo test --locked
 
@@ -25,9 +28,21 @@ chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=.
 	CHAOS_POSTGRES_KILLS=$${CHAOS_POSTGRES_KILLS:-40} CHAOS_CUTS=$${CHAOS_CUTS:-100} CHAOS_OTHERS=$${CHAOS_OTHERS:-8} \
 	cargo test --release --locked --test chaos -- --nocapture
 
-lint: ## Check the formatting and the lints
+test-ui: servers ## Look at the dashboard in a browser: press its buttons, make the pictures in docs/images; installs Chromium when it is missing
+	./scripts/install-browser.sh
+	UI_WARM_UP=$${UI_WARM_UP:-60} cargo test --locked --test dashboard_browser -- --ignored --nocapture
+
+lint: ## Check the formatting, the lints and, where cargo-deny is installed, the dependencies
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
+	./scripts/deny.sh
+
+deny: ## Check licences, sources and known holes of the dependencies; needs cargo-deny
+	DENY=required ./scripts/deny.sh
+
+test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets promtool when it is missing
+	./scripts/install-promtool.sh
+	cargo test --locked --test monitoring -- --include-ignored
 
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh

@@ -1,5 +1,7 @@
 //! The subcommands.
 
+mod status;
+
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,19 +12,24 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use standpipe::config::{Config, LogFormat, Role, VARIABLES};
+use standpipe::bench::{self, BenchOptions, Part};
+use standpipe::config::{Config, LogFormat, LogLevel, Role, VARIABLES, no_colour};
+use standpipe::control::{Control, SetLevel};
 use standpipe::dead_letters::{Filter, Retried, Walk};
 use standpipe::demo::{self, DemoOptions};
 use standpipe::relay::simulate::{self, NetworkOptions, RelayOptions, Source};
 use standpipe::run::{self, Parts};
+use standpipe::store::migrate::undo;
 use standpipe::store::{Store, audit, migrate};
 use standpipe::stream::dead_letters as stream_letters;
 use standpipe::stream::{Keys, Redis};
-use standpipe::{dead_letters, doctor, http, metrics, report};
+use standpipe::{dead_letters, doctor, http, metrics};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Bad command line or configuration (sysexits.h).
 pub const EX_USAGE: u8 = 64;
@@ -34,7 +41,7 @@ pub const EX_UNAVAILABLE: u8 = 69;
 ///
 /// Settings come from the environment; `standpipe help-env` lists them.
 #[derive(Debug, Parser)]
-#[command(version, about, arg_required_else_help = true)]
+#[command(version = env!("STANDPIPE_VERSION"), about, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -48,16 +55,16 @@ pub enum Command {
     Reader,
     /// Only the pipelines: Redis stream -> PostgreSQL
     Worker,
-    /// Create or upgrade the tables (also done at start unless `AUTO_MIGRATE=false`)
-    Migrate,
+    /// Create or upgrade the tables while others work with them (also done at start unless `AUTO_MIGRATE=false`)
+    Migrate(Migrate),
     /// Check configuration, Redis, PostgreSQL, permissions and settings; say what is wrong and what to do
-    Check,
-    /// Stream, group, pipelines, waiting and pending entries, dead letters
-    Status {
-        /// Print JSON
+    Check {
+        /// Print JSON, on one line
         #[arg(long)]
         json: bool,
     },
+    /// Stream, group, pipelines, waiting and pending entries, dead letters
+    Status(status::Options),
     /// What can never be applied: look at it, apply it after a correction, throw it away
     DeadLetters {
         #[command(subcommand)]
@@ -73,10 +80,41 @@ pub enum Command {
     Simulate(Simulate),
     /// The whole chain with private servers and a simulated relay, to watch
     Demo(Demo),
-    /// Ask the running process whether it is ready; exit 0 when it is
+    /// Throughput, latency and memory against private servers, beside what the machine could do at best
+    Bench(Bench),
+    /// Pause, resume or drain the running process, or change what it logs; asks at `HTTP_ADDR` with `ADMIN_TOKEN`
+    Control {
+        #[command(subcommand)]
+        action: ControlAction,
+    },
+    /// Ask the running process whether it is ready; exit 0 when it is, and when it is paused by hand and otherwise well
     Healthcheck,
     /// List the environment variables
     HelpEnv,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ControlAction {
+    /// Finish what is in hand, then read nothing more until resumed or restarted
+    Pause {
+        /// What to pause
+        #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
+        part: String,
+    },
+    /// Go on
+    Resume {
+        /// What is to go on
+        #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
+        part: String,
+    },
+    /// Log from this level on, until the next start
+    LogLevel {
+        /// The level
+        #[arg(value_parser = ["DEBUG", "INFO", "WARNING", "ERROR"], ignore_case = true)]
+        level: String,
+    },
+    /// Finish what is in hand and end, as SIGTERM does
+    Drain,
 }
 
 #[derive(Debug, Subcommand)]
@@ -113,6 +151,19 @@ pub enum DeadLetters {
         #[arg(long)]
         all: bool,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Migrate {
+    /// Say what would be done and what it would lock, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Bring a database that was taken over back to how it was, so that the workers before standpipe run again
+    #[arg(long)]
+    undo: bool,
+    /// Undo without asking
+    #[arg(long, requires = "undo")]
+    yes: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -174,6 +225,60 @@ pub struct Demo {
     accounts: u32,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Bench {
+    /// Stream entries of a run
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1000..))]
+    events: u64,
+    /// Runs of each variant; medians are quoted
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// The same seed gives the same events
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Accounts of the network
+    #[arg(long, default_value_t = 10_000)]
+    accounts: u32,
+    /// Events per second while the latency is taken
+    #[arg(long, default_value = "1000", value_parser = parse_rate)]
+    rate: u32,
+    /// Also drain a stream of so many entries, for the memory that it takes (such as 500000)
+    #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
+    backlog: Option<u64>,
+    /// Also vary table sizes (empty, 1 and 5 million rows), pipelines and batch sizes; takes long
+    #[arg(long)]
+    sweep: bool,
+    /// Also measure on the tables and indexes of the workers before standpipe
+    #[arg(long)]
+    existing: bool,
+    /// Only these parts: throughput, latency, reader
+    #[arg(long, value_name = "PART", value_delimiter = ',', value_parser = parse_part)]
+    only: Vec<Part>,
+    /// A setting of the private PostgreSQL, such as `shared_buffers=1GB`; may be given more than once
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_setting)]
+    postgres: Vec<(String, String)>,
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
+    /// Write plots into this folder
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+}
+
+fn parse_part(text: &str) -> Result<Part, String> {
+    match text {
+        "throughput" => Ok(Part::Throughput),
+        "latency" => Ok(Part::Latency),
+        "reader" => Ok(Part::Reader),
+        _ => Err("write throughput, latency or reader".to_owned()),
+    }
+}
+
+fn parse_setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
 /// `1000` or `1000/s`.
 fn parse_rate(text: &str) -> Result<u32, String> {
     match text.trim_end_matches("/s").parse() {
@@ -193,10 +298,12 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::Run => serve(Parts::All, Role::All).await,
         Command::Reader => serve(Parts::Reader, Role::Reader).await,
         Command::Worker => serve(Parts::Worker, Role::Worker).await,
-        Command::Migrate => with_config(Role::Worker, migrate_database).await,
-        Command::Check => with_config(Role::Tool, check).await,
-        Command::Status { json } => {
-            with_config(Role::Tool, async move |config| status(config, json).await).await
+        Command::Migrate(options) => {
+            with_config(Role::Worker, async move |config| migrate_database(config, &options).await).await
+        }
+        Command::Check { json } => check(json).await,
+        Command::Status(options) => {
+            with_config(Role::Tool, async move |config| status::status(config, options).await).await
         }
         Command::DeadLetters { action } => {
             with_config(Role::Tool, async move |config| letters(config, action).await).await
@@ -206,6 +313,10 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Simulate(options) => simulate(options).await,
         Command::Demo(options) => demonstrate(options).await,
+        Command::Bench(options) => benchmark(options).await,
+        Command::Control { action } => {
+            with_config(Role::Tool, async move |config| control(config, &action).await).await
+        }
         Command::Healthcheck => with_config(Role::Tool, healthcheck).await,
         Command::HelpEnv => {
             help_env();
@@ -242,7 +353,7 @@ async fn serve(parts: Parts, role: Role) -> Result<ExitCode> {
         Ok(loaded) => loaded,
         Err(code) => return Ok(code),
     };
-    init_logging(&config)?;
+    let set_level = init_logging(&config)?;
     for warning in warnings {
         warn!("{warning}");
     }
@@ -250,32 +361,65 @@ async fn serve(parts: Parts, role: Role) -> Result<ExitCode> {
         debug!("{line}");
     }
     let handle = metrics::install().context("metrics")?;
-    run::run(config, parts, handle).await
+    run::run(config, parts, handle, Control::new(Some(set_level))).await
 }
 
-fn init_logging(config: &Config) -> Result<()> {
+/// Begins to log; returns what changes the level.
+fn init_logging(config: &Config) -> Result<SetLevel> {
+    // The libraries speak of their own affairs; only ours are of interest below a warning.
+    let at = |level: LogLevel| EnvFilter::new(format!("warn,standpipe={}", level.as_filter()));
     let filter = match &config.rust_log {
         Some(filter) => filter.parse::<EnvFilter>().context("RUST_LOG")?,
-        // The libraries speak of their own affairs; only ours are of interest below a warning.
-        None => EnvFilter::new(format!("warn,standpipe={}", config.log_level.as_filter())),
+        None => at(config.log_level),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
+    let (filter, reload) = tracing_subscriber::reload::Layer::new(filter);
+    let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr);
     match config.log_format {
-        LogFormat::Json => builder.json().flatten_event(true).with_writer(std::io::stderr).init(),
+        LogFormat::Json => {
+            tracing_subscriber::registry().with(filter).with(layer.json().flatten_event(true)).init();
+        }
         LogFormat::Text => {
-            builder.with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).init();
+            let layer = layer.with_ansi(std::io::stderr().is_terminal() && !no_colour());
+            tracing_subscriber::registry().with(filter).with(layer).init();
         }
     }
-    Ok(())
+    Ok(Box::new(move |level| reload.reload(at(level)).map_err(|error| error.to_string())))
 }
 
-async fn migrate_database(config: Config) -> Result<ExitCode> {
+async fn migrate_database(config: Config, options: &Migrate) -> Result<ExitCode> {
     let store = Store::new(&config)?;
     let mut session = match store.session().await {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    let done = migrate::migrate(session.client_mut()).await?;
+    let say = &mut |line: &str| eprintln!("{line}");
+    if options.undo {
+        let plan = undo::plan(session.client()).await?;
+        if options.dry_run || !options.yes {
+            println!("{plan}");
+        }
+        if options.dry_run {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !options.yes {
+            match confirm("Undo?") {
+                Some(true) => {}
+                Some(false) => return Ok(ExitCode::FAILURE),
+                None => {
+                    eprintln!("standpipe: nothing was changed: there is nobody to ask; add --yes");
+                    return Ok(ExitCode::from(EX_USAGE));
+                }
+            }
+        }
+        undo::undo(session.client(), say).await?;
+        println!("done: the database is as it was; `standpipe migrate` takes it over again");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if options.dry_run {
+        println!("{}", migrate::plan(session.client()).await?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let done = migrate::migrate_and_say(session.client_mut(), say).await?;
     if done.is_empty() {
         println!("nothing to do: the database is at version {}", migrate::wanted());
     }
@@ -285,42 +429,35 @@ async fn migrate_database(config: Config) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn check(config: Config) -> Result<ExitCode> {
-    let findings = doctor::check(&config).await;
-    for finding in &findings {
-        println!("{finding}");
+/// Asks the person at the terminal; `None` when there is none.
+fn confirm(question: &str) -> Option<bool> {
+    if !std::io::stdin().is_terminal() {
+        return None;
     }
-    Ok(match doctor::verdict(&findings) {
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).ok()?;
+    Some(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+async fn check(json: bool) -> Result<ExitCode> {
+    let (config, warnings) = match load(Role::Tool) {
+        Ok(loaded) => loaded,
+        Err(code) => return Ok(code),
+    };
+    let examination = doctor::check(&config, &warnings).await;
+    if json {
+        println!("{}", serde_json::to_string(&examination)?);
+    } else {
+        let terminal = std::io::stdout().is_terminal();
+        let columns = terminal_size::terminal_size_of(std::io::stdout()).map(|(columns, _)| columns.0.into());
+        println!("{}", examination.page(terminal && !no_colour(), columns));
+    }
+    Ok(match examination.verdict {
         doctor::Verdict::Healthy => ExitCode::SUCCESS,
         doctor::Verdict::Unhealthy => ExitCode::FAILURE,
         doctor::Verdict::Unreachable => ExitCode::from(EX_UNAVAILABLE),
     })
-}
-
-async fn status(config: Config, json: bool) -> Result<ExitCode> {
-    // The process knows more than Redis; without one, Redis alone is asked.
-    if let Some(address) = config.http_addr
-        && let Ok((200, body)) = http::client::get(address, "/status", Duration::from_secs(3)).await
-    {
-        if json {
-            println!("{body}");
-        } else {
-            println!("{}", serde_json::to_string_pretty(&serde_json::from_str::<serde_json::Value>(&body)?)?);
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
-    let keys = Keys::new(&config);
-    let asked = async {
-        let mut connection = redis.connect().await?;
-        report::report(&mut connection, &keys).await
-    };
-    match asked.await {
-        Ok(report) if json => println!("{}", serde_json::to_string(&report)?),
-        Ok(report) => println!("{}", serde_json::to_string_pretty(&report)?),
-        Err(error) => return Ok(unavailable("Redis", &error)),
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
@@ -329,10 +466,15 @@ async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
+    let say = &mut |line: &str| eprintln!("{line}");
     if repair {
-        audit::repair(session.client_mut()).await?;
+        for repaired in audit::repair_and_say(session.client_mut(), say).await? {
+            if repaired.count > 0 {
+                println!("{:>12}  put right: {}", repaired.count, repaired.rule);
+            }
+        }
     }
-    let findings = audit::audit(session.client_mut()).await?;
+    let findings = audit::audit_and_say(session.client_mut(), say).await?;
     for finding in &findings {
         println!("{finding}");
     }
@@ -341,7 +483,7 @@ async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
 }
 
 async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
-    let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
+    let redis = Redis::open(&config).context("REDIS_URL")?;
     let keys = Keys::new(&config);
     let mut connection = match redis.connect().await {
         Ok(connection) => connection,
@@ -438,7 +580,41 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     };
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
     println!("{body}");
-    Ok(if code == 200 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    // Who restarts what is not well must not end a pause by hand.
+    let paused = || {
+        let answer: Option<serde_json::Value> = serde_json::from_str(&body).ok();
+        answer.is_some_and(|answer| answer["only_paused"] == true)
+    };
+    Ok(if code == 200 || paused() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Tells the running process what the operator wants.
+async fn control(config: Config, action: &ControlAction) -> Result<ExitCode> {
+    let Some(address) = config.http_addr else {
+        eprintln!("standpipe: HTTP_ADDR is off: there is no address to ask at");
+        return Ok(ExitCode::from(EX_USAGE));
+    };
+    let Some(token) = &config.admin_token else {
+        eprintln!("standpipe: ADMIN_TOKEN is not set: give it the value that the running process has");
+        return Ok(ExitCode::from(EX_USAGE));
+    };
+    let path = match action {
+        ControlAction::Pause { part } => format!("/control/pause?part={part}"),
+        ControlAction::Resume { part } => format!("/control/resume?part={part}"),
+        ControlAction::LogLevel { level } => format!("/control/log-level?level={level}"),
+        ControlAction::Drain => "/control/drain".to_owned(),
+    };
+    let (code, body) = match http::client::post(address, &path, token, Duration::from_secs(10)).await {
+        Ok(answer) => answer,
+        Err(error) => return Ok(unavailable("the running process", &format!("{error:#}"))),
+    };
+    let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+    if code >= 300 {
+        eprintln!("standpipe: refused ({code}): {}", answer["error"].as_str().unwrap_or(body.trim()));
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("{}", answer["done"].as_str().unwrap_or(body.trim()));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn help_env() {
@@ -518,4 +694,44 @@ async fn demonstrate(options: Demo) -> Result<ExitCode> {
     )
     .await?;
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn benchmark(options: Bench) -> Result<ExitCode> {
+    let Bench { events, rounds, seed, accounts, rate, backlog, sweep, existing, only, postgres, json, svg } =
+        options;
+    let options = BenchOptions {
+        events,
+        rounds,
+        seed,
+        accounts,
+        rate,
+        backlog,
+        sweep,
+        existing,
+        only,
+        postgres_settings: postgres,
+    };
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    // What it has started goes with it.
+    let report = tokio::select! {
+        report = bench::bench(&options) => report?,
+        _ = tokio::signal::ctrl_c() => return Ok(broken_off("SIGINT")),
+        _ = terminate.recv() => return Ok(broken_off("SIGTERM")),
+    };
+    if json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    if let Some(folder) = svg {
+        for file in bench::svg::write(&report, &folder)? {
+            eprintln!("written: {}", file.display());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn broken_off(signal: &str) -> ExitCode {
+    eprintln!("standpipe: broken off by {signal}");
+    ExitCode::FAILURE
 }

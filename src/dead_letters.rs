@@ -25,7 +25,9 @@ pub struct Filter {
 }
 
 impl Filter {
-    fn fits(&self, letter: &Letter) -> bool {
+    /// Whether the letter is meant.
+    #[must_use]
+    pub fn fits(&self, letter: &Letter) -> bool {
         let young = |since: Duration| {
             let then =
                 jiff::Timestamp::now().checked_sub(jiff::SignedDuration::try_from(since).unwrap_or_default());

@@ -12,6 +12,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Role};
+use crate::control::Control;
+use crate::http;
 use crate::private::{PostgresOptions, PrivateFolder, PrivatePostgres, PrivateRedis, RedisOptions};
 use crate::relay::simulate::{self, Counters, NetworkOptions, RelayOptions, Source};
 use crate::run::{self, Parts, Running};
@@ -57,6 +59,8 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
     let relay_options = RelayOptions { source: Source::Network(network), rate: options.rate };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
 
+    // For this demonstration alone, and shown to whoever started it.
+    let token = http::random_token().context("a token for the dashboard")?;
     let variables = [
         ("RELAY_URL".to_owned(), format!("ws://{relay_address}")),
         ("REDIS_URL".to_owned(), redis.url()),
@@ -64,6 +68,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
         ("HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
         ("COLLECTIONS".to_owned(), "*".to_owned()),
         ("CONSUMER_ID".to_owned(), "demo".to_owned()),
+        ("ADMIN_TOKEN".to_owned(), token.clone()),
     ];
     // What the operator wants to try out, such as BATCH_SIZE, goes for the demonstration too; addresses do not.
     let tuning = config::VARIABLES.iter().filter_map(|variable| {
@@ -77,15 +82,19 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
     let (config, _) = config::from_env(all, Role::All)?;
     let store = Store::new(&config)?;
     let began = Instant::now();
-    let mut running = run::start(config, Parts::All, metrics, stop.clone()).await?;
+    let mut running = run::start(config, Parts::All, metrics, Control::new(None), &stop)?;
     if let Some(address) = running.http {
-        println!("status on http://{address}/status, metrics on http://{address}/metrics; Ctrl-C stops");
+        println!("dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops");
     }
 
     let watch = watch(&running, &counters, last_seq);
     let finished = tokio::select! {
         finished = watch => finished,
         served = serving => { served?; false }
+        () = running.drain_begun() => {
+            println!("\ndraining ...");
+            false
+        }
         _ = tokio::signal::ctrl_c() => {
             println!("\nstopping ...");
             false

@@ -1,263 +1,336 @@
-//! `standpipe check`: Redis, then PostgreSQL, then settings and permissions; what is wrong and what to do.
+//! `standpipe check`: configuration, then Redis, then PostgreSQL; what is wrong and what to do. Changes nothing.
 
-use std::fmt;
-use std::time::Duration;
+mod postgres;
+mod redis;
+
+use std::fmt::{self, Write as _};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
 
 use crate::config::Config;
-use crate::store::{Store, migrate};
-use crate::stream::{Keys, Redis};
 
-/// One thing that was looked at.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    level: Level,
-    /// What was looked at.
-    what: &'static str,
-    /// What was found.
-    found: String,
-    /// What to do about it; empty where there is nothing to do.
-    remedy: String,
+/// Clocks that differ by more than this make ages and times that mislead.
+const SKEW: f64 = 2.0;
+
+/// How much one finding matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Good to know.
+    Note,
+    /// It works, but something should be done.
+    Warning,
+    /// It does not work, or not safely.
+    Error,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
-    Good,
-    Warning,
-    Bad,
-    Unreachable,
+impl Level {
+    /// The word that is printed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Note => "note",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+
+    /// What colours it on a terminal: green, blue, yellow, red and bold.
+    fn colour(self) -> &'static str {
+        match self {
+            Self::Ok => "\x1b[32m",
+            Self::Note => "\x1b[34m",
+            Self::Warning => "\x1b[33m",
+            Self::Error => "\x1b[1;31m",
+        }
+    }
+}
+
+/// Where it was looked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Section {
+    /// The environment.
+    #[serde(rename = "configuration")]
+    Configuration,
+    /// Redis.
+    Redis,
+    /// PostgreSQL.
+    #[serde(rename = "PostgreSQL")]
+    Postgres,
+}
+
+impl Section {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Configuration => "configuration",
+            Self::Redis => "Redis",
+            Self::Postgres => "PostgreSQL",
+        }
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// How much it matters.
+    pub level: Level,
+    /// Where.
+    pub section: Section,
+    /// What was looked at.
+    pub what: &'static str,
+    /// What was found.
+    pub found: String,
+    /// What to do about it; empty where there is nothing to do.
+    pub remedy: String,
 }
 
 /// What all findings together come to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Nothing stands in the way.
     Healthy,
     /// Something has to be put right.
     Unhealthy,
-    /// A service cannot be reached.
+    /// A service cannot be reached, or does not let us in.
     Unreachable,
 }
 
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mark = match self.level {
-            Level::Good => "ok     ",
-            Level::Warning => "warning",
-            Level::Bad | Level::Unreachable => "WRONG  ",
+/// Everything that was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Examination {
+    /// The program's version.
+    pub version: &'static str,
+    /// What it comes to.
+    pub verdict: Verdict,
+    /// In the order in which it was looked.
+    pub findings: Vec<Finding>,
+}
+
+impl Examination {
+    /// For people: aligned, each finding with what to do below it. Lines are broken at `columns`, where there are any.
+    #[must_use]
+    pub fn page(&self, colour: bool, columns: Option<usize>) -> String {
+        let paint = |code: &str, text: &str| {
+            if colour { format!("{code}{text}\x1b[0m") } else { text.to_owned() }
         };
-        write!(f, "{mark}  {}: {}", self.what, self.found)?;
-        if !self.remedy.is_empty() {
-            write!(f, "\n         -> {}", self.remedy)?;
+        let width = self.findings.iter().map(|finding| finding.what.len()).max().unwrap_or(0);
+        let mut page = String::new();
+        let mut section = None;
+        for finding in &self.findings {
+            if section != Some(finding.section) {
+                section = Some(finding.section);
+                let _ = writeln!(page, "{}", paint("\x1b[1m", finding.section.name()));
+            }
+            let level = paint(finding.level.colour(), &format!("{:<7}", finding.level.name()));
+            let start = format!("  {level}  {:<width$}  ", finding.what);
+            // Where the text begins, whatever colours take.
+            let indent = 2 + 7 + 2 + width + 2;
+            let _ = writeln!(page, "{start}{}", broken(&finding.found, indent, columns));
+            if !finding.remedy.is_empty() {
+                let remedy = broken(&finding.remedy, indent + 3, columns);
+                let _ = writeln!(page, "{:indent$}-> {remedy}", "");
+            }
         }
-        Ok(())
+        let _ = write!(page, "{self}");
+        page
     }
 }
 
-impl Finding {
-    fn new(level: Level, what: &'static str, found: impl Into<String>, remedy: &str) -> Self {
-        Self { level, what, found: found.into(), remedy: remedy.to_owned() }
+impl fmt::Display for Examination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |level| self.findings.iter().filter(|finding| finding.level == level).count();
+        let plural = |count: usize, word: &str| match count {
+            0 => format!("no {word}s"),
+            1 => format!("1 {word}"),
+            count => format!("{count} {word}s"),
+        };
+        write!(f, "{}, {}", plural(count(Level::Error), "error"), plural(count(Level::Warning), "warning"))
     }
 }
 
-/// The worst of them.
-#[must_use]
-pub fn verdict(findings: &[Finding]) -> Verdict {
-    if findings.iter().any(|finding| finding.level == Level::Unreachable) {
+/// The findings so far.
+struct Findings {
+    section: Section,
+    list: Vec<Finding>,
+    unreachable: bool,
+}
+
+impl Findings {
+    fn add(&mut self, level: Level, what: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        let (found, remedy) = (one_line(&found.into()), one_line(&remedy.into()));
+        self.list.push(Finding { level, section: self.section, what, found, remedy });
+    }
+
+    fn ok(&mut self, what: &'static str, found: impl Into<String>) {
+        self.add(Level::Ok, what, found, "");
+    }
+
+    fn note(&mut self, what: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        self.add(Level::Note, what, found, remedy);
+    }
+
+    fn warning(&mut self, what: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        self.add(Level::Warning, what, found, remedy);
+    }
+
+    fn error(&mut self, what: &'static str, found: impl Into<String>, remedy: impl Into<String>) {
+        self.add(Level::Error, what, found, remedy);
+    }
+
+    /// A server that cannot be asked anything.
+    fn unreachable(&mut self, found: impl Into<String>, remedy: impl Into<String>) {
+        self.unreachable = true;
+        self.error("connection", found, remedy);
+    }
+
+    /// Compares a server's clock with ours. `asked` is how long its answer took.
+    fn clock(&mut self, theirs: f64, asked: Duration) {
+        let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        // It looked at its clock at some moment while we waited.
+        let skew = theirs - (ours - asked.as_secs_f64() / 2.0);
+        if skew.abs() > SKEW + asked.as_secs_f64() / 2.0 {
+            let way = if skew > 0.0 { "ahead of" } else { "behind" };
+            self.warning(
+                "clock",
+                format!(
+                    "the server's is {:.1} s {way} this machine's: ages and waiting times mislead",
+                    skew.abs()
+                ),
+                "set both by NTP (timedatectl set-ntp true)",
+            );
+        } else {
+            self.ok("clock", "agrees with this machine's");
+        }
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The text on lines of its own, each but the first with as many blanks before it.
+fn broken(text: &str, indent: usize, columns: Option<usize>) -> String {
+    // On a narrow terminal it is better broken anywhere than a word to a line.
+    let Some(room) = columns.and_then(|columns| columns.checked_sub(indent)).filter(|room| *room >= 30)
+    else {
+        return text.to_owned();
+    };
+    let mut lines = String::with_capacity(text.len());
+    let mut used = 0;
+    for word in text.split(' ') {
+        let length = word.chars().count();
+        if used > 0 && used + 1 + length > room {
+            let _ = write!(lines, "\n{:indent$}", "");
+            used = 0;
+        } else if used > 0 {
+            lines.push(' ');
+            used += 1;
+        }
+        lines.push_str(word);
+        used += length;
+    }
+    lines
+}
+
+/// A few names of many.
+fn some_of<T: AsRef<str>>(names: &[T]) -> String {
+    const SHOWN: usize = 8;
+    let shown = names.iter().take(SHOWN).map(AsRef::as_ref).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+/// `12 s`, `3 min`, `5 h`, `2 d`.
+fn rough(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.0} h", s / 3600.0),
+        s => format!("{:.0} d", s / 86_400.0),
+    }
+}
+
+/// `512 MiB`.
+fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    for (unit, name) in [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
+        if bytes >= unit as f64 {
+            return format!("{:.1} {name}", bytes / unit as f64);
+        }
+    }
+    format!("{bytes} B")
+}
+
+/// Looks at everything. `warnings` are what the configuration gave.
+pub async fn check(config: &Config, warnings: &[String]) -> Examination {
+    let mut findings = Findings { section: Section::Configuration, list: Vec::new(), unreachable: false };
+    findings.ok("variables", "every one is understood");
+    for warning in warnings {
+        findings.warning("variables", warning, "");
+    }
+    findings.section = Section::Redis;
+    let processes = redis::check(config, &mut findings).await;
+    findings.section = Section::Postgres;
+    if config.database_url.is_some() {
+        postgres::check(config, processes, &mut findings).await;
+    } else {
+        findings.warning(
+            "connection",
+            "DATABASE_URL is not set",
+            "set it, unless this machine runs only the reader",
+        );
+    }
+    let verdict = if findings.unreachable {
         Verdict::Unreachable
-    } else if findings.iter().any(|finding| finding.level == Level::Bad) {
+    } else if findings.list.iter().any(|finding| finding.level == Level::Error) {
         Verdict::Unhealthy
     } else {
         Verdict::Healthy
-    }
+    };
+    Examination { version: env!("CARGO_PKG_VERSION"), verdict, findings: findings.list }
 }
 
-/// Looks at everything. Changes nothing.
-pub async fn check(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![Finding::new(Level::Good, "configuration", "every variable is understood", "")];
-    check_redis(config, &mut findings).await;
-    match &config.database_url {
-        Some(_) => check_postgres(config, &mut findings).await,
-        None => findings.push(Finding::new(
-            Level::Warning,
-            "PostgreSQL",
-            "DATABASE_URL is not set",
-            "set it unless this machine runs only the reader",
-        )),
-    }
-    findings
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-async fn check_redis(config: &Config, findings: &mut Vec<Finding>) {
-    let connected = match Redis::new(config.redis_url.expose()) {
-        Ok(redis) => redis.connect().await,
-        Err(error) => Err(error),
-    };
-    let info = async {
-        let mut connection = connected?;
-        let info: String = redis::cmd("INFO").query_async(&mut connection).await?;
-        let report = crate::report::report(&mut connection, &Keys::new(config)).await?;
-        Ok::<_, redis::RedisError>((info, report))
-    };
-    let (info, report) = match info.await {
-        Ok(answers) => answers,
-        Err(error) => {
-            findings.push(Finding::new(
-                Level::Unreachable,
-                "Redis",
-                format!("cannot be used at {}: {error}", config.redis_url),
-                "start it, or correct REDIS_URL",
-            ));
-            return;
+    #[test]
+    fn a_page_is_aligned_and_coloured_only_when_asked() {
+        let mut findings = Findings { section: Section::Redis, list: Vec::new(), unreachable: false };
+        findings.ok("version", "Redis 7");
+        findings.error("eviction policy", "allkeys-lru", "set\n   noeviction");
+        let examination = Examination { version: "1", verdict: Verdict::Unhealthy, findings: findings.list };
+        assert_eq!(
+            examination.page(false, None),
+            "Redis\n  ok       version          Redis 7\n  error    eviction policy  allkeys-lru\n                            \
+             -> set noeviction\n1 error, no warnings"
+        );
+        assert!(examination.page(true, None).contains("\x1b[1;31merror  \x1b[0m"));
+    }
+
+    #[test]
+    fn long_lines_are_broken_between_words() {
+        let text = "one two three four five six seven eight nine ten";
+        assert_eq!(broken(text, 4, None), text);
+        assert_eq!(broken(text, 4, Some(20)), text, "too narrow");
+        assert_eq!(broken(text, 4, Some(34)), "one two three four five six\n    seven eight nine ten");
+    }
+
+    #[test]
+    fn clocks_that_differ_are_said() {
+        let mut findings = Findings { section: Section::Redis, list: Vec::new(), unreachable: false };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        for (theirs, level) in [(now, Level::Ok), (now - 60.0, Level::Warning), (now + 60.0, Level::Warning)]
+        {
+            findings.clock(theirs, Duration::from_millis(10));
+            assert_eq!(findings.list.pop().unwrap().level, level);
         }
-    };
-    let field = |name: &str| {
-        info.lines()
-            .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
-            .unwrap_or("")
-            .trim()
-            .to_owned()
-    };
-    let version = field("redis_version");
-    let old = version.split('.').filter_map(|part| part.parse::<u32>().ok()).take(2).collect::<Vec<_>>()
-        < vec![6, 2];
-    findings.push(if old {
-        Finding::new(Level::Bad, "Redis", format!("is version {version}"), "version 6.2 or later is needed")
-    } else {
-        Finding::new(Level::Good, "Redis", format!("version {version} answers"), "")
-    });
-    let policy = field("maxmemory_policy");
-    findings.push(if policy == "noeviction" {
-        Finding::new(Level::Good, "Redis eviction", "noeviction", "")
-    } else {
-        Finding::new(
-            Level::Bad,
-            "Redis eviction",
-            format!("maxmemory-policy is {policy}: Redis may throw the stream away"),
-            "set maxmemory-policy noeviction",
-        )
-    });
-    findings.push(if field("aof_enabled") == "1" {
-        Finding::new(Level::Good, "Redis persistence", "append-only file", "")
-    } else {
-        Finding::new(
-            Level::Warning,
-            "Redis persistence",
-            "no append-only file: a restart of Redis loses the stream and the cursor",
-            "set appendonly yes, appendfsync everysec: then a crash loses a second, which the relay repeats",
-        )
-    });
-    let stream = report.stream;
-    findings.push(Finding::new(
-        Level::Good,
-        "stream",
-        format!(
-            "{}: {} entries, group {} {}, {} pending, {} dead letters",
-            stream.key,
-            stream.length,
-            stream.group,
-            if stream.group_exists { "exists" } else { "will be created at start" },
-            stream.pending,
-            report.dead_letters,
-        ),
-        "",
-    ));
-}
-
-async fn check_postgres(config: &Config, findings: &mut Vec<Finding>) {
-    let asked = async {
-        let store = Store::new(config).map_err(|error| error.to_string())?;
-        let session = tokio::time::timeout(Duration::from_secs(15), store.session())
-            .await
-            .map_err(|_| "no answer within 15 s".to_owned())?
-            .map_err(|error| error.to_string())?;
-        let row = session
-            .client()
-            .query_one(
-                "SELECT current_setting('server_version_num')::int, current_setting('server_version'),
-                        current_setting('max_connections')::int, current_setting('synchronous_commit'),
-                        current_setting('fsync'), has_database_privilege(current_database(), 'CREATE'),
-                        has_schema_privilege(current_schema(), 'CREATE'), pg_is_in_recovery()",
-                &[],
-            )
-            .await
-            .map_err(|error| crate::store::verdict::describe(&error))?;
-        let found = migrate::look(session.client()).await.map_err(|error| error.to_string())?;
-        Ok::<_, String>((row, found))
-    };
-    let (row, found) = match asked.await {
-        Ok(answers) => answers,
-        Err(error) => {
-            let what = config.database_url.as_ref().map(ToString::to_string).unwrap_or_default();
-            findings.push(Finding::new(
-                Level::Unreachable,
-                "PostgreSQL",
-                format!("cannot be used at {what}: {error}"),
-                "start it, or correct DATABASE_URL",
-            ));
-            return;
-        }
-    };
-    let (number, version): (i32, String) = (row.get(0), row.get(1));
-    findings.push(if number < 140_000 {
-        Finding::new(
-            Level::Bad,
-            "PostgreSQL",
-            format!("is version {version}"),
-            "version 14 or later is needed",
-        )
-    } else {
-        Finding::new(Level::Good, "PostgreSQL", format!("version {version} answers"), "")
-    });
-    if row.get::<_, bool>(7) {
-        findings.push(Finding::new(
-            Level::Bad,
-            "PostgreSQL",
-            "is a standby and takes no writes",
-            "point DATABASE_URL at the primary",
-        ));
     }
-    let connections: i32 = row.get(2);
-    let pool = i32::try_from(config.db_pool_size).unwrap_or(i32::MAX);
-    findings.push(if pool.saturating_add(3) > connections {
-        Finding::new(
-            Level::Bad,
-            "PostgreSQL connections",
-            format!("DB_POOL_SIZE={pool} of max_connections={connections}"),
-            "lower DB_POOL_SIZE or raise max_connections",
-        )
-    } else {
-        Finding::new(Level::Good, "PostgreSQL connections", format!("{pool} of {connections}"), "")
-    });
-    if row.get::<_, String>(4) == "off" {
-        findings.push(Finding::new(
-            Level::Bad,
-            "PostgreSQL durability",
-            "fsync is off: a crash of the machine may destroy the database",
-            "set fsync = on",
-        ));
-    }
-    findings.push(if found.is_current() {
-        Finding::new(Level::Good, "tables", format!("at version {}", found.version), "")
-    } else if found.version > migrate::wanted() {
-        Finding::new(
-            Level::Bad,
-            "tables",
-            format!("at version {}, newer than this program", found.version),
-            "use a newer standpipe",
-        )
-    } else if row.get::<_, bool>(5) && row.get::<_, bool>(6) {
-        Finding::new(
-            Level::Good,
-            "tables",
-            format!("at version {} of {}; migrated at the next start", found.version, migrate::wanted()),
-            "",
-        )
-    } else {
-        Finding::new(
-            Level::Bad,
-            "tables",
-            "have to be migrated, and the role may not create schemas or tables",
-            "GRANT CREATE ON DATABASE and ON SCHEMA, or run `standpipe migrate` as the owner",
-        )
-    });
 }

@@ -14,6 +14,17 @@ pub struct EntryId {
     pub seq: u64,
 }
 
+impl EntryId {
+    /// The greatest id that is smaller.
+    #[must_use]
+    pub fn before(self) -> Self {
+        match self.seq.checked_sub(1) {
+            Some(seq) => Self { seq, ..self },
+            None => Self { ms: self.ms.saturating_sub(1), seq: u64::MAX },
+        }
+    }
+}
+
 impl fmt::Display for EntryId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.ms, self.seq)
@@ -84,8 +95,15 @@ pub fn tid_time(tid: &str) -> Option<Micros> {
 }
 
 /// The kinds of operation, one per file in `sql/apply` and `src/apply`.
+///
+/// Their order is that of the operations of one call. Gates come first: a post that is written after its gate has its
+/// flags at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// `app.bsky.feed.threadgate`
+    ThreadGate,
+    /// `app.bsky.feed.postgate`
+    PostGate,
     /// `app.bsky.feed.post`
     Post,
     /// `app.bsky.feed.like`
@@ -98,6 +116,22 @@ pub enum Kind {
     Follow,
     /// `app.bsky.graph.block`
     Block,
+    /// `app.bsky.graph.list`
+    List,
+    /// `app.bsky.graph.listitem`
+    ListItem,
+    /// `app.bsky.graph.listblock`
+    ListBlock,
+    /// `app.bsky.graph.starterpack`
+    StarterPack,
+    /// `app.bsky.feed.generator`
+    FeedGenerator,
+    /// `app.bsky.labeler.service`
+    LabelerService,
+    /// `com.atproto.label.label`
+    Label,
+    /// `app.bsky.graph.verification`
+    Verification,
     /// Any other collection.
     Record,
     /// `app.bsky.actor.profile/self`
@@ -110,13 +144,23 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order in which metrics list them.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 20] = [
         Kind::Post,
         Kind::Like,
         Kind::Repost,
         Kind::Bookmark,
         Kind::Follow,
         Kind::Block,
+        Kind::List,
+        Kind::ListItem,
+        Kind::ListBlock,
+        Kind::StarterPack,
+        Kind::FeedGenerator,
+        Kind::LabelerService,
+        Kind::Label,
+        Kind::Verification,
+        Kind::ThreadGate,
+        Kind::PostGate,
         Kind::Record,
         Kind::Profile,
         Kind::Identity,
@@ -133,6 +177,16 @@ impl Kind {
             Kind::Bookmark => "bookmark",
             Kind::Follow => "follow",
             Kind::Block => "block",
+            Kind::List => "list",
+            Kind::ListItem => "list_item",
+            Kind::ListBlock => "list_block",
+            Kind::StarterPack => "starter_pack",
+            Kind::FeedGenerator => "feed_generator",
+            Kind::LabelerService => "labeler_service",
+            Kind::Label => "label",
+            Kind::Verification => "verification",
+            Kind::ThreadGate => "thread_gate",
+            Kind::PostGate => "post_gate",
             Kind::Record => "record",
             Kind::Profile => "profile",
             Kind::Identity => "identity",
@@ -167,6 +221,8 @@ pub struct Op<'a> {
     pub sort_at: Micros,
     /// What only this kind has.
     pub body: Option<Json<'a>>,
+    /// Of a post that is a reply: the URI of its thread's root.
+    pub root: Option<Cow<'a, str>>,
 }
 
 /// Why an operation, or a whole entry, can never be applied.
@@ -244,6 +300,20 @@ pub struct Event<'a> {
     pub mentions: Vec<Cow<'a, str>>,
     /// Operations that can never be applied.
     pub rejected: Vec<Rejected>,
+}
+
+impl Event<'_> {
+    /// Keeps only these operations; `false` when there are none.
+    pub fn keep(&mut self, wanted: impl Fn(&Op<'_>) -> bool) -> bool {
+        let sources = std::mem::take(&mut self.sources);
+        for (op, source) in std::mem::take(&mut self.ops).into_iter().zip(sources) {
+            if wanted(&op) {
+                self.ops.push(op);
+                self.sources.push(source);
+            }
+        }
+        !self.ops.is_empty()
+    }
 }
 
 #[cfg(test)]

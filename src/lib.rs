@@ -16,7 +16,9 @@
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
 
 pub mod apply;
+pub mod bench;
 pub mod config;
+pub mod control;
 pub mod crash;
 pub mod dead_letters;
 pub mod demo;

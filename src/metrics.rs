@@ -32,6 +32,10 @@ pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
 pub const LOST: &str = "standpipe_entries_lost_total";
 /// Times that the reader was set back for such entries.
 pub const SET_BACK: &str = "standpipe_reader_set_back_total";
+/// Deleted accounts whose records have been removed.
+pub const PURGED_ACCOUNTS: &str = "standpipe_purged_accounts_total";
+/// Records of deleted accounts that have been removed.
+pub const PURGED_RECORDS: &str = "standpipe_purged_records_total";
 /// Entries taken over from consumers that are gone.
 pub const CLAIMED: &str = "standpipe_claimed_entries_total";
 /// Group recreations.
@@ -78,7 +82,7 @@ pub const BACKPRESSURE: &str = "standpipe_backpressure_seconds_total";
 pub const BUILD: &str = "standpipe_build_info";
 
 /// The reasons that [`RETRIES`] is counted by.
-pub const RETRY_REASONS: [&str; 3] = ["reconnect", "retry", "halt"];
+pub const RETRY_REASONS: [&str; 4] = ["reconnect", "retry", "halt", "split"];
 /// The types that [`RELAY_FRAMES`] and [`ENTRIES`] are counted by; everything else is `other`.
 pub const TYPES: [&str; 6] = ["commit", "identity", "account", "sync", "info", "other"];
 
@@ -203,6 +207,8 @@ fn describe() {
         SET_BACK,
         "Times that the reader was set back to read entries again that somebody else removed"
     );
+    describe_counter!(PURGED_ACCOUNTS, "Deleted accounts whose records have been removed");
+    describe_counter!(PURGED_RECORDS, "Records of deleted accounts that have been removed");
     describe_counter!(CLAIMED, "Entries taken over from consumers that are gone");
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
@@ -230,7 +236,7 @@ fn describe() {
     describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
     describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
     describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
-    describe_gauge!(BUILD, "1, with the version");
+    describe_gauge!(BUILD, "1, with the version and the commit");
 }
 
 fn zero() {
@@ -253,6 +259,8 @@ fn zero() {
         DEAD_LETTERS_FULL,
         LOST,
         SET_BACK,
+        PURGED_ACCOUNTS,
+        PURGED_RECORDS,
         CLAIMED,
         GROUP_RECREATED,
         STREAM_LOST,
@@ -266,5 +274,6 @@ fn zero() {
     ] {
         metrics::counter!(name).absolute(0);
     }
-    metrics::gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION"), "commit" => env!("STANDPIPE_COMMIT"))
+        .set(1.0);
 }

@@ -1,6 +1,7 @@
 //! The loop: read, apply, acknowledge.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::apply::interpret;
-use crate::config::Config;
+use crate::config::{Config, TransactionMode};
 use crate::crash::{self, Point};
-use crate::event::{EntryId, Event, Rejected};
+use crate::event::{EntryId, Event, Op, Rejected};
 use crate::metrics;
 use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
@@ -26,6 +27,9 @@ use crate::stream::{Keys, Redis, backoff, group, is_nogroup};
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// A batch larger than this halves the next read: entries are of any size, memory is not.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// Operations that share a transaction at the most: five pipelines of them use less than half of the locks that a server
+/// with PostgreSQL's defaults can hold.
+const TRANSACTION_OPERATIONS: usize = 400;
 /// How long to wait before asking again whether the operator mended what halted us.
 const HALTED: Duration = Duration::from_secs(10);
 
@@ -38,12 +42,15 @@ pub struct Pipeline {
     store: Store,
     status: Arc<Status>,
     batch_size: usize,
+    transaction: TransactionMode,
     dead_letter_budget: u64,
     claim_idle: Duration,
     max_attempts: u64,
     in_hand: InHand,
     /// Whether our consumer names are ours.
     names: watch::Receiver<Names>,
+    /// Whether the operator wants us to rest.
+    pause: watch::Receiver<bool>,
 }
 
 /// The entries that the pipelines of this process hold.
@@ -85,6 +92,7 @@ impl Pipeline {
             max_attempts: config.max_attempts.into(),
             in_hand,
             names,
+            pause: watch::channel(false).1,
             index,
             consumer: config.consumer_name(index),
             keys: Keys::new(config),
@@ -92,8 +100,16 @@ impl Pipeline {
             store,
             status,
             batch_size: config.batch_size,
+            transaction: config.transaction,
             dead_letter_budget: config.dead_letter_max_bytes,
         }
+    }
+
+    /// Rests while this says so.
+    #[must_use]
+    pub fn paused_by(mut self, pause: watch::Receiver<bool>) -> Self {
+        self.pause = pause;
+        self
     }
 
     /// Works until `stop`, then finishes what is in hand.
@@ -155,6 +171,10 @@ impl Pipeline {
         let every = self.claim_idle / 2;
         let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
         while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
+            if self.is_paused() {
+                self.rest(stop).await;
+                continue;
+            }
             if after.is_none() && Instant::now() >= next_claim {
                 self.claim(&mut connection, stop).await?;
                 next_claim = Instant::now() + every;
@@ -193,6 +213,22 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    fn is_paused(&self) -> bool {
+        *self.pause.borrow() && self.pause.has_changed().is_ok()
+    }
+
+    /// Waits until the operator wants it otherwise. Everything in hand is acknowledged; the names stay ours.
+    async fn rest(&self, stop: &CancellationToken) {
+        let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
+        self.say(State::Paused);
+        tokio::select! {
+            _ = pause.wait_for(|paused| !paused) => {}
+            _ = names.wait_for(|names| *names != Names::Ours) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+
     /// Takes over what consumers left that are gone. Not while PostgreSQL is away: whoever holds entries is waiting for
     /// it too, and to take them from each other would help nobody.
     async fn claim(
@@ -201,7 +237,7 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> RedisResult<()> {
         let mut start = Some("0-0".to_owned());
-        while let Some(from) = start.take().filter(|_| !stop.is_cancelled()) {
+        while let Some(from) = start.take().filter(|_| !stop.is_cancelled() && !self.is_paused()) {
             if self.store.ping(Duration::from_secs(2)).await.is_err() {
                 return Ok(());
             }
@@ -281,12 +317,13 @@ impl Pipeline {
         lock(&self.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
-            done = self.apply(&batch.entries, stop) => done,
+            done = self.finish(connection.clone(), &batch.entries, stop) => done,
             never = self.keep_fresh(connection.clone(), &ids) => never,
         };
         let acknowledged = match done {
-            Some(done) => self.acknowledge(connection, &done).await,
-            None => Ok(()),
+            Ok(Some(done)) => self.acknowledge(connection, &done).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
         };
         {
             let mut in_hand = lock(&self.in_hand);
@@ -307,11 +344,94 @@ impl Pipeline {
         }
     }
 
+    /// Applies entries, and where another program works beside us, what it has made of the same records since.
+    ///
+    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    async fn finish<'a>(
+        &self,
+        connection: MultiplexedConnection,
+        entries: &'a [Entry],
+        stop: &CancellationToken,
+    ) -> RedisResult<Option<Vec<Work<'a>>>> {
+        let Some(done) = self.apply(entries.iter().map(Work::new).collect(), stop).await else {
+            return Ok(None);
+        };
+        if self.status.others.load(Ordering::Relaxed) && !self.apply_later(connection, &done, stop).await? {
+            return Ok(None);
+        }
+        Ok(Some(done))
+    }
+
+    /// Applies again what came after these entries about the same records and accounts, and was delivered already: to
+    /// another program perhaps, which leaves no revisions and no tombstones by which we could know that it is newer. What
+    /// is delivered from now on finds our rows. `false` when it is time to stop.
+    async fn apply_later(
+        &self,
+        mut connection: MultiplexedConnection,
+        done: &[Work<'_>],
+        stop: &CancellationToken,
+    ) -> RedisResult<bool> {
+        let touched: HashSet<&str> = done
+            .iter()
+            .filter_map(|work| work.event.as_ref())
+            .flat_map(|event| event.ops.iter().map(|op| op.uri.as_str()))
+            .collect();
+        let Some(first) = done.iter().map(|work| work.entry.id).min() else { return Ok(true) };
+        let until = group::last_delivered(&mut connection, &self.keys).await?;
+        let again = self.replay(&mut connection, first, until, |op| touched.contains(op.uri.as_str()), stop);
+        Ok(again.await?.is_some())
+    }
+
+    /// Before the first entry: applies everything between the first entry that is pending and the last that was
+    /// delivered, when another program has worked in the group. What it acknowledged may be newer than what it left
+    /// pending, and it left nothing by which we could know.
+    ///
+    /// `None` when it is time to stop.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn take_over(&self, stop: &CancellationToken) -> RedisResult<Option<u64>> {
+        let mut connection = self.redis.connect().await?;
+        let first = group::first_pending(&mut connection, &self.keys).await?;
+        let Some(first) = first else { return Ok(Some(0)) };
+        let until = group::last_delivered(&mut connection, &self.keys).await?;
+        info!(%first, %until, "applying again what another program has done after entries that are still pending");
+        self.replay(&mut connection, first.before(), until, |_| true, stop).await
+    }
+
+    /// Applies operations of entries after `after`, up to and with `until`, whoever got them; acknowledges nothing.
+    /// Returns how many entries there were; `None` when it is time to stop.
+    async fn replay(
+        &self,
+        connection: &mut MultiplexedConnection,
+        mut after: EntryId,
+        until: EntryId,
+        wanted: impl Fn(&Op<'_>) -> bool,
+        stop: &CancellationToken,
+    ) -> RedisResult<Option<u64>> {
+        let mut count = 0;
+        while after < until {
+            let entries = group::range(connection, &self.keys, after, until, self.batch_size).await?;
+            let Some(last) = entries.last() else { break };
+            after = last.id;
+            count += entries.len() as u64;
+            // What this process holds it applies anyway.
+            let ours = lock(&self.in_hand).clone();
+            let theirs = entries.iter().filter(|entry| !ours.contains(&entry.id));
+            let mut batch: Vec<Work<'_>> = theirs.map(Work::new).collect();
+            batch.retain_mut(|work| work.event.as_mut().is_some_and(|event| event.keep(&wanted)));
+            if !batch.is_empty() && self.apply(batch, stop).await.is_none() {
+                return Ok(None);
+            }
+        }
+        Ok(Some(count))
+    }
+
     /// Applies entries until every one is durable or among the rejected. Waits for the database as long as it takes.
     ///
     /// `None` when it is time to stop and the database is away: the entries stay pending.
-    async fn apply<'a>(&self, entries: &'a [Entry], stop: &CancellationToken) -> Option<Vec<Work<'a>>> {
-        let mut batch: Vec<Work<'a>> = entries.iter().map(Work::new).collect();
+    async fn apply<'a>(&self, mut batch: Vec<Work<'a>>, stop: &CancellationToken) -> Option<Vec<Work<'a>>> {
         let mut delays = backoff();
         loop {
             let error = match self.store.session().await {
@@ -343,10 +463,18 @@ impl Pipeline {
     ) -> Result<(), StoreError> {
         let began = Instant::now();
         let mut delays = backoff();
+        let mut together = self.transaction == TransactionMode::Batch;
         loop {
             let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
             if open.is_empty() {
                 break;
+            }
+            if together && open.len() > 1 {
+                // Once. What does not go together, for whatever reason, goes one by one.
+                together = false;
+                if self.attempt_together(session, batch, &open).await? {
+                    break;
+                }
             }
             let events: Vec<&Event<'_>> =
                 open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
@@ -376,6 +504,34 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Applies what is open in as few transactions as the locks allow; `false` when some of it is still open, because the
+    /// database refused one of the events or had not room for so many of them.
+    async fn attempt_together(
+        &self,
+        session: &Session,
+        batch: &mut [Work<'_>],
+        open: &[usize],
+    ) -> Result<bool, StoreError> {
+        let mut all = true;
+        for indexes in by_operations(batch, open) {
+            let events: Vec<&Event<'_>> =
+                indexes.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
+            match session.apply_together(&events).await {
+                Ok(outcomes) => {
+                    for (&index, outcome) in indexes.iter().zip(outcomes) {
+                        batch[index].outcome = Some(outcome);
+                    }
+                }
+                Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
+                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
+                    all = false;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
     /// Everything in `done` is durable or rejected.
     async fn acknowledge(
         &self,
@@ -392,6 +548,7 @@ impl Pipeline {
                 Buried::Done => {
                     crash::at(Point::AfterDeadLetter);
                     finished += 1;
+                    self.status.pipeline(self.index, |status| status.dead_letters += 1);
                     for letter in &work.rejected {
                         ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name())
                             .increment(1);
@@ -404,7 +561,10 @@ impl Pipeline {
         let now = now_ms();
         let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
         for work in done {
-            seconds.record(now.saturating_sub(work.entry.id.ms) as f64 / 1000.0);
+            let took = now.saturating_sub(work.entry.id.ms);
+            seconds.record(took as f64 / 1000.0);
+            self.status.latency.add(took);
+            self.status.count(&work.entry.event_type, !work.rejected.is_empty());
             let event_type = metrics::type_label(&work.entry.event_type);
             ::metrics::counter!(metrics::ENTRIES, "type" => event_type).increment(1);
             if let Some(Outcome::Applied(kinds)) = &work.outcome {
@@ -434,7 +594,11 @@ impl Pipeline {
             Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
         };
         ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
-        self.say(state);
+        self.status.pipeline(self.index, |status| status.retries += 1);
+        // To lose against another transaction now and then is no outage.
+        if verdict != Verdict::Retry || delay.is_none_or(|delay| delay > Duration::from_millis(500)) {
+            self.say(state);
+        }
         !self.sleep(delay, stop).await
     }
 
@@ -449,8 +613,7 @@ impl Pipeline {
     /// Notes the state, and logs it where it is a new one: an outage is one line, not one per attempt.
     fn say(&self, state: State) {
         let mut before = State::default();
-        self.status
-            .pipeline(self.index, |status| before = std::mem::replace(&mut status.state, state.clone()));
+        self.status.pipeline(self.index, |status| before = status.enter(state.clone()));
         if std::mem::discriminant(&before) == std::mem::discriminant(&state) {
             return;
         }
@@ -465,6 +628,7 @@ impl Pipeline {
             State::Halted { reason } => {
                 error!(consumer, reason, "stopped reading: this needs a hand; trying again every {HALTED:?}");
             }
+            State::Paused => info!(consumer, "paused by hand; what was in hand is acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
                 info!(consumer, "at work again");
             }
@@ -482,6 +646,24 @@ impl Pipeline {
             count
         }
     }
+}
+
+/// Cuts a batch where its operations become too many for one transaction. Each takes a lock or a few.
+fn by_operations(batch: &[Work<'_>], open: &[usize]) -> Vec<Vec<usize>> {
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    let mut operations = TRANSACTION_OPERATIONS;
+    for &index in open {
+        let count = batch[index].event.as_ref().map_or(0, |event| event.ops.len());
+        operations += count;
+        match parts.last_mut() {
+            Some(part) if operations <= TRANSACTION_OPERATIONS => part.push(index),
+            _ => {
+                parts.push(vec![index]);
+                operations = count;
+            }
+        }
+    }
+    parts
 }
 
 impl<'a> Work<'a> {

@@ -1,6 +1,8 @@
 //! `/status` and `standpipe status`: stream, group, pipelines, reader, dead letters; from Redis alone, and from the
 //! process where one is at hand.
 
+pub mod table;
+
 use std::sync::atomic::Ordering;
 
 use redis::RedisResult;

@@ -8,23 +8,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::config::Config;
-use crate::http::Server;
+use crate::control::Control;
+use crate::http::{self, Server};
 use crate::metrics;
 use crate::pipeline::{InHand, Names, Pipeline};
 use crate::relay::reader::Reader;
 use crate::report;
 use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
-use crate::store::{Store, StoreError, migrate, tombstones};
-use crate::stream::{Keys, Redis, backoff, dead_letters, group, janitor, lease};
+use crate::store::{Store, StoreError, migrate, purge, takeover, tombstones};
+use crate::stream::legacy::{self, Legacy};
+use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, janitor, lease};
 
 /// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
 /// times a second.
@@ -66,17 +67,26 @@ pub struct Running {
     release: CancellationToken,
     readers: JoinSet<()>,
     pipelines: JoinSet<()>,
-    /// What ends after everything else.
+    /// What ends at `release`.
+    keepers: JoinSet<()>,
+    /// What has no end of its own.
     helpers: JoinSet<()>,
     store: Option<Store>,
+    control: Arc<Control>,
 }
 
-/// Runs until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+/// Runs until SIGTERM or SIGINT, or until the operator wants it drained, then drains. A second signal ends the process at
+/// once.
 ///
 /// # Errors
 ///
 /// The process cannot start: the HTTP address is taken, or the configuration turns out to be unusable.
-pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Result<ExitCode> {
+pub async fn run(
+    config: Config,
+    parts: Parts,
+    metrics: PrometheusHandle,
+    control: Control,
+) -> Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut next_signal = async move || {
@@ -86,9 +96,11 @@ pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Res
         }
     };
     let stop = CancellationToken::new();
-    let mut running = start(config, parts, metrics, stop.clone()).await?;
+    let mut running = start(config, parts, metrics, control, &stop)?;
+    let control = Arc::clone(&running.control);
     tokio::select! {
         name = next_signal() => info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal ends at once"),
+        () = control.drain_begun() => info!(limit = ?running.config.drain_timeout, "draining, as the operator wants; a signal ends at once"),
         () = running.failed() => {
             error!("a part of the process ended that should not have: stopping");
             running.drain().await;
@@ -107,7 +119,7 @@ pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Res
             }
         }
         name = next_signal() => {
-            warn!(signal = name, "second signal: ending at once; what was in hand stays pending");
+            warn!(signal = name, "a signal while draining: ending at once; what was in hand stays pending");
             // Immediately: tasks in the middle of a call are not waited for.
             std::process::exit(130);
         }
@@ -119,14 +131,16 @@ pub async fn run(config: Config, parts: Parts, metrics: PrometheusHandle) -> Res
 /// # Errors
 ///
 /// As for [`run`].
-pub async fn start(
+pub fn start(
     config: Config,
     parts: Parts,
     metrics: PrometheusHandle,
-    stop: CancellationToken,
+    control: Control,
+    stop: &CancellationToken,
 ) -> Result<Running> {
+    let control = Arc::new(control);
     let config = Arc::new(config);
-    let redis = Redis::new(config.redis_url.expose()).context("REDIS_URL")?;
+    let redis = Redis::open(&config).context("REDIS_URL")?;
     let store = parts.worker().then(|| Store::new(&config)).transpose()?;
     let consumers = if parts.worker() { config.parallel_consumers } else { 0 };
     let status = Arc::new(Status::new(
@@ -141,28 +155,40 @@ pub async fn start(
         release: CancellationToken::new(),
         readers: JoinSet::new(),
         pipelines: JoinSet::new(),
+        keepers: JoinSet::new(),
         helpers: JoinSet::new(),
         store: store.clone(),
         config: Arc::clone(&config),
+        control: Arc::clone(&control),
     };
 
     // Helpers live until everything else has ended.
     if let Some(address) = config.http_addr {
-        let listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("HTTP_ADDR: cannot listen on {address}"))?;
+        let listener =
+            http::listen(address).with_context(|| format!("HTTP_ADDR: cannot listen on {address}"))?;
         let address = listener.local_addr()?;
         running.http = Some(address);
         info!(%address, "HTTP");
-        let server = Server::new(&config, redis.clone(), store.clone(), Arc::clone(&status), metrics.clone());
-        running.helpers.spawn(async move {
-            if let Err(error) = server.serve(listener).await {
-                error!(%error, "the HTTP server broke");
-            }
-        });
+        let server = Server::new(
+            &config,
+            redis.clone(),
+            store.clone(),
+            Arc::clone(&status),
+            metrics.clone(),
+            Arc::clone(&control),
+        );
+        running.helpers.spawn(server.serve(listener));
     }
     running.helpers.spawn(upkeep(metrics, Arc::clone(&status)));
 
+    running.keepers.spawn(keep_legacy_status(
+        config.legacy_status,
+        config.relay_url.to_string(),
+        redis.clone(),
+        store.clone(),
+        Arc::clone(&status),
+        running.release.clone(),
+    ));
     running.helpers.spawn(keep_house(Keys::new(&config), redis.clone(), Arc::clone(&status)));
     if let Some(store) = &store {
         running.helpers.spawn(forget_tombstones(
@@ -170,13 +196,25 @@ pub async fn start(
             redis.clone(),
             store.clone(),
             config.tombstone_retention,
+            Arc::clone(&control),
         ));
+        running.helpers.spawn(purge_accounts(store.clone(), Arc::clone(&control)));
         let in_hand = InHand::default();
         let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
-        running.helpers.spawn(prepare(
+        let first = Pipeline::new(
+            0,
+            &config,
+            redis.clone(),
+            store.clone(),
+            Arc::clone(&status),
+            Arc::clone(&in_hand),
+            names.clone(),
+        );
+        running.keepers.spawn(prepare(
             Arc::clone(&config),
             redis.clone(),
             store.clone(),
+            first,
             say_names,
             running.release.clone(),
         ));
@@ -184,16 +222,17 @@ pub async fn start(
             let (redis, store, status) = (redis.clone(), store.clone(), Arc::clone(&status));
             let pipeline =
                 Pipeline::new(index, &config, redis, store, status, Arc::clone(&in_hand), names.clone());
+            let pipeline = pipeline.paused_by(control.pipelines());
             running.pipelines.spawn(pipeline.run(stop.clone()));
         }
     }
     if parts.reader() {
-        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status));
+        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status), control.reader());
         running.readers.spawn(reader.run(running.stop_reader.clone()));
     }
     info!(
         ?parts,
-        version = env!("CARGO_PKG_VERSION"),
+        version = env!("STANDPIPE_VERSION"),
         pipelines = consumers,
         batch = config.batch_size,
         "started"
@@ -207,15 +246,22 @@ impl Running {
         tokio::select! {
             Some(_) = self.readers.join_next() => {}
             Some(_) = self.pipelines.join_next() => {}
+            Some(_) = self.keepers.join_next() => {}
             Some(_) = self.helpers.join_next() => {}
             else => std::future::pending().await,
         }
+    }
+
+    /// Resolves when the operator wants the process drained.
+    pub async fn drain_begun(&self) {
+        self.control.drain_begun().await;
     }
 
     /// Stops the reader, lets the pipelines finish and acknowledge what they hold, closes everything.
     ///
     /// Returns whether that was done within `DRAIN_TIMEOUT`.
     pub async fn drain(&mut self) -> bool {
+        self.control.drain();
         let limit = self.config.drain_timeout;
         let drained = tokio::time::timeout(limit, async {
             self.stop_reader.cancel();
@@ -228,8 +274,12 @@ impl Running {
         self.readers.shutdown().await;
         self.pipelines.shutdown().await;
         self.release.cancel();
-        // A moment for the lease to be given back; the others have no end of their own.
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.helpers.join_next()).await;
+        // A moment to give the lease back and to write the last figures.
+        let _ = tokio::time::timeout(Duration::from_secs(1), async {
+            while self.keepers.join_next().await.is_some() {}
+        })
+        .await;
+        self.keepers.shutdown().await;
         self.helpers.shutdown().await;
         if let Some(store) = &self.store {
             store.close();
@@ -244,6 +294,7 @@ async fn prepare(
     config: Arc<Config>,
     redis: Redis,
     store: Store,
+    first: Pipeline,
     names: watch::Sender<Names>,
     release: CancellationToken,
 ) {
@@ -251,6 +302,7 @@ async fn prepare(
     let token = lease::token(&config.consumer_id);
     let work = async {
         prepare_database(&store, config.auto_migrate, &names).await;
+        take_over(&Keys::new(&config), &redis, &store, &first, &names, &release).await;
         keep_names(&config, &redis, &names, &token).await;
     };
     tokio::select! {
@@ -300,6 +352,48 @@ async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), StoreError
     Ok(())
 }
 
+/// Sees to what another program left in the group, before our first entry: at the first start on a database of theirs,
+/// and whenever one of them works beside us.
+async fn take_over(
+    keys: &Keys,
+    redis: &Redis,
+    store: &Store,
+    first: &Pipeline,
+    names: &watch::Sender<Names>,
+    stop: &CancellationToken,
+) {
+    let mut delays = backoff();
+    loop {
+        let work = async {
+            let due = takeover::is_due(store.session().await?.client()).await?;
+            let mut connection = redis.connect().await?;
+            // Without a group nobody has left anything; whoever reads first makes one.
+            let others = match group::has_others(&mut connection, keys).await {
+                Ok(others) => others,
+                Err(error) if is_nogroup(&error) => return anyhow::Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            if (due || others)
+                && let Some(count @ 1..) = first.take_over(stop).await?
+            {
+                info!(entries = count, "what another program left has been seen to");
+            }
+            if due {
+                takeover::done(store.session().await?.client()).await?;
+            }
+            anyhow::Ok(())
+        };
+        let Err(error) = work.await else { return };
+        let reason = format!("{error:#}");
+        names.send_replace(Names::Waiting(if error.is::<StoreError>() {
+            State::WaitingForPostgres { reason }
+        } else {
+            State::WaitingForRedis { reason }
+        }));
+        tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
+    }
+}
+
 /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
 /// active under them without one.
 async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>, token: &str) {
@@ -310,7 +404,14 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
         let held = async {
             let mut connection = redis.connect().await?;
             loop {
-                let held = lease::take(&mut connection, &keys.consumer_lease, token).await?;
+                let held = match lease::take(&mut connection, &keys.consumer_lease, token).await {
+                    // Redis refuses the lease because its memory is full: only our work can change that. That nobody
+                    // holds it, and that nobody is active under our names, has to do.
+                    Err(error) if error.code() == Some("OOM") => {
+                        lease::life(&mut connection, &keys.consumer_lease).await?.is_none()
+                    }
+                    held => held?,
+                };
                 let before = names.borrow().clone();
                 let active = if held && before != Names::Ours {
                     group::active(&mut connection, &keys, &ours, ACTIVE).await?
@@ -381,6 +482,12 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
                     Err(_) => break,
                 }
             }
+            if !missing && !status.pipelines.is_empty() {
+                let Ok(others) = group::has_others(&mut connection, &keys).await else { break };
+                if status.others.swap(others, Ordering::Relaxed) != others {
+                    info!(others, "another program works in the consumer group, or holds entries there");
+                }
+            }
             if !missing && cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
                 cleaned = Some(Instant::now());
                 match group::remove_idle_consumers(&mut connection, &keys, FORGET_CONSUMERS, None).await {
@@ -397,9 +504,65 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
     }
 }
 
+/// Writes the keys of the old application's pages, every second and once more at `release`, where they are wanted.
+async fn keep_legacy_status(
+    mut wanted: Option<bool>,
+    url: String,
+    redis: Redis,
+    store: Option<Store>,
+    status: Arc<Status>,
+    release: CancellationToken,
+) {
+    let mut legacy = Legacy::new(url);
+    while wanted != Some(false) {
+        let work = async {
+            let mut connection = redis.connect().await?;
+            if wanted.is_none() {
+                wanted = Some(legacy::is_there(&mut connection).await? || was_theirs(store.as_ref()).await?);
+            }
+            while wanted == Some(true) {
+                let last = release.is_cancelled();
+                legacy.write(&mut connection, &status).await?;
+                if last {
+                    break;
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                    () = release.cancelled() => {}
+                }
+            }
+            anyhow::Ok(())
+        };
+        // An outage is told by those who do the work.
+        if work.await.is_ok() || release.is_cancelled() {
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            () = release.cancelled() => {}
+        }
+    }
+    release.cancelled().await;
+}
+
+/// Whether the database was that of the old workers; waits for it.
+async fn was_theirs(store: Option<&Store>) -> Result<bool, StoreError> {
+    match store {
+        Some(store) => takeover::was_theirs(store.session().await?.client()).await,
+        None => Ok(false),
+    }
+}
+
 /// Once an hour forgets the tombstones that are older than the retention and than everything that may still come.
-async fn forget_tombstones(keys: Keys, redis: Redis, store: Store, retention: Duration) {
+async fn forget_tombstones(
+    keys: Keys,
+    redis: Redis,
+    store: Store,
+    retention: Duration,
+    control: Arc<Control>,
+) {
     loop {
+        control.pipelines_go().await;
         let swept = async {
             let mut connection = redis.connect().await.ok()?;
             let oldest = dead_letters::oldest_source(&mut connection, &keys).await.ok()?;
@@ -411,6 +574,38 @@ async fn forget_tombstones(keys: Keys, redis: Redis, store: Store, retention: Du
             info!(count, "tombstones older than the retention have been forgotten");
         }
         tokio::time::sleep(Duration::from_hours(1)).await;
+    }
+}
+
+/// Removes what deleted accounts had written.
+async fn purge_accounts(store: Store, control: Arc<Control>) {
+    let mut delays = backoff();
+    loop {
+        control.pipelines_go().await;
+        let work = async {
+            // The statements are ended by the server's own limit, like all of this pool.
+            let session = store.session().await?;
+            let Some(deletion) = purge::next(session.client()).await? else { return Ok(None) };
+            match purge::purge(session.client(), &deletion).await {
+                Ok(count) => Ok(Some((deletion.did, count))),
+                Err(error) => {
+                    session.discard();
+                    Err(error)
+                }
+            }
+        };
+        let done: Result<_, StoreError> = work.await;
+        match done {
+            Ok(Some((did, records))) => {
+                delays = backoff();
+                metrics::count(metrics::PURGED_ACCOUNTS, 1);
+                metrics::count(metrics::PURGED_RECORDS, records);
+                debug!(did, records, "what a deleted account had written has been removed");
+            }
+            Ok(None) => tokio::time::sleep(Duration::from_secs(1)).await,
+            // An outage is told by the pipelines; before the first migration there is nothing to look at.
+            Err(_) => tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await,
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! What the parts say of themselves, for readiness, `/status` and the progress line.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use crate::stream::janitor::Look;
+use crate::stream::legacy::Counts;
 
 /// One word for what a part is doing, with the reason where it is not what it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -42,6 +43,8 @@ pub enum State {
         /// Why.
         reason: String,
     },
+    /// The operator wants it so.
+    Paused,
     /// Something that only the operator can mend.
     Halted {
         /// What it is.
@@ -59,10 +62,16 @@ pub struct PipelineStatus {
     /// What it is doing.
     #[serde(flatten)]
     pub state: State,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
     /// Entries in hand.
     pub in_flight: u64,
     /// Entries finished since the start.
     pub entries: u64,
+    /// Repeated attempts since the start.
+    pub retries: u64,
+    /// Of the finished entries, those that left dead letters.
+    pub dead_letters: u64,
     /// When it last acknowledged something, Unix milliseconds.
     pub last_ack_ms: Option<u64>,
 }
@@ -73,6 +82,8 @@ pub struct ReaderStatus {
     /// What it is doing.
     #[serde(flatten)]
     pub state: State,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
     /// The relay's host.
     pub relay: String,
     /// Whether the websocket is open.
@@ -100,10 +111,92 @@ pub struct Status {
     pub stream: Mutex<Option<(Look, u64)>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,
+    /// Of these, by what they are and came to; see [`Counts`].
+    pub commits: AtomicU64,
+    /// As `commits`.
+    pub identities: AtomicU64,
+    /// As `commits`.
+    pub accounts: AtomicU64,
+    /// As `commits`.
+    pub errors: AtomicU64,
+    /// Whether another program works in our group.
+    pub others: AtomicBool,
+    /// How long events took from XADD until they were durable.
+    pub latency: Latency,
     /// When anything was last acknowledged, Unix milliseconds; 0 for never.
     pub last_ack_ms: AtomicU64,
     /// When the process started, Unix milliseconds.
     pub started_ms: u64,
+}
+
+impl PipelineStatus {
+    /// Changes the state; returns the one before.
+    pub fn enter(&mut self, state: State) -> State {
+        enter(&mut self.state, &mut self.since_ms, state)
+    }
+}
+
+impl ReaderStatus {
+    /// Changes the state; returns the one before.
+    pub fn enter(&mut self, state: State) -> State {
+        enter(&mut self.state, &mut self.since_ms, state)
+    }
+}
+
+/// Another reason for the same state does not make it a new one.
+fn enter(state: &mut State, since_ms: &mut u64, new: State) -> State {
+    if std::mem::discriminant(state) != std::mem::discriminant(&new) {
+        *since_ms = now_ms();
+    }
+    std::mem::replace(state, new)
+}
+
+/// Buckets of [`Latency`]: four for each doubling, up to a day and a half.
+const LATENCIES: usize = 110;
+
+/// How long events took, counted in buckets that grow by a fifth: percentiles of any stretch of time come from the
+/// difference of two counts, and counting costs next to nothing.
+#[derive(Debug)]
+pub struct Latency([AtomicU64; LATENCIES]);
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+impl Latency {
+    /// Counts an event.
+    pub fn add(&self, ms: u64) {
+        // The first bucket holds what took less than a millisecond.
+        let bucket = if ms == 0 { 0 } else { 1 + ((ms as f64).log2() * 4.0) as usize };
+        self.0[bucket.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The counts as they are now.
+    #[must_use]
+    pub fn counts(&self) -> Vec<u64> {
+        self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+    }
+}
+
+/// The time, in milliseconds, within which this share of the events between two counts was finished; `None` without any.
+#[must_use]
+pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
+    let counts = || now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before));
+    let total: u64 = counts().sum();
+    let mut left = (total as f64 * share).max(1.0);
+    for (bucket, count) in counts().enumerate().filter(|(_, count)| *count > 0) {
+        let count = count as f64;
+        if left <= count {
+            // Within a bucket they are taken to be spread evenly.
+            let bound = |bucket: usize| 2_f64.powf(bucket as f64 / 4.0);
+            let (low, high) = if bucket == 0 { (0.0, 1.0) } else { (bound(bucket - 1), bound(bucket)) };
+            return Some(low + (high - low) * left / count);
+        }
+        left -= count;
+    }
+    None
 }
 
 /// The lock's content, whoever panicked while holding it: every write leaves it whole.
@@ -125,11 +218,18 @@ impl Status {
     pub fn new(reader: Option<String>, consumers: Vec<String>) -> Self {
         Self {
             reader: reader.map(|relay| {
-                Mutex::new(ReaderStatus { relay, connected_ms: now_ms(), ..ReaderStatus::default() })
+                Mutex::new(ReaderStatus {
+                    relay,
+                    connected_ms: now_ms(),
+                    since_ms: now_ms(),
+                    ..ReaderStatus::default()
+                })
             }),
             pipelines: consumers
                 .into_iter()
-                .map(|consumer| Mutex::new(PipelineStatus { consumer, ..PipelineStatus::default() }))
+                .map(|consumer| {
+                    Mutex::new(PipelineStatus { consumer, since_ms: now_ms(), ..PipelineStatus::default() })
+                })
                 .collect(),
             started_ms: now_ms(),
             ..Self::default()
@@ -159,6 +259,32 @@ impl Status {
         });
         self.entries.fetch_add(entries, Ordering::Relaxed);
         self.last_ack_ms.store(now, Ordering::Relaxed);
+    }
+
+    /// Counts an entry that is finished.
+    pub fn count(&self, event_type: &str, dead_letter: bool) {
+        let counter = match event_type {
+            "commit" => Some(&self.commits),
+            "identity" => Some(&self.identities),
+            "account" => Some(&self.accounts),
+            _ => None,
+        };
+        for counter in counter.into_iter().chain(dead_letter.then_some(&self.errors)) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Everything that is finished.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            commits: load(&self.commits),
+            identities: load(&self.identities),
+            accounts: load(&self.accounts),
+            total: load(&self.entries),
+            errors: load(&self.errors),
+        }
     }
 
     /// The stream as last seen.

@@ -10,13 +10,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use standpipe::config::{self, Role};
 use standpipe::private::{PostgresOptions, send_signal};
-use standpipe::relay::decode::{Message, decode};
 use standpipe::relay::simulate::{self, Network, NetworkOptions, RelayOptions, Source};
-use support::model::{self, Event, Kind, Op, Version};
-use support::{Postgres, Redis, Signal, Standpipe, TcpProxy, connect, query_rows, wait_until};
+use support::chain::purged;
+use support::{
+    Postgres, Redis, Signal, Standpipe, TcpProxy, connect, model, query_rows, traffic, wait_until,
+};
 use tokio_util::sync::CancellationToken;
 
 const STREAM: &str = "firehose:events";
@@ -42,48 +41,6 @@ enum Fault {
     StreamDeleted,
 }
 
-/// The relay's events as the model takes them.
-fn events(options: &NetworkOptions) -> Vec<Event> {
-    let (config, _) = config::from_env([("COLLECTIONS", "*")], Role::Tool).unwrap();
-    let mut events = Vec::new();
-    for frame in Network::new(options) {
-        let Message::Event { entries, seq, .. } = decode(&frame.bytes, &config.collections).unwrap() else {
-            continue;
-        };
-        for entry in entries {
-            let data: Value = serde_json::from_str(&entry.data).unwrap();
-            let text = |name: &str| data[name].as_str().map(str::to_owned);
-            let kind = match entry.event_type {
-                "commit" => Kind::Commit {
-                    repo: text("repo").unwrap(),
-                    ops: data["ops"].as_array().unwrap().iter().map(operation).collect(),
-                },
-                "identity" => Kind::Identity { did: text("did").unwrap(), handle: text("handle") },
-                "account" => Kind::Account {
-                    did: text("did").unwrap(),
-                    active: data["active"].as_bool().unwrap(),
-                    status: text("status"),
-                    time: text("time"),
-                },
-                _ => continue,
-            };
-            // Every event has its number: the stream's ids decide nothing.
-            events.push(Event { version: Version { rev: text("rev"), seq: Some(seq), id: (0, 0) }, kind });
-        }
-    }
-    events
-}
-
-fn operation(op: &Value) -> Op {
-    let text = |name: &str| op[name].as_str().map(str::to_owned);
-    Op {
-        action: text("action").unwrap(),
-        path: text("path").unwrap(),
-        cid: text("cid"),
-        record: op["record"].clone(),
-    }
-}
-
 /// What is broken, and how to break it.
 struct House {
     redis: Redis,
@@ -101,6 +58,9 @@ impl House {
     fn start(&mut self, index: usize) {
         let mut variables = self.variables.clone();
         variables.push(("CONSUMER_ID".into(), format!("daemon-{index}")));
+        // Both ways of writing side by side.
+        let transaction = if index == 1 { "batch" } else { "event" };
+        variables.push(("TRANSACTION".into(), transaction.into()));
         let command = if index == 0 { "run" } else { "worker" };
         self.daemons[index] = Some(Standpipe::start(&[command], &variables));
     }
@@ -272,6 +232,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         seed,
         accounts: 2_000,
         events: total,
+        deletions: true,
         clock_jumps: true,
         ..NetworkOptions::default()
     };
@@ -281,7 +242,8 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let relay = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
-    let rate = u32::try_from(total.div_ceil(seconds)).unwrap();
+    // What is read while nothing is broken has to make up for the rest.
+    let rate = u32::try_from(3 * total.div_ceil(seconds)).unwrap();
     let serving = tokio::spawn(simulate::serve(
         listener,
         RelayOptions { source: Source::Network(network.clone()), rate: Some(rate) },
@@ -347,7 +309,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
 
     // The cursor is there when the last frame is, and everything is acknowledged.
     let last = Network::new(&network).filter_map(|frame| frame.seq).last().unwrap();
-    wait_until("everything has arrived", Duration::from_mins(10), async || {
+    wait_until("everything has arrived", Duration::from_mins(20), async || {
         let Ok(mut redis) =
             redis::Client::open(url.as_str()).unwrap().get_multiplexed_async_connection().await
         else {
@@ -367,6 +329,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
                 .is_some_and(|g| g.pending == 0 && g.last_delivered_id == info.last_generated_id)
     })
     .await;
+    purged(&house.database).await;
     let ran = began.elapsed();
     let mut dead = house.redis.connection().await;
     let dead: u64 = redis::cmd("XLEN").arg("firehose:events:dead").query_async(&mut dead).await.unwrap();
@@ -411,7 +374,8 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     let audit =
         Standpipe::run(&["audit"], &[("DATABASE_URL", &house.database)], Duration::from_mins(5)).await;
     assert_eq!(audit.code, 0, "{}", audit.stdout);
-    let expected = tokio::task::spawn_blocking(move || model::expected(&events(&network))).await.unwrap();
+    let expected =
+        tokio::task::spawn_blocking(move || model::expected(&traffic::events(&network))).await.unwrap();
     let found = model::read(&connect(&house.database).await).await;
     model::assert_same("after everything that failed", &expected, &found);
     println!("lost 0, counted twice 0");

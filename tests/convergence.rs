@@ -1,14 +1,13 @@
 //! Any set of events, in any order, with any repetitions, cut into any batches over any number of connections, gives
 //! the tables that the model says.
 //!
-//! `STANDPIPE_SEED` chooses the cases and `STANDPIPE_CASES` how many there are. A failure prints the seed of its case
+//! `STANDPIPE_SEED` chooses the cases, `STANDPIPE_CASES` how many there are, `STANDPIPE_THEME` what they are about. A failure prints the seed of its case
 //! and the few events that are left of it when everything that does not matter is taken away.
 
 mod support;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt::Write as _;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,10 +17,10 @@ use standpipe::apply::{datetime, interpret};
 use standpipe::config::{Role, from_env};
 use standpipe::event::{EntryId, Event};
 use standpipe::store::verdict::Verdict;
-use standpipe::store::{Outcome, Store, audit, migrate};
+use standpipe::store::{Outcome, Store, audit, migrate, purge};
 use standpipe::stream::entry::Entry;
 use support::model::{self, Kind, Op, Tables, Version};
-use support::{Postgres, connect, wait_until};
+use support::{Postgres, connect, old_database, wait_until};
 use tokio_postgres::Client;
 
 const CASES: u64 = 150;
@@ -50,31 +49,7 @@ impl Database {
     async fn of_old_workers() -> Self {
         // The tables are where the old application has them, whatever the role is called.
         let url = Postgres::shared().await.fresh_database().await + "?options=-csearch_path%3Dpublic";
-        let fixture = |name: &str| {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
-            let text = std::fs::read_to_string(path).unwrap();
-            let lines = text.lines().skip(1);
-            lines.map(|line| line.split('\t').map(str::to_owned).collect::<Vec<_>>()).collect::<Vec<_>>()
-        };
-        let mut columns = BTreeMap::<String, Vec<String>>::new();
-        for line in fixture("existing-database.tsv") {
-            let [table, name, kind, rest @ ..] = line.as_slice() else { panic!("{line:?}") };
-            let null = rest.first().map_or("", String::as_str);
-            let default = rest.get(1).filter(|default| !default.is_empty() && !default.contains("nextval"));
-            let default = default.map(|default| format!("DEFAULT {default}")).unwrap_or_default();
-            columns.entry(table.clone()).or_default().push(format!("{name} {kind} {default} {null}"));
-        }
-        let mut sql = String::new();
-        for (table, columns) in columns {
-            write!(sql, "CREATE TABLE {table} ({});", columns.join(", ")).unwrap();
-        }
-        for line in fixture("existing-indexes.tsv") {
-            let [table, name, definition] = line.as_slice() else { panic!("{line:?}") };
-            let unique = if definition.starts_with("UNIQUE ") { "UNIQUE" } else { "" };
-            let definition = definition.trim_start_matches("UNIQUE ");
-            write!(sql, "CREATE {unique} INDEX {name} ON {table} {definition};").unwrap();
-        }
-        connect(&url).await.batch_execute(&sql).await.unwrap();
+        old_database::create(&url).await;
         Self::migrated(url).await
     }
 
@@ -111,12 +86,25 @@ impl Database {
                 tokio::spawn(async move { apply_batches(&store, &queue).await })
             })
             .collect();
+        // Deleted accounts are purged meanwhile, as in a worker.
+        let purging = tokio::spawn({
+            let store = self.store.clone();
+            async move {
+                loop {
+                    purge_all(&store).await;
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            }
+        });
         for task in tasks {
             task.await.unwrap();
         }
+        purging.abort();
+        assert!(purging.await.unwrap_err().is_cancelled(), "the purge failed");
     }
 
     async fn tables(&self) -> Tables {
+        purge_all(&self.store).await;
         model::read(&self.client).await
     }
 
@@ -124,6 +112,18 @@ impl Database {
     async fn audit(&self) -> Vec<String> {
         let findings = audit::audit(&mut *self.auditor.lock().await).await.unwrap();
         findings.iter().filter(|finding| finding.count > 0).map(ToString::to_string).collect()
+    }
+}
+
+/// Removes what deleted accounts had written.
+async fn purge_all(store: &Store) {
+    let session = store.session().await.unwrap();
+    while let Some(deletion) = purge::next(session.client()).await.unwrap() {
+        match purge::purge(session.client(), &deletion).await {
+            Ok(_) => {}
+            Err(error) if error.verdict == Verdict::Retry => {}
+            Err(error) => panic!("{:?}: {error}", error.verdict),
+        }
     }
 }
 
@@ -139,6 +139,17 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
             .filter(|event| !event.repo.is_empty())
             .collect();
         let mut done = Vec::new();
+        if batch.len() % 2 == 0 && !open.is_empty() {
+            // As with TRANSACTION=batch.
+            match session.apply_together(&open.iter().collect::<Vec<_>>()).await {
+                Ok(outcomes) => {
+                    assert_eq!(outcomes.len(), open.len());
+                    done.append(&mut open);
+                }
+                Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {}
+                Err(error) => panic!("{:?}: {error}", error.verdict),
+            }
+        }
         while !open.is_empty() {
             let results = session.apply(&open.iter().collect::<Vec<_>>()).await;
             let mut again = Vec::new();
@@ -231,7 +242,7 @@ enum Order {
 }
 
 /// What most operations of a set are about, so that they meet each other.
-const THEMES: [&[&str]; 6] = [
+const THEMES: [&[&str]; 10] = [
     &[
         "app.bsky.feed.post",
         "app.bsky.feed.post",
@@ -245,6 +256,16 @@ const THEMES: [&[&str]; 6] = [
         "app.bsky.graph.follow",
         "app.bsky.graph.block",
         "app.bsky.actor.profile",
+        "app.bsky.feed.threadgate",
+        "app.bsky.feed.postgate",
+        "app.bsky.graph.list",
+        "app.bsky.graph.listitem",
+        "app.bsky.graph.listblock",
+        "app.bsky.graph.starterpack",
+        "app.bsky.feed.generator",
+        "app.bsky.labeler.service",
+        "com.atproto.label.label",
+        "app.bsky.graph.verification",
         "com.example.thing",
     ],
     &["app.bsky.feed.like"],
@@ -252,8 +273,37 @@ const THEMES: [&[&str]; 6] = [
     &["app.bsky.feed.repost", "app.bsky.bookmark"],
     &["app.bsky.actor.profile", "com.example.thing"],
     &["app.bsky.graph.follow", "app.bsky.graph.block"],
+    // Who replies to whom, quotes whom, and whether they may.
+    &[
+        "app.bsky.feed.post",
+        "app.bsky.feed.post",
+        "app.bsky.feed.post",
+        "app.bsky.feed.threadgate",
+        "app.bsky.feed.postgate",
+    ],
+    // A counter that is kept in two places.
+    &[
+        "app.bsky.feed.like",
+        "app.bsky.feed.like",
+        "app.bsky.feed.like",
+        "app.bsky.feed.generator",
+        "app.bsky.labeler.service",
+    ],
+    &[
+        "app.bsky.graph.list",
+        "app.bsky.graph.listitem",
+        "app.bsky.graph.listblock",
+        "app.bsky.graph.starterpack",
+    ],
+    &[
+        "com.atproto.label.label",
+        "app.bsky.graph.verification",
+        "app.bsky.actor.profile",
+        "app.bsky.feed.post",
+    ],
 ];
 
+const ROOTS: [&str; 2] = ["at://did:plc:aaaa/app.bsky.feed.post/1", "at://did:plc:bbbb/app.bsky.feed.post/2"];
 const DIDS: [&str; 4] = ["did:plc:aaaa", "did:plc:bbbb", "did:web:c.example", "did:plc:dddd"];
 const HANDLES: [&str; 3] = ["a.test", "b.test", "c-3.example.test"];
 const START_MS: u64 = 1_795_234_668_000;
@@ -264,6 +314,10 @@ struct Maker {
     theme: &'static [&'static str],
     /// How many of a hundred events are commits; the others are about identities and account states.
     commits: u32,
+    /// How many of a hundred references are to the feed generators and labelers of the set.
+    services: u32,
+    /// Whether it is about gates: then most posts are about two of them.
+    gates: bool,
     accounts: usize,
     /// How far each account's clock is off, in microseconds: revisions are only ordered within a repository.
     skews: Vec<i64>,
@@ -277,11 +331,27 @@ impl Maker {
     fn new(seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
         let order = [Order::Revisions, Order::Numbers, Order::Stream, Order::Mixed][rng.usize(..4)];
-        let theme = THEMES[[0, 0, 0, 0, 0, 1, 2, 3, 4, 5][rng.usize(..10)]];
+        let theme = [0, 0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 7, 8, 9][rng.usize(..16)];
+        let theme = THEMES[number("STANDPIPE_THEME").map_or(theme, |theme| usize::try_from(theme).unwrap())];
         let commits = [78, 78, 78, 5][rng.usize(..4)];
         let accounts = rng.usize(3..=4);
         let skews = DIDS.iter().map(|_| [0, -3_600_000_000, 86_400_000_000 * 400][rng.usize(..3)]).collect();
-        Self { rng, order, theme, commits, accounts, skews, ms: START_MS, sq: 0, seq: 960, made: 0 }
+        let services = if theme == THEMES[7] { 80 } else { 5 };
+        let gates = theme == THEMES[6];
+        Self {
+            rng,
+            order,
+            theme,
+            commits,
+            services,
+            gates,
+            accounts,
+            skews,
+            ms: START_MS,
+            sq: 0,
+            seq: 960,
+            made: 0,
+        }
     }
 
     /// The events in their order.
@@ -354,7 +424,8 @@ impl Maker {
                 let (active, status) = match self.rng.u32(..6) {
                     0 => (false, status("deactivated")),
                     1 => (false, status("takendown")),
-                    2 => (false, status("deleted")),
+                    // By number in some places and by time in others it would be two moments.
+                    2 if !matches!(self.order, Order::Mixed) => (false, status("deleted")),
                     3 => (false, None),
                     4 => (true, status("")),
                     _ => (true, None),
@@ -421,9 +492,16 @@ impl Maker {
     fn refused_op(&mut self) -> String {
         let deep = "[".repeat(20_000) + &"]".repeat(20_000);
         let value = self.one(&[r#""\ud800""#, "1e999999", &deep]).to_owned();
+        let made = self.made;
+        if self.chance(20) {
+            // Longer than the column.
+            let name = "n".repeat(300);
+            return format!(
+                r#"{{"action":"create","path":"app.bsky.graph.list/refused{made}","cid":"bafyx","record":{{"name":"{name}","purpose":"x"}}}}"#
+            );
+        }
         format!(
-            r#"{{"action":"create","path":"com.example.refused/{}","cid":"bafyx","record":{{"x":{value}}}}}"#,
-            self.made
+            r#"{{"action":"create","path":"com.example.refused/{made}","cid":"bafyx","record":{{"x":{value}}}}}"#
         )
     }
 
@@ -432,12 +510,20 @@ impl Maker {
         let collection = self.one(theme);
         let rkey = match collection {
             "app.bsky.actor.profile" if self.chance(90) => "self",
+            "app.bsky.labeler.service" if self.chance(60) => "self",
+            "app.bsky.feed.generator" => self.one(&["1", "2"]),
+            _ if self.gates && repo == DIDS[0] => self.one(&["1", "1", "2"]),
+            _ if self.gates && repo == DIDS[1] => self.one(&["2", "2", "1"]),
             _ => self.one(&["1", "2", "weird:~_.-key"]),
         };
+        // So long that what is made from the URI is longer than its column.
+        let long = "k".repeat(500 - format!("at://{repo}/{collection}/").len());
+        let rkey = if self.chance(1) { &long } else { rkey };
+        let deletes = if self.gates { 15 } else { 32 };
         let action = match self.rng.u32(..100) {
-            0..48 => "create",
-            48..66 => "update",
-            66..98 => "delete",
+            n if n < deletes => "delete",
+            0..80 => "create",
+            80..98 => "update",
             _ => "forget",
         };
         let path = if self.chance(1) {
@@ -445,7 +531,7 @@ impl Maker {
         } else {
             format!("{collection}/{rkey}")
         };
-        let mut record = if action == "delete" { Value::Null } else { self.record(collection, repo) };
+        let mut record = if action == "delete" { Value::Null } else { self.record(collection, repo, rkey) };
         if action != "delete" && self.chance(5) {
             self.spoil(&mut record);
         }
@@ -455,19 +541,59 @@ impl Maker {
         Op { action: action.to_owned(), path, cid, record }
     }
 
-    fn record(&mut self, collection: &str, repo: &str) -> Value {
+    fn record(&mut self, collection: &str, repo: &str, rkey: &str) -> Value {
         let mut record = match collection {
             "app.bsky.feed.post" => self.post(repo),
             "app.bsky.feed.like" | "app.bsky.feed.repost" | "app.bsky.bookmark" => {
                 let mut record = json!({"subject": self.post_ref()});
                 if self.chance(20) {
-                    record["via"] =
-                        self.one(&[json!({"uri": "at://did:plc:bbbb/app.bsky.feed.repost/1"}), Value::Null]);
+                    record["via"] = self.via();
                 }
                 record
             }
             "app.bsky.graph.follow" | "app.bsky.graph.block" => json!({"subject": self.did_or_stranger()}),
             "app.bsky.actor.profile" => self.profile(),
+            "app.bsky.feed.threadgate" => self.thread_gate(repo, rkey),
+            "app.bsky.feed.postgate" => self.post_gate(repo, rkey),
+            "app.bsky.graph.list" | "app.bsky.feed.generator" => {
+                let mut record = json!({"name": format!("name {}\u{0}", self.made), "displayName": "feed\u{0}",
+                    "purpose": "app.bsky.graph.defs#modlist", "did": self.did_or_stranger()});
+                self.decorate(&mut record);
+                record
+            }
+            "app.bsky.graph.listitem" => {
+                json!({"subject": self.did_or_stranger(), "list": "at://did:plc:aaaa/app.bsky.graph.list/1"})
+            }
+            "app.bsky.graph.listblock" => json!({"subject": "at://did:plc:aaaa/app.bsky.graph.list/1"}),
+            "app.bsky.graph.starterpack" => {
+                let mut record = json!({"name": "pack", "list": "at://did:plc:aaaa/app.bsky.graph.list/2"});
+                self.decorate(&mut record);
+                if self.chance(50) {
+                    record["feeds"] =
+                        json!([{"uri": "at://did:plc:aaaa/app.bsky.feed.generator/1"}, 5, {"uri": 5}]);
+                }
+                record
+            }
+            "app.bsky.labeler.service" => {
+                self.one(&[json!({"policies": {"labelValues": ["s\u{0}pam"]}}), json!({"policies": {}})])
+            }
+            "com.atproto.label.label" => {
+                let mut record = json!({"src": self.did(), "uri": self.post_uri(), "val": "spam"});
+                if self.chance(30) {
+                    record["uri"] = json!(self.did());
+                }
+                if self.chance(50) {
+                    record["neg"] = self.one(&[json!(true), json!(false), Value::Null]);
+                }
+                if self.chance(50) {
+                    record["cts"] =
+                        self.one(&[json!("2026-01-02T03:04:05Z"), json!("some time"), Value::Null]);
+                }
+                record
+            }
+            "app.bsky.graph.verification" => {
+                json!({"subject": self.did_or_stranger(), "handle": "a.test", "displayName": "A"})
+            }
             _ => {
                 json!({"n": self.rng.i64(-3..3), "a\u{0}b": ["x\u{0}y", null, true, {"deep": {}}], "bytes": {"$bytes": "AQIDBA"}})
             }
@@ -488,9 +614,16 @@ impl Maker {
 
     /// A post of few, whether it is ever written or not; sometimes another record.
     fn post_uri(&mut self) -> String {
+        if self.chance(self.services) {
+            let service = self.one(&["feed.generator/1", "feed.generator/2", "labeler.service/self"]);
+            return format!("at://{}/app.bsky.{service}", self.did());
+        }
+        if self.gates && self.chance(60) {
+            return self.one(&ROOTS).to_owned();
+        }
         match self.rng.u32(..20) {
             0 => "at://did:plc:stranger/app.bsky.feed.post/never".to_owned(),
-            1 => format!("at://{}/app.bsky.feed.generator/1", self.did()),
+            1 => "at://alice.test/app.bsky.feed.post/1".to_owned(),
             _ => format!("at://{}/app.bsky.feed.post/{}", self.did(), self.rng.u8(1..=2)),
         }
     }
@@ -517,13 +650,19 @@ impl Maker {
         if self.chance(90) {
             post["text"] = self.one(&texts);
         }
-        if self.chance(45) {
+        if self.chance(if self.gates { 65 } else { 45 }) {
             let own = json!({"uri": format!("at://{repo}/app.bsky.feed.post/1"), "cid": "bafyown"});
             let parent = if self.chance(15) { own } else { self.post_ref() };
-            post["reply"] = json!({"parent": parent, "root": self.post_ref()});
+            // Most threads start with one of two posts, which may well answer others.
+            let root = match self.rng.u32(..10) {
+                0..4 => json!({"uri": ROOTS[0]}),
+                4..8 => json!({"uri": ROOTS[1], "cid": "bafyroot"}),
+                _ => self.post_ref(),
+            };
+            post["reply"] = json!({"parent": parent, "root": root});
         }
         let media = json!({"$type": "app.bsky.embed.images", "images": [{"alt": "a\u{0}b\\u0000"}]});
-        if self.chance(50) {
+        if self.chance(if self.gates { 75 } else { 50 }) {
             let target = self.post_ref();
             post["embed"] = match self.rng.u32(..6) {
                 0 => media,
@@ -543,13 +682,145 @@ impl Maker {
                 post[name] = self.one(&values);
             }
         }
+        if self.chance(if self.gates { 70 } else { 40 }) {
+            post["facets"] = self.facets();
+        }
+        if self.chance(25) {
+            post["labels"] = self.labels();
+        }
         post
     }
 
-    fn profile(&mut self) -> Value {
-        let mut profile = json!({"displayName": format!("name {}\u{0}", self.made)});
+    /// Mentions: of oneself, of the same account twice, of too many, and what only looks like one.
+    fn facets(&mut self) -> Value {
+        let mention = |did: &str| json!({"$type": "app.bsky.richtext.facet#mention", "did": did});
+        if self.chance(5) {
+            let many: Vec<Value> = (0..60).map(|n| mention(&format!("did:plc:many{n}"))).collect();
+            return json!([{"index": {}, "features": many}]);
+        }
+        let (features, kinds) = if self.gates { (2..6, 40) } else { (1..4, 12) };
+        let features: Vec<Value> = (0..self.rng.usize(features))
+            .map(|_| match self.rng.u32(..kinds) {
+                0 => json!({"$type": "app.bsky.richtext.facet#link", "uri": "https://example.com", "did": "did:plc:aaaa"}),
+                1 => mention("alice.test"),
+                2 => json!({"$type": "app.bsky.richtext.facet#mention", "did": 5}),
+                3 => json!("did:plc:aaaa"),
+                4 => mention(&format!("did:plc:{}", "x".repeat(480))),
+                5 => mention("did:plc:stranger"),
+                _ => mention(&self.did()),
+            })
+            .collect();
+        let again = features[0].clone();
+        match self.rng.u32(..8) {
+            0 => json!([{"features": again}, 5, null, {"features": features}]),
+            1 => json!([{"features": features}, {"features": [again]}]),
+            _ => json!([{"index": {"byteStart": 0, "byteEnd": 3}, "features": features}]),
+        }
+    }
+
+    fn labels(&mut self) -> Value {
+        let value = |val: &str| json!({"val": val});
+        let mut values: Vec<Value> = (0..self.rng.usize(0..4))
+            .map(|_| match self.rng.u32(..8) {
+                0 => value(&"ü".repeat(129)),
+                1 => self.one(&[value(""), json!({"val": 5}), json!("porn"), Value::Null]),
+                2 => value("nu\u{0}dity"),
+                _ => value(self.one(&["porn", "sexual", "nudity", "!no-unauthenticated"])),
+            })
+            .collect();
+        if self.chance(5) {
+            values.extend((0..15).map(|n| value(&format!("label{n}"))));
+        }
+        let known = self.rng.usize(2..=5);
+        self.one(
+            &[
+                json!({"$type": "com.atproto.label.defs#selfLabels", "values": values}),
+                json!({"values": values}),
+                json!({"$type": "com.example.other", "values": values}),
+                json!({"$type": "com.atproto.label.defs#selfLabels", "values": "porn"}),
+                json!([]),
+            ][..known],
+        )
+    }
+
+    /// Where a like or repost came from: somebody's repost, one's own, the very author's, and nonsense.
+    fn via(&mut self) -> Value {
+        match self.rng.u32(..10) {
+            0 => self.one(&[
+                Value::Null,
+                json!("at://did:plc:bbbb/app.bsky.feed.repost/1"),
+                json!({"uri": 5}),
+                json!({"uri": "https://did:plc:bbbb/"}),
+                json!({"uri": "at://alice.test/app.bsky.feed.repost/1"}),
+                json!({"uri": format!("at://did:plc:bbbb/app.bsky.feed.repost/{}", "x".repeat(600))}),
+            ]),
+            _ => json!({"uri": format!("at://{}/app.bsky.feed.repost/1", self.did()), "cid": "bafyvia"}),
+        }
+    }
+
+    /// The post that a gate is about: its own, most of the time.
+    fn gated(&mut self, repo: &str, rkey: &str) -> Value {
+        match self.rng.u32(..20) {
+            0 => json!(format!("at://{repo}/app.bsky.feed.post/other")),
+            1 => json!(format!("at://did:plc:else/app.bsky.feed.post/{rkey}")),
+            _ => json!(format!("at://{repo}/app.bsky.feed.post/{rkey}")),
+        }
+    }
+
+    fn thread_gate(&mut self, repo: &str, rkey: &str) -> Value {
+        let mut gate = json!({"post": self.gated(repo, rkey)});
+        let rule = |name: &str| json!({"$type": format!("app.bsky.feed.threadgate#{name}")});
+        let list = |list: Value| json!({"$type": "app.bsky.feed.threadgate#listRule", "list": list});
+        match self.rng.u32(..if self.gates { 16 } else { 10 }) {
+            0 => {}
+            1 => gate["allow"] = Value::Null,
+            2 | 3 => gate["allow"] = json!([]),
+            4..7 | 10.. => gate["allow"] = json!([rule("mentionRule")]),
+            7 => {
+                gate["allow"] = self.one(&[json!([rule("rule of tomorrow")]), json!([5, "mentionRule", {}])]);
+            }
+            _ => {
+                let all = [
+                    rule("mentionRule"),
+                    rule("followerRule"),
+                    rule("followingRule"),
+                    list(json!("at://did:plc:aaaa/app.bsky.graph.list/1")),
+                    list(json!(5)),
+                ];
+                gate["allow"] = (0..self.rng.usize(1..4)).map(|_| self.one(&all)).collect();
+            }
+        }
+        if self.chance(40) {
+            let hidden: Vec<String> = (0..self.rng.usize(0..3)).map(|_| self.post_uri()).collect();
+            gate["hiddenReplies"] =
+                self.one(&[json!(hidden), json!(hidden), json!([5, hidden]), Value::Null]);
+        }
+        gate
+    }
+
+    fn post_gate(&mut self, repo: &str, rkey: &str) -> Value {
+        let mut gate = json!({"post": self.gated(repo, rkey)});
+        let disabled = json!([{"$type": "app.bsky.feed.postgate#disableRule"}]);
+        if self.chance(70) {
+            gate["embeddingRules"] = self.one(&[
+                disabled.clone(),
+                disabled,
+                json!([]),
+                json!([{"$type": "other"}, 5]),
+                Value::Null,
+            ]);
+        }
+        if self.chance(50) {
+            let detached: Vec<String> = (0..self.rng.usize(0..3)).map(|_| self.post_uri()).collect();
+            gate["detachedEmbeddingUris"] = self.one(&[json!(detached), json!(detached), Value::Null]);
+        }
+        gate
+    }
+
+    /// What a record may have or not.
+    fn decorate(&mut self, record: &mut Value) {
         for (name, values) in [
-            ("description", vec![json!("first\nsecond"), json!(""), Value::Null]),
+            ("description", vec![json!("first\nsec\u{0}ond"), json!(""), Value::Null]),
             (
                 "avatar",
                 vec![
@@ -559,6 +830,20 @@ impl Maker {
                     json!(7),
                 ],
             ),
+        ] {
+            if self.chance(40) {
+                record[name] = self.one(&values);
+            }
+        }
+    }
+
+    fn profile(&mut self) -> Value {
+        let mut profile = json!({"displayName": format!("name {}\u{0}", self.made)});
+        self.decorate(&mut profile);
+        if self.chance(30) {
+            profile["labels"] = self.labels();
+        }
+        for (name, values) in [
             ("banner", vec![json!({"$type": "blob", "ref": {"$link": "bafkbanner"}}), Value::Null]),
             (
                 "pinnedPost",
@@ -594,12 +879,30 @@ impl Maker {
 
     /// Takes away what its row needs, if it needs anything.
     fn spoil(&mut self, record: &mut Value) {
-        match self.rng.u32(..6) {
+        match self.rng.u32(..9) {
             0 => *record = json!([]),
             1 => record["subject"] = json!(5),
             2 => record["subject"] = json!({"cid": "bafy"}),
             3 => record["text"] = json!(["no", "text"]),
             4 => record["reply"] = json!({"parent": {"uri": "https://example.com"}}),
+            5 => {
+                let needed =
+                    ["subject", "list", "name", "purpose", "did", "policies", "uri", "val", "handle", "post"];
+                let name = self.one(&needed);
+                if let Some(fields) = record.as_object_mut() {
+                    fields.remove(name);
+                }
+            }
+            6 => {
+                for name in ["list", "did", "uri", "policies", "post", "name"] {
+                    record[name] = json!(5);
+                }
+            }
+            7 => {
+                for name in ["description", "feeds", "neg", "allow", "embeddingRules", "handle"] {
+                    record[name] = json!({"no": "list"});
+                }
+            }
             _ => {
                 record["embed"] = json!("nothing");
                 record["displayName"] = json!(5);
@@ -659,14 +962,17 @@ async fn any_order_repetition_batching_and_parallelism_gives_the_tables_of_the_m
     hold(&Database::create().await, CASES).await;
 }
 
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap())
+}
+
 /// Holds the library against the model.
 async fn hold(database: &Database, cases: u64) {
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let first = number("STANDPIPE_SEED").unwrap_or_else(|| fastrand::u64(..1 << 32));
     let cases = number("STANDPIPE_CASES").unwrap_or(cases);
     println!("STANDPIPE_SEED={first} STANDPIPE_CASES={cases}");
     let began = Instant::now();
-    let (mut events, mut rows) = (0, 0);
+    let (mut events, mut rows, mut met) = (0, 0, BTreeMap::<String, usize>::new());
     for seed in first..first + cases {
         let mut maker = Maker::new(seed);
         let sent = maker.events();
@@ -685,8 +991,99 @@ async fn hold(database: &Database, cases: u64) {
 
         events += in_order.len() + disordered.len();
         rows += expected.0.values().map(BTreeMap::len).sum::<usize>();
+        for what in remarkable(&expected) {
+            *met.entry(what).or_default() += 1;
+        }
     }
-    println!("{cases} cases, {events} events, {rows} rows in {:.1?}", began.elapsed());
+    println!("{met:#?}");
+    if cases >= CASES && number("STANDPIPE_THEME").is_none() {
+        let never: Vec<_> = REMARKABLE.iter().filter(|what| !met.contains_key(**what)).collect();
+        assert!(never.is_empty(), "the cases never came to {never:?}");
+    }
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    let deadlocks: i64 = database.client.query_one(deadlocks, &[]).await.unwrap().get(0);
+    println!("{cases} cases, {events} events, {rows} rows, {deadlocks} deadlocks in {:.1?}", began.elapsed());
+}
+
+/// What the cases have to come to, so that they prove something.
+const REMARKABLE: &[&str] = &[
+    "feed_generators liked",
+    "labeler_services liked",
+    "labels by record",
+    "labels by self of app.bsky.actor.profile",
+    "labels by self of app.bsky.feed.post",
+    "list_blocks",
+    "list_items",
+    "lists",
+    "notifications follow",
+    "notifications like",
+    "notifications like-via-repost",
+    "notifications mention",
+    "notifications quote",
+    "notifications reply",
+    "notifications repost",
+    "notifications repost-via-repost",
+    "post_gates",
+    "posts has_post_gate",
+    "posts has_thread_gate",
+    "posts violates_embedding_rules",
+    "posts violates_thread_gate",
+    "replies that a mention lets in",
+    "starter_packs",
+    "thread_gates",
+    "thread_gates without a post",
+    "verifications",
+];
+
+fn remarkable(tables: &Tables) -> Vec<String> {
+    let mut found = Vec::new();
+    for (table, rows) in &tables.0 {
+        for (key, row) in rows {
+            match *table {
+                "posts" => {
+                    found.extend(
+                        [
+                            "has_post_gate",
+                            "has_thread_gate",
+                            "violates_embedding_rules",
+                            "violates_thread_gate",
+                        ]
+                        .iter()
+                        .filter(|flag| row[**flag] == json!(true))
+                        .map(|flag| format!("posts {flag}")),
+                    );
+                    let root = row["root_uri"].as_str().unwrap_or_default();
+                    let gate = tables.rows("thread_gates").get(root);
+                    let mentions = json!([{"$type": "app.bsky.feed.threadgate#mentionRule"}]);
+                    let own = root.starts_with(&format!("at://{}/", row["author_did"].as_str().unwrap()));
+                    if gate.is_some_and(|gate| gate["allow"] == mentions)
+                        && !own
+                        && row["violates_thread_gate"] == json!(false)
+                    {
+                        found.push("replies that a mention lets in".to_owned());
+                    }
+                }
+                "notifications" => found.push(format!("notifications {}", row["reason"].as_str().unwrap())),
+                "labels" => match key.split_once("#label/") {
+                    Some((subject, _)) => {
+                        found.push(format!("labels by self of {}", subject.split('/').nth(3).unwrap()));
+                    }
+                    None => found.push("labels by record".to_owned()),
+                },
+                "feed_generators" | "labeler_services" if row["like_count"] != json!(0) => {
+                    found.push(format!("{table} liked"));
+                }
+                "thread_gates" if !tables.rows("posts").contains_key(key) => {
+                    found.push("thread_gates without a post".to_owned());
+                }
+                _ => {}
+            }
+            if REMARKABLE.contains(table) {
+                found.push((*table).to_owned());
+            }
+        }
+    }
+    found
 }
 
 /// Panics where the tables are not as expected, with as few events as show it.
@@ -828,6 +1225,152 @@ async fn a_handle_taken_while_its_owner_is_written_has_one_owner() {
     let tables = database.tables().await;
     let shown = |did: &str| tables.rows("users")[did]["handle"].clone();
     assert_eq!((shown(DIDS[0]), shown(DIDS[1])), (json!("handle.invalid"), json!("a.test")));
+}
+
+/// Whoever holds a generator's row has its counter's row already: a like and a new version of what is liked never wait
+/// for each other crosswise, and whoever comes last copies the counter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_feed_generator_written_while_it_is_liked_shows_its_likes() {
+    let generator = "at://did:plc:aaaa/app.bsky.feed.generator/1";
+    let database = Database::create().await;
+    let create = |place: u64, name: &str| {
+        let record = json!({"did": "did:web:feed.example", "displayName": name});
+        let op =
+            json!({"action": "update", "path": "app.bsky.feed.generator/1", "cid": name, "record": record});
+        vec![entry(place, "commit", &place.to_string(), &json!({"repo": "did:plc:aaaa", "ops": [op]}))]
+    };
+    let like = |place: u64, repo: &str| {
+        let op = json!({"action": "create", "path": "app.bsky.feed.like/1", "cid": "bafylike",
+            "record": {"subject": {"uri": generator, "cid": "bafy"}}});
+        vec![entry(place, "commit", &place.to_string(), &json!({"repo": repo, "ops": [op]}))]
+    };
+    database.apply(&create(1, "first")).await;
+    for like_first in [true, false] {
+        let place = if like_first { 10 } else { 20 };
+        let client = connect(&database.url).await;
+        let hold = format!("BEGIN; SELECT FROM post_aggregations WHERE post_uri = '{generator}' FOR UPDATE");
+        client.batch_execute(&hold).await.unwrap();
+        let who = if like_first { DIDS[1] } else { DIDS[2] };
+        let mut batches = vec![create(place, &format!("version {place}")), like(place + 1, who)];
+        if like_first {
+            batches.reverse();
+        }
+        let mut tasks = Vec::new();
+        for batch in batches {
+            let (store, queue) = (database.store.clone(), Mutex::new(VecDeque::from([batch])));
+            tasks.push(tokio::spawn(async move { apply_batches(&store, &queue).await }));
+            wait_until("it to be held up", Duration::from_secs(20), async || {
+                let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+                let waiting: i64 = database.client.query_one(sql, &[]).await.unwrap().get(0);
+                usize::try_from(waiting).unwrap() == tasks.len()
+            })
+            .await;
+        }
+        client.batch_execute("COMMIT").await.unwrap();
+        for task in tasks {
+            // A deadlock would end here, after a second.
+            task.await.unwrap();
+        }
+        let tables = database.tables().await;
+        let row = &tables.rows("feed_generators")[generator];
+        assert_eq!(row["display_name"], json!(format!("version {place}")));
+        assert_eq!(row["like_count"], json!(if like_first { 1 } else { 2 }));
+    }
+    let sql = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    assert_eq!(database.client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
+fn commit(place: u64, repo: &str, ops: &[Value]) -> Entry {
+    entry(place, "commit", &place.to_string(), &json!({"repo": repo, "ops": ops}))
+}
+
+#[tokio::test]
+async fn of_an_account_that_forbids_it_nothing_new_is_stored() {
+    let database = Database::create().await;
+    let post =
+        json!({"action": "create", "path": "app.bsky.feed.post/1", "cid": "b", "record": {"text": "old"}});
+    let like = json!({"action": "create", "path": "app.bsky.feed.like/1", "cid": "b", "record": {"subject": {"uri": POST}}});
+    database.apply(&[commit(1, "did:plc:aaaa", &[post, like.clone()])]).await;
+    let sql = "INSERT INTO user_settings (user_did, data_collection_forbidden) VALUES ('did:plc:aaaa', true), ('did:plc:bbbb', false)";
+    database.client.batch_execute(sql).await.unwrap();
+    let before = database.tables().await;
+
+    // One of every kind.
+    let mut maker = Maker::new(1);
+    let kinds: HashSet<&str> = THEMES.concat().into_iter().collect();
+    let ops: Vec<Value> = kinds
+        .into_iter()
+        .map(|collection| {
+            let record = maker.record(collection, "did:plc:aaaa", "9");
+            let rkey = if collection == "app.bsky.actor.profile" { "self" } else { "9" };
+            json!({"action": "create", "path": format!("{collection}/{rkey}"), "cid": "b9", "record": record})
+        })
+        .collect();
+    let update =
+        json!({"action": "update", "path": "app.bsky.feed.post/1", "cid": "c", "record": {"text": "new"}});
+    database.apply(&[commit(2, "did:plc:aaaa", &ops), commit(3, "did:plc:aaaa", &[update])]).await;
+    let mut after = database.tables().await;
+    // Accounts that they spoke of have rows; that says nothing of this one.
+    after.rows_mut("users").retain(|did, _| before.rows("users").contains_key(did));
+    model::assert_same("after it was forbidden", &before, &after);
+
+    // What it takes back is taken back, and it has a name like everybody.
+    let unlike = json!({"action": "delete", "path": "app.bsky.feed.like/1"});
+    let handle = entry(5, "identity", "5", &json!({"did": "did:plc:aaaa", "handle": "a.test"}));
+    database.apply(&[commit(4, "did:plc:aaaa", &[unlike]), handle, commit(6, "did:plc:bbbb", &[like])]).await;
+    let tables = database.tables().await;
+    let likes: Vec<&String> = tables.rows("likes").keys().collect();
+    assert_eq!(likes, ["at://did:plc:bbbb/app.bsky.feed.like/1"]);
+    assert_eq!(tables.rows("users")["did:plc:aaaa"]["handle"], json!("a.test"));
+}
+
+#[tokio::test]
+async fn a_notification_stays_read_as_long_as_it_is_the_same_accounts() {
+    let database = Database::create().await;
+    let reply = |place: u64, to: &str| {
+        let parent = json!({"uri": format!("at://{to}/app.bsky.feed.post/1")});
+        let record = json!({"text": "yes", "reply": {"parent": parent, "root": parent}});
+        let op = json!({"action": "update", "path": "app.bsky.feed.post/r", "cid": format!("c{place}"), "record": record});
+        commit(place, "did:plc:aaaa", &[op])
+    };
+    let key = "at://did:plc:aaaa/app.bsky.feed.post/r#notification/reply";
+    database.apply(&[reply(1, "did:plc:bbbb")]).await;
+    database.client.batch_execute("UPDATE notifications SET is_read = true").await.unwrap();
+    for (place, to, read) in [(2, "did:plc:bbbb", true), (3, "did:web:c.example", false)] {
+        database.apply(&[reply(place, to)]).await;
+        let tables = database.tables().await;
+        let row = &tables.rows("notifications")[key];
+        assert_eq!((&row["recipient_did"], &row["is_read"]), (&json!(to), &json!(read)));
+        assert_eq!(row["cid"], json!(format!("c{place}")));
+    }
+    database.apply(&[reply(4, "did:plc:aaaa")]).await;
+    assert!(database.tables().await.rows("notifications").is_empty());
+}
+
+#[tokio::test]
+async fn without_notifications_their_table_is_left_alone() {
+    let database = Database::create().await;
+    let (config, _) =
+        from_env([("DATABASE_URL", database.url.as_str()), ("NOTIFICATIONS", "false")], Role::Worker)
+            .unwrap();
+    let silent = Store::new(&config).unwrap();
+    let follow = |place: u64, action: &str, rkey: &str| {
+        let path = format!("app.bsky.graph.follow/{rkey}");
+        let record = json!({"subject": "did:plc:bbbb"});
+        commit(
+            place,
+            "did:plc:aaaa",
+            &[json!({"action": action, "path": path, "cid": "b", "record": record})],
+        )
+    };
+    database.apply(&[follow(1, "create", "1")]).await;
+    let before = database.tables().await.rows("notifications").clone();
+    assert_eq!(before.len(), 1);
+    let queue = Mutex::new(VecDeque::from([vec![follow(2, "delete", "1"), follow(3, "create", "2")]]));
+    apply_batches(&silent, &queue).await;
+    let tables = database.tables().await;
+    assert_eq!(*tables.rows("notifications"), before);
+    assert_eq!(tables.rows("follows").len(), 1);
 }
 
 #[tokio::test]

@@ -186,9 +186,11 @@ async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_noth
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_restarted_with_its_aof_tail_cut_ends_with_every_event_of_the_relay() {
     const CUT: u64 = 100_000;
+    // So many that there are some left when the program is seen to work.
+    const MORE: u64 = 20_000;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
-    let mut chain = Chain::with_database(&network(EVENTS), Some(RATE), database.clone()).await;
+    let mut chain = Chain::with_database(&network(MORE), Some(RATE), database.clone()).await;
     let gate = Gate::for_url(&database).await;
     // So that the program does not see the restarted Redis before the test has.
     let proxy = TcpProxy::for_url(&chain.redis.url()).await;
@@ -221,7 +223,7 @@ async fn redis_restarted_with_its_aof_tail_cut_ends_with_every_event_of_the_rela
 
     chain.ends_like_an_undisturbed_run().await;
     // The loss was made good by the relay: what was cut off came a second time.
-    assert!(chain.relay.frames_sent() > EVENTS, "the relay sent nothing twice");
+    assert!(chain.relay.frames_sent() > MORE, "the relay sent nothing twice");
     assert!(program.entries().await > applied);
     assert!(program.is_running());
 }

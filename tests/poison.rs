@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use standpipe::config::{self, Role};
 use standpipe::relay::decode::{Message, decode};
 use standpipe::relay::simulate::Network;
-use support::chain::{EndState, RUN, SOON, STREAM, Variables, look, network};
+use support::chain::{EndState, RUN, SOON, STREAM, Variables, look, network, purged};
 use support::{Postgres, Redis, Standpipe, execute, query_value, wait_until};
 
 const EVENTS: u64 = 10_000;
@@ -126,8 +126,7 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     let left = look(&poisoned).await.unwrap().dead_letters;
     assert_eq!(left, letters.len() as u64 - counts["database"]);
     // ... and everything that is no poison is as if there had been none.
-    for table in ["likes", "users"] {
-        let column = if table == "likes" { "user_did" } else { "did" };
+    for (table, column) in [("likes", "user_did"), ("notifications", "author_did"), ("users", "did")] {
         execute(&database, &format!("DELETE FROM {table} WHERE {column} LIKE '{REPO}%'")).await;
     }
     for sql in [
@@ -136,5 +135,7 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     ] {
         execute(&database, &sql).await;
     }
+    purged(&database).await;
+    purged(&expected).await;
     EndState::of(&database).await.assert_is(&EndState::of(&expected).await);
 }

@@ -190,8 +190,8 @@ async fn a_pending_entry_that_somebody_deletes_is_read_again_from_the_relay() {
     program.finishes_more(300.0).await;
     postgres.pause().await.unwrap();
     backlog(&chain, &program).await;
-    type Pending = (u64, String, String, Vec<(String, String)>);
-    let (_, first, last, _): Pending = redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
+    let (_, first, last, _): (u64, String, String, Vec<(String, String)>) =
+        redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
     for id in [first, last] {
         assert_eq!(redis_command::<u64>(&chain.redis, &["XDEL", STREAM, &id]).await, 1);
     }
@@ -1158,9 +1158,11 @@ async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
     assert!(stays.is_running());
 }
 
+/// What XPENDING answers: how many, the first, the last, how many of each consumer.
+type Summary = (u64, Option<String>, Option<String>, Option<Vec<(String, u64)>>);
+
 /// Entries pending with the consumers whose names begin with this.
 async fn pending_with(chain: &Chain, prefix: &str) -> u64 {
-    type Pending = (u64, Option<String>, Option<String>, Option<Vec<(String, u64)>>);
-    let (.., consumers): Pending = redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
+    let (.., consumers): Summary = redis_command(&chain.redis, &["XPENDING", STREAM, GROUP]).await;
     consumers.into_iter().flatten().filter(|(name, _)| name.starts_with(prefix)).map(|(_, count)| count).sum()
 }

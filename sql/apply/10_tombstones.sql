@@ -11,11 +11,17 @@ BEGIN
         t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
 END $$;
 
--- Whether a delete that is not older than this operation has been seen.
+-- Whether a delete that is not older than this operation has been seen, of the record or of its account.
 CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM FROM standpipe.tombstones t
     WHERE t.uri = o.uri AND NOT standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
+    IF FOUND THEN
+        RETURN true;
+    END IF;
+    PERFORM FROM standpipe.accounts a
+    WHERE a.did = o.repo AND a.deleted_time IS NOT NULL
+      AND standpipe.before_deletion(o.rev, o.seq, o.ms, a.deleted_seq, a.deleted_time);
     RETURN FOUND;
 END $$;

@@ -1,12 +1,15 @@
 -- app.bsky.feed.like. subject: the liked record's URI; subject_cid: its CID; body: `via`, where the like came from.
 -- like_count counts distinct likers: a repository can hold two likes of one post.
+-- Notifications: like, like-via-repost.
 
 -- A delta is returned for the subject even when nothing changed, of zero then: a counter row exists as soon as
 -- anything refers to the post, in whatever order the events came.
 CREATE OR REPLACE FUNCTION standpipe.put_like(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE
     removed standpipe.delta[] := '{}';
+    replaces boolean := false;
     counted integer;
+    ignored text;
 BEGIN
     IF standpipe.is_dead(o) THEN
         RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
@@ -27,19 +30,26 @@ BEGIN
             RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
         END IF;
         removed := standpipe.remove_like(o.uri);
+        replaces := true;
     END LOOP;
+    ignored := standpipe.notify_pointer(o, 'like', replaces);
     RETURN ROW(true, removed || ROW(o.subject, counted, 0, 0, 0, 0)::standpipe.delta);
 END $$;
 
 -- Deletes the row if it is older than its delete.
 CREATE OR REPLACE FUNCTION standpipe.delete_like(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+DECLARE
+    endings text[];
+    ignored text;
 BEGIN
     PERFORM standpipe.put_tombstone(o);
-    PERFORM FROM likes r WHERE r.uri = o.uri AND standpipe.newer(
+    SELECT CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END INTO endings
+    FROM likes r WHERE r.uri = o.uri AND standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
     IF NOT FOUND THEN
         RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
+    ignored := standpipe.unnotify(o.uri, endings);
     RETURN ROW(true, standpipe.remove_like(o.uri));
 END $$;
 

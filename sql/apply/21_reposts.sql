@@ -1,12 +1,15 @@
 -- app.bsky.feed.repost. subject: the reposted post's URI; subject_cid: its CID; body: `via`.
 -- repost_count counts distinct reposters; every live repost has a feed item.
+-- Notifications: repost, repost-via-repost.
 
 -- A delta is returned for the subject even when nothing changed, of zero then: a counter row exists as soon as
 -- anything refers to the post, in whatever order the events came.
 CREATE OR REPLACE FUNCTION standpipe.put_repost(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE
     removed standpipe.delta[] := '{}';
+    replaces boolean := false;
     counted integer;
+    ignored text;
 BEGIN
     IF standpipe.is_dead(o) THEN
         RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
@@ -27,24 +30,31 @@ BEGIN
             RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
         END IF;
         removed := standpipe.remove_repost(o.uri);
+        replaces := true;
     END LOOP;
     INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
     VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at)
     ON CONFLICT (uri) DO UPDATE SET
         post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
         sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    ignored := standpipe.notify_pointer(o, 'repost', replaces);
     RETURN ROW(true, removed || ROW(o.subject, 0, counted, 0, 0, 0)::standpipe.delta);
 END $$;
 
 -- Deletes the row if it is older than its delete.
 CREATE OR REPLACE FUNCTION standpipe.delete_repost(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+DECLARE
+    endings text[];
+    ignored text;
 BEGIN
     PERFORM standpipe.put_tombstone(o);
-    PERFORM FROM reposts r WHERE r.uri = o.uri AND standpipe.newer(
+    SELECT CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END INTO endings
+    FROM reposts r WHERE r.uri = o.uri AND standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
     IF NOT FOUND THEN
         RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
+    ignored := standpipe.unnotify(o.uri, endings);
     RETURN ROW(true, standpipe.remove_repost(o.uri));
 END $$;
 

@@ -1,36 +1,59 @@
 -- app.bsky.feed.post. subject: the URI of the post that it quotes, if any; subject_cid: that one's CID; body:
--- text, langs, tags, parent_uri, parent_cid, root_uri, root_cid, embed, facets, each where the record has it.
+-- text, langs, tags, parent_uri, parent_cid, root_uri, root_cid, embed, facets, each where the record has it; labels, a
+-- list of the values of its self-labels, where it has some.
 --
 -- reply_count counts live posts whose parent the post is; quote_count the live posts that quote it. Every live
 -- post has a feed item, and a quote has a row in quotes under the post's own URI: a post quotes at most one.
+-- What the four flags about gates say stands in 31_gates.sql. Notifications: reply, quote, mention.
 CREATE OR REPLACE FUNCTION standpipe.put_post(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE
     parent text := o.body ->> 'parent_uri';
+    root text := o.body ->> 'root_uri';
     deltas standpipe.delta[] := '{}';
     applied boolean := NOT standpipe.is_dead(o);
+    replaces boolean := false;
+    former jsonb;
     before text;
+    own_thread boolean;
+    own_post boolean;
+    breaks_thread boolean := false;
+    breaks_post boolean := false;
+    ignored text;
 BEGIN
     IF applied THEN
+        SELECT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = o.uri),
+               EXISTS (SELECT FROM post_gates g WHERE g.post_uri = o.uri)
+        INTO own_thread, own_post;
+        IF root IS NOT NULL THEN
+            breaks_thread := standpipe.reply_breaks_gate(o.uri, o.repo, root);
+        END IF;
+        IF o.subject IS NOT NULL THEN
+            breaks_post := standpipe.quote_breaks_gate(o.uri, o.repo, o.subject);
+        END IF;
         INSERT INTO posts (uri, cid, author_did, text, langs, tags, parent_uri, parent_cid, root_uri, root_cid,
-                           embed, facets, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+                           embed, facets, created_at, has_thread_gate, has_post_gate, violates_thread_gate,
+                           violates_embedding_rules, commit_rev, commit_seq, stream_ms, stream_seq)
         VALUES (o.uri, o.cid, o.repo, o.body ->> 'text', o.body -> 'langs', coalesce(o.body -> 'tags', '[]'),
-                parent, o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
-                o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq)
+                parent, o.body ->> 'parent_cid', root, o.body ->> 'root_cid',
+                o.body -> 'embed', o.body -> 'facets', o.created_at, own_thread, own_post, breaks_thread,
+                breaks_post, o.rev, o.seq, o.ms, o.sq)
         ON CONFLICT (uri) DO NOTHING;
         IF NOT FOUND THEN
-            -- There is a row. One that is older is rewritten in place, so that what others keep in it (gate
-            -- flags, indexed_at) stays; what it referred to before is counted down.
-            SELECT r.parent_uri INTO before FROM posts r WHERE r.uri = o.uri AND standpipe.newer(
+            -- There is a row. One that is older is rewritten in place, so that what others keep in it (indexed_at)
+            -- stays; what it referred to before is counted down. The row comes before its quote: see judge_quotes.
+            SELECT r.parent_uri, r.facets INTO before, former FROM posts r WHERE r.uri = o.uri AND standpipe.newer(
                 o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
             applied := FOUND;
             IF applied THEN
+                replaces := true;
                 UPDATE posts r SET
                     cid = o.cid, text = o.body ->> 'text', langs = o.body -> 'langs',
                     tags = coalesce(o.body -> 'tags', '[]'), parent_uri = parent,
-                    parent_cid = o.body ->> 'parent_cid', root_uri = o.body ->> 'root_uri',
+                    parent_cid = o.body ->> 'parent_cid', root_uri = root,
                     root_cid = o.body ->> 'root_cid', embed = o.body -> 'embed', facets = o.body -> 'facets',
-                    created_at = o.created_at, commit_rev = o.rev, commit_seq = o.seq,
-                    stream_ms = o.ms, stream_seq = o.sq
+                    created_at = o.created_at, has_thread_gate = own_thread, has_post_gate = own_post,
+                    violates_thread_gate = breaks_thread, violates_embedding_rules = breaks_post,
+                    commit_rev = o.rev, commit_seq = o.seq, stream_ms = o.ms, stream_seq = o.sq
                 WHERE r.uri = o.uri;
                 IF before IS NOT NULL THEN
                     deltas := deltas || ROW(before, 0, 0, -1, 0, 0)::standpipe.delta;
@@ -56,6 +79,16 @@ BEGIN
                 cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri,
                 quoted_cid = excluded.quoted_cid, created_at = excluded.created_at;
         END IF;
+        IF own_thread THEN
+            -- Whom the root of a thread mentions may have changed.
+            ignored := standpipe.judge_replies(o.uri);
+        END IF;
+        IF replaces OR parent IS NOT NULL OR o.subject IS NOT NULL OR o.body ? 'facets' THEN
+            ignored := standpipe.notify_post(o, replaces, former);
+        END IF;
+        IF replaces OR o.body ? 'labels' THEN
+            ignored := standpipe.label_self(o, o.body -> 'labels', replaces);
+        END IF;
     END IF;
     -- Zero where nothing changed: a counter row exists as soon as anything refers to the post.
     deltas := deltas || ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta;
@@ -68,25 +101,40 @@ BEGIN
     RETURN ROW(applied, deltas);
 END $$;
 
+-- Deletes the row if it is older than its delete.
 CREATE OR REPLACE FUNCTION standpipe.delete_post(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
-DECLARE
-    deltas standpipe.delta[] := '{}';
-    referred text;
 BEGIN
     PERFORM standpipe.put_tombstone(o);
-    DELETE FROM posts r WHERE r.uri = o.uri AND standpipe.newer(
-        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
-    RETURNING r.parent_uri INTO referred;
+    PERFORM FROM posts r WHERE r.uri = o.uri AND standpipe.newer(
+        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
     IF NOT FOUND THEN
-        RETURN ROW(false, deltas);
+        RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
-    IF referred IS NOT NULL THEN
-        deltas := deltas || ROW(referred, 0, 0, -1, 0, 0)::standpipe.delta;
+    RETURN ROW(true, standpipe.remove_post(o.uri));
+END $$;
+
+-- Removes a row and everything that hangs on it. Gates stay: they are records of their own.
+CREATE OR REPLACE FUNCTION standpipe.remove_post(gone text) RETURNS standpipe.delta[] LANGUAGE plpgsql AS $$
+DECLARE
+    deltas standpipe.delta[] := '{}';
+    post record;
+    quoted text;
+BEGIN
+    DELETE FROM posts r WHERE r.uri = gone RETURNING r.parent_uri, r.facets, r.has_thread_gate INTO post;
+    IF post.parent_uri IS NOT NULL THEN
+        deltas := deltas || ROW(post.parent_uri, 0, 0, -1, 0, 0)::standpipe.delta;
     END IF;
-    DELETE FROM quotes q WHERE q.post_uri = o.uri RETURNING q.quoted_uri INTO referred;
+    DELETE FROM quotes q WHERE q.post_uri = gone RETURNING q.quoted_uri INTO quoted;
     IF FOUND THEN
-        deltas := deltas || ROW(referred, 0, 0, 0, -1, 0)::standpipe.delta;
+        deltas := deltas || ROW(quoted, 0, 0, 0, -1, 0)::standpipe.delta;
     END IF;
-    DELETE FROM feed_items f WHERE f.uri = o.uri;
-    RETURN ROW(true, deltas);
+    DELETE FROM feed_items f WHERE f.uri = gone;
+    IF post.has_thread_gate THEN
+        -- Nobody knows any more whom it mentioned.
+        PERFORM standpipe.judge_replies(gone);
+    END IF;
+    PERFORM standpipe.unnotify(gone, ARRAY['/reply', '/quote']
+        || ARRAY(SELECT '/mention/' || d FROM unnest(standpipe.mentioned(post.facets)) d));
+    PERFORM standpipe.unlabel_self(gone);
+    RETURN deltas;
 END $$;

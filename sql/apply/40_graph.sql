@@ -1,7 +1,9 @@
 -- app.bsky.graph.follow and app.bsky.graph.block. subject: the DID of the followed or blocked account.
--- Nothing is counted from them, so that a write is one statement.
+-- Nothing is counted from them, so that a write is one statement. A follow notifies, a block does not.
 
 CREATE OR REPLACE FUNCTION standpipe.put_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
 BEGIN
     IF standpipe.is_dead(o) THEN
         RETURN false;
@@ -14,7 +16,11 @@ BEGIN
         stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
     WHERE standpipe.newer(excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
                           r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    RETURN FOUND;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    ignored := standpipe.notify(o, '', o.subject, 'follow', NULL, true);
+    RETURN true;
 END $$;
 
 CREATE OR REPLACE FUNCTION standpipe.delete_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -22,7 +28,11 @@ BEGIN
     PERFORM standpipe.put_tombstone(o);
     DELETE FROM follows r WHERE r.uri = o.uri AND standpipe.newer(
         o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    RETURN FOUND;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM standpipe.unnotify(o.uri, ARRAY['']);
+    RETURN true;
 END $$;
 
 CREATE OR REPLACE FUNCTION standpipe.put_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$

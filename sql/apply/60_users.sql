@@ -13,8 +13,11 @@ BEGIN
 END $$;
 
 -- app.bsky.actor.profile/self. A register of the account: a delete is a write of nothing (body NULL), so that it
--- needs no tombstone. body: display_name, description, avatar_url, banner_url, pinned_post, record.
+-- needs no tombstone. body: display_name, description, avatar_url, banner_url, pinned_post, record; labels, a list of
+-- the values of its self-labels, where it has some.
 CREATE OR REPLACE FUNCTION standpipe.put_profile(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
 BEGIN
     INSERT INTO standpipe.accounts AS a (did, profile_rev, profile_seq, profile_ms, profile_sq)
     VALUES (o.repo, o.rev, o.seq, o.ms, o.sq)
@@ -26,11 +29,19 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
+    PERFORM FROM standpipe.accounts a
+    WHERE a.did = o.repo AND a.deleted_time IS NOT NULL
+      AND standpipe.before_deletion(o.rev, o.seq, o.ms, a.deleted_seq, a.deleted_time);
+    IF FOUND THEN
+        -- It was written before the account was deleted, and says nothing any more.
+        o.body := NULL;
+    END IF;
     UPDATE users u SET
         display_name = o.body ->> 'display_name', description = o.body ->> 'description',
         avatar_url = o.body ->> 'avatar_url', banner_url = o.body ->> 'banner_url',
         pinned_post = o.body -> 'pinned_post', profile_record = o.body -> 'record'
     WHERE u.did = o.repo;
+    ignored := standpipe.label_self(o, o.body -> 'labels', true);
     RETURN true;
 END $$;
 
@@ -79,8 +90,8 @@ END $$;
 
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
 -- Status is a register ordered by the relay's sequence number where both have it, by the event's time otherwise.
--- A deletion is a second register that only grows: it says from when on older records are dead, whatever the
--- status says later.
+-- A deletion is a second register that only grows, in both its parts: it says from when on older records are dead,
+-- whatever the status says later (80_purge.sql).
 CREATE OR REPLACE FUNCTION standpipe.put_account(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     changed boolean;
@@ -102,12 +113,14 @@ BEGIN
         UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
     END IF;
     IF o.subject = 'deleted' AND o.body = 'false' THEN
-        UPDATE standpipe.accounts a SET deleted_seq = o.seq, deleted_time = o.created_at
-        WHERE a.did = o.repo AND CASE
-            WHEN a.deleted_time IS NULL THEN true
-            WHEN o.seq IS NOT NULL AND a.deleted_seq IS NOT NULL THEN o.seq::bigint > a.deleted_seq::bigint
-            ELSE o.created_at > a.deleted_time
-        END;
+        UPDATE standpipe.accounts a SET
+            deleted_seq = CASE WHEN a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint
+                               THEN coalesce(o.seq, a.deleted_seq) ELSE a.deleted_seq END,
+            deleted_time = greatest(a.deleted_time, o.created_at),
+            purge_pending = true
+        WHERE a.did = o.repo
+          AND (a.deleted_time IS NULL OR o.created_at > a.deleted_time
+               OR o.seq IS NOT NULL AND (a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint));
     END IF;
     RETURN changed;
 END $$;

@@ -29,12 +29,18 @@ BEGIN
             updated_at = now()
         WHERE excluded.like_count <> 0 OR excluded.repost_count <> 0 OR excluded.reply_count <> 0
            OR excluded.quote_count <> 0 OR excluded.bookmark_count <> 0;
+        IF d.likes <> 0 AND split_part(d.post_uri, '/', 4) IN ('app.bsky.feed.generator', 'app.bsky.labeler.service') THEN
+            -- The counter's row is locked now, until the end of the transaction: see standpipe.apply.
+            UPDATE feed_generators g SET like_count = standpipe.like_count(d.post_uri) WHERE g.uri = d.post_uri;
+            UPDATE labeler_services s SET like_count = standpipe.like_count(d.post_uri) WHERE s.uri = d.post_uri;
+        END IF;
     END LOOP;
 END $$;
 
 -- Applies the operations of one event, or of several, in one transaction: all of them or none.
 --
---   repos     the repositories that the operations belong to
+--   repos     what is locked, sorted bytewise without the ~: the repositories that the operations belong to, and URIs of
+--             posts whose gates may matter (31_gates.sql); with a ~ in front where sharing the lock will do
 --   handles   the handles that #identity operations claim; empty otherwise
 --   dids      accounts that must have a row in users, sorted
 --   ops       the operations, deletes first; no two of one call on the same record
@@ -47,6 +53,12 @@ END $$;
 -- synchronous_commit is off for this transaction only; the caller flushes once per batch before it acknowledges
 -- anything. A SET clause on the function would be undone before the commit.
 --
+-- Of an account that forbids it, nothing new is stored. What it takes back is taken back.
+--
+-- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter
+-- is locked: by whoever writes the record as by whoever likes it, so that they come one after the other and never
+-- wait for each other crosswise.
+--
 -- Loops over small statements rather than statements over sets: each is a probe or two of an index. With unnest,
 -- joins and aggregates, which have to be set up for every call, a like took 71 us instead of 47 (measured).
 CREATE OR REPLACE FUNCTION standpipe.apply(
@@ -55,31 +67,48 @@ CREATE OR REPLACE FUNCTION standpipe.apply(
 DECLARE
     o standpipe.op;
     e standpipe.effect;
+    name text;
     deltas standpipe.delta[] := '{}';
     outcomes boolean[] := '{}';
+    forbidden text[];
+    late boolean := false;
     ignored text;
 BEGIN
     ignored := set_config('synchronous_commit', 'off', true);
     IF cardinality(handles) > 0 THEN
         handles := handles || (SELECT array_agg(a.handle) FROM standpipe.accounts a
                                WHERE a.did = ANY (repos) AND a.handle IS NOT NULL);
+        -- In this order an exclusive lock comes before a shared one of the same name.
+        repos := ARRAY(SELECT n.name FROM (SELECT unnest(repos) UNION SELECT '@' || unnest(handles)) AS n (name)
+                       ORDER BY ltrim(n.name, '~') COLLATE "C", n.name COLLATE "C");
     END IF;
-    IF cardinality(repos) = 1 AND cardinality(handles) = 0 THEN
-        ignored := pg_advisory_xact_lock(hashtextextended(repos[1], 0));
-    ELSE
-        PERFORM pg_advisory_xact_lock(k.key) FROM (
-            SELECT DISTINCT hashtextextended(name, 0) AS key
-            FROM (SELECT unnest(repos) UNION ALL SELECT '@' || unnest(handles)) AS n (name)
-            ORDER BY 1
-        ) k;
-    END IF;
+    FOREACH name IN ARRAY repos LOOP
+        IF left(name, 1) = '~' THEN
+            ignored := pg_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0));
+        ELSE
+            ignored := pg_advisory_xact_lock(hashtextextended(name, 0));
+        END IF;
+    END LOOP;
 
     IF cardinality(dids) > 0 THEN
         ignored := standpipe.ensure_users(dids);
     END IF;
+    FOREACH name IN ARRAY repos LOOP
+        IF left(name, 4) = 'did:' THEN
+            PERFORM FROM user_settings s WHERE s.user_did = name AND s.data_collection_forbidden;
+            IF FOUND THEN
+                forbidden := forbidden || name;
+            END IF;
+        END IF;
+    END LOOP;
     FOR i IN 1 .. cardinality(ops) LOOP
         o := ops[i];
         e.deltas := '{}';
+        IF forbidden IS NOT NULL AND o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
+                AND NOT (kinds[i] = 'profile' AND o.body IS NULL) THEN
+            outcomes := outcomes || false;
+            CONTINUE;
+        END IF;
         CASE kinds[i]
             WHEN 'like' THEN e := standpipe.put_like(o);
             WHEN 'post' THEN e := standpipe.put_post(o);
@@ -94,10 +123,35 @@ BEGIN
             WHEN 'record' THEN e.applied := standpipe.put_record(o);
             WHEN 'delete record' THEN e.applied := standpipe.delete_record(o);
             WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
+            WHEN 'list_item' THEN e.applied := standpipe.put_list_item(o);
+            WHEN 'delete list_item' THEN e.applied := standpipe.delete_list_item(o);
             WHEN 'identity' THEN e.applied := standpipe.put_identity(o, handles);
             WHEN 'account' THEN e.applied := standpipe.put_account(o);
+            WHEN 'thread_gate' THEN e.applied := standpipe.put_thread_gate(o);
+            WHEN 'delete thread_gate' THEN e.applied := standpipe.delete_thread_gate(o);
+            WHEN 'post_gate' THEN e.applied := standpipe.put_post_gate(o);
+            WHEN 'delete post_gate' THEN e.applied := standpipe.delete_post_gate(o);
+            WHEN 'list' THEN e.applied := standpipe.put_list(o);
+            WHEN 'delete list' THEN e.applied := standpipe.delete_list(o);
+            WHEN 'list_block' THEN e.applied := standpipe.put_list_block(o);
+            WHEN 'delete list_block' THEN e.applied := standpipe.delete_list_block(o);
+            WHEN 'starter_pack' THEN e.applied := standpipe.put_starter_pack(o);
+            WHEN 'delete starter_pack' THEN e.applied := standpipe.delete_starter_pack(o);
+            WHEN 'label' THEN e.applied := standpipe.put_label(o);
+            WHEN 'delete label' THEN e.applied := standpipe.delete_label(o);
+            WHEN 'verification' THEN e.applied := standpipe.put_verification(o);
+            WHEN 'delete verification' THEN e.applied := standpipe.delete_verification(o);
             WHEN 'bookmark' THEN e := standpipe.put_bookmark(o);
             WHEN 'delete bookmark' THEN e := standpipe.delete_bookmark(o);
+            WHEN 'feed_generator', 'labeler_service', 'delete feed_generator', 'delete labeler_service' THEN
+                -- Now only its counter: it exists as soon as the record was written, and is locked where there is a row.
+                late := true;
+                e.applied := false;
+                IF kinds[i] NOT LIKE 'delete %'
+                        OR EXISTS (SELECT FROM feed_generators g WHERE g.uri = o.uri)
+                        OR EXISTS (SELECT FROM labeler_services s WHERE s.uri = o.uri) THEN
+                    e.deltas := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
+                END IF;
         END CASE;
         outcomes := outcomes || e.applied;
         deltas := deltas || e.deltas;
@@ -105,6 +159,20 @@ BEGIN
 
     IF cardinality(deltas) > 0 THEN
         ignored := standpipe.count(deltas);
+    END IF;
+    IF late THEN
+        FOR i IN 1 .. cardinality(ops) LOOP
+            o := ops[i];
+            IF kinds[i] LIKE 'delete %' OR (o.repo = ANY (forbidden)) IS NOT TRUE THEN
+                CASE kinds[i]
+                    WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(o);
+                    WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(o);
+                    WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(o);
+                    WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(o);
+                    ELSE
+                END CASE;
+            END IF;
+        END LOOP;
     END IF;
     RETURN outcomes;
 END $$;

@@ -1,9 +1,13 @@
 -- The application's tables, as the workers that standpipe replaces write them, and standpipe's own.
 --
--- On an empty database this creates everything. On a database that has the tables already, CREATE TABLE
--- IF NOT EXISTS leaves them alone and only the nullable columns at the end are added (a change of the catalogue,
--- no rewrite). Keys compare bytewise (COLLATE "C"): URIs and DIDs are ASCII, and comparing them with a
--- language's rules made every index probe several times dearer.
+-- On an empty database all of this is one transaction. On a database that has the tables already, every statement
+-- is a transaction of its own that waits only a moment for its lock; what is there already is passed over, so that
+-- it can be broken off anywhere and begun again. So every statement has to be one that the runner knows
+-- (src/store/migrate/statement.rs) or one that can be repeated, and none may rewrite a table: columns come nullable
+-- or with a constant default.
+--
+-- Keys compare bytewise (COLLATE "C"): URIs and DIDs are ASCII, and comparing them with a language's rules made every
+-- index probe several times dearer.
 -- An index stands here only where reading needs it: keeping long text keys in order is most of what a write costs.
 
 CREATE TABLE IF NOT EXISTS users (
@@ -274,7 +278,7 @@ CREATE TABLE IF NOT EXISTS thread_gates (
 );
 
 CREATE TABLE IF NOT EXISTS notifications (
-    id serial,
+    id bigserial,
     uri varchar(512) COLLATE "C" NOT NULL,
     recipient_did varchar(255) COLLATE "C" NOT NULL,
     author_did varchar(255) COLLATE "C" NOT NULL,
@@ -299,51 +303,40 @@ CREATE TABLE IF NOT EXISTS generic_records (
     PRIMARY KEY (uri)
 );
 
--- Indexes only on tables that this migration created: a database that was there before keeps its own.
--- (standpipe.tables_before is filled by the migration runner before this file runs.)
-DO $$
-DECLARE
-    wanted CONSTANT text[][] := ARRAY[
-        ARRAY['users', 'idx_users_handle', '(handle)'],
-        ARRAY['posts', 'idx_posts_author_did', '(author_did, created_at)'],
-        ARRAY['posts', 'idx_posts_parent_uri', '(parent_uri) WHERE parent_uri IS NOT NULL'],
-        ARRAY['posts', 'idx_posts_root_uri', '(root_uri) WHERE root_uri IS NOT NULL'],
-        ARRAY['feed_items', 'idx_feed_items_originator_sort', '(originator_did, sort_at)'],
-        ARRAY['feed_items', 'idx_feed_items_sort_at', '(sort_at)'],
-        ARRAY['likes', 'idx_likes_post_user', '(post_uri, user_did)'],
-        ARRAY['likes', 'idx_likes_user_did', '(user_did)'],
-        ARRAY['reposts', 'idx_reposts_post_user', '(post_uri, user_did)'],
-        ARRAY['reposts', 'idx_reposts_user_did', '(user_did)'],
-        ARRAY['quotes', 'idx_quotes_quoted', '(quoted_uri)'],
-        ARRAY['bookmarks', 'idx_bookmarks_user_post', '(user_did, post_uri)'],
-        ARRAY['bookmarks', 'idx_bookmarks_post_uri', '(post_uri)'],
-        ARRAY['follows', 'idx_follows_follower_following', '(follower_did, following_did)'],
-        ARRAY['follows', 'idx_follows_following', '(following_did)'],
-        ARRAY['blocks', 'idx_blocks_blocker_blocked', '(blocker_did, blocked_did)'],
-        ARRAY['blocks', 'idx_blocks_blocked', '(blocked_did)'],
-        ARRAY['lists', 'idx_lists_creator', '(creator_did)'],
-        ARRAY['list_items', 'idx_list_items_list_subject', '(list_uri, subject_did)'],
-        ARRAY['list_items', 'idx_list_items_subject', '(subject_did)'],
-        ARRAY['list_blocks', 'idx_list_blocks_blocker', '(blocker_did)'],
-        ARRAY['list_blocks', 'idx_list_blocks_list', '(list_uri)'],
-        ARRAY['feed_generators', 'idx_feed_generators_creator', '(creator_did)'],
-        ARRAY['starter_packs', 'idx_starter_packs_creator', '(creator_did)'],
-        ARRAY['labeler_services', 'idx_labeler_services_creator', '(creator_did)'],
-        ARRAY['labels', 'idx_labels_subject_val', '(subject, val)'],
-        ARRAY['verifications', 'idx_verifications_subject', '(subject_did)'],
-        ARRAY['thread_gates', 'idx_thread_gates_owner', '(owner_did)'],
-        ARRAY['notifications', 'idx_notifications_recipient', '(recipient_did, created_at)'],
-        ARRAY['generic_records', 'idx_generic_records_author', '(author_did)'],
-        ARRAY['generic_records', 'idx_generic_records_type', '(record_type)']
-    ];
-    entry text[];
-BEGIN
-    FOREACH entry SLICE 1 IN ARRAY wanted LOOP
-        IF NOT EXISTS (SELECT FROM standpipe.tables_before b WHERE b.name = entry[1]) THEN
-            EXECUTE format('CREATE INDEX IF NOT EXISTS %I ON %I %s', entry[2], entry[1], entry[3]);
-        END IF;
-    END LOOP;
-END $$;
+-- A table that was here before us keeps its own indexes: the runner passes these over there. (An index that every
+-- database needs is written CREATE INDEX CONCURRENTLY.)
+CREATE INDEX IF NOT EXISTS idx_users_handle ON users (handle);
+CREATE INDEX IF NOT EXISTS idx_posts_author_did ON posts (author_did, created_at);
+CREATE INDEX IF NOT EXISTS idx_posts_parent_uri ON posts (parent_uri) WHERE parent_uri IS NOT NULL;
+CREATE INDEX IF NOT EXISTS idx_posts_root_uri ON posts (root_uri) WHERE root_uri IS NOT NULL;
+CREATE INDEX IF NOT EXISTS idx_feed_items_originator_sort ON feed_items (originator_did, sort_at);
+CREATE INDEX IF NOT EXISTS idx_feed_items_sort_at ON feed_items (sort_at);
+CREATE INDEX IF NOT EXISTS idx_likes_post_user ON likes (post_uri, user_did);
+CREATE INDEX IF NOT EXISTS idx_likes_user_did ON likes (user_did);
+CREATE INDEX IF NOT EXISTS idx_reposts_post_user ON reposts (post_uri, user_did);
+CREATE INDEX IF NOT EXISTS idx_reposts_user_did ON reposts (user_did);
+CREATE INDEX IF NOT EXISTS idx_quotes_quoted ON quotes (quoted_uri);
+CREATE INDEX IF NOT EXISTS idx_quotes_post ON quotes (post_uri);
+CREATE INDEX IF NOT EXISTS idx_bookmarks_user_post ON bookmarks (user_did, post_uri);
+CREATE INDEX IF NOT EXISTS idx_bookmarks_post_uri ON bookmarks (post_uri);
+CREATE INDEX IF NOT EXISTS idx_follows_follower_following ON follows (follower_did, following_did);
+CREATE INDEX IF NOT EXISTS idx_follows_following ON follows (following_did);
+CREATE INDEX IF NOT EXISTS idx_blocks_blocker_blocked ON blocks (blocker_did, blocked_did);
+CREATE INDEX IF NOT EXISTS idx_blocks_blocked ON blocks (blocked_did);
+CREATE INDEX IF NOT EXISTS idx_lists_creator ON lists (creator_did);
+CREATE INDEX IF NOT EXISTS idx_list_items_list_subject ON list_items (list_uri, subject_did);
+CREATE INDEX IF NOT EXISTS idx_list_items_subject ON list_items (subject_did);
+CREATE INDEX IF NOT EXISTS idx_list_blocks_blocker ON list_blocks (blocker_did);
+CREATE INDEX IF NOT EXISTS idx_list_blocks_list ON list_blocks (list_uri);
+CREATE INDEX IF NOT EXISTS idx_feed_generators_creator ON feed_generators (creator_did);
+CREATE INDEX IF NOT EXISTS idx_starter_packs_creator ON starter_packs (creator_did);
+CREATE INDEX IF NOT EXISTS idx_labeler_services_creator ON labeler_services (creator_did);
+CREATE INDEX IF NOT EXISTS idx_labels_subject_val ON labels (subject, val);
+CREATE INDEX IF NOT EXISTS idx_verifications_subject ON verifications (subject_did);
+CREATE INDEX IF NOT EXISTS idx_thread_gates_owner ON thread_gates (owner_did);
+CREATE INDEX IF NOT EXISTS idx_notifications_recipient ON notifications (recipient_did, created_at);
+CREATE INDEX IF NOT EXISTS idx_generic_records_author ON generic_records (author_did);
+CREATE INDEX IF NOT EXISTS idx_generic_records_type ON generic_records (record_type);
 
 -- What a row was written with: the revision and sequence number of its commit and the id of its stream
 -- entry. They decide which of two events about one record is newer (standpipe.newer).

@@ -53,3 +53,12 @@ ALTER TABLE thread_gates
 -- A deletion whose account has rows that are still to be removed.
 ALTER TABLE standpipe.accounts ADD COLUMN IF NOT EXISTS purge_pending boolean NOT NULL DEFAULT false;
 CREATE INDEX IF NOT EXISTS idx_accounts_purge_pending ON standpipe.accounts (did) WHERE purge_pending;
+
+-- A thread gate's rules as the record has them: who may reply is a function of them, and the columns of the old
+-- workers cannot tell a gate without rules from one that lets nobody in, and have no word for followers.
+ALTER TABLE thread_gates
+    ADD COLUMN IF NOT EXISTS allow jsonb,
+    ADD COLUMN IF NOT EXISTS hidden_replies jsonb;
+
+-- Asked of every repository that writes.
+ALTER TABLE user_settings ADD COLUMN IF NOT EXISTS data_collection_forbidden boolean;

@@ -4,10 +4,11 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use serde::Serialize;
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use serde_json::value::RawValue;
 
-use crate::event::Json;
+use crate::event::{Json, Reason, Reject};
 
 /// A string, borrowed from the input where it holds no escapes, without U+0000.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,6 +72,21 @@ pub fn without_nul(json: &str) -> Cow<'_, str> {
     }
     out.push_str(rest);
     Cow::Owned(out)
+}
+
+/// An operation's body.
+///
+/// # Errors
+///
+/// It cannot be written as JSON.
+pub fn body(value: &impl Serialize) -> Result<Json<'static>, Reject> {
+    let text = serde_json::to_string(value).map_err(|error| {
+        Reject::new(Reason::InvalidField, format!("the record cannot be written as JSON: {error}"))
+    })?;
+    Ok(Json(match without_nul(&text) {
+        Cow::Borrowed(_) => Cow::Owned(text),
+        Cow::Owned(clean) => Cow::Owned(clean),
+    }))
 }
 
 /// A JSON string literal.

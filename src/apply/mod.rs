@@ -3,13 +3,18 @@
 
 pub mod datetime;
 mod follow;
+mod gate;
 pub mod json;
+mod label;
 mod like;
+mod list;
 mod post;
 mod profile;
 pub mod python;
 mod record;
 mod registers;
+mod service;
+mod verification;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -141,6 +146,16 @@ fn interpret_op<'a>(
         ("app.bsky.graph.follow", _) => Kind::Follow,
         ("app.bsky.graph.block", _) => Kind::Block,
         ("app.bsky.actor.profile", "self") => Kind::Profile,
+        ("app.bsky.graph.list", _) => Kind::List,
+        ("app.bsky.graph.listitem", _) => Kind::ListItem,
+        ("app.bsky.graph.listblock", _) => Kind::ListBlock,
+        ("app.bsky.graph.starterpack", _) => Kind::StarterPack,
+        ("app.bsky.feed.generator", _) => Kind::FeedGenerator,
+        ("app.bsky.labeler.service", _) => Kind::LabelerService,
+        ("com.atproto.label.label", _) => Kind::Label,
+        ("app.bsky.graph.verification", _) => Kind::Verification,
+        ("app.bsky.feed.threadgate", _) => Kind::ThreadGate,
+        ("app.bsky.feed.postgate", _) => Kind::PostGate,
         _ => Kind::Record,
     };
     let uri = format!("at://{repo}/{}", op.path);
@@ -161,7 +176,11 @@ fn interpret_op<'a>(
         created_at: time,
         sort_at: time,
         body: None,
+        root: None,
     };
+    if matches!(kind, Kind::ThreadGate | Kind::PostGate) {
+        out.subject = Some(Cow::Owned(gate::post_uri(repo, rkey)));
+    }
     match &*op.action.0 {
         "delete" => {
             // A profile is a register of its account: deleting it writes nothing into it.
@@ -203,6 +222,16 @@ fn put<'a>(op: Op<'a>, record: &'a RawValue, collection: &str) -> Result<(Op<'a>
         Kind::Like | Kind::Repost | Kind::Bookmark => like::put(op, record).map(|op| (op, None)),
         Kind::Follow | Kind::Block => follow::put(op, record),
         Kind::Profile => profile::put(op, record).map(|op| (op, None)),
+        Kind::List => list::put(op, record).map(|op| (op, None)),
+        Kind::ListItem => list::put_item(op, record),
+        Kind::ListBlock => list::put_block(op, record).map(|op| (op, None)),
+        Kind::StarterPack => list::put_starter_pack(op, record).map(|op| (op, None)),
+        Kind::FeedGenerator => service::put_feed_generator(op, record).map(|op| (op, None)),
+        Kind::LabelerService => service::put_labeler(op, record).map(|op| (op, None)),
+        Kind::Label => label::put(op, record).map(|op| (op, None)),
+        Kind::Verification => verification::put(op, record).map(|op| (op, None)),
+        Kind::ThreadGate => gate::put_thread_gate(op, record).map(|op| (op, None)),
+        Kind::PostGate => gate::put_post_gate(op, record).map(|op| (op, None)),
         Kind::Record | Kind::Identity | Kind::Account => {
             record::put(op, record, collection).map(|op| (op, None))
         }
@@ -221,6 +250,7 @@ fn into_owned(op: Op<'_>) -> Op<'static> {
         created_at: op.created_at,
         sort_at: op.sort_at,
         body: op.body.map(|json| crate::event::Json(Cow::Owned(json.0.into_owned()))),
+        root: own(op.root),
     }
 }
 
@@ -238,6 +268,25 @@ fn set_created_at(op: &mut Op<'_>, created_at: Option<&RawValue>) {
         op.created_at = time;
     }
     op.sort_at = Micros(op.created_at.0.min(committed.0));
+}
+
+/// Most tables keep the record's CID and cannot do without.
+fn need_cid(op: &Op<'_>) -> Result<(), Reject> {
+    match op.cid {
+        Some(_) => Ok(()),
+        None => Err(Reject::new(Reason::MissingField, "there is no `cid`")),
+    }
+}
+
+/// The field, when it has the JSON shape that readers of the table expect.
+fn shaped<'a>(value: Option<&'a RawValue>, open: char, name: &str) -> Result<Option<&'a RawValue>, Reject> {
+    match value {
+        Some(raw) if !raw.get().starts_with(open) => {
+            let what = if open == '{' { "an object" } else { "a list" };
+            Err(Reject::new(Reason::InvalidField, format!("`{name}` is not {what}")))
+        }
+        value => Ok(value),
+    }
 }
 
 fn parse<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, Reject> {

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::json::{Text, without_nul};
-use super::{StrongRef, parse, set_created_at};
-use crate::event::{Json, Op, Reason, Reject};
+use super::json::{self, Text};
+use super::{StrongRef, label, need_cid, parse, set_created_at, shaped};
+use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]
 struct Post<'a> {
@@ -26,6 +26,8 @@ struct Post<'a> {
     tags: Option<&'a RawValue>,
     #[serde(borrow, default)]
     facets: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    labels: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -36,7 +38,7 @@ struct Reply<'a> {
     parent: StrongRef<'a>,
 }
 
-/// What `standpipe.put_posts` finds in the operation's body.
+/// What `standpipe.put_post` finds in the operation's body.
 #[derive(Serialize)]
 struct Body<'a> {
     text: &'a str,
@@ -56,12 +58,12 @@ struct Body<'a> {
     tags: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     facets: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    labels: Vec<String>,
 }
 
 pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
-    if op.cid.is_none() {
-        return Err(Reject::new(Reason::MissingField, "there is no `cid`"));
-    }
+    need_cid(&op)?;
     let post: Post<'a> = parse(record.get())?;
     let (parent, root) = match post.reply {
         Some(reply) => {
@@ -74,6 +76,7 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         op.subject = Some(uri);
         op.subject_cid = cid;
     }
+    op.root.clone_from(&root.0);
     let body = Body {
         text: post.text.as_ref().map_or("", |text| &text.0),
         parent_uri: parent.0,
@@ -84,27 +87,11 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         langs: shaped(post.langs, '[', "langs")?,
         tags: shaped(post.tags, '[', "tags")?,
         facets: shaped(post.facets, '[', "facets")?,
+        labels: label::of_self(post.labels, &op.uri),
     };
-    let body = serde_json::to_string(&body).map_err(|error| {
-        Reject::new(Reason::InvalidField, format!("the post cannot be written as JSON: {error}"))
-    })?;
-    op.body = Some(Json(match without_nul(&body) {
-        Cow::Borrowed(_) => Cow::Owned(body),
-        Cow::Owned(clean) => Cow::Owned(clean),
-    }));
+    op.body = Some(json::body(&body)?);
     set_created_at(&mut op, post.created_at);
     Ok(op)
-}
-
-/// The field, when it has the JSON shape that readers of the table expect.
-fn shaped<'a>(value: Option<&'a RawValue>, open: char, name: &str) -> Result<Option<&'a RawValue>, Reject> {
-    match value {
-        Some(raw) if !raw.get().starts_with(open) => {
-            let what = if open == '{' { "an object" } else { "a list" };
-            Err(Reject::new(Reason::InvalidField, format!("`{name}` is not {what}")))
-        }
-        value => Ok(value),
-    }
 }
 
 #[derive(Deserialize)]

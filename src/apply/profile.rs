@@ -1,13 +1,11 @@
 //! Profiles: what an account says about itself.
 
-use std::borrow::Cow;
-
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::json::{Text, without_nul};
-use super::parse;
-use crate::event::{Json, Op, Reason, Reject};
+use super::json::{self, Text};
+use super::{label, parse, set_created_at};
+use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]
 struct Profile<'a> {
@@ -21,9 +19,13 @@ struct Profile<'a> {
     banner: Option<&'a RawValue>,
     #[serde(borrow, default, rename = "pinnedPost")]
     pinned_post: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    labels: Option<&'a RawValue>,
+    #[serde(borrow, default, rename = "createdAt")]
+    created_at: Option<&'a RawValue>,
 }
 
-/// What `standpipe.put_profiles` finds in the operation's body.
+/// What `standpipe.put_profile` finds in the operation's body.
 #[derive(Serialize)]
 struct Body<'a> {
     display_name: Option<&'a str>,
@@ -32,6 +34,8 @@ struct Body<'a> {
     banner_url: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pinned_post: Option<&'a RawValue>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    labels: Vec<String>,
     record: &'a RawValue,
 }
 
@@ -43,21 +47,17 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         avatar_url: profile.avatar.and_then(blob_cid),
         banner_url: profile.banner.and_then(blob_cid),
         pinned_post: profile.pinned_post,
+        labels: label::of_self(profile.labels, &op.uri),
         record,
     };
-    let body = serde_json::to_string(&body).map_err(|error| {
-        Reject::new(Reason::InvalidField, format!("the profile cannot be written as JSON: {error}"))
-    })?;
-    op.body = Some(Json(match without_nul(&body) {
-        Cow::Borrowed(_) => Cow::Owned(body),
-        Cow::Owned(clean) => Cow::Owned(clean),
-    }));
+    op.body = Some(json::body(&body)?);
+    set_created_at(&mut op, profile.created_at);
     Ok(op)
 }
 
 /// The CID of a blob: `{"$type":"blob","ref":{"$link":cid},...}`, or the legacy form `{"cid":cid,"mimeType":...}` that
 /// is still about, or `ref` as a plain string. Anything else is no picture, which is no reason to refuse a profile.
-fn blob_cid(blob: &RawValue) -> Option<String> {
+pub(super) fn blob_cid(blob: &RawValue) -> Option<String> {
     let blob: serde_json::Value = serde_json::from_str(blob.get()).ok()?;
     let link = match &blob["ref"] {
         serde_json::Value::String(link) => link,

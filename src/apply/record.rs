@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::json::{self, Text};
-use super::{MAX_NAME, parse, set_created_at};
+use super::{MAX_NAME, need_cid, parse, set_created_at};
 use crate::event::{Op, Reason, Reject};
 
 #[derive(Deserialize)]
@@ -18,9 +18,7 @@ struct Record<'a> {
 }
 
 pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue, collection: &str) -> Result<Op<'a>, Reject> {
-    if op.cid.is_none() {
-        return Err(Reject::new(Reason::MissingField, "there is no `cid`"));
-    }
+    need_cid(&op)?;
     let view: Record<'a> = parse(record.get())?;
     let named = view.record_type.and_then(|raw| serde_json::from_str::<Text<'a>>(raw.get()).ok());
     op.subject = Some(match named {

@@ -68,6 +68,7 @@ fn register<'a>(kind: Kind, did: &Cow<'a, str>, version: &Version<'_>) -> Op<'a>
         created_at: time,
         sort_at: time,
         body: None,
+        root: None,
     }
 }
 

@@ -7,13 +7,40 @@ use anyhow::{Context as _, Result, bail};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
+use crate::config::AdminToken;
+
 /// Fetches `path` from the process that serves `address`; returns status code and body.
 ///
 /// # Errors
 ///
 /// Nobody answers there within `limit`, or not in HTTP.
 pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
-    tokio::time::timeout(limit, fetch(reachable(address), path))
+    ask(address, "GET", path, "", limit).await
+}
+
+/// Posts to `path` with the admin token; returns status code and body.
+///
+/// # Errors
+///
+/// As for [`get`].
+pub async fn post(
+    address: SocketAddr,
+    path: &str,
+    token: &AdminToken,
+    limit: Duration,
+) -> Result<(u16, String)> {
+    let headers = format!("Authorization: Bearer {}\r\nContent-Length: 0\r\n", token.expose());
+    ask(address, "POST", path, &headers, limit).await
+}
+
+async fn ask(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    limit: Duration,
+) -> Result<(u16, String)> {
+    tokio::time::timeout(limit, fetch(reachable(address), method, path, headers))
         .await
         .with_context(|| format!("no answer from {address} within {limit:?}"))?
 }
@@ -28,10 +55,11 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-async fn fetch(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+async fn fetch(address: SocketAddr, method: &str, path: &str, headers: &str) -> Result<(u16, String)> {
     let mut socket =
         TcpStream::connect(address).await.with_context(|| format!("nobody listens on {address}"))?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     socket.take(16 << 20).read_to_end(&mut answer).await?;

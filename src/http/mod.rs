@@ -1,15 +1,21 @@
-//! Health, readiness, metrics and status over HTTP.
+//! Health, readiness, metrics, status, the dashboard and control over HTTP.
 
+mod admin;
 pub mod client;
+mod connections;
+pub mod health;
+pub mod live;
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use axum::extract::State as Shared;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::extract::{DefaultBodyLimit, Request, State as Shared};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use redis::aio::MultiplexedConnection;
@@ -17,7 +23,10 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 
-use crate::config::Config;
+pub use self::connections::{MAX_CONNECTIONS, listen};
+use self::live::Live;
+use crate::config::{AdminToken, Config, LogLevel};
+use crate::control::Control;
 use crate::metrics;
 use crate::report::{self, PoolReport};
 use crate::status::{State, Status, lock, now_ms};
@@ -28,6 +37,12 @@ use crate::stream::{Keys, Redis};
 const NO_PROGRESS: Duration = Duration::from_secs(30);
 /// How long a server may take to answer us.
 const ANSWER: Duration = Duration::from_secs(2);
+/// The largest body of a request.
+const MAX_BODY: usize = 64 * 1024;
+/// How long a request may take until its answer begins.
+const REQUEST: Duration = Duration::from_secs(30);
+/// The page, whole: its style and its script are in it. `NONCE` stands where each answer has one of its own.
+const PAGE: &str = include_str!("dashboard.html");
 
 /// What the handlers look at.
 pub struct Server {
@@ -39,12 +54,21 @@ pub struct Server {
     pool_max: usize,
     metrics: PrometheusHandle,
     process: metrics_process::Collector,
+    control: Arc<Control>,
+    token: Option<AdminToken>,
+    /// What the page calls this process.
+    name: String,
+    /// The level it began to log with.
+    level: LogLevel,
+    live: Live,
 }
 
 /// What readiness says.
 #[derive(Debug, Serialize)]
 pub struct Readiness {
     ready: bool,
+    /// Not ready, and for no other reason than that the operator wants it so.
+    only_paused: bool,
     /// Everything that is wrong, for people.
     reasons: Vec<String>,
 }
@@ -58,6 +82,7 @@ impl Server {
         store: Option<Store>,
         status: Arc<Status>,
         metrics: PrometheusHandle,
+        control: Arc<Control>,
     ) -> Self {
         let process = metrics_process::Collector::new("standpipe_");
         process.describe();
@@ -70,24 +95,50 @@ impl Server {
             pool_max: config.db_pool_size,
             metrics,
             process,
+            control,
+            token: config.admin_token.clone(),
+            name: config.consumer_id.clone(),
+            level: config.log_level,
+            live: Live::default(),
         }
     }
 
     /// Answers for as long as it is polled.
-    ///
-    /// # Errors
-    ///
-    /// The listener broke.
-    pub async fn serve(self, listener: TcpListener) -> std::io::Result<()> {
+    pub async fn serve(self, listener: TcpListener) {
+        let server = Arc::new(self);
+        let admins = middleware::from_fn_with_state(Arc::clone(&server), admin::admins_only);
+        let nearby = middleware::from_fn_with_state(Arc::clone(&server), admin::nearby_or_admin);
+        let control = Router::new()
+            .route("/control/pause", post(admin::pause))
+            .route("/control/resume", post(admin::resume))
+            .route("/control/log-level", post(admin::log_level))
+            .route("/control/drain", post(admin::drain))
+            .route("/dead-letters/retry", post(admin::retry_letters))
+            .route("/dead-letters/purge", post(admin::purge_letters))
+            .route_layer(admins);
+        let letters = Router::new()
+            .route("/dead-letters", get(admin::list))
+            .route("/dead-letters/{id}", get(admin::show))
+            .route_layer(nearby);
         let routes = Router::new()
+            .route("/", get(page))
+            .route("/events", get(events))
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
             .route("/health", get(readyz))
             .route("/metrics", get(prometheus))
             .route("/status", get(status))
             .route("/workers/status", get(status))
-            .with_state(Arc::new(self));
-        axum::serve(listener, routes).await
+            .merge(control)
+            .merge(letters)
+            .layer(DefaultBodyLimit::max(MAX_BODY))
+            .layer(middleware::from_fn(guard))
+            .with_state(Arc::clone(&server));
+        tokio::join!(
+            connections::serve(listener, routes),
+            live::look(&server),
+            live::count_dead_letters(&server)
+        );
     }
 
     /// Asks Redis, over a connection that is kept while it is good.
@@ -114,6 +165,7 @@ impl Server {
 
     async fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();
+        let mut paused = Vec::new();
         let report = match self.ask_redis().await {
             Ok(report) => Some(report),
             Err(reason) => {
@@ -137,10 +189,11 @@ impl Server {
                     reasons.push(format!("{} has stopped reading: {reason}", pipeline.consumer));
                 }
                 State::Starting => reasons.push(format!("{} is starting", pipeline.consumer)),
+                State::Paused => paused.push(format!("{} is paused by hand", pipeline.consumer)),
                 _ => {}
             }
         }
-        if let (Some(report), false) = (&report, self.status.pipelines.is_empty()) {
+        if let (Some(report), false) = (&report, self.status.pipelines.is_empty() || !paused.is_empty()) {
             let oldest = report.stream.oldest_waiting_seconds.unwrap_or(0.0);
             let since = self.status.last_ack_ms.load(Ordering::Relaxed).max(self.status.started_ms);
             let idle = Duration::from_millis(now_ms().saturating_sub(since));
@@ -159,10 +212,13 @@ impl Server {
                 State::WaitingForRelay { reason } if !reader.connected && away > NO_PROGRESS => {
                     reasons.push(format!("no relay for {} s: {reason}", away.as_secs()));
                 }
+                State::Paused => paused.push("the reader is paused by hand".to_owned()),
                 _ => {}
             }
         }
-        Readiness { ready: reasons.is_empty(), reasons }
+        let only_paused = reasons.is_empty() && !paused.is_empty();
+        reasons.append(&mut paused);
+        Readiness { ready: reasons.is_empty(), only_paused, reasons }
     }
 
     fn pool(&self) -> Option<PoolReport> {
@@ -171,6 +227,66 @@ impl Server {
             PoolReport { size, in_use, max: self.pool_max }
         })
     }
+}
+
+/// A bound on the time of every request, and the headers that every answer has.
+async fn guard(request: Request, next: Next) -> Response {
+    let mut response = match tokio::time::timeout(REQUEST, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => (StatusCode::REQUEST_TIMEOUT, "this took too long\n").into_response(),
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+        (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    // Everything here is of this second.
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Random, as 32 hexadecimal digits.
+///
+/// # Errors
+///
+/// The system gives no random bytes.
+pub fn random_token() -> anyhow::Result<String> {
+    let mut bytes = [0; 16];
+    rustls::crypto::ring::default_provider()
+        .secure_random
+        .fill(&mut bytes)
+        .map_err(|_| anyhow::anyhow!("the system gives no random bytes"))?;
+    Ok(bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    }))
+}
+
+async fn page() -> Response {
+    let Ok(nonce) = random_token() else {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    };
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    );
+    let headers = [
+        (header::CONTENT_SECURITY_POLICY, policy),
+        (
+            HeaderName::from_static("permissions-policy"),
+            "camera=(), geolocation=(), microphone=(), payment=(), usb=()".to_owned(),
+        ),
+    ];
+    (headers, Html(PAGE.replace("NONCE", &nonce))).into_response()
+}
+
+async fn events(Shared(server): Shared<Arc<Server>>) -> Response {
+    server.live.events()
 }
 
 async fn readyz(Shared(server): Shared<Arc<Server>>) -> Response {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use redis::aio::MultiplexedConnection;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message as WsMessage};
@@ -49,6 +49,8 @@ pub struct Reader {
     status: Arc<Status>,
     /// Who we are to the lease.
     token: String,
+    /// Whether the operator wants us to rest.
+    pause: watch::Receiver<bool>,
 }
 
 /// Why a session ended.
@@ -73,6 +75,8 @@ struct Memory {
     bad_frame: Option<(Option<i64>, u32)>,
     /// The operator's way out of a cursor that lies in the relay's future.
     restart_at: Option<Restart>,
+    /// The lease was ours.
+    leased: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -93,9 +97,9 @@ type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 impl Reader {
     /// A reader for the configured relay.
     #[must_use]
-    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>) -> Self {
+    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>, pause: watch::Receiver<bool>) -> Self {
         let token = lease::token(&config.consumer_id);
-        Self { keys: Keys::new(&config), config, redis, status, token }
+        Self { keys: Keys::new(&config), config, redis, status, token, pause }
     }
 
     /// Reads until `stop`.
@@ -104,24 +108,40 @@ impl Reader {
         let mut delays = backoff();
         let mut said: Option<(String, Instant)> = None;
         while !stop.is_cancelled() {
+            if self.is_paused() {
+                self.rest(memory.leased, &stop).await;
+                continue;
+            }
             let began = Instant::now();
-            let ended = self.session(&mut memory, &stop).await;
+            // A pause ends the session like a stop: what is queued is still appended, and the websocket is closed.
+            let until = stop.child_token();
+            let ended = {
+                let session = self.session(&mut memory, &until);
+                tokio::pin!(session);
+                tokio::select! {
+                    ended = &mut session => ended,
+                    () = self.pause_begins() => {
+                        until.cancel();
+                        session.await
+                    }
+                }
+            };
             self.status.reader(|reader| {
                 if std::mem::take(&mut reader.connected) {
                     reader.connected_ms = now_ms();
                 }
             });
-            let Err(end) = ended else { break };
+            let Err(end) = ended else { continue };
             if began.elapsed() > Duration::from_secs(30) {
                 delays = backoff();
             }
             let reason = end.to_string();
             self.status.reader(|reader| {
-                reader.state = match &end {
+                reader.enter(match &end {
                     End::Redis(_) | End::Append(_) => State::WaitingForRedis { reason: reason.clone() },
                     End::Relay(_) => State::WaitingForRelay { reason: reason.clone() },
                     End::FutureCursor(_) => State::Halted { reason: reason.clone() },
-                };
+                });
             });
             if let End::FutureCursor(_) = end {
                 if !self.future_cursor(&mut memory) {
@@ -139,6 +159,7 @@ impl Reader {
             }
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
+                () = self.pause_begins() => {}
                 () = stop.cancelled() => {}
             }
         }
@@ -146,7 +167,50 @@ impl Reader {
             // If this fails the lease runs out by itself.
             let _ = lease::release(&mut connection, &self.keys.lease, &self.token).await;
         }
-        self.status.reader(|reader| reader.state = State::Stopped);
+        self.enter(State::Stopped);
+    }
+
+    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    fn is_paused(&self) -> bool {
+        *self.pause.borrow() && self.pause.has_changed().is_ok()
+    }
+
+    /// Resolves when the operator wants us to rest.
+    async fn pause_begins(&self) {
+        if self.pause.clone().wait_for(|paused| *paused).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Waits until the operator wants it otherwise. A lease that was ours stays ours: nobody else is to read meanwhile.
+    async fn rest(&self, leased: bool, stop: &CancellationToken) {
+        info!("the reader is paused by hand; the relay keeps what comes meanwhile");
+        self.enter(State::Paused);
+        let hold = async {
+            if !leased {
+                return std::future::pending::<()>().await;
+            }
+            loop {
+                if let Ok(mut connection) = self.redis.connect().await {
+                    while lease::take(&mut connection, &self.keys.lease, &self.token).await.is_ok() {
+                        tokio::time::sleep(lease::LIFE / 4).await;
+                    }
+                }
+                tokio::time::sleep(lease::LIFE / 10).await;
+            }
+        };
+        let mut pause = self.pause.clone();
+        tokio::select! {
+            () = hold => {}
+            _ = pause.wait_for(|paused| !paused) => info!("the reader goes on"),
+            () = stop.cancelled() => {}
+        }
+    }
+
+    fn enter(&self, state: State) {
+        self.status.reader(|reader| {
+            reader.enter(state);
+        });
     }
 
     /// Whether the operator wants to go on, and from where.
@@ -163,7 +227,8 @@ impl Reader {
         let mut connection = self.redis.connect().await?;
         let ensured = group::ensure(&mut connection, &self.keys).await?;
         metrics::note_ensured(ensured);
-        if !self.take_lease(&mut connection, stop).await? {
+        memory.leased = self.take_lease(&mut connection, stop).await?;
+        if !memory.leased {
             return Ok(());
         }
         let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
@@ -180,7 +245,7 @@ impl Reader {
         metrics::count(metrics::RELAY_CONNECTS, 1);
         info!(relay = self.config.relay_url.relay(), cursor = from, "connected to the relay");
         self.status.reader(|reader| {
-            reader.state = State::Running;
+            reader.enter(State::Running);
             reader.connected = true;
             reader.cursor = cursor.position;
         });
@@ -215,7 +280,7 @@ impl Reader {
             if !std::mem::replace(&mut said, true) {
                 let reason = format!("another reader holds the lease {}", self.keys.lease);
                 info!(reason, "the reader waits; a lease that nobody renews runs out after 10 s");
-                self.status.reader(|reader| reader.state = State::WaitingForLease { reason });
+                self.enter(State::WaitingForLease { reason });
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(500)) => {}
@@ -462,7 +527,7 @@ impl Reader {
             self.status.reader(|reader| {
                 reader.cursor = position;
                 if reader.state != State::Running {
-                    reader.state = State::Running;
+                    reader.enter(State::Running);
                 }
             });
             if length >= self.config.max_stream_len {
@@ -497,7 +562,7 @@ impl Reader {
             }
             let Some(reason) = self.full(&gauge, waiting) else {
                 if waiting {
-                    self.status.reader(|reader| reader.state = State::Running);
+                    self.enter(State::Running);
                 }
                 return Ok(());
             };
@@ -537,7 +602,7 @@ impl Reader {
         let mut first = false;
         self.status.reader(|reader| {
             first = !matches!(reader.state, State::WaitingForRoom { .. });
-            reader.state = State::WaitingForRoom { reason: reason.to_owned() };
+            reader.enter(State::WaitingForRoom { reason: reason.to_owned() });
         });
         if first {
             info!(reason, "the reader waits for room; the relay keeps what comes meanwhile");

@@ -1,126 +1,178 @@
-//! Recounting: what the counters, feed items and quotes say against what the rows say.
+//! Recounting: what counters, feed items, quotes and handles say against what the rows say. Table by table, a few
+//! thousand keys at a time: nobody waits for it, and it takes no more memory for more rows.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
-use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, IsolationLevel};
 
 use super::StoreError;
+use super::migrate::Say;
+use super::verdict::Verdict;
 
-/// One rule that the tables must obey.
+/// Keys that are looked at with one statement.
+const CHUNK: i64 = 1_000;
+/// Keys that are put right in one transaction: what it locks, others wait for.
+const BATCH: usize = 100;
+/// How often a transaction that lost to others is tried again.
+const TRIES: u32 = 20;
+const EXAMPLES: usize = 5;
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+/// One rule that the tables must obey. Its statements stand in `sql/audit`; each takes keys, `$1`.
 struct Rule {
     name: &'static str,
-    /// Yields one row for every violation: what, found, expected.
-    find: &'static str,
-    /// Puts it right.
-    repair: &'static str,
+    /// Where the keys come from that are looked at.
+    walks: &'static [Walk],
+    /// Yields a row for every key that violates it: key, found, expected. It must see rows and what is derived from
+    /// them in one statement.
+    check: &'static str,
+    /// Puts keys right, in one transaction: first what makes `standpipe.apply` wait, then, in a statement that sees what
+    /// all before it committed, the repair.
+    repair: &'static [&'static str],
 }
 
-/// What the counters have to be, from the rows.
-const COUNTS: &str = "
-    SELECT post_uri, sum(likes)::int AS like_count, sum(reposts)::int AS repost_count, sum(replies)::int AS reply_count,
-           sum(quotes)::int AS quote_count, sum(bookmarks)::int AS bookmark_count
-    FROM (
-        SELECT post_uri, count(DISTINCT user_did) AS likes, 0 AS reposts, 0 AS replies, 0 AS quotes, 0 AS bookmarks
-        FROM likes GROUP BY post_uri
-        UNION ALL
-        SELECT post_uri, 0, count(DISTINCT user_did), 0, 0, 0 FROM reposts GROUP BY post_uri
-        UNION ALL
-        SELECT parent_uri, 0, 0, count(*), 0, 0 FROM posts WHERE parent_uri IS NOT NULL GROUP BY parent_uri
-        UNION ALL
-        SELECT quoted_uri, 0, 0, 0, count(DISTINCT post_uri), 0 FROM quotes GROUP BY quoted_uri
-        UNION ALL
-        SELECT post_uri, 0, 0, 0, 0, count(DISTINCT user_did) FROM bookmarks GROUP BY post_uri
-        UNION ALL
-        SELECT uri, 0, 0, 0, 0, 0 FROM posts
-    ) c GROUP BY post_uri";
+/// A column whose values are keys, in the order of its index.
+struct Walk {
+    table: &'static str,
+    column: &'static str,
+    /// Keys that are in one of these columns are passed over.
+    unless: &'static [(&'static str, &'static str)],
+}
+
+const fn all(table: &'static str, column: &'static str) -> Walk {
+    Walk { table, column, unless: &[] }
+}
+
+/// Where posts are referred to. None of them comes twice, nor one that has counters.
+const UNCOUNTED: [(&str, &str); 7] = [
+    ("post_aggregations", "post_uri"),
+    ("posts", "uri"),
+    ("posts", "parent_uri"),
+    ("likes", "post_uri"),
+    ("reposts", "post_uri"),
+    ("quotes", "quoted_uri"),
+    ("bookmarks", "post_uri"),
+];
+
+/// Those that have no counters and come from the column at this place.
+const fn uncounted(place: usize) -> Walk {
+    let (table, column) = UNCOUNTED[place];
+    let (unless, _) = UNCOUNTED.split_at(place);
+    Walk { table, column, unless }
+}
 
 const RULES: &[Rule] = &[
     // First what others are counted from.
     Rule {
+        name: "no record lives that was deleted later",
+        walks: &[all("standpipe.tombstones", "uri")],
+        check: include_str!("../../sql/audit/tombstones_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/tombstones_repair.sql"),
+            // The apply function leaves the flush to its caller.
+            "SELECT set_config('synchronous_commit', 'on', true) WHERE $1::text[] IS NOT NULL",
+        ],
+    },
+    Rule {
         name: "every quote belongs to a live post",
-        find: "SELECT q.uri, q.quoted_uri, 'none' FROM quotes q
-            WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
-        repair: "DELETE FROM quotes q WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = q.post_uri)",
+        walks: &[all("quotes", "uri")],
+        check: include_str!("../../sql/audit/quotes_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/quotes_lock.sql"),
+            include_str!("../../sql/audit/quotes_lock_counters.sql"),
+            include_str!("../../sql/audit/quotes_repair.sql"),
+        ],
     },
     Rule {
         name: "counters agree with the rows",
-        find: "WITH expected AS ({COUNTS})
-            SELECT coalesce(e.post_uri, a.post_uri),
-                   row(a.like_count, a.repost_count, a.reply_count, a.quote_count, a.bookmark_count)::text,
-                   row(coalesce(e.like_count, 0), coalesce(e.repost_count, 0), coalesce(e.reply_count, 0),
-                       coalesce(e.quote_count, 0), coalesce(e.bookmark_count, 0))::text
-            FROM expected e FULL JOIN post_aggregations a ON a.post_uri = e.post_uri
-            WHERE a.post_uri IS NULL
-               OR (a.like_count, a.repost_count, a.reply_count, a.quote_count, a.bookmark_count)
-                  IS DISTINCT FROM (coalesce(e.like_count, 0), coalesce(e.repost_count, 0),
-                                    coalesce(e.reply_count, 0), coalesce(e.quote_count, 0),
-                                    coalesce(e.bookmark_count, 0))",
-        repair: "WITH expected AS ({COUNTS}), reset AS (
-                UPDATE post_aggregations a
-                SET like_count = 0, repost_count = 0, reply_count = 0, quote_count = 0, bookmark_count = 0
-                WHERE NOT EXISTS (SELECT FROM expected e WHERE e.post_uri = a.post_uri)
-                  AND (like_count, repost_count, reply_count, quote_count, bookmark_count) <> (0, 0, 0, 0, 0)
-            )
-            INSERT INTO post_aggregations AS a
-                (post_uri, like_count, repost_count, reply_count, quote_count, bookmark_count)
-            SELECT post_uri, like_count, repost_count, reply_count, quote_count, bookmark_count
-            FROM expected ORDER BY post_uri COLLATE \"C\"
-            ON CONFLICT (post_uri) DO UPDATE SET
-                like_count = excluded.like_count, repost_count = excluded.repost_count,
-                reply_count = excluded.reply_count, quote_count = excluded.quote_count,
-                bookmark_count = excluded.bookmark_count, updated_at = now()
-            WHERE (a.like_count, a.repost_count, a.reply_count, a.quote_count, a.bookmark_count)
-                <> (excluded.like_count, excluded.repost_count, excluded.reply_count, excluded.quote_count,
-                    excluded.bookmark_count)",
+        // First those that have none: what is applied meanwhile begins to count them at nothing.
+        walks: &[
+            uncounted(1),
+            uncounted(2),
+            uncounted(3),
+            uncounted(4),
+            uncounted(5),
+            uncounted(6),
+            all("post_aggregations", "post_uri"),
+        ],
+        check: include_str!("../../sql/audit/counters_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/counters_lock.sql"),
+            include_str!("../../sql/audit/counters_repair.sql"),
+        ],
+    },
+    Rule {
+        name: "feed generators and labelers show their counter",
+        walks: &[all("feed_generators", "uri"), all("labeler_services", "uri")],
+        check: include_str!("../../sql/audit/likes_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/counters_lock.sql"),
+            include_str!("../../sql/audit/likes_repair_generators.sql"),
+            include_str!("../../sql/audit/likes_repair_labelers.sql"),
+        ],
     },
     Rule {
         name: "every live post and repost has its feed item, and nothing else has",
-        find: "SELECT coalesce(f.uri, r.uri), coalesce(f.type, 'none'), coalesce(r.type, 'none')
-            FROM feed_items f FULL JOIN (
-                SELECT uri, CASE WHEN parent_uri IS NULL THEN 'post' ELSE 'reply' END AS type FROM posts
-                UNION ALL SELECT uri, 'repost' FROM reposts
-            ) r ON r.uri = f.uri
-            WHERE f.type IS DISTINCT FROM r.type",
-        repair: "WITH gone AS (
-                DELETE FROM feed_items f
-                WHERE NOT EXISTS (SELECT FROM posts p WHERE p.uri = f.uri)
-                  AND NOT EXISTS (SELECT FROM reposts r WHERE r.uri = f.uri)
-            )
-            INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
-            SELECT uri, uri, author_did, CASE WHEN parent_uri IS NULL THEN 'post' ELSE 'reply' END,
-                   least(created_at, standpipe.committed_at(commit_rev, stream_ms, indexed_at)), cid, created_at
-            FROM posts
-            UNION ALL
-            -- A repost's row does not keep the repost's own CID.
-            SELECT uri, post_uri, user_did, 'repost',
-                   least(created_at, standpipe.committed_at(commit_rev, stream_ms, indexed_at)), '', created_at
-            FROM reposts
-            ON CONFLICT (uri) DO UPDATE SET type = excluded.type WHERE feed_items.type <> excluded.type",
+        walks: &[
+            all("posts", "uri"),
+            all("reposts", "uri"),
+            Walk { table: "feed_items", column: "uri", unless: &[("posts", "uri"), ("reposts", "uri")] },
+        ],
+        check: include_str!("../../sql/audit/feed_items_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/repositories_lock.sql"),
+            include_str!("../../sql/audit/feed_items_delete.sql"),
+            include_str!("../../sql/audit/feed_items_insert.sql"),
+        ],
     },
     Rule {
-        name: "no record lives that was deleted later",
-        find: "SELECT r.uri, 'a row', 'none' FROM standpipe.tombstones t JOIN ({ROWS}) r ON r.uri = t.uri
-            WHERE standpipe.newer(t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq,
-                                  r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)",
-        repair: "",
+        name: "posts show what the gates say",
+        walks: &[all("posts", "uri")],
+        check: include_str!("../../sql/audit/flags_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/flags_lock.sql"),
+            include_str!("../../sql/audit/flags_repair.sql"),
+        ],
+    },
+    Rule {
+        name: "every cause has its notifications",
+        walks: &[all("likes", "uri"), all("reposts", "uri"), all("follows", "uri"), all("posts", "uri")],
+        check: include_str!("../../sql/audit/notifications_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/repositories_lock.sql"),
+            include_str!("../../sql/audit/notifications_repair.sql"),
+        ],
+    },
+    Rule {
+        name: "every notification has its cause",
+        walks: &[all("notifications", "uri")],
+        check: include_str!("../../sql/audit/causes_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/repositories_lock.sql"),
+            include_str!("../../sql/audit/causes_repair.sql"),
+        ],
+    },
+    Rule {
+        name: "every account shows the handle that was claimed last",
+        walks: &[all("standpipe.accounts", "did")],
+        check: include_str!("../../sql/audit/claims_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/claims_lock.sql"),
+            include_str!("../../sql/audit/claims_repair.sql"),
+        ],
     },
     Rule {
         name: "a handle is shown by one account at most",
-        find: "SELECT handle, count(*)::text || ' accounts', '1' FROM users
-            WHERE handle <> 'handle.invalid' GROUP BY handle HAVING count(*) > 1",
-        repair: "",
+        walks: &[all("users", "handle")],
+        check: include_str!("../../sql/audit/handles_check.sql"),
+        repair: &[
+            include_str!("../../sql/audit/handles_lock.sql"),
+            include_str!("../../sql/audit/handles_repair.sql"),
+        ],
     },
 ];
-
-/// Every row that a tombstone can kill.
-const ROWS: &str = "
-    SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM posts
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM likes
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM reposts
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM bookmarks
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM follows
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM blocks
-    UNION ALL SELECT uri, commit_rev, commit_seq, stream_ms, stream_seq FROM generic_records";
 
 /// What one rule found.
 #[derive(Clone, Debug)]
@@ -144,73 +196,195 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every rule in one snapshot. Changes nothing.
+/// Checks every rule while work goes on. Changes nothing.
 ///
 /// # Errors
 ///
 /// The server cannot be reached or refuses.
 pub async fn audit(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
-    let transaction = client
-        .build_transaction()
-        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
-        .read_only(true)
-        .start()
-        .await?;
-    whole_tables(&transaction).await?;
-    let mut findings = Vec::with_capacity(RULES.len());
-    for rule in RULES {
-        let sql = expand(rule.find);
-        let sql = format!(
-            "WITH v (what, found, expected) AS ({sql})
-             SELECT (SELECT count(*) FROM v), what, found, expected FROM v LIMIT 5"
-        );
-        let rows = transaction.query(&sql, &[]).await?;
-        let text = |row: &tokio_postgres::Row, column| {
-            row.get::<_, Option<String>>(column).unwrap_or_else(|| "nothing".to_owned())
-        };
-        findings.push(Finding {
-            rule: rule.name,
-            count: rows.first().map_or(0, |row| u64::try_from(row.get::<_, i64>(0)).unwrap_or(0)),
-            examples: rows
-                .iter()
-                .map(|row| format!("{}: {}, should be {}", text(row, 1), text(row, 2), text(row, 3)))
-                .collect(),
-        });
-    }
-    transaction.commit().await?;
-    Ok(findings)
+    audit_and_say(client, &mut |_| {}).await
 }
 
-/// Puts right what [`audit`] counts, rule by rule. Writers wait meanwhile: the counters cannot be set while others move
-/// them.
+/// As [`audit`], saying now and then how far it is.
+///
+/// # Errors
+///
+/// As for [`audit`].
+pub async fn audit_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<Finding>, StoreError> {
+    each_rule(client, false, say).await
+}
+
+/// Puts right what [`audit`] finds, while work goes on, and returns what that was. It ends with the database of its own
+/// moments: look again with [`audit`].
 ///
 /// # Errors
 ///
 /// The server cannot be reached or refuses.
-pub async fn repair(client: &mut Client) -> Result<(), StoreError> {
-    let transaction = client.transaction().await?;
-    whole_tables(&transaction).await?;
-    transaction
-        .batch_execute("LOCK TABLE post_aggregations, feed_items, quotes IN SHARE ROW EXCLUSIVE MODE")
-        .await?;
-    for rule in RULES.iter().filter(|rule| !rule.repair.is_empty()) {
-        transaction.batch_execute(&expand(rule.repair)).await?;
+pub async fn repair(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
+    repair_and_say(client, &mut |_| {}).await
+}
+
+/// As [`repair`], saying now and then how far it is.
+///
+/// # Errors
+///
+/// As for [`repair`].
+pub async fn repair_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<Finding>, StoreError> {
+    each_rule(client, true, say).await
+}
+
+async fn each_rule(client: &mut Client, repair: bool, say: &mut Say<'_>) -> Result<Vec<Finding>, StoreError> {
+    // A thousand keys can take a while on a slow disk; nobody waits for it.
+    client.batch_execute("SET statement_timeout = 0").await?;
+    let mut findings = Vec::with_capacity(RULES.len());
+    for rule in RULES {
+        match rule.look(client, repair, say).await {
+            Ok(finding) => findings.push(finding),
+            Err(error) => {
+                // If it fails the connection is gone, and the reason is the first error's.
+                let _ = client.batch_execute("RESET statement_timeout").await;
+                return Err(error);
+            }
+        }
     }
-    transaction.commit().await?;
-    Ok(())
+    client.batch_execute("RESET statement_timeout").await?;
+    Ok(findings)
 }
 
-/// These connections are set up for access by key; here every row is read.
-async fn whole_tables(transaction: &tokio_postgres::Transaction<'_>) -> Result<(), StoreError> {
-    transaction
-        .batch_execute(
-            "SET LOCAL enable_seqscan = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on;
-             SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0",
+impl Rule {
+    /// Walks over all keys.
+    async fn look(
+        &self,
+        client: &mut Client,
+        repair: bool,
+        say: &mut Say<'_>,
+    ) -> Result<Finding, StoreError> {
+        let mut finding = Finding { rule: self.name, count: 0, examples: Vec::new() };
+        let tables: Vec<&str> = self.walks.iter().map(|walk| walk.table).collect();
+        let about: f64 = client
+            .query_one(
+                "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::float8
+                 FROM unnest($1::text[]) AS t (name) JOIN pg_class c ON c.oid = to_regclass(t.name)",
+                &[&tables],
+            )
+            .await?
+            .get(0);
+        let check = client.prepare(self.check).await?;
+        let (mut looked_at, mut said) = (0_i64, Instant::now());
+        for walk in self.walks {
+            let page = client.prepare(&walk.page()).await?;
+            let mut last = String::new();
+            loop {
+                let row = client.query_one(&page, &[&last, &CHUNK]).await?;
+                let (end, keys): (Option<String>, Vec<String>) = (row.get(0), row.get(1));
+                let Some(end) = end else { break };
+                last = end;
+                looked_at += row.get::<_, i64>(2);
+                if !keys.is_empty() {
+                    let suspects = violations(client, &check, &keys).await?;
+                    self.judge(client, &check, suspects, repair, &mut finding).await?;
+                }
+                if said.elapsed() > SAY_EVERY {
+                    said = Instant::now();
+                    say(&format!("  {}: {looked_at} of about {about:.0} rows", self.name));
+                }
+            }
+        }
+        Ok(finding)
+    }
+
+    async fn judge(
+        &self,
+        client: &mut Client,
+        check: &tokio_postgres::Statement,
+        suspects: Vec<Violation>,
+        repair: bool,
+        finding: &mut Finding,
+    ) -> Result<(), StoreError> {
+        if suspects.is_empty() {
+            return Ok(());
+        }
+        let keys: Vec<String> = suspects.into_iter().map(|suspect| suspect.key).collect();
+        // A worker that changes rows and counters one after the other may have been between the two.
+        let violations = violations(client, check, &keys).await?;
+        finding.count += violations.len() as u64;
+        let room = EXAMPLES - finding.examples.len();
+        finding.examples.extend(violations.iter().take(room).map(ToString::to_string));
+        if repair {
+            let keys: Vec<&str> = violations.iter().map(|violation| violation.key.as_str()).collect();
+            for batch in keys.chunks(BATCH) {
+                self.put_right(client, batch).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn put_right(&self, client: &mut Client, keys: &[&str]) -> Result<(), StoreError> {
+        let mut tries = 0;
+        loop {
+            match self.try_to_put_right(client, keys).await {
+                Err(error) if error.verdict == Verdict::Retry && tries < TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(Duration::from_millis(fastrand::u64(10..200))).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_to_put_right(&self, client: &mut Client, keys: &[&str]) -> Result<(), StoreError> {
+        // Every statement sees what was committed before it began, whatever the database's default is.
+        let transaction =
+            client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
+        for sql in self.repair {
+            let keys: &(dyn ToSql + Sync) = &keys;
+            transaction.query(*sql, &[keys]).await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+}
+
+impl Walk {
+    /// The next keys after `$1`: the last one of `$2`, those to look at, and how many rows that were.
+    fn page(&self) -> String {
+        let Self { table, column, unless } = self;
+        // One by one: of conditions joined by OR the planner makes scans of whole tables.
+        let new: Vec<String> = unless
+            .iter()
+            .map(|(table, column)| format!("NOT EXISTS (SELECT FROM {table} e WHERE e.{column} = page.key)"))
+            .collect();
+        let new = if new.is_empty() { "true".to_owned() } else { new.join(" AND ") };
+        format!(
+            "WITH page AS MATERIALIZED (
+                 SELECT {column} AS key FROM {table} WHERE {column} > $1 ORDER BY {column} LIMIT $2
+             )
+             SELECT max(key)::text, ARRAY(SELECT DISTINCT key::text FROM page WHERE {new}), count(*) FROM page"
         )
-        .await?;
-    Ok(())
+    }
 }
 
-fn expand(sql: &str) -> String {
-    sql.replace("{COUNTS}", COUNTS).replace("{ROWS}", ROWS)
+/// A key that breaks a rule.
+struct Violation {
+    key: String,
+    found: Option<String>,
+    expected: Option<String>,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".to_owned());
+        write!(f, "{}: {}, should be {}", self.key, text(&self.found), text(&self.expected))
+    }
+}
+
+async fn violations(
+    client: &Client,
+    check: &tokio_postgres::Statement,
+    keys: &[String],
+) -> Result<Vec<Violation>, StoreError> {
+    let rows = client.query(check, &[&keys]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Violation { key: row.get(0), found: row.get(1), expected: row.get(2) })
+        .collect())
 }

@@ -1,12 +1,30 @@
-//! Creating and upgrading the tables and functions, from the files in `sql/`.
+//! Creating and upgrading the tables and functions, from the files in `sql/`; taking over a database that is in use.
+//!
+//! On an empty database everything is one transaction. On any other every statement is a step of its own that holds
+//! nobody up, and what is there already is passed over: it can be broken off anywhere and begun again. What was there
+//! before and is changed is noted, so that [`undo`] can bring it back.
+
+mod catalogue;
+mod statement;
+mod step;
+pub mod undo;
+
+use std::fmt;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
+use tracing::info;
 
 use super::StoreError;
 use super::verdict::Verdict;
 use crate::crash::{self, Point};
+pub use catalogue::KEYS;
+use catalogue::{Catalogue, UniqueIndex};
+use statement::{Kind, Statement};
+pub use step::Say;
+use step::{Lock, Run, Step};
 
-/// Numbered migrations: each runs once, in a transaction of its own.
+/// Numbered migrations.
 const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "tables", include_str!("../../sql/migrations/0001_tables.sql")),
     (2, "every_kind", include_str!("../../sql/migrations/0002_every_kind.sql")),
@@ -16,19 +34,53 @@ const MIGRATIONS: &[(i32, &str, &str)] = &[
 const FUNCTIONS: &[&str] = &[
     include_str!("../../sql/apply/00_newer.sql"),
     include_str!("../../sql/apply/10_tombstones.sql"),
+    include_str!("../../sql/apply/11_notifications.sql"),
+    include_str!("../../sql/apply/12_self_labels.sql"),
     include_str!("../../sql/apply/20_likes.sql"),
     include_str!("../../sql/apply/21_reposts.sql"),
     include_str!("../../sql/apply/22_bookmarks.sql"),
     include_str!("../../sql/apply/30_posts.sql"),
+    include_str!("../../sql/apply/31_gates.sql"),
     include_str!("../../sql/apply/40_graph.sql"),
+    include_str!("../../sql/apply/41_lists.sql"),
     include_str!("../../sql/apply/50_records.sql"),
     include_str!("../../sql/apply/60_users.sql"),
     include_str!("../../sql/apply/70_time.sql"),
+    include_str!("../../sql/apply/80_purge.sql"),
     include_str!("../../sql/apply/90_apply.sql"),
 ];
 
 /// Any number, the same in every process: migrations run one at a time.
 const LOCK: i64 = 0x5354_414e_4450_4950;
+
+/// Our own schema and what we have to remember. Which tables were here before us is noted once, together with the table
+/// that it is noted in: later, ours are among them.
+const OWN_SCHEMA: &str = "
+    CREATE SCHEMA IF NOT EXISTS standpipe;
+    CREATE TABLE standpipe.migrations (
+        -- 0 for the functions; then `name` is their fingerprint
+        version integer PRIMARY KEY,
+        name text NOT NULL,
+        applied_at timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE TABLE standpipe.replaced_indexes (
+        name text PRIMARY KEY,
+        table_name text NOT NULL,
+        definition text NOT NULL,
+        keys text[] NOT NULL,
+        predicate text,
+        -- NULL: no constraint
+        constraint_words text,
+        -- NULL: there was a plain index already
+        replacement text
+    );
+    CREATE TABLE standpipe.added_columns (
+        table_name text NOT NULL,
+        column_name text NOT NULL,
+        PRIMARY KEY (table_name, column_name)
+    );
+    CREATE TABLE standpipe.tables_before (name text PRIMARY KEY);
+    INSERT INTO standpipe.tables_before SELECT tablename FROM pg_tables WHERE schemaname = current_schema()";
 
 /// The version that this program's migrations lead to.
 #[must_use]
@@ -43,13 +95,15 @@ pub struct Found {
     pub version: i32,
     /// Whether the functions are this program's.
     pub functions: bool,
+    /// Whether no unique index is in the way of what repositories contain.
+    pub indexes: bool,
 }
 
 impl Found {
     /// Whether this program can work on it.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        self.version == wanted() && self.functions
+        self.version == wanted() && self.functions && self.indexes
     }
 }
 
@@ -59,10 +113,11 @@ impl Found {
 ///
 /// The server cannot be reached or refuses.
 pub async fn look(client: &Client) -> Result<Found, StoreError> {
+    let indexes = catalogue::unique_by_subject(client).await?.is_empty();
     let exists: bool =
         client.query_one("SELECT to_regclass('standpipe.migrations') IS NOT NULL", &[]).await?.get(0);
     if !exists {
-        return Ok(Found { version: 0, functions: false });
+        return Ok(Found { version: 0, functions: false, indexes });
     }
     let row = client
         .query_one(
@@ -71,10 +126,48 @@ pub async fn look(client: &Client) -> Result<Found, StoreError> {
             &[&fingerprint()],
         )
         .await?;
-    Ok(Found { version: row.get(0), functions: row.get(1) })
+    Ok(Found { version: row.get(0), functions: row.get(1), indexes })
 }
 
-/// Brings the database to this program's version. Safe to interrupt and to repeat; several processes take turns.
+/// An index that the migrations make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// Its name.
+    pub name: String,
+    /// A table of the application by its name, one of ours as `standpipe.<name>`.
+    pub table: String,
+    /// The first of its columns: another index that begins with it serves as well.
+    pub column: String,
+    /// What makes it, beside others that work.
+    pub sql: String,
+    /// It is made on a table, too, that was here before us.
+    pub everywhere: bool,
+}
+
+/// The indexes that the migrations make.
+#[must_use]
+pub fn indexes() -> Vec<Index> {
+    let statements = MIGRATIONS.iter().flat_map(|(.., file)| statement::split(file));
+    statements
+        .filter_map(|statement| match &statement.kind {
+            Kind::Index { name, table, everywhere } => {
+                let plain = plain_index(&statement);
+                let columns = plain.split_once('(').map_or("", |(_, columns)| columns);
+                Some(Index {
+                    name: name.clone(),
+                    table: table.clone(),
+                    column: columns.split([',', ')', ' ']).next().unwrap_or_default().to_owned(),
+                    sql: plain.replacen("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1),
+                    everywhere: *everywhere,
+                })
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+/// Brings the database to this program's version, while others go on working with it. Safe to interrupt and to repeat;
+/// several processes take turns.
 ///
 /// Returns the names of what was done, empty when there was nothing to do.
 ///
@@ -82,82 +175,364 @@ pub async fn look(client: &Client) -> Result<Found, StoreError> {
 ///
 /// The server cannot be reached or refuses, or the database belongs to a newer program.
 pub async fn migrate(client: &mut Client) -> Result<Vec<String>, StoreError> {
-    let found = look(client).await?;
-    if found.version > wanted() {
-        return Err(newer(found.version));
-    }
-    if found.is_current() {
+    migrate_and_say(client, &mut |line| info!("{}", line.trim())).await
+}
+
+/// As [`migrate`], saying step by step what is done.
+///
+/// # Errors
+///
+/// As for [`migrate`].
+pub async fn migrate_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<String>, StoreError> {
+    if look(client).await?.is_current() {
         return Ok(Vec::new());
     }
-    // A session's lock, not a transaction's: it spans all migrations. It goes with the connection.
-    client
-        .batch_execute(&format!(
-            "SET statement_timeout = 0; SET lock_timeout = 0; SELECT pg_advisory_lock({LOCK})"
-        ))
-        .await?;
-    let done = under_lock(client).await;
-    client
-        .batch_execute(&format!(
-            "SELECT pg_advisory_unlock({LOCK}); RESET statement_timeout; RESET lock_timeout"
-        ))
-        .await?;
+    lock(client, say).await?;
+    let done = under_lock(client, say).await;
+    unlock(client).await?;
     done
 }
 
-async fn under_lock(client: &mut Client) -> Result<Vec<String>, StoreError> {
-    client
-        .batch_execute(
-            "CREATE SCHEMA IF NOT EXISTS standpipe;
-             CREATE TABLE IF NOT EXISTS standpipe.migrations (
-                 -- 0 for the functions; then `name` is their fingerprint
-                 version integer PRIMARY KEY,
-                 name text NOT NULL,
-                 applied_at timestamptz NOT NULL DEFAULT now()
-             );
-             CREATE TABLE IF NOT EXISTS standpipe.tables_before (name text PRIMARY KEY);",
-        )
-        .await?;
+/// What [`migrate`] would do. Changes nothing.
+///
+/// # Errors
+///
+/// As for [`migrate`].
+pub async fn plan(client: &Client) -> Result<Plan, StoreError> {
+    let found = look(client).await?;
+    Plan::make(&Catalogue::read(client).await?, &found)
+}
+
+/// One process at a time. A session's lock, not a transaction's: it spans all steps, and goes with the connection. It is
+/// asked for again and again: a session that waits for it holds a snapshot, which CREATE INDEX CONCURRENTLY of the
+/// one that has it would wait for.
+async fn lock(client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
+    let began = Instant::now();
+    let mut said = false;
+    loop {
+        if client.query_one("SELECT pg_try_advisory_lock($1)", &[&LOCK]).await?.get(0) {
+            return step::begin(client).await;
+        }
+        if !said && began.elapsed() > Duration::from_secs(2) {
+            said = true;
+            say("another process is changing the tables; waiting for it");
+        }
+        tokio::time::sleep(Duration::from_millis(50 + fastrand::u64(..100))).await;
+    }
+}
+
+async fn unlock(client: &Client) -> Result<(), StoreError> {
+    if client.is_closed() {
+        // It went with the connection, and the caller has the reason.
+        return Ok(());
+    }
+    step::end(client).await?;
+    client.execute("SELECT pg_advisory_unlock($1)", &[&LOCK]).await?;
+    Ok(())
+}
+
+async fn under_lock(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<String>, StoreError> {
     // Another process may have been faster.
     let found = look(client).await?;
-    if found.version > wanted() {
-        return Err(newer(found.version));
+    let catalogue = Catalogue::read(client).await?;
+    let plan = Plan::make(&catalogue, &found)?;
+    if found.version == 0 && is_empty(&catalogue) {
+        create(client, &catalogue).await?;
+        return Ok(plan.names);
     }
-    let mut done = Vec::new();
-    for (version, name, sql) in MIGRATIONS.iter().filter(|(version, ..)| *version > found.version) {
-        let transaction = client.transaction().await?;
-        if *version == 1 {
-            // Which of the application's tables were here before us: those keep their own indexes.
-            transaction
-                .batch_execute(
-                    "INSERT INTO standpipe.tables_before
-                     SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ON CONFLICT DO NOTHING",
-                )
-                .await?;
-        }
-        transaction.batch_execute(sql).await?;
-        crash::at(Point::InMigration);
-        transaction
-            .execute("INSERT INTO standpipe.migrations (version, name) VALUES ($1, $2)", &[version, name])
-            .await?;
-        transaction.commit().await?;
-        done.push(format!("{version:04}_{name}"));
+    for warning in &plan.warnings {
+        say(&format!("mind: {warning}"));
     }
-    if !found.functions || !done.is_empty() {
-        let transaction = client.transaction().await?;
-        for sql in FUNCTIONS {
-            transaction.batch_execute(sql).await?;
+    let total = plan.steps.len();
+    for (index, step) in plan.steps.iter().enumerate() {
+        let began = Instant::now();
+        step.run(client, say).await?;
+        say(&format!("  {:>2}/{total}  {} ({:.2} s)", index + 1, step.what, began.elapsed().as_secs_f64()));
+    }
+    Ok(plan.names)
+}
+
+/// Whether none of the tables is there.
+fn is_empty(catalogue: &Catalogue) -> bool {
+    let statements = MIGRATIONS.iter().flat_map(|(.., file)| statement::split(file));
+    statements.into_iter().all(|statement| match &statement.kind {
+        Kind::Table(table) => !catalogue.relations.contains_key(table),
+        _ => true,
+    })
+}
+
+/// Everything at once, where nobody can be held up.
+async fn create(client: &mut Client, catalogue: &Catalogue) -> Result<(), StoreError> {
+    let transaction = client.transaction().await?;
+    if !catalogue.relations.contains_key("standpipe.tables_before") {
+        transaction.batch_execute(OWN_SCHEMA).await?;
+    }
+    for (version, name, file) in MIGRATIONS {
+        let statements = statement::split(file);
+        let sql: Vec<String> = statements.into_iter().map(|statement| plain_index(&statement)).collect();
+        transaction.batch_execute(&sql.join(";\n")).await?;
+        transaction.batch_execute(&note_version(*version, name)).await?;
+    }
+    crash::at(Point::InMigration);
+    transaction.batch_execute(&functions()).await?;
+    Ok(transaction.commit().await?)
+}
+
+/// The steps that are left to take.
+#[derive(Debug, Default)]
+pub struct Plan {
+    steps: Vec<Step>,
+    /// What is done then.
+    names: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Plan {
+    /// What an operator should mind, whether or not there is anything to do.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn make(catalogue: &Catalogue, found: &Found) -> Result<Self, StoreError> {
+        if found.version > wanted() {
+            return Err(newer(found.version));
         }
-        transaction
-            .execute(
-                "INSERT INTO standpipe.migrations (version, name) VALUES (0, $1)
-                 ON CONFLICT (version) DO UPDATE SET name = excluded.name, applied_at = now()",
-                &[&fingerprint()],
+        let mut plan = Self::default();
+        if !catalogue.relations.contains_key("standpipe.tables_before") {
+            plan.add(
+                "note which tables are there, in the new schema standpipe",
+                Lock::None,
+                vec![Run::Transaction(OWN_SCHEMA.to_owned())],
+            );
+        }
+        for (version, name, file) in MIGRATIONS.iter().filter(|(version, ..)| *version > found.version) {
+            for statement in statement::split(file) {
+                plan.statement(catalogue, &statement);
+            }
+            let what = format!("note version {version}");
+            plan.add(&what, Lock::None, vec![Run::Transaction(note_version(*version, name))]);
+            plan.names.push(format!("{version:04}_{name}"));
+        }
+        for index in &catalogue.by_subject {
+            plan.replace(catalogue, index);
+            plan.names.push(format!("{} replaced", index.name));
+        }
+        if !found.functions || !plan.names.is_empty() {
+            plan.add("write the functions anew", Lock::None, vec![Run::Transaction(functions())]);
+            plan.names.push("functions".to_owned());
+        }
+        if plan.steps.iter().any(|step| step.lock != Lock::None) && !catalogue.foreign.is_empty() {
+            return Err(StoreError::new(
+                Verdict::Halt,
+                format!(
+                    "this role does not own {}: run `standpipe migrate` as the owner, or as a member of its role",
+                    catalogue.foreign.join(", ")
+                ),
+            ));
+        }
+        if !catalogue.foreign_keys.is_empty() {
+            plan.warnings.push(format!(
+                "foreign keys refuse what comes before the row that it refers to, and that becomes a dead letter; \
+                 drop them: {}",
+                catalogue.foreign_keys.join("; ")
+            ));
+        }
+        Ok(plan)
+    }
+
+    fn add(&mut self, what: &str, lock: Lock, runs: Vec<Run>) {
+        self.steps.push(Step { what: what.to_owned(), lock, runs });
+    }
+
+    /// Adds a statement of a migration if it has something to do.
+    fn statement(&mut self, catalogue: &Catalogue, statement: &Statement) {
+        let sql = statement.sql.clone();
+        let there = |relation: &str| catalogue.relations.contains_key(relation);
+        let of = |relation: &str| catalogue.relations.get(relation);
+        // What is not there yet is made by a step before this one, and nobody uses it.
+        let lock = |table: &str, lock: fn(String) -> Lock| {
+            if there(table) && !table.starts_with("standpipe.") { lock(table.to_owned()) } else { Lock::None }
+        };
+        match &statement.kind {
+            Kind::Table(name) if !there(name) => {
+                self.add(&format!("create table {name}"), Lock::None, vec![Run::Transaction(sql)]);
+            }
+            Kind::Type(name) if !there(name) => {
+                self.add(&format!("create type {name}"), Lock::None, vec![Run::Transaction(sql)]);
+            }
+            Kind::Attribute { of: name, name: attribute }
+                if !of(name).is_some_and(|has| has.contains(attribute)) =>
+            {
+                let what = format!("{name}: add attribute {attribute}");
+                self.add(&what, Lock::None, vec![Run::Transaction(sql)]);
+            }
+            Kind::Columns { table, columns } => {
+                let missing: Vec<&str> = columns
+                    .iter()
+                    .filter(|column| !of(table).is_some_and(|has| has.contains(*column)))
+                    .map(String::as_str)
+                    .collect();
+                if missing.is_empty() {
+                    return;
+                }
+                // In the same transaction: noted if and only if it is ours.
+                let note = |column: &&str| {
+                    let (table, column) = (literal(table), literal(column));
+                    format!(
+                        "INSERT INTO standpipe.added_columns VALUES ({table}, {column}) ON CONFLICT DO NOTHING"
+                    )
+                };
+                let mut sql = vec![sql];
+                if catalogue.before.contains(table) {
+                    sql.extend(missing.iter().map(note));
+                }
+                let sql = sql.join(";\n");
+                let what = format!("{table}: add {}", missing.join(", "));
+                self.add(&what, lock(table, Lock::Moment), vec![Run::Transaction(sql)]);
+            }
+            Kind::Index { name, table, everywhere } => {
+                let whole = catalogue.indexes.get(&index_key(name, table));
+                if whole == Some(&true) || catalogue.before.contains(table) && !everywhere {
+                    return;
+                }
+                let mut runs = Vec::new();
+                if whole.is_some() {
+                    runs.push(drop_index(catalogue, name));
+                }
+                runs.push(if there(table) && !table.starts_with("standpipe.") {
+                    let plain = plain_index(statement);
+                    Run::Alone(plain.replacen("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1))
+                } else {
+                    Run::Transaction(plain_index(statement))
+                });
+                self.add(&format!("{table}: build index {name}"), lock(table, Lock::Beside), runs);
+            }
+            Kind::Other => self.add(&first_words(&sql), Lock::None, vec![Run::Transaction(sql)]),
+            Kind::Table(_) | Kind::Type(_) | Kind::Attribute { .. } => {}
+        }
+    }
+
+    /// Puts a plain index in the place of a unique one. First the new one: nobody is without an index for a moment.
+    fn replace(&mut self, catalogue: &Catalogue, index: &UniqueIndex) {
+        let UniqueIndex { name, quoted, table, definition, .. } = index;
+        let new = replacement_name(name);
+        let whole = catalogue.indexes.get(&new).copied();
+        let ours = whole.is_some() || index.equivalent.is_none();
+        let mut runs = vec![Run::Transaction(format!(
+            // An undo that was broken off had made the index again, and no constraint of it yet.
+            "INSERT INTO standpipe.replaced_indexes AS r VALUES ({}, {}, {}, ARRAY[{}], {}, {}, {})
+             ON CONFLICT (name) DO UPDATE SET
+                 table_name = excluded.table_name, definition = excluded.definition, keys = excluded.keys,
+                 predicate = excluded.predicate,
+                 constraint_words = coalesce(excluded.constraint_words, r.constraint_words),
+                 replacement = excluded.replacement",
+            literal(name),
+            literal(table),
+            literal(definition),
+            index.keys.iter().map(|key| literal(key)).collect::<Vec<_>>().join(", "),
+            index.predicate.as_deref().map_or("NULL".to_owned(), literal),
+            index.constraint.as_deref().map_or("NULL".to_owned(), literal),
+            if ours { literal(&new) } else { "NULL".to_owned() },
+        ))];
+        if whole == Some(false) {
+            runs.push(drop_index(catalogue, &new));
+        }
+        if ours && whole != Some(true) {
+            let on = definition
+                .strip_prefix(&format!("CREATE UNIQUE INDEX {quoted} ON "))
+                .unwrap_or_default()
+                .replace(" NULLS NOT DISTINCT", "");
+            runs.push(Run::Alone(format!("CREATE INDEX CONCURRENTLY {} ON {on}", identifier(&new))));
+        }
+        let by = if ours { format!("by the plain {new}") } else { "(there is a plain one)".to_owned() };
+        let (what, lock) = if index.constraint.is_some() {
+            runs.push(Run::Transaction(format!(
+                "ALTER TABLE {}.{} DROP CONSTRAINT IF EXISTS {quoted}",
+                identifier(&catalogue.schema),
+                identifier(table)
+            )));
+            (
+                format!("{table}: replace the unique constraint {name} {by}"),
+                Lock::BesideThenMoment(table.clone()),
             )
-            .await?;
-        transaction.commit().await?;
-        done.push("functions".to_owned());
+        } else {
+            runs.push(drop_index(catalogue, name));
+            (format!("{table}: replace the unique index {name} {by}"), Lock::Beside(table.clone()))
+        };
+        self.add(&what, lock, runs);
     }
-    Ok(done)
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for warning in &self.warnings {
+            writeln!(f, "mind: {warning}")?;
+        }
+        if self.steps.is_empty() {
+            return write!(f, "nothing to do");
+        }
+        write!(f, "{} steps, in this order:", self.steps.len())?;
+        for (index, step) in self.steps.iter().enumerate() {
+            write!(f, "\n  {:>2}  {}\n      {}", index + 1, step.what, step.lock)?;
+        }
+        Ok(())
+    }
+}
+
+/// All functions, and the note which they are.
+fn functions() -> String {
+    format!(
+        "{};\nINSERT INTO standpipe.migrations (version, name) VALUES (0, '{}')
+         ON CONFLICT (version) DO UPDATE SET name = excluded.name, applied_at = now()",
+        FUNCTIONS.join("\n"),
+        fingerprint()
+    )
+}
+
+fn note_version(version: i32, name: &str) -> String {
+    format!(
+        "INSERT INTO standpipe.migrations (version, name) VALUES ({version}, {}) ON CONFLICT (version) DO NOTHING",
+        literal(name)
+    )
+}
+
+/// The statement, in a form that may be part of a transaction.
+fn plain_index(statement: &Statement) -> String {
+    statement.sql.replacen("CREATE INDEX CONCURRENTLY", "CREATE INDEX", 1)
+}
+
+fn drop_index(catalogue: &Catalogue, name: &str) -> Run {
+    Run::Alone(format!(
+        "DROP INDEX CONCURRENTLY IF EXISTS {}.{}",
+        identifier(&catalogue.schema),
+        identifier(name)
+    ))
+}
+
+/// What [`Catalogue::indexes`] calls it.
+fn index_key(name: &str, table: &str) -> String {
+    if table.starts_with("standpipe.") { format!("standpipe.{name}") } else { name.to_owned() }
+}
+
+/// `unique_like_user_post` becomes `standpipe_like_user_post`.
+fn replacement_name(name: &str) -> String {
+    let new = format!("standpipe_{}", name.strip_prefix("unique_").unwrap_or(name));
+    // PostgreSQL cuts names at 63 bytes.
+    if new.len() <= 63 { new } else { format!("standpipe_{}", hash(name.bytes())) }
+}
+
+fn first_words(sql: &str) -> String {
+    sql.split_whitespace().take(6).collect::<Vec<_>>().join(" ")
+}
+
+fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn literal(text: &str) -> String {
+    // Standard-conforming strings: a backslash is itself.
+    format!("'{}'", text.replace('\'', "''"))
 }
 
 fn newer(version: i32) -> StoreError {
@@ -170,10 +545,15 @@ fn newer(version: i32) -> StoreError {
     )
 }
 
-/// A hash of all the functions' texts (FNV-1a: it needs to be stable, not strong).
+/// A hash of all the functions' texts.
 fn fingerprint() -> String {
+    hash(FUNCTIONS.iter().flat_map(|sql| sql.bytes()))
+}
+
+/// FNV-1a: it needs to be stable, not strong.
+fn hash(bytes: impl Iterator<Item = u8>) -> String {
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
-    for byte in FUNCTIONS.iter().flat_map(|sql| sql.bytes()) {
+    for byte in bytes {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
     format!("{hash:016x}")

@@ -3,6 +3,9 @@
 pub mod audit;
 mod known;
 pub mod migrate;
+pub mod purge;
+pub mod takeover;
+pub mod tls;
 pub mod tombstones;
 mod types;
 pub mod verdict;
@@ -16,7 +19,6 @@ use deadpool_postgres::{
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
 use tokio_postgres::Error;
-use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::config::Config;
 use crate::crash::{self, Point};
@@ -123,10 +125,10 @@ impl Store {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let url = config.database_url.as_ref().ok_or_else(|| anyhow::anyhow!("DATABASE_URL is not set"))?;
         let statement_timeout = config.db_statement_timeout.as_millis();
-        let options = connect_options(url.expose(), statement_timeout)?;
+        let options = connect_options(&url.for_driver(), statement_timeout, config.notifications)?;
         let manager = Manager::from_config(
             options,
-            tls(),
+            tls::connector(config)?,
             ManagerConfig {
                 // A connection in doubt is never given back, so that nothing has to be asked of one that is.
                 recycling_method: RecyclingMethod::Fast,
@@ -267,6 +269,33 @@ impl Session {
         results
     }
 
+    /// Applies events in one transaction: all of them or none. The outcomes stand in the order of the events.
+    ///
+    /// Nothing is durable before [`Session::flush`] has answered on this same connection.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
+    pub async fn apply_together(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
+        let call = Call::together(events, &self.known);
+        let row = self.in_time(self.client.query_one(&statement, &call.parameters())).await?;
+        let changed: Vec<bool> = row.get(0);
+        let mut rest = changed.as_slice();
+        let mut outcomes = Vec::with_capacity(events.len());
+        for event in events {
+            let (own, others) = rest.split_at_checked(event.ops.len()).ok_or_else(|| {
+                StoreError::new(
+                    Verdict::Halt,
+                    "standpipe.apply answered for fewer operations than it was given",
+                )
+            })?;
+            outcomes.push(outcome(event, own));
+            rest = others;
+        }
+        Ok(outcomes)
+    }
+
     /// Waits for an answer, but not for ever.
     async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
         match tokio::time::timeout(self.answer_limit, answer).await {
@@ -299,6 +328,13 @@ impl Session {
             }
         }
         if bad.is_empty() {
+            // What was refused may pass by now, because something newer has come that it gives way to.
+            let call = Call::new(event, &self.known, |_| true);
+            match self.in_time(self.client.query_one(&statement, &call.parameters())).await {
+                Ok(row) => return Ok(outcome(event, &row.get::<_, Vec<bool>>(0))),
+                Err(error) if error.verdict == Verdict::Reject => {}
+                Err(error) => return Err(error),
+            }
             // Each one passes alone, together they do not: none can be singled out.
             bad = (0..event.ops.len()).map(|index| (index, error.reject())).collect();
         }
@@ -344,16 +380,11 @@ fn outcome(event: &Event<'_>, changed: &[bool]) -> Outcome {
 }
 
 /// The driver's options from the operator's URL.
-fn connect_options(url: &str, statement_timeout: u128) -> anyhow::Result<tokio_postgres::Config> {
-    // The driver knows three of libpq's six words. With rustls the certificate is always verified.
-    let mut url = url.to_owned();
-    for (theirs, ours) in [
-        ("sslmode=verify-full", "sslmode=require"),
-        ("sslmode=verify-ca", "sslmode=require"),
-        ("sslmode=allow", "sslmode=prefer"),
-    ] {
-        url = url.replace(theirs, ours);
-    }
+fn connect_options(
+    url: &str,
+    statement_timeout: u128,
+    notifications: bool,
+) -> anyhow::Result<tokio_postgres::Config> {
     // The parser's error may quote what it could not read, a password among it.
     let mut options: tokio_postgres::Config = url.parse().map_err(|_| {
         anyhow::anyhow!("DATABASE_URL is not a connection string that the driver understands")
@@ -363,7 +394,9 @@ fn connect_options(url: &str, statement_timeout: u128) -> anyhow::Result<tokio_p
     let ours = format!(
         "-c statement_timeout={statement_timeout} -c lock_timeout=10000 \
          -c idle_in_transaction_session_timeout=60000 -c jit=off \
-         -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+         -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off \
+         -c standpipe.notifications={}",
+        if notifications { "on" } else { "off" }
     );
     let all = match options.get_options() {
         Some(theirs) => format!("{ours} {theirs}"),
@@ -378,12 +411,4 @@ fn connect_options(url: &str, statement_timeout: u128) -> anyhow::Result<tokio_p
         .keepalives_interval(Duration::from_secs(5))
         .keepalives_retries(3);
     Ok(options)
-}
-
-/// The machine's own certificates, so that a private authority that it trusts is trusted; else Mozilla's.
-fn tls() -> MakeRustlsConnect {
-    match MakeRustlsConnect::with_native_certs() {
-        Ok((connect, _)) => connect,
-        Err(_) => MakeRustlsConnect::with_webpki_roots(),
-    }
 }

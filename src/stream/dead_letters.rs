@@ -1,5 +1,6 @@
 //! What can never be applied, kept with everything needed to judge it and to apply it after a correction.
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use redis::aio::MultiplexedConnection;
@@ -170,6 +171,29 @@ pub async fn page(
     Ok(page.ids.iter().map(Letter::from_stream).collect())
 }
 
+/// A page of letters, the newest first, before the one with this id.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn page_before(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    before: Option<&str>,
+    count: usize,
+) -> RedisResult<Vec<Letter>> {
+    let from = before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
+    let page: StreamRangeReply = redis::cmd("XREVRANGE")
+        .arg(&keys.dead)
+        .arg(from)
+        .arg("-")
+        .arg("COUNT")
+        .arg(count)
+        .query_async(connection)
+        .await?;
+    Ok(page.ids.iter().map(Letter::from_stream).collect())
+}
+
 /// The id of the newest letter.
 ///
 /// # Errors
@@ -185,6 +209,38 @@ pub async fn newest(connection: &mut MultiplexedConnection, keys: &Keys) -> Redi
         .query_async(connection)
         .await?;
     Ok(found.ids.first().and_then(|letter| letter.id.parse().ok()))
+}
+
+/// How many letters have which reason, among the newest `count`.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn reasons(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    count: usize,
+) -> RedisResult<Vec<(String, u64)>> {
+    let mut reasons = BTreeMap::new();
+    let mut until = "+".to_owned();
+    let mut left = count;
+    while left > 0 {
+        let page: StreamRangeReply = redis::cmd("XREVRANGE")
+            .arg(&keys.dead)
+            .arg(&until)
+            .arg("-")
+            .arg("COUNT")
+            .arg(left.min(100))
+            .query_async(connection)
+            .await?;
+        let Some(last) = page.ids.last() else { break };
+        until = format!("({}", last.id);
+        left = left.saturating_sub(page.ids.len());
+        for letter in &page.ids {
+            *reasons.entry(letter.get::<String>("reason").unwrap_or_default()).or_default() += 1;
+        }
+    }
+    Ok(reasons.into_iter().collect())
 }
 
 /// The letter with this id.
@@ -212,7 +268,7 @@ pub async fn remove(
     keys: &Keys,
     letter: &Letter,
 ) -> RedisResult<bool> {
-    REPLACE.key(&keys.dead).key(bytes_key(keys)).arg(&letter.id).invoke_async(connection).await
+    REPLACE.key(&keys.dead).key(keys.dead_bytes()).arg(&letter.id).invoke_async(connection).await
 }
 
 /// Notes that another attempt at a letter failed, and why.
@@ -227,15 +283,11 @@ pub async fn tried_again(
     reject: &Reject,
 ) -> RedisResult<bool> {
     let mut invocation = REPLACE.prepare_invoke();
-    invocation.key(&keys.dead).key(bytes_key(keys)).arg(&letter.id);
+    invocation.key(&keys.dead).key(keys.dead_bytes()).arg(&letter.id);
     for (name, value) in letter.tried(reject, jiff::Timestamp::now().to_string()).fields() {
         invocation.arg(name).arg(value);
     }
     invocation.invoke_async(connection).await
-}
-
-fn bytes_key(keys: &Keys) -> String {
-    format!("{}:bytes", keys.dead)
 }
 
 /// Acknowledges an entry and keeps its bad operations, in one transaction.
@@ -254,7 +306,7 @@ pub async fn bury(
     invocation
         .key(&keys.stream)
         .key(&keys.dead)
-        .key(bytes_key(keys))
+        .key(keys.dead_bytes())
         .arg(&keys.group)
         .arg(entry.id.to_string())
         .arg(budget);

@@ -1,5 +1,6 @@
 //! The consumer group: created in one place, read, acknowledged, taken over.
 
+use std::collections::HashMap;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -7,9 +8,12 @@ use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue as _, ParsingError, RedisError, RedisResult, Script, Value};
 use serde::{Deserialize, Serialize};
 
-use super::entry::Batch;
+use super::entry::{Batch, Entry};
 use super::{BLOCK, Keys};
 use crate::event::EntryId;
+
+/// A consumer of another program that has been idle for longer, and holds nothing, is gone.
+const OTHERS_IDLE: Duration = Duration::from_mins(10);
 
 static KEEP_FRESH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("keep_fresh.lua")));
 static GONE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("gone.lua")));
@@ -292,9 +296,7 @@ pub async fn active(
     let consumers = match consumers(connection, keys).await {
         Ok(consumers) => consumers,
         // No stream or no group: no consumers.
-        Err(error) if super::is_nogroup(&error) || error.to_string().contains("no such key") => {
-            return Ok(None);
-        }
+        Err(error) if super::is_nogroup(&error) => return Ok(None),
         Err(error) => return Err(error),
     };
     let active = consumers
@@ -327,6 +329,115 @@ pub async fn consumers(
             idle_seconds: consumer.idle as f64 / 1000.0,
         })
         .collect())
+}
+
+/// Whether a consumer of the group belongs to another program: it works, or holds entries, and no process of ours has
+/// the lease of its name.
+///
+/// # Errors
+///
+/// Redis cannot be reached, or there is no such group.
+pub async fn has_others(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<bool> {
+    let mut asked: HashMap<String, bool> = HashMap::new();
+    for consumer in consumers(connection, keys).await? {
+        if consumer.pending == 0 && consumer.idle_seconds > OTHERS_IDLE.as_secs_f64() {
+            continue;
+        }
+        let Some((id, _)) = consumer.name.rsplit_once('-') else { return Ok(true) };
+        let ours = match asked.get(id) {
+            Some(ours) => *ours,
+            None => redis::cmd("EXISTS").arg(keys.lease_of(id)).query_async(connection).await?,
+        };
+        if !ours {
+            return Ok(true);
+        }
+        asked.insert(id.to_owned(), ours);
+    }
+    Ok(false)
+}
+
+/// The newest entry that was delivered to anybody in the group.
+///
+/// # Errors
+///
+/// As for [`has_others`].
+pub async fn last_delivered(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<EntryId> {
+    let reply: redis::streams::StreamInfoGroupsReply =
+        redis::cmd("XINFO").arg("GROUPS").arg(&keys.stream).query_async(connection).await?;
+    let own = reply.groups.into_iter().find(|group| group.name == keys.group);
+    Ok(own.and_then(|group| group.last_delivered_id.parse().ok()).unwrap_or_default())
+}
+
+/// The oldest entry that was delivered and not acknowledged; `None` when everything is.
+///
+/// # Errors
+///
+/// As for [`has_others`].
+pub async fn first_pending(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+) -> RedisResult<Option<EntryId>> {
+    let reply: (u64, Option<String>, Value, Value) =
+        redis::cmd("XPENDING").arg(&keys.stream).arg(&keys.group).query_async(connection).await?;
+    Ok(reply.1.and_then(|id| id.parse().ok()))
+}
+
+/// An entry that was delivered and not acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// Its id.
+    pub id: String,
+    /// Who got it.
+    pub consumer: String,
+    /// How long ago it was delivered, or kept fresh.
+    pub idle: Duration,
+}
+
+/// The oldest of the entries that were delivered and not acknowledged.
+///
+/// # Errors
+///
+/// As for [`has_others`].
+pub async fn pending(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    count: usize,
+) -> RedisResult<Vec<Pending>> {
+    let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
+        .arg(&keys.stream)
+        .arg(&keys.group)
+        .arg("-")
+        .arg("+")
+        .arg(count)
+        .query_async(connection)
+        .await?;
+    let entry = |(id, consumer, idle, _)| Pending { id, consumer, idle: Duration::from_millis(idle) };
+    Ok(reply.into_iter().map(entry).collect())
+}
+
+/// Entries of the stream, whoever got them: those after `after`, up to and with `until`.
+///
+/// # Errors
+///
+/// Redis cannot be reached or refuses.
+pub async fn range(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    after: EntryId,
+    until: EntryId,
+    count: usize,
+) -> RedisResult<Vec<Entry>> {
+    let reply: Value = redis::cmd("XRANGE")
+        .arg(&keys.stream)
+        .arg(format!("({after}"))
+        .arg(until.to_string())
+        .arg("COUNT")
+        .arg(count)
+        .query_async(connection)
+        .await?;
+    let mut batch = Batch::default();
+    batch.extend(reply)?;
+    Ok(batch.entries)
 }
 
 #[cfg(test)]

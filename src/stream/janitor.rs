@@ -97,6 +97,9 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .await
 }
 
+/// What the script answers, in its order.
+type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64);
+
 impl FromRedisValue for Look {
     fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
         let Value::Array(fields) = value else {
@@ -105,7 +108,6 @@ impl FromRedisValue for Look {
         if fields.is_empty() {
             return Ok(Self::default());
         }
-        type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64);
         let (
             length,
             group,

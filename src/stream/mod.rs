@@ -6,15 +6,17 @@ pub mod entry;
 pub mod group;
 pub mod janitor;
 pub mod lease;
+pub mod legacy;
+pub mod rights;
 
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
-use redis::{AsyncConnectionConfig, IntoConnectionInfo, RedisError};
+use redis::{AsyncConnectionConfig, ConnectionAddr, IntoConnectionInfo, RedisError, TlsCertificates};
 
-use crate::config::Config;
+use crate::config::{CaFile, Config};
 
 /// How long one XREADGROUP waits for entries; also how long a stop may have to wait for a quiet pipeline.
 pub const BLOCK: Duration = Duration::from_secs(1);
@@ -59,15 +61,46 @@ impl Keys {
             start: format!("{}:start", config.cursor_key),
             watch: format!("{}:watch", config.cursor_key),
             lease: format!("{}:lease", config.cursor_key),
-            consumer_lease: format!(
-                "{}:{}:{}:lease",
-                config.stream_key, config.consumer_group, config.consumer_id
-            ),
+            consumer_lease: lease_key(&config.stream_key, &config.consumer_group, &config.consumer_id),
             lost: format!("{}:lost", config.stream_key),
             dead: config.dead_letter_key(),
             group: config.consumer_group.clone(),
         }
     }
+
+    /// The room that the dead letters take.
+    #[must_use]
+    pub fn dead_bytes(&self) -> String {
+        format!("{}:bytes", self.dead)
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<String> {
+        let named = [
+            &self.stream,
+            &self.cursor,
+            &self.relay,
+            &self.acked,
+            &self.start,
+            &self.watch,
+            &self.lease,
+            &self.consumer_lease,
+            &self.lost,
+            &self.dead,
+        ];
+        named.into_iter().cloned().chain([self.dead_bytes()]).collect()
+    }
+
+    /// The lease on the consumer names of a process with this `CONSUMER_ID`.
+    #[must_use]
+    pub fn lease_of(&self, consumer_id: &str) -> String {
+        lease_key(&self.stream, &self.group, consumer_id)
+    }
+}
+
+fn lease_key(stream: &str, group: &str, consumer_id: &str) -> String {
+    format!("{stream}:{group}:{consumer_id}:lease")
 }
 
 /// Opens connections. Every holder has its own: a blocking read holds up everything behind it.
@@ -77,12 +110,25 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// Prepares to connect; nothing is sent yet.
+    /// Prepares to connect to `REDIS_URL`, trusting `REDIS_CA_FILE`; nothing is sent yet.
+    ///
+    /// # Errors
+    ///
+    /// The URL is not one that the client understands.
+    pub fn open(config: &Config) -> Result<Self, RedisError> {
+        Self::with(config.redis_url.expose(), config.redis_ca.as_ref().map(CaFile::pem))
+    }
+
+    /// As [`Redis::open`], for a server of our own.
     ///
     /// # Errors
     ///
     /// The URL is not one that the client understands.
     pub fn new(url: &str) -> Result<Self, RedisError> {
+        Self::with(url, None)
+    }
+
+    fn with(url: &str, ca: Option<&[u8]>) -> Result<Self, RedisError> {
         // The client's defaults would wait two hours for a peer that went away without a word.
         let tcp = TcpSettings::default()
             .set_nodelay(true)
@@ -94,7 +140,14 @@ impl Redis {
             )
             .set_user_timeout(Duration::from_secs(20));
         let info = url.into_connection_info()?.set_tcp_settings(tcp);
-        Ok(Self { client: redis::Client::open(info)? })
+        let client = match ca {
+            Some(pem) if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) => {
+                let trusted = TlsCertificates { client_tls: None, root_cert: Some(pem.to_vec()) };
+                redis::Client::build_with_tls(info, trusted)?
+            }
+            _ => redis::Client::open(info)?,
+        };
+        Ok(Self { client })
     }
 
     /// A connection whose answers may take [`BLOCK`] and then some.
@@ -114,13 +167,14 @@ impl Redis {
     }
 }
 
-/// Whether the error says that the group, or the stream with it, is gone.
+/// Whether the error says that the group, or the stream with it, is not there.
 #[must_use]
 pub fn is_nogroup(error: &RedisError) -> bool {
     // A reader that was blocked while the key was deleted is told so in words of its own.
     error.code() == Some("NOGROUP")
         || error.code() == Some("UNBLOCKED")
         || error.to_string().contains("the stream key no longer exists")
+        || error.to_string().contains("no such key")
 }
 
 /// The increasing, jittered pauses between attempts: 100 ms to 5 s. Endless.

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use standpipe::relay::simulate::{self, Counters, Network, NetworkOptions, RelayOptions, Source};
+use standpipe::store::purge;
 use tokio::net::TcpListener;
 use tokio::sync::OnceCell;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -310,6 +311,7 @@ impl Chain {
     /// no dead letters.
     pub async fn ends_like_an_undisturbed_run(&self) {
         self.finished().await;
+        purged(&self.database).await;
         let end = EndState::of(&self.database).await;
         end.assert_is(&*undisturbed(&self.relay.network).await);
         let audit = self.audit(&[]).await;
@@ -323,6 +325,18 @@ impl Chain {
         let arguments: Vec<&str> = ["audit"].iter().chain(options).copied().collect();
         Standpipe::run(&arguments, &self.variables(), RUN).await
     }
+}
+
+/// Waits until nothing is left of what deleted accounts had written. Takes part in the work: the program may have ended.
+pub async fn purged(database: &str) {
+    let client = super::connect(database).await;
+    wait_for("the deleted accounts to be purged", RUN, async || {
+        while let Some(deletion) = purge::next(&client).await.map_err(|error| error.to_string())? {
+            purge::purge(&client, &deletion).await.map_err(|error| error.to_string())?;
+        }
+        Ok::<(), String>(())
+    })
+    .await;
 }
 
 /// What a database holds, apart from what depends on the time of arrival: columns that the clock or a sequence fills,
@@ -414,6 +428,7 @@ pub async fn undisturbed(network: &NetworkOptions) -> Arc<EndState> {
         let chain = Chain::start(network, None).await;
         let mut program = Program::start("run", &chain.variables()).await;
         chain.finished().await;
+        purged(&chain.database).await;
         let state = EndState::of(&chain.database).await;
         assert!(state.rows() as u64 > network.events / 2, "only {} rows", state.rows());
         program.signal(super::Signal::Term);

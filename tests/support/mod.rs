@@ -3,14 +3,18 @@
 
 #![allow(dead_code, unused_imports, reason = "every test binary uses its own part of this module")]
 
+pub mod browser;
 pub mod chain;
 pub mod gate;
 mod http;
 pub mod model;
+pub mod old_database;
+pub mod old_worker;
 mod program;
 mod proxy;
 mod servers;
 mod sql;
+pub mod traffic;
 mod wait;
 
 pub use http::http_get;

@@ -112,6 +112,10 @@ const TABLES: &[(&str, &[(&str, Column)])] = &[
             ("root_cid", Text),
             ("embed", Json),
             ("facets", Json),
+            ("has_thread_gate", Bool),
+            ("has_post_gate", Bool),
+            ("violates_thread_gate", Bool),
+            ("violates_embedding_rules", Bool),
             ("created_at", Time),
             ("commit_rev", Text),
             ("commit_seq", Text),
@@ -150,6 +154,153 @@ const TABLES: &[(&str, &[(&str, Column)])] = &[
             ("created_at", Time),
             ("commit_rev", Text),
             ("commit_seq", Text),
+        ],
+    ),
+    (
+        "lists",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("creator_did", Text),
+            ("name", Text),
+            ("purpose", Text),
+            ("description", Text),
+            ("avatar_url", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "list_items",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("list_uri", Text),
+            ("subject_did", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "list_blocks",
+        &[
+            ("uri", Text),
+            ("blocker_did", Text),
+            ("list_uri", Text),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "starter_packs",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("creator_did", Text),
+            ("name", Text),
+            ("description", Text),
+            ("list_uri", Text),
+            ("feeds", Json),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "feed_generators",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("creator_did", Text),
+            ("did", Text),
+            ("display_name", Text),
+            ("description", Text),
+            ("avatar_url", Text),
+            ("like_count", Int),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "labeler_services",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("creator_did", Text),
+            ("policies", Json),
+            ("like_count", Int),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "labels",
+        &[
+            ("uri", Text),
+            ("src", Text),
+            ("subject", Text),
+            ("val", Text),
+            ("neg", Bool),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "verifications",
+        &[
+            ("uri", Text),
+            ("cid", Text),
+            ("subject_did", Text),
+            ("handle", Text),
+            ("verified_at", Time),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "thread_gates",
+        &[
+            ("post_uri", Text),
+            ("owner_did", Text),
+            ("allow_mentions", Bool),
+            ("allow_following", Bool),
+            ("allow_list_members", Bool),
+            ("allow_list_uris", Json),
+            ("allow", Json),
+            ("hidden_replies", Json),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "post_gates",
+        &[
+            ("post_uri", Text),
+            ("embedding_rules", Json),
+            ("created_at", Time),
+            ("commit_rev", Text),
+            ("commit_seq", Text),
+        ],
+    ),
+    (
+        "notifications",
+        &[
+            ("uri", Text),
+            ("recipient_did", Text),
+            ("author_did", Text),
+            ("reason", Text),
+            ("reason_subject", Text),
+            ("cid", Text),
+            ("is_read", Bool),
+            ("created_at", Time),
         ],
     ),
     (
@@ -260,22 +411,35 @@ pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
     for write in records.values().flatten() {
         // A post that anything ever referred to has its counters, also when what referred to it came too late.
         counters.posts.extend(referred_posts(write));
-        if let (Some(put), "app.bsky.graph.follow" | "app.bsky.graph.block") = (&write.put, write.collection)
+        if let (Some(put), "app.bsky.graph.follow" | "app.bsky.graph.block" | "app.bsky.graph.listitem") =
+            (&write.put, write.collection)
         {
             accounts.insert(put.record["subject"].as_str().unwrap().to_owned());
         }
     }
+    let deletions = deletions(&events);
     let mut profiles = BTreeMap::new();
     for writes in records.values() {
         let write = newest(writes, |one, other| newer(one.version, other.version));
         let Some(put) = &write.put else { continue };
+        if deletions.get(write.repo).is_some_and(|deletion| deletion.takes(write.version)) {
+            continue;
+        }
         if write.collection == "app.bsky.actor.profile" && write.uri.ends_with("/self") {
             profiles.insert(write.repo.to_owned(), put.record.clone());
+            label_self(&mut tables, write, put);
             continue;
         }
         store(&mut tables, &mut counters, write, put);
+        notify(tables.rows_mut("notifications"), write, put);
     }
     counters.store(tables.rows_mut("post_aggregations"));
+    for table in ["feed_generators", "labeler_services"] {
+        for (uri, row) in tables.0.get_mut(table).unwrap() {
+            row.insert("like_count", json!(counters.count(uri, "like_count")));
+        }
+    }
+    judge(&mut tables);
 
     for event in &events {
         accounts.insert(about(event).to_owned());
@@ -341,7 +505,17 @@ fn writes(event: &Event) -> Vec<Write<'_>> {
             }
             let put = match op.action.as_str() {
                 "delete" => None,
-                "create" | "update" => Some(checked(op, collection, &event.version)?),
+                "create" | "update" => {
+                    // A gate belongs to the post under its own key. One for another post says nothing.
+                    let its_post = format!("at://{repo}/app.bsky.feed.post/{rkey}");
+                    let post = op.record["post"].as_str();
+                    let is_gate = matches!(collection, THREAD_GATE | POST_GATE);
+                    if is_gate && post.is_some_and(|post| post.replace('\0', "") != its_post) {
+                        None
+                    } else {
+                        Some(checked(op, collection, &event.version)?)
+                    }
+                }
                 _ => return None,
             };
             Some(Write { version: &event.version, repo, collection, uri: format!("at://{repo}/{path}"), put })
@@ -369,13 +543,57 @@ fn checked(op: &Op, collection: &str, version: &Version) -> Option<Put> {
                 value.is_null() || value.is_string()
             })
         }
+        "app.bsky.graph.list" => {
+            op.cid.is_some()
+                && ["name", "purpose"].iter().all(|name| or_null(&record, name).is_string())
+                && is_text_or_none(&record, "description")
+        }
+        "app.bsky.graph.listitem" => {
+            op.cid.is_some() && is_did(record.get("subject")?) && is_at_uri(record.get("list")?)
+        }
+        "app.bsky.graph.listblock" => is_at_uri(record.get("subject")?),
+        "app.bsky.graph.starterpack" => {
+            op.cid.is_some()
+                && record.get("name")?.is_string()
+                && is_at_uri(record.get("list")?)
+                && is_text_or_none(&record, "description")
+                && is_list_or_none(&record, "feeds")
+        }
+        "app.bsky.feed.generator" => {
+            op.cid.is_some()
+                && is_did(record.get("did")?)
+                && record.get("displayName")?.is_string()
+                && is_text_or_none(&record, "description")
+        }
+        "app.bsky.labeler.service" => op.cid.is_some() && record.get("policies")?.is_object(),
+        "com.atproto.label.label" => {
+            (is_did(record.get("uri")?) || is_at_uri(record.get("uri")?))
+                && record.get("val")?.is_string()
+                && (or_null(&record, "neg").is_null() || or_null(&record, "neg").is_boolean())
+        }
+        "app.bsky.graph.verification" => {
+            op.cid.is_some() && is_did(record.get("subject")?) && record.get("handle")?.is_string()
+        }
+        THREAD_GATE | POST_GATE => {
+            record.get("post")?.is_string()
+                && (collection == POST_GATE
+                    || ["allow", "hiddenReplies"].iter().all(|name| is_list_or_none(&record, name)))
+                && (collection == THREAD_GATE
+                    || ["embeddingRules", "detachedEmbeddingUris"]
+                        .iter()
+                        .all(|name| is_list_or_none(&record, name)))
+        }
         _ => op.cid.is_some(),
     };
     let committed = match &version.rev {
         Some(rev) => tid_micros(rev).unwrap(),
         None => i64::try_from(version.id.0).unwrap() * 1000,
     };
-    let created_at = record.get("createdAt").and_then(Value::as_str).and_then(micros_of).unwrap_or(committed);
+    let dated = match collection {
+        "com.atproto.label.label" if !or_null(&record, "cts").is_null() => "cts",
+        _ => "createdAt",
+    };
+    let created_at = record.get(dated).and_then(Value::as_str).and_then(micros_of).unwrap_or(committed);
     good.then(|| Put { cid: op.cid.clone(), record, committed, created_at })
 }
 
@@ -419,6 +637,8 @@ fn referred_posts(write: &Write<'_>) -> Vec<String> {
         "app.bsky.feed.like" | "app.bsky.feed.repost" | "app.bsky.bookmark" => {
             subject().into_iter().collect()
         }
+        // Their own counter is theirs from the beginning.
+        "app.bsky.feed.generator" | "app.bsky.labeler.service" => vec![write.uri.clone()],
         "app.bsky.feed.post" => [write.uri.clone()]
             .into_iter()
             .chain(put.record.get("reply").and_then(|reply| strong_ref(&reply["parent"])).map(|(uri, _)| uri))
@@ -464,6 +684,7 @@ fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &
             ]);
             versioned(&mut row);
             insert(tables.rows_mut("posts"), "uri", uri.clone(), row);
+            label_self(tables, write, put);
             let item = Row::from([
                 ("post_uri", json!(uri)),
                 ("originator_did", json!(write.repo)),
@@ -524,6 +745,95 @@ fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &
             versioned(&mut row);
             insert(tables.rows_mut(table), "uri", uri.clone(), row);
         }
+        THREAD_GATE => {
+            let allow = or_null(record, "allow");
+            let has = |rule: &str| json!(allow.is_null() || !rules(&allow, rule).is_empty());
+            let lists: Vec<&Value> = rules(&allow, "app.bsky.feed.threadgate#listRule")
+                .iter()
+                .map(|rule| &rule["list"])
+                .filter(|list| list.is_string())
+                .collect();
+            let mut row = Row::from([
+                ("owner_did", json!(write.repo)),
+                ("allow_mentions", has("app.bsky.feed.threadgate#mentionRule")),
+                ("allow_following", has("app.bsky.feed.threadgate#followingRule")),
+                ("allow_list_members", has("app.bsky.feed.threadgate#listRule")),
+                ("allow_list_uris", json!(lists)),
+                ("hidden_replies", or_null(record, "hiddenReplies")),
+            ]);
+            row.insert("allow", allow);
+            versioned(&mut row);
+            insert(tables.rows_mut("thread_gates"), "post_uri", gated_post(uri), row);
+        }
+        POST_GATE => {
+            let list = |name: &str| match or_null(record, name) {
+                Value::Null => json!([]),
+                list => list,
+            };
+            let rules = json!({"embeddingRules": list("embeddingRules"),
+                "detachedEmbeddingUris": list("detachedEmbeddingUris")});
+            let mut row = Row::from([("embedding_rules", rules)]);
+            versioned(&mut row);
+            insert(tables.rows_mut("post_gates"), "post_uri", gated_post(uri), row);
+        }
+        collection if TABLE_OF.iter().any(|(name, _)| *name == collection) => {
+            let (_, table) = TABLE_OF.iter().find(|(name, _)| *name == collection).unwrap();
+            let field = |name: &str| or_null(record, name);
+            let mut row = match *table {
+                "lists" => Row::from([
+                    ("creator_did", json!(write.repo)),
+                    ("name", field("name")),
+                    ("purpose", field("purpose")),
+                    ("description", field("description")),
+                    ("avatar_url", blob_cid(&field("avatar"))),
+                ]),
+                "list_items" => Row::from([("list_uri", field("list")), ("subject_did", field("subject"))]),
+                "list_blocks" => {
+                    Row::from([("blocker_did", json!(write.repo)), ("list_uri", field("subject"))])
+                }
+                "starter_packs" => Row::from([
+                    ("creator_did", json!(write.repo)),
+                    ("name", field("name")),
+                    ("description", field("description")),
+                    ("list_uri", field("list")),
+                    (
+                        "feeds",
+                        items(&field("feeds"))
+                            .iter()
+                            .map(|feed| feed["uri"].clone())
+                            .filter(Value::is_string)
+                            .collect(),
+                    ),
+                ]),
+                "feed_generators" => Row::from([
+                    ("creator_did", json!(write.repo)),
+                    ("did", field("did")),
+                    ("display_name", field("displayName")),
+                    ("description", field("description")),
+                    ("avatar_url", blob_cid(&field("avatar"))),
+                ]),
+                "labeler_services" => {
+                    Row::from([("creator_did", json!(write.repo)), ("policies", field("policies"))])
+                }
+                "labels" => Row::from([
+                    // Whatever the record says: it is the repository's owner who says it.
+                    ("src", json!(write.repo)),
+                    ("subject", field("uri")),
+                    ("val", field("val")),
+                    ("neg", json!(field("neg") == json!(true))),
+                ]),
+                _ => Row::from([
+                    ("subject_did", field("subject")),
+                    ("handle", field("handle")),
+                    ("verified_at", json!(created)),
+                ]),
+            };
+            if !matches!(*table, "list_blocks" | "labels") {
+                row.insert("cid", json!(cid));
+            }
+            versioned(&mut row);
+            insert(tables.rows_mut(table), "uri", uri.clone(), row);
+        }
         collection => {
             let record_type = record.get("$type").and_then(Value::as_str).filter(|name| !name.is_empty());
             let mut row = Row::from([
@@ -535,6 +845,190 @@ fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &
             versioned(&mut row);
             insert(tables.rows_mut("generic_records"), "uri", uri.clone(), row);
         }
+    }
+}
+
+const THREAD_GATE: &str = "app.bsky.feed.threadgate";
+const POST_GATE: &str = "app.bsky.feed.postgate";
+
+/// Collections whose rows say what their records say.
+const TABLE_OF: &[(&str, &str)] = &[
+    ("app.bsky.graph.list", "lists"),
+    ("app.bsky.graph.listitem", "list_items"),
+    ("app.bsky.graph.listblock", "list_blocks"),
+    ("app.bsky.graph.starterpack", "starter_packs"),
+    ("app.bsky.feed.generator", "feed_generators"),
+    ("app.bsky.labeler.service", "labeler_services"),
+    ("com.atproto.label.label", "labels"),
+    ("app.bsky.graph.verification", "verifications"),
+];
+
+fn is_did(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| text.starts_with("did:"))
+}
+
+fn is_at_uri(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| text.starts_with("at://"))
+}
+
+fn is_text_or_none(record: &Map<String, Value>, name: &str) -> bool {
+    matches!(or_null(record, name), Value::Null | Value::String(_))
+}
+
+fn is_list_or_none(record: &Map<String, Value>, name: &str) -> bool {
+    matches!(or_null(record, name), Value::Null | Value::Array(_))
+}
+
+/// The items of a list; none of what is no list.
+fn items(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// The members of a list that have this type.
+fn rules<'a>(list: &'a Value, rule_type: &str) -> Vec<&'a Value> {
+    items(list).iter().filter(|rule| rule["$type"] == json!(rule_type)).collect()
+}
+
+/// The post that a gate is about.
+fn gated_post(gate: &str) -> String {
+    gate.replacen("/app.bsky.feed.threadgate/", "/app.bsky.feed.post/", 1).replacen(
+        "/app.bsky.feed.postgate/",
+        "/app.bsky.feed.post/",
+        1,
+    )
+}
+
+/// The part of an at:// URI that says whose it is.
+fn owner(uri: &str) -> &str {
+    uri.strip_prefix("at://").and_then(|rest| rest.split('/').next()).unwrap_or("")
+}
+
+/// What a post or profile says of itself.
+fn label_self(tables: &mut Tables, write: &Write<'_>, put: &Put) {
+    let labels = or_null(&put.record, "labels");
+    let known = labels["$type"].is_null() || labels["$type"] == json!("com.atproto.label.defs#selfLabels");
+    let mut values = Vec::new();
+    for value in items(&labels["values"]).iter().filter_map(|label| label["val"].as_str()) {
+        let length = value.chars().count();
+        let fits = length > 0 && length <= 128 && write.uri.len() + 7 + length <= 512;
+        if known && fits && !values.contains(&value) && values.len() < 10 {
+            values.push(value);
+        }
+    }
+    for value in values {
+        let row = Row::from([
+            ("src", json!(write.repo)),
+            ("subject", json!(write.uri)),
+            ("val", json!(value)),
+            ("neg", json!(false)),
+            ("created_at", json!(timestamp(put.created_at))),
+            ("commit_rev", json!(write.version.rev)),
+            ("commit_seq", json!(write.version.seq.map(|seq| seq.to_string()))),
+        ]);
+        insert(tables.rows_mut("labels"), "uri", format!("{}#label/{value}", write.uri), row);
+    }
+}
+
+/// The accounts that facets mention, in their order.
+fn mentioned(facets: &Value) -> Vec<&str> {
+    let mut dids = Vec::new();
+    for facet in items(facets) {
+        for mention in rules(&facet["features"], "app.bsky.richtext.facet#mention") {
+            if let Some(did) = mention["did"].as_str()
+                && did.starts_with("did:")
+                && !dids.contains(&did)
+            {
+                dids.push(did);
+            }
+        }
+    }
+    dids
+}
+
+/// Who is told of a live record.
+fn notify(rows: &mut Rows, write: &Write<'_>, put: &Put) {
+    let Put { cid, record, committed, created_at } = put;
+    let mut told: Vec<(String, String, String, Option<String>)> = Vec::new();
+    let mut tell = |ending: &str, whom: &str, reason: &str, about: Option<&str>| {
+        told.push((ending.to_owned(), whom.to_owned(), reason.to_owned(), about.map(str::to_owned)));
+    };
+    match write.collection {
+        "app.bsky.graph.follow" => tell("", record["subject"].as_str().unwrap(), "follow", None),
+        "app.bsky.feed.like" | "app.bsky.feed.repost" => {
+            let reason = write.collection.rsplit('.').next().unwrap();
+            let (subject, _) = strong_ref(&record["subject"]).unwrap();
+            tell("", owner(&subject), reason, Some(&subject));
+            let via = or_null(record, "via");
+            if let Some(via) = via["uri"].as_str()
+                && owner(via) != owner(&subject)
+            {
+                tell("/via-repost", owner(via), &format!("{reason}-via-repost"), Some(via));
+            }
+        }
+        "app.bsky.feed.post" => {
+            if let Some((parent, _)) = strong_ref(&or_null(record, "reply")["parent"]) {
+                tell("/reply", owner(&parent), "reply", Some(&write.uri));
+            }
+            if let Some((target, _)) = quoted(record) {
+                tell("/quote", owner(&target), "quote", Some(&write.uri));
+            }
+            for did in mentioned(&or_null(record, "facets")).into_iter().take(50) {
+                tell(&format!("/mention/{did}"), did, "mention", Some(&write.uri));
+            }
+        }
+        _ => {}
+    }
+    for (ending, whom, reason, about) in told {
+        let key = format!("{}#notification{ending}", write.uri);
+        let fits = key.len() <= 512 && about.as_ref().is_none_or(|about| about.chars().count() <= 512);
+        if whom.starts_with("did:") && whom != write.repo && fits {
+            let row = Row::from([
+                ("recipient_did", json!(whom)),
+                ("author_did", json!(write.repo)),
+                ("reason", json!(reason)),
+                ("reason_subject", json!(about)),
+                ("cid", json!(cid)),
+                ("is_read", json!(false)),
+                ("created_at", json!(timestamp(*created_at.min(committed)))),
+            ]);
+            insert(rows, "uri", key, row);
+        }
+    }
+}
+
+/// Sets the flags of the posts, which depend on gates and on other posts.
+fn judge(tables: &mut Tables) {
+    let posts = tables.rows("posts").clone();
+    let quotes = tables.rows("quotes").clone();
+    let (threads, embeds) = (tables.rows("thread_gates").clone(), tables.rows("post_gates").clone());
+    for (uri, row) in tables.rows_mut("posts") {
+        row.insert("has_thread_gate", json!(threads.contains_key(uri)));
+        row.insert("has_post_gate", json!(embeds.contains_key(uri)));
+        let author = row["author_did"].as_str().unwrap().to_owned();
+        let mut bad_reply = false;
+        if let Some(root) = row["root_uri"].as_str()
+            && let Some(gate) = threads.get(root)
+        {
+            let has = |rule: &str| !rules(&gate["allow"], &format!("{THREAD_GATE}#{rule}")).is_empty();
+            let let_in = gate["allow"].is_null()
+                || author == owner(root)
+                // Whether they let this author in is for the reader to find out.
+                || has("followerRule") || has("followingRule") || has("listRule")
+                || has("mentionRule")
+                    && posts.get(root).is_some_and(|root| mentioned(&root["facets"]).contains(&author.as_str()));
+            bad_reply = !let_in || items(&gate["hidden_replies"]).contains(&json!(uri));
+        }
+        row.insert("violates_thread_gate", json!(bad_reply));
+        let mut bad_quote = false;
+        if let Some(quote) = quotes.get(uri)
+            && let Some(gate) = quote["quoted_uri"].as_str().and_then(|target| embeds.get(target))
+        {
+            let said = &gate["embedding_rules"];
+            let disabled = !rules(&said["embeddingRules"], "app.bsky.feed.postgate#disableRule").is_empty();
+            bad_quote = disabled && author != owner(quote["quoted_uri"].as_str().unwrap())
+                || items(&said["detachedEmbeddingUris"]).contains(&json!(uri));
+        }
+        row.insert("violates_embedding_rules", json!(bad_quote));
     }
 }
 
@@ -550,12 +1044,15 @@ impl Counters {
         self.sets.entry((post, counter)).or_default().insert(who.to_owned());
     }
 
+    fn count(&self, post: &str, counter: &'static str) -> usize {
+        self.sets.get(&(post.to_owned(), counter)).map_or(0, BTreeSet::len)
+    }
+
     fn store(&self, rows: &mut Rows) {
         const NAMES: [&str; 5] =
             ["like_count", "repost_count", "reply_count", "bookmark_count", "quote_count"];
         for post in &self.posts {
-            let count = |name| self.sets.get(&(post.clone(), name)).map_or(0, BTreeSet::len);
-            let row = NAMES.into_iter().map(|name| (name, json!(count(name)))).collect();
+            let row = NAMES.into_iter().map(|name| (name, json!(self.count(post, name)))).collect();
             insert(rows, "post_uri", post.clone(), row);
         }
     }
@@ -627,6 +1124,38 @@ fn statuses<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, (bool, Option<String>
             (did, (*active, status.map(str::to_owned)))
         })
         .collect()
+}
+
+/// The newest deletion of an account, by its number and by its time.
+struct Deletion {
+    seq: Option<i64>,
+    micros: i64,
+}
+
+impl Deletion {
+    /// Whether something was written before it.
+    fn takes(&self, version: &Version) -> bool {
+        if let (Some(seq), Some(deleted)) = (version.seq, self.seq) {
+            return seq < deleted;
+        }
+        let entry = i64::try_from(version.id.0).unwrap() * 1000;
+        version.rev.as_deref().and_then(tid_micros).unwrap_or(entry) <= self.micros
+    }
+}
+
+fn deletions<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, Deletion> {
+    let mut all: BTreeMap<&str, Deletion> = BTreeMap::new();
+    for event in events {
+        let Kind::Account { did, active: false, status: Some(status), time } = &event.kind else { continue };
+        if status == "deleted" {
+            let entry = i64::try_from(event.version.id.0).unwrap() * 1000;
+            let micros = time.as_deref().and_then(micros_of).unwrap_or(entry);
+            let newest = all.entry(did).or_insert(Deletion { seq: None, micros });
+            newest.seq = newest.seq.max(event.version.seq);
+            newest.micros = newest.micros.max(micros);
+        }
+    }
+    all
 }
 
 fn blob_cid(blob: &Value) -> Value {

@@ -1,0 +1,116 @@
+-- Notifications are a function of the record that causes them: the account to be told is the authority of the URI that
+-- the record points at, or a DID that it names, and nobody is told of what they did themselves. Whether that account or
+-- what the record points at is known here does not matter.
+--
+-- They belong to the record's repository, whose lock the caller has: no two transactions write the same one. Their keys
+-- are the record's URI with an ending, so that those of a row that goes are known without looking for them.
+--
+-- Where standpipe.notifications is off, the table belongs to somebody else.
+
+-- replaces: an older version of the record may have left a notification under this key.
+CREATE OR REPLACE FUNCTION standpipe.notify(
+    o standpipe.op, ending text, recipient text, why text, about text, replaces boolean
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    key text := o.uri || '#notification' || ending;
+BEGIN
+    IF current_setting('standpipe.notifications', true) = 'off' THEN
+        RETURN;
+    END IF;
+    -- What the columns cannot hold is no reason to lose the record.
+    IF recipient LIKE 'did:%' AND recipient <> o.repo AND length(recipient) <= 255 AND length(key) <= 512
+            AND (about IS NULL OR length(about) <= 512) THEN
+        INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+        VALUES (key, recipient, o.repo, why, about, o.cid, o.sort_at)
+        -- Whether it was read is the application's to say, and of this recipient.
+        ON CONFLICT (uri) DO UPDATE SET
+            recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
+            reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
+            is_read = n.is_read AND n.recipient_did = excluded.recipient_did;
+    ELSIF replaces THEN
+        DELETE FROM notifications n WHERE n.uri = key;
+    END IF;
+END $$;
+
+-- Those of a record that is gone, or of what an update no longer says.
+CREATE OR REPLACE FUNCTION standpipe.unnotify(record text, endings text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('standpipe.notifications', true) = 'off' THEN
+        RETURN;
+    END IF;
+    FOR i IN 1 .. cardinality(endings) LOOP
+        DELETE FROM notifications n WHERE n.uri = record || '#notification' || endings[i];
+    END LOOP;
+END $$;
+
+-- Of a like or repost: to the owner of what it is of, and to whoever brought it there, if that is somebody else.
+CREATE OR REPLACE FUNCTION standpipe.notify_pointer(o standpipe.op, why text, replaces boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    owner text := split_part(o.subject, '/', 3);
+    via text;
+    ignored text;
+BEGIN
+    ignored := standpipe.notify(o, '', owner, why, o.subject, replaces);
+    IF replaces OR o.body IS NOT NULL THEN
+        via := o.body ->> 'uri';
+        IF via NOT LIKE 'at://%' OR split_part(via, '/', 3) = owner THEN
+            via := NULL;
+        END IF;
+        ignored := standpipe.notify(o, '/via-repost', split_part(via, '/', 3), why || '-via-repost', via, replaces);
+    END IF;
+END $$;
+
+-- Whom a post's facets mention: each account once, in the order in which they appear, no more than 50.
+CREATE OR REPLACE FUNCTION standpipe.mentioned(facets jsonb) RETURNS text[] LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    dids text[] := '{}';
+    did text;
+BEGIN
+    IF facets @> '[{"features": [{"$type": "app.bsky.richtext.facet#mention"}]}]' THEN
+        FOR did IN
+            SELECT feature ->> 'did'
+            FROM jsonb_array_elements(facets) WITH ORDINALITY AS f (facet, place),
+                 jsonb_array_elements(CASE WHEN jsonb_typeof(facet -> 'features') = 'array'
+                                           THEN facet -> 'features' END) WITH ORDINALITY AS g (feature, part)
+            WHERE feature ->> '$type' = 'app.bsky.richtext.facet#mention'
+            ORDER BY place, part
+        LOOP
+            IF did LIKE 'did:%' AND NOT did = ANY (dids) THEN
+                dids := dids || did;
+                EXIT WHEN cardinality(dids) = 50;
+            END IF;
+        END LOOP;
+    END IF;
+    RETURN dids;
+END $$;
+
+-- Of a post: to the parent's author, to the quoted post's, and to everybody whom it mentions. What they are about is
+-- the post itself: it is what the application shows for them. former: the facets of
+-- the version that it replaces, if it replaces one.
+CREATE OR REPLACE FUNCTION standpipe.notify_post(o standpipe.op, replaces boolean, former jsonb) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    parent text := o.body ->> 'parent_uri';
+    facets jsonb := o.body -> 'facets';
+    dids text[] := '{}';
+    did text;
+    ignored text;
+BEGIN
+    IF parent IS NOT NULL OR replaces THEN
+        ignored := standpipe.notify(o, '/reply', split_part(parent, '/', 3), 'reply', o.uri, replaces);
+    END IF;
+    IF o.subject IS NOT NULL OR replaces THEN
+        ignored := standpipe.notify(o, '/quote', split_part(o.subject, '/', 3), 'quote', o.uri, replaces);
+    END IF;
+    IF facets IS NOT NULL THEN
+        dids := standpipe.mentioned(facets);
+        FOREACH did IN ARRAY dids LOOP
+            ignored := standpipe.notify(o, '/mention/' || did, did, 'mention', o.uri, false);
+        END LOOP;
+    END IF;
+    IF former IS NOT NULL THEN
+        ignored := standpipe.unnotify(o.uri, ARRAY(
+            SELECT '/mention/' || d FROM unnest(standpipe.mentioned(former)) d WHERE NOT d = ANY (dids)));
+    END IF;
+END $$;

@@ -1,0 +1,74 @@
+-- Kinds whose row says what the record says, and from which nothing is counted and nobody is told. subject and body
+-- for each:
+--
+--   list               body: name, purpose, description, avatar_url
+--   list_item          subject: the DID on the list; body: list
+--   list_block         subject: the list's URI
+--   starter_pack       subject: its list's URI; body: name, description, feeds (their URIs)
+--   label              subject: what is labelled; body: val, neg. Whoever signed the record is its source.
+--   verification       subject: the verified DID; body: handle
+--   feed_generator     subject: the DID of its service; body: display_name, description, avatar_url
+--   labeler_service    body: policies
+--
+-- One pattern, written out for each of their tables: functions of their own, so that their statements are planned
+-- once. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
+-- standpipe.apply for why their rows are written after the counters.
+DO $do$
+DECLARE
+    wanted CONSTANT text[][] := ARRAY[
+        ARRAY['list', 'lists', 'cid, creator_did, name, purpose, description, avatar_url',
+            $$o.cid, o.repo, o.body ->> 'name', o.body ->> 'purpose', o.body ->> 'description',
+              o.body ->> 'avatar_url'$$],
+        ARRAY['list_item', 'list_items', 'cid, list_uri, subject_did', $$o.cid, o.body ->> 'list', o.subject$$],
+        ARRAY['list_block', 'list_blocks', 'blocker_did, list_uri', $$o.repo, o.subject$$],
+        ARRAY['starter_pack', 'starter_packs', 'cid, creator_did, name, description, list_uri, feeds',
+            $$o.cid, o.repo, o.body ->> 'name', o.body ->> 'description', o.subject, o.body -> 'feeds'$$],
+        ARRAY['label', 'labels', 'src, subject, val, neg',
+            $$o.repo, o.subject, o.body ->> 'val', (o.body ->> 'neg')::boolean$$],
+        ARRAY['verification', 'verifications', 'cid, subject_did, handle, verified_at',
+            $$o.cid, o.subject, o.body ->> 'handle', o.created_at$$],
+        ARRAY['feed_generator', 'feed_generators',
+            'cid, creator_did, did, display_name, description, avatar_url, like_count',
+            $$o.cid, o.repo, o.subject, o.body ->> 'display_name', o.body ->> 'description',
+              o.body ->> 'avatar_url', standpipe.like_count(o.uri)$$],
+        ARRAY['labeler_service', 'labeler_services', 'cid, creator_did, policies, like_count',
+            $$o.cid, o.repo, o.body -> 'policies', standpipe.like_count(o.uri)$$]
+    ];
+    kind text[];
+BEGIN
+    FOREACH kind SLICE 1 IN ARRAY wanted LOOP
+        EXECUTE format($sql$
+            CREATE OR REPLACE FUNCTION standpipe.put_%1$s(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+            BEGIN
+                IF standpipe.is_dead(o) THEN
+                    RETURN false;
+                END IF;
+                INSERT INTO %2$I AS r (uri, %3$s, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+                VALUES (o.uri, %4$s, o.created_at, o.rev, o.seq, o.ms, o.sq)
+                ON CONFLICT (uri) DO UPDATE SET
+                    (%3$s, created_at, commit_rev, commit_seq, stream_ms, stream_seq) =
+                    (%5$s, excluded.created_at, excluded.commit_rev, excluded.commit_seq,
+                     excluded.stream_ms, excluded.stream_seq)
+                WHERE standpipe.newer(
+                    excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
+                    r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                RETURN FOUND;
+            END $$;
+
+            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+            BEGIN
+                PERFORM standpipe.put_tombstone(o);
+                DELETE FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
+                    o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                RETURN FOUND;
+            END $$;
+            $sql$,
+            kind[1], kind[2], kind[3], kind[4],
+            (SELECT string_agg('excluded.' || c, ', ') FROM unnest(string_to_array(kind[3], ', ')) c));
+    END LOOP;
+END $do$;
+
+CREATE OR REPLACE FUNCTION standpipe.like_count(subject text) RETURNS integer LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN coalesce((SELECT a.like_count FROM post_aggregations a WHERE a.post_uri = subject), 0);
+END $$;

@@ -1,0 +1,136 @@
+-- Removing what an account had written when it was deleted. The newest deletion is a register of the account
+-- (standpipe.put_account): what is older is dead (standpipe.is_dead), also where it comes late, and needs no tombstones;
+-- what is newer lives. The account's row in users stays, without its profile.
+
+-- Whether something was written before the account's deletion: by the relay's sequence number where both have one, else
+-- by time. What has neither is a row of the old workers, and older than anything.
+CREATE OR REPLACE FUNCTION standpipe.before_deletion(
+    rev text, seq text, ms bigint, deleted_seq text, deleted_time timestamp
+) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF deleted_time IS NULL THEN
+        RETURN false;
+    ELSIF seq ~ '^[0-9]{1,18}$' AND deleted_seq ~ '^[0-9]{1,18}$' THEN
+        RETURN seq::bigint < deleted_seq::bigint;
+    END IF;
+    RETURN coalesce(standpipe.committed_at(rev, ms, NULL) <= deleted_time, true);
+END $$;
+
+-- Removes some rows of one kind that were written before the account was deleted, `most` at the most, and counts them
+-- out. Returns how many; call it until there are none.
+--
+-- They are chosen before anything is locked, locked as standpipe.apply locks them, and looked at again.
+CREATE OR REPLACE FUNCTION standpipe.purge(account text, kind text, most integer) RETURNS integer
+LANGUAGE plpgsql AS $$
+DECLARE
+    deleted record;
+    relation text;
+    key text := 'uri';
+    condition text;
+    old CONSTANT text := ' AND standpipe.before_deletion(r.commit_rev, r.commit_seq, r.stream_ms, $2, $3)';
+    keys text[];
+    gone text;
+    deltas standpipe.delta[] := '{}';
+BEGIN
+    SELECT a.deleted_seq, a.deleted_time INTO deleted FROM standpipe.accounts a WHERE a.did = account;
+    relation := CASE kind
+        WHEN 'like' THEN 'likes' WHEN 'repost' THEN 'reposts' WHEN 'bookmark' THEN 'bookmarks'
+        WHEN 'post' THEN 'posts' WHEN 'follow' THEN 'follows' WHEN 'block' THEN 'blocks'
+        WHEN 'list' THEN 'lists' WHEN 'list_item' THEN 'list_items' WHEN 'list_block' THEN 'list_blocks'
+        WHEN 'feed_generator' THEN 'feed_generators' WHEN 'starter_pack' THEN 'starter_packs'
+        WHEN 'labeler_service' THEN 'labeler_services' WHEN 'label' THEN 'labels'
+        WHEN 'verification' THEN 'verifications' WHEN 'thread_gate' THEN 'thread_gates'
+        WHEN 'post_gate' THEN 'post_gates' WHEN 'record' THEN 'generic_records' END;
+    IF kind IN ('thread_gate', 'post_gate') THEN
+        key := 'post_uri';
+    END IF;
+    condition := CASE
+        WHEN kind IN ('like', 'repost', 'bookmark') THEN 'r.user_did = $1'
+        WHEN kind IN ('post', 'record') THEN 'r.author_did = $1'
+        WHEN kind = 'follow' THEN 'r.follower_did = $1'
+        WHEN kind IN ('block', 'list_block') THEN 'r.blocker_did = $1'
+        WHEN kind IN ('list', 'feed_generator', 'starter_pack', 'labeler_service') THEN 'r.creator_did = $1'
+        WHEN kind = 'thread_gate' THEN 'r.owner_did = $1'
+        -- These know their account by their key alone. A self-label goes with what it labels.
+        ELSE format('r.%1$I COLLATE "C" >= ''at://'' || $1 || ''/'' AND r.%1$I COLLATE "C" < ''at://'' || $1 || ''0'''
+                    ' AND position(''#'' IN r.%1$I) = 0', key)
+    END;
+    EXECUTE format('SELECT array_agg(s.%1$I ORDER BY s.%1$I COLLATE "C") FROM (
+                        SELECT r.%1$I FROM %2$I r WHERE ' || condition || old || ' LIMIT $4) s', key, relation)
+        INTO keys USING account, deleted.deleted_seq, deleted.deleted_time, most;
+    IF keys IS NULL THEN
+        RETURN 0;
+    END IF;
+
+    IF kind IN ('post', 'thread_gate', 'post_gate') THEN
+        -- Before the account's: at:// comes before did:.
+        FOREACH gone IN ARRAY keys LOOP
+            PERFORM pg_advisory_xact_lock(hashtextextended(gone, 0));
+        END LOOP;
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtextextended(account, 0));
+    EXECUTE format('SELECT array_agg(r.%1$I ORDER BY r.%1$I COLLATE "C") FROM %2$I r
+                    WHERE r.%1$I = ANY ($1)' || old, key, relation)
+        INTO keys USING keys, deleted.deleted_seq, deleted.deleted_time;
+    IF keys IS NULL THEN
+        -- All of them have been rewritten or removed meanwhile; there may be more.
+        RETURN 1;
+    END IF;
+
+    IF kind IN ('feed_generator', 'labeler_service') THEN
+        -- Their rows are written under the lock of their counter: see standpipe.apply.
+        FOREACH gone IN ARRAY keys LOOP
+            deltas := deltas || ROW(gone, 0, 0, 0, 0, 0)::standpipe.delta;
+        END LOOP;
+        PERFORM standpipe.count(deltas);
+        deltas := '{}';
+    END IF;
+    FOREACH gone IN ARRAY keys LOOP
+        CASE kind
+            WHEN 'like' THEN
+                deltas := deltas || standpipe.remove_like(gone);
+                PERFORM standpipe.unnotify(gone, ARRAY['', '/via-repost']);
+            WHEN 'repost' THEN
+                deltas := deltas || standpipe.remove_repost(gone);
+                PERFORM standpipe.unnotify(gone, ARRAY['', '/via-repost']);
+            WHEN 'bookmark' THEN deltas := deltas || standpipe.remove_bookmark(gone);
+            WHEN 'post' THEN deltas := deltas || standpipe.remove_post(gone);
+            WHEN 'follow' THEN
+                DELETE FROM follows r WHERE r.uri = gone;
+                PERFORM standpipe.unnotify(gone, ARRAY['']);
+            WHEN 'thread_gate' THEN PERFORM standpipe.remove_thread_gate(gone);
+            WHEN 'post_gate' THEN PERFORM standpipe.remove_post_gate(gone);
+            ELSE EXECUTE format('DELETE FROM %I r WHERE r.uri = $1', relation) USING gone;
+        END CASE;
+    END LOOP;
+    IF cardinality(deltas) > 0 THEN
+        PERFORM standpipe.count(deltas);
+    END IF;
+    RETURN cardinality(keys);
+END $$;
+
+-- Which deletion an account has.
+CREATE OR REPLACE FUNCTION standpipe.deletion(deleted_seq text, deleted_time timestamp) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT coalesce(deleted_seq, '') || ' ' || deleted_time::text $$;
+
+-- Clears the profile, when every kind has been purged, and notes that nothing is left of before this deletion. There
+-- may have been a newer one meanwhile.
+CREATE OR REPLACE FUNCTION standpipe.purged(account text, deletion text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    a standpipe.accounts;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(account, 0));
+    SELECT * INTO a FROM standpipe.accounts x WHERE x.did = account;
+    IF a.deleted_time IS NULL THEN
+        RETURN;
+    END IF;
+    IF standpipe.before_deletion(a.profile_rev, a.profile_seq, a.profile_ms, a.deleted_seq, a.deleted_time) THEN
+        UPDATE users u SET
+            display_name = NULL, description = NULL, avatar_url = NULL, banner_url = NULL,
+            pinned_post = NULL, profile_record = NULL
+        WHERE u.did = account;
+        PERFORM standpipe.unlabel_self('at://' || account || '/app.bsky.actor.profile/self');
+    END IF;
+    UPDATE standpipe.accounts x SET purge_pending = false
+    WHERE x.did = account AND standpipe.deletion(x.deleted_seq, x.deleted_time) = deletion;
+END $$;

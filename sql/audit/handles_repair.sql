@@ -1,0 +1,12 @@
+-- The newest claimant keeps it; where nobody knows who that is, as with rows of the old workers, the account that came
+-- last, because a handle is taken by newer accounts when older ones have left it.
+UPDATE users u SET handle = 'handle.invalid'
+WHERE u.did IN (
+    SELECT p.did FROM (
+        SELECT x.did, row_number() OVER (
+            PARTITION BY x.handle ORDER BY coalesce(h.did = x.did, false) DESC, x.indexed_at DESC, x.did DESC) AS place
+        FROM users x LEFT JOIN standpipe.handles h ON h.handle = x.handle
+        WHERE x.handle = ANY ($1::text[]) AND x.handle <> 'handle.invalid'
+    ) p
+    WHERE p.place > 1
+)

@@ -1,0 +1,8 @@
+-- Transactions that are open for long: no vacuum removes what died since they began. Of other roles' sessions a role
+-- without pg_read_all_stats sees nothing but that they are there.
+SELECT pid, coalesce(usename, '')::text AS role, coalesce(application_name, '') AS application,
+    coalesce(state, '') AS state, extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds
+FROM pg_stat_activity
+WHERE xact_start < clock_timestamp() - $1::float8 * interval '1 second' AND pid <> pg_backend_pid()
+    AND backend_type = 'client backend'
+ORDER BY xact_start LIMIT 5

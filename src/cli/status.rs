@@ -1,0 +1,216 @@
+//! `standpipe status`: once, or again and again.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use redis::aio::MultiplexedConnection;
+use serde_json::Value;
+use standpipe::config::Config;
+use standpipe::report::table::{Beside, table};
+use standpipe::status::now_ms;
+use standpipe::store::{Store, migrate};
+use standpipe::stream::{Keys, Redis, dead_letters};
+use standpipe::{http, report};
+
+use super::EX_UNAVAILABLE;
+
+/// How long the process and PostgreSQL may take to answer.
+const ANSWER: Duration = Duration::from_secs(3);
+/// Dead letters whose reasons are looked at, at the most: they are read whole.
+const REASONS: usize = 1000;
+
+/// What to print.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Print JSON, on one line
+    #[arg(long)]
+    json: bool,
+    /// Print it again every so many seconds, 2 when no number is given, until Ctrl-C
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    watch: Option<u64>,
+}
+
+/// Prints what is known.
+///
+/// # Errors
+///
+/// The output cannot be written.
+pub async fn status(config: Config, options: Options) -> Result<ExitCode> {
+    let mut asker =
+        Asker { keys: Keys::new(&config), redis: Redis::open(&config)?, connection: None, config };
+    let Some(seconds) = options.watch else {
+        let answer = asker.ask(options.json).await;
+        print(&answer, options.json)?;
+        return Ok(answer.code());
+    };
+    let in_place = std::io::stdout().is_terminal() && !options.json;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut tick = tokio::time::interval(Duration::from_secs(seconds));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut first = true;
+    loop {
+        let round = async {
+            tick.tick().await;
+            asker.ask(options.json).await
+        };
+        let answer = tokio::select! {
+            answer = round => answer,
+            _ = tokio::signal::ctrl_c() => break,
+            _ = terminate.recv() => break,
+        };
+        if in_place {
+            redraw(&answer.page(), first)?;
+        } else {
+            if !first && !options.json {
+                println!();
+            }
+            print(&answer, options.json)?;
+        }
+        first = false;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(answer: &Answer, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match (&answer.trouble, json) {
+        (Some(trouble), true) => eprintln!("standpipe: {trouble}"),
+        (None, true) => writeln!(out, "{}", answer.status)?,
+        (_, false) => write!(out, "{}", answer.page())?,
+    }
+    Ok(out.flush()?)
+}
+
+/// Writes over what was there, line by line, so that nothing flickers.
+fn redraw(page: &str, first: bool) -> Result<()> {
+    let mut text = if first { "\x1b[2J\x1b[H".to_owned() } else { "\x1b[H".to_owned() };
+    for line in page.lines().chain(["", "Ctrl-C ends this"]) {
+        text.push_str(line);
+        text.push_str("\x1b[K\n");
+    }
+    text.push_str("\x1b[J");
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// What came of asking.
+struct Answer {
+    /// As `/status` has it; null when nobody answered.
+    status: Value,
+    beside: Beside,
+    /// Redis could not be asked, and why.
+    trouble: Option<String>,
+}
+
+impl Answer {
+    fn page(&self) -> String {
+        let page = table(&self.status, &self.beside, now_ms());
+        match &self.trouble {
+            Some(trouble) if self.status.is_null() => format!("standpipe: {trouble}\n"),
+            _ => page,
+        }
+    }
+
+    fn code(&self) -> ExitCode {
+        if self.trouble.is_some() { ExitCode::from(EX_UNAVAILABLE) } else { ExitCode::SUCCESS }
+    }
+}
+
+struct Asker {
+    config: Config,
+    keys: Keys,
+    redis: Redis,
+    /// Kept while it is good.
+    connection: Option<MultiplexedConnection>,
+}
+
+impl Asker {
+    /// The process knows more than the servers; without one, they are asked.
+    async fn ask(&mut self, json: bool) -> Answer {
+        let mut beside = Beside::default();
+        let process = self.ask_process().await;
+        let (status, trouble) = match process {
+            Some(status) if status["stream"].is_object() => (status, None),
+            process => match self.ask_redis().await {
+                Ok(mut report) => {
+                    if let Some(process) = process {
+                        report["process"] = process["process"].clone();
+                    }
+                    (report, None)
+                }
+                Err(error) => {
+                    let trouble = format!("Redis cannot be reached: {error}");
+                    (process.unwrap_or_default(), Some(trouble))
+                }
+            },
+        };
+        if json {
+            return Answer { status, beside, trouble };
+        }
+        if status["dead_letters"].as_u64().is_some_and(|count| count > 0) {
+            // Only a detail: without it the number is there all the same.
+            let _ = self.add_reasons(&status, &mut beside).await;
+        }
+        if !status["process"].is_object() && self.config.database_url.is_some() {
+            beside.database = Some(self.ask_postgres().await);
+        }
+        Answer { status, beside, trouble }
+    }
+
+    /// What the process at `HTTP_ADDR` says, also when it says that Redis is away.
+    async fn ask_process(&self) -> Option<Value> {
+        let address = self.config.http_addr?;
+        let (_, body) = http::client::get(address, "/status", ANSWER).await.ok()?;
+        let status: Value = serde_json::from_str(&body).ok()?;
+        status["process"].is_object().then_some(status)
+    }
+
+    async fn connection(&mut self) -> redis::RedisResult<MultiplexedConnection> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.redis.connect().await,
+        }
+    }
+
+    async fn ask_redis(&mut self) -> Result<Value> {
+        let mut connection = self.connection().await?;
+        let report = report::report(&mut connection, &self.keys).await?;
+        self.connection = Some(connection);
+        Ok(serde_json::to_value(report)?)
+    }
+
+    async fn add_reasons(&mut self, status: &Value, beside: &mut Beside) -> redis::RedisResult<()> {
+        let mut connection = self.connection().await?;
+        let reasons = dead_letters::reasons(&mut connection, &self.keys, REASONS).await?;
+        self.connection = Some(connection);
+        let seen: u64 = reasons.iter().map(|(_, count)| count).sum();
+        let all = status["dead_letters"].as_u64().is_some_and(|total| total <= REASONS as u64);
+        beside.newest = (!all).then_some(seen);
+        beside.reasons = reasons;
+        Ok(())
+    }
+
+    async fn ask_postgres(&self) -> String {
+        let asked = async {
+            let store = Store::new(&self.config).map_err(|error| format!("{error:#}"))?;
+            let session = store.session().await.map_err(|error| error.to_string())?;
+            migrate::look(session.client()).await.map_err(|error| error.to_string())
+        };
+        match tokio::time::timeout(ANSWER, asked).await {
+            Ok(Ok(found)) if found.is_current() => format!("answers, tables at version {}", found.version),
+            Ok(Ok(found)) => {
+                format!(
+                    "answers, tables at version {} of {}, or functions of another program: standpipe migrate",
+                    found.version,
+                    migrate::wanted()
+                )
+            }
+            Ok(Err(error)) => format!("cannot be used: {error}"),
+            Err(_) => format!("no answer within {ANSWER:?}"),
+        }
+    }
+}

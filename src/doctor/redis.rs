@@ -1,0 +1,588 @@
+//! Redis: what it is, how it keeps what it has, what our user may do, and how the stream is.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use redis::aio::MultiplexedConnection;
+use redis::{RedisError, RedisResult};
+
+use super::{Findings, rough, size, some_of};
+use crate::config::{Config, MemoryMark};
+use crate::report::Report;
+use crate::stream::group::{self, Pending};
+use crate::stream::{Keys, Redis, rights};
+
+/// Pending entries that are looked at, at the most.
+const PENDING_SEEN: usize = 1000;
+
+/// Returns how many processes have pipelines at work.
+pub async fn check(config: &Config, findings: &mut Findings) -> usize {
+    let connected = match Redis::open(config) {
+        Ok(redis) => redis.connect().await,
+        Err(error) => Err(error),
+    };
+    let mut connection = match connected {
+        Ok(connection) => connection,
+        Err(error) => {
+            let (found, remedy) = explain(&error);
+            findings.unreachable(format!("{} {found}", config.redis_url), remedy);
+            return 1;
+        }
+    };
+    findings.ok("connection", format!("{} answers", config.redis_url));
+    let keys = Keys::new(config);
+    match look(config, &keys, &mut connection, findings).await {
+        Ok(processes) => processes.max(1),
+        Err(error) => {
+            let (found, remedy) = explain(&error);
+            if error.is_io_error() || error.is_connection_dropped() {
+                findings.unreachable(format!("{} {found}", config.redis_url), remedy);
+            } else {
+                findings.error("stream", format!("cannot be looked at: {error}"), remedy);
+            }
+            1
+        }
+    }
+}
+
+async fn look(
+    config: &Config,
+    keys: &Keys,
+    connection: &mut MultiplexedConnection,
+    findings: &mut Findings,
+) -> RedisResult<usize> {
+    // What we may not ask is said with the rights.
+    let info = permitted(redis::cmd("INFO").query_async::<String>(connection).await)?;
+    if let Some(info) = &info {
+        let info = Info(info);
+        version(info, findings);
+        eviction(info, findings);
+        let settings = Settings::read(connection).await?;
+        persistence(info, &settings, findings);
+        memory(config, info, findings);
+    }
+    let asked = Instant::now();
+    if let Some((seconds, micros)) =
+        permitted(redis::cmd("TIME").query_async::<(u64, u64)>(connection).await)?
+    {
+        findings.clock(seconds as f64 + micros as f64 / 1e6, asked.elapsed());
+    }
+    if !may_do_everything(config, keys, connection, findings).await? {
+        return Ok(0);
+    }
+    let report = crate::report::report(connection, keys).await?;
+    stream(config, &report, findings);
+    dead_letters(config, keys, &report, connection, findings).await?;
+    let ids: BTreeSet<&str> = report
+        .consumers
+        .iter()
+        .filter_map(|consumer| consumer.name.rsplit_once('-').map(|(id, _)| id))
+        .collect();
+    let mut leased = BTreeSet::new();
+    for id in ids {
+        if redis::cmd("EXISTS").arg(keys.lease_of(id)).query_async(connection).await? {
+            leased.insert(id);
+        }
+    }
+    if report.stream.group_exists {
+        let pending = group::pending(connection, keys, PENDING_SEEN).await?;
+        consumers(config, &report, &pending, &leased, findings);
+        dangling(keys, &pending, connection, findings).await?;
+    }
+    Ok(leased.len())
+}
+
+/// What was asked, unless our user may not ask it.
+fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.code() == Some("NOPERM") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What is behind an error, and what to do.
+fn explain(error: &RedisError) -> (String, &'static str) {
+    let text = error.to_string();
+    let says = |part: &str| text.contains(part);
+    let other_name = says("NotValidForName") || says("not valid for name");
+    let remedy = if says("invalid peer certificate") && !other_name {
+        "have a trusted authority sign its certificate, or set REDIS_CA_FILE to the file of the authority that did"
+    } else if other_name {
+        "write into REDIS_URL the host's name that stands in its certificate"
+    } else if says("InvalidContentType") {
+        "it does not speak TLS there: write redis:// into REDIS_URL, or its TLS port"
+    } else if matches!(error.kind(), redis::ErrorKind::AuthenticationFailed)
+        || says("WRONGPASS")
+        || says("NOAUTH")
+        || says("invalid username-password")
+    {
+        "correct the user and password in REDIS_URL; percent-encode special characters"
+    } else if says("LOADING") {
+        "wait until it has loaded its data"
+    } else {
+        "start it, or correct the host and port in REDIS_URL"
+    };
+    let found = if says("invalid peer certificate") {
+        format!("has a certificate that is not trusted: {text}")
+    } else if remedy.starts_with("correct the user") {
+        format!("refuses the user or password: {text}")
+    } else {
+        format!("cannot be used: {text}")
+    };
+    (found, remedy)
+}
+
+/// The fields that INFO gives.
+#[derive(Clone, Copy)]
+struct Info<'a>(&'a str);
+
+impl<'a> Info<'a> {
+    fn text(self, name: &str) -> &'a str {
+        self.0
+            .lines()
+            .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
+            .unwrap_or("")
+            .trim()
+    }
+
+    fn number(self, name: &str) -> u64 {
+        self.text(name).parse().unwrap_or(0)
+    }
+}
+
+/// What stands in the configuration of the server; `None` where our user may not ask.
+struct Settings {
+    append_fsync: Option<String>,
+    save: Option<String>,
+}
+
+impl Settings {
+    async fn read(connection: &mut MultiplexedConnection) -> RedisResult<Self> {
+        let mut values = Vec::new();
+        for name in ["appendfsync", "save"] {
+            let answer =
+                redis::cmd("CONFIG").arg("GET").arg(name).query_async::<Vec<String>>(connection).await;
+            values.push(match answer {
+                Ok(pair) => pair.into_iter().nth(1),
+                // Hosted servers do not have the command at all.
+                Err(error) if error.is_io_error() => return Err(error),
+                Err(_) => None,
+            });
+        }
+        let save = values.pop().flatten();
+        Ok(Self { append_fsync: values.pop().flatten(), save })
+    }
+}
+
+fn version(info: Info<'_>, findings: &mut Findings) {
+    let valkey = info.text("valkey_version");
+    let version = info.text("redis_version");
+    let name = if valkey.is_empty() { format!("Redis {version}") } else { format!("Valkey {valkey}") };
+    let numbers: Vec<u32> = version.split('.').filter_map(|part| part.parse().ok()).take(2).collect();
+    if numbers < vec![6, 2] {
+        findings.error(
+            "version",
+            format!("{name} has no XAUTOCLAIM"),
+            "upgrade to Redis 6.2 or later, or Valkey",
+        );
+    } else if numbers < vec![7, 0] {
+        findings.note(
+            "version",
+            format!("{name}: it does not count what waits, nor name entries that somebody removed"),
+            "Redis 7 or Valkey does both",
+        );
+    } else {
+        findings.ok("version", name);
+    }
+    if info.text("role") == "slave" {
+        findings.error("role", "it is a replica and takes no writes", "point REDIS_URL at the primary");
+    }
+    if info.text("redis_mode") == "cluster" {
+        findings.error(
+            "role",
+            "it is a cluster: the scripts need all keys of a stream on one server",
+            "use a server that is no cluster",
+        );
+    }
+    if info.text("loading") == "1" {
+        findings.warning("role", "it is loading its data", "wait");
+    }
+}
+
+fn eviction(info: Info<'_>, findings: &mut Findings) {
+    match info.text("maxmemory_policy") {
+        "noeviction" => findings.ok("eviction", "noeviction: nothing is thrown away"),
+        policy if policy.starts_with("volatile-") => findings.ok(
+            "eviction",
+            format!(
+                "{policy}: only leases can be thrown away, and they are taken again; noeviction is better"
+            ),
+        ),
+        policy => findings.error(
+            "eviction",
+            format!(
+                "maxmemory-policy is {policy}: when memory is full Redis throws the stream or the cursor away"
+            ),
+            "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf",
+        ),
+    }
+}
+
+fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Findings) {
+    const WHAT: &str = "persistence";
+    const AOF: &str =
+        "redis-cli CONFIG SET appendonly yes, and the same with appendfsync everysec in redis.conf";
+    if info.text("aof_enabled") == "1" {
+        match settings.append_fsync.as_deref() {
+            Some("always") => {
+                findings.ok(WHAT, "append-only file, flushed at every write: a crash loses nothing");
+            }
+            Some("everysec") => findings.ok(
+                WHAT,
+                "append-only file, flushed every second: a crash of the machine loses up to two seconds, stream and \
+                 cursor together, and the reader reads them again from the relay",
+            ),
+            Some(other) => findings.warning(
+                WHAT,
+                format!(
+                    "append-only file, flushed when the kernel pleases (appendfsync {other}): a crash of the machine \
+                     loses half a minute or more, dead letters among it; the reader reads the rest again from the relay"
+                ),
+                "redis-cli CONFIG SET appendfsync everysec, and the same in redis.conf",
+            ),
+            None => findings.note(
+                WHAT,
+                "append-only file; how often it is flushed cannot be seen, since our user may not CONFIG GET",
+                "see that redis.conf has appendfsync everysec or always",
+            ),
+        }
+    } else {
+        let found = if settings.save.as_deref() == Some("") {
+            "nothing is kept: a restart of Redis loses the stream, the cursor and the dead letters; the reader then \
+             begins with what the relay sends at that moment, and what came before is a gap"
+                .to_owned()
+        } else {
+            let saved = info.number("rdb_last_save_time") as f64;
+            let age = crate::status::now_ms() as f64 / 1000.0 - saved;
+            format!(
+                "snapshots only, no append-only file: a crash goes back to the last one, {} and {} changes ago; the \
+                 reader reads stream and cursor again from there as far as the relay still has it, dead letters since \
+                 then are gone",
+                rough(age.max(0.0)),
+                info.number("rdb_changes_since_last_save"),
+            )
+        };
+        findings.warning(WHAT, found, AOF);
+    }
+    if info.text("aof_enabled") == "1" && info.text("aof_last_write_status") == "err" {
+        findings.error(
+            WHAT,
+            "the append-only file cannot be written: Redis refuses all writes",
+            "see whether its disk is full",
+        );
+    }
+    if info.text("rdb_last_bgsave_status") == "err" {
+        findings.error(
+            WHAT,
+            "the last snapshot failed: unless stop-writes-on-bgsave-error is off, Redis refuses all writes",
+            "see Redis's log, and whether its disk is full or its memory too small to fork",
+        );
+    }
+}
+
+fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
+    const WHAT: &str = "memory";
+    let (used, max) = (info.number("used_memory"), info.number("maxmemory"));
+    let mark = match config.memory_mark {
+        MemoryMark::Percent(_) if max == 0 => {
+            findings.warning(
+                WHAT,
+                format!(
+                    "maxmemory is not set, so that REDIS_MEMORY_MARK={} of it says nothing; {} in use: only \
+                     REDIS_MAX_STREAM_LEN={} bounds the stream",
+                    config.memory_mark,
+                    size(used),
+                    config.max_stream_len
+                ),
+                "redis-cli CONFIG SET maxmemory 2gb (and the same in redis.conf), or give REDIS_MEMORY_MARK a size",
+            );
+            return;
+        }
+        MemoryMark::Percent(percent) => max / 100 * u64::from(percent),
+        MemoryMark::Bytes(bytes) => bytes,
+    };
+    if max > 0 && mark > max / 100 * 80 {
+        findings.error(
+            WHAT,
+            format!(
+                "REDIS_MEMORY_MARK={} is more than 80% of maxmemory ({}): Redis would refuse what the pipelines need \
+                 before the reader stops",
+                config.memory_mark,
+                size(max)
+            ),
+            "write REDIS_MEMORY_MARK=75%",
+        );
+    } else if used >= mark {
+        findings.warning(
+            WHAT,
+            format!("{} in use, and the reader waits for room at {}", size(used), size(mark)),
+            "raise maxmemory, or see what fills Redis: redis-cli --bigkeys",
+        );
+    } else {
+        findings.ok(WHAT, format!("{} in use; the reader slows down at {}", size(used), size(mark)));
+    }
+}
+
+/// Whether our user may do everything that the pipelines and the reader do.
+async fn may_do_everything(
+    config: &Config,
+    keys: &Keys,
+    connection: &mut MultiplexedConnection,
+    findings: &mut Findings,
+) -> RedisResult<bool> {
+    const WHAT: &str = "rights";
+    let who = permitted(redis::cmd("ACL").arg("WHOAMI").query_async::<String>(connection).await);
+    let who = who.ok().flatten().map_or_else(|| "this user".to_owned(), |name| format!("user {name}"));
+    let Some(missing) = rights::missing(connection, keys).await? else {
+        findings.error(
+            WHAT,
+            format!("{who} may not use MULTI and DISCARD, without which its rights cannot be tried"),
+            "ACL SETUSER <user> +multi +exec +discard; docs/security.md has the whole rule",
+        );
+        return Ok(false);
+    };
+    let mut good = true;
+    if !missing.commands.is_empty() {
+        good = false;
+        let upper: Vec<String> =
+            missing.commands.iter().map(|command| command.to_uppercase().replace('|', " ")).collect();
+        let rule: Vec<String> = missing.commands.iter().map(|command| format!("+{command}")).collect();
+        findings.error(
+            WHAT,
+            format!("{who} may not use {}", upper.join(", ")),
+            format!("ACL SETUSER <user> {}", rule.join(" ")),
+        );
+    }
+    if !missing.keys.is_empty() {
+        good = false;
+        let rule: Vec<String> = missing.keys.iter().map(|key| format!("~{key}")).collect();
+        findings.error(
+            WHAT,
+            format!("{who} may not read and write {}", missing.keys.join(", ")),
+            format!("ACL SETUSER <user> {}", rule.join(" ")),
+        );
+    }
+    if !missing.legacy_keys.is_empty() && config.legacy_status != Some(false) {
+        let rule: Vec<String> = missing.legacy_keys.iter().map(|key| format!("~{key}")).collect();
+        findings.warning(
+            WHAT,
+            format!(
+                "{who} may not use {}, which the old application's pages read",
+                missing.legacy_keys.join(", ")
+            ),
+            format!("ACL SETUSER <user> {}, or set LEGACY_STATUS=false", rule.join(" ")),
+        );
+    }
+    if good {
+        findings.ok(WHAT, format!("{who} may use all {} commands on all keys", rights::COMMANDS.len()));
+    }
+    Ok(good)
+}
+
+fn stream(config: &Config, report: &Report, findings: &mut Findings) {
+    const WHAT: &str = "stream";
+    let stream = &report.stream;
+    if !stream.exists {
+        findings.ok(WHAT, format!("{} is not there yet: the start creates it with its group", stream.key));
+    } else if stream.group_exists {
+        let waiting =
+            stream.waiting.map_or_else(|| "an unknown number".to_owned(), |count| count.to_string());
+        findings.ok(
+            WHAT,
+            format!(
+                "{} holds {} entries; in group {} {waiting} wait and {} are pending",
+                stream.key, stream.length, stream.group, stream.pending
+            ),
+        );
+        if let Some(oldest) = stream.oldest_waiting_seconds.filter(|oldest| *oldest > 60.0) {
+            findings.warning(
+                WHAT,
+                format!("the oldest entry that is not finished came {} ago", rough(oldest)),
+                "see that a worker runs; docs/operations.md, \"Growing queue\", says what to look at",
+            );
+        }
+    } else {
+        findings.warning(
+            WHAT,
+            format!(
+                "{} holds {} entries and there is no group {}: nothing is trimmed before it is there",
+                stream.key, stream.length, stream.group
+            ),
+            "the start creates it and reads from the beginning; if there should be one, correct REDIS_CONSUMER_GROUP",
+        );
+    }
+    if stream.length >= config.max_stream_len {
+        findings.warning(
+            WHAT,
+            format!("at its mark of {} entries: the reader waits for room", config.max_stream_len),
+            "see what holds the pipelines up, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
+        );
+    }
+    if stream.group_exists && !stream.trim_held_by.is_empty() && stream.trim_held_by != stream.group {
+        findings.warning(
+            "trim",
+            format!(
+                "group {} has acknowledged the least and holds the trim back: the stream only grows up to its mark",
+                stream.trim_held_by
+            ),
+            format!(
+                "have it read on; if nobody reads it any more: redis-cli XGROUP DESTROY {} {}",
+                stream.key, stream.trim_held_by
+            ),
+        );
+    } else if stream.group_exists {
+        findings.ok("trim", "held back by no other group");
+    }
+    match (&stream.relay, stream.cursor) {
+        (Some(relay), Some(cursor)) if *relay == config.relay_url.relay() => {
+            findings.ok("cursor", format!("{cursor} at {relay}"));
+        }
+        (Some(relay), Some(cursor)) => findings.warning(
+            "cursor",
+            format!(
+                "{cursor} belongs to {relay}, and RELAY_URL names {}: its numbers are others, and the change is a gap",
+                config.relay_url.relay()
+            ),
+            "keep RELAY_URL if you can; else accept the gap, which is counted",
+        ),
+        (None, Some(cursor)) => findings.note(
+            "cursor",
+            format!("{cursor}, written by another program, which does not say of which relay"),
+            "see that RELAY_URL names the relay that it read",
+        ),
+        (_, None) => findings.note(
+            "cursor",
+            "none yet: the reader begins with what the relay sends then",
+            "to take over from another reader set REDIS_CURSOR_KEY to its key",
+        ),
+    }
+}
+
+async fn dead_letters(
+    config: &Config,
+    keys: &Keys,
+    report: &Report,
+    connection: &mut MultiplexedConnection,
+    findings: &mut Findings,
+) -> RedisResult<()> {
+    const WHAT: &str = "dead letters";
+    let bytes: Option<u64> = redis::cmd("GET").arg(keys.dead_bytes()).query_async(connection).await?;
+    let (bytes, budget) = (bytes.unwrap_or(0), config.dead_letter_max_bytes);
+    if report.dead_letters == 0 {
+        findings.ok(WHAT, "none");
+    } else if bytes / 9 >= budget / 10 {
+        findings.error(
+            WHAT,
+            format!(
+                "{} of them take {} of the {} that they may: entries that cannot be applied stay pending",
+                report.dead_letters,
+                size(bytes),
+                size(budget)
+            ),
+            "standpipe dead-letters list, then retry or purge; or raise DEAD_LETTER_MAX_BYTES",
+        );
+    } else {
+        findings.note(
+            WHAT,
+            format!("{} ({} of {})", report.dead_letters, size(bytes), size(budget)),
+            "standpipe dead-letters list says why; retry after a correction, or purge",
+        );
+    }
+    Ok(())
+}
+
+/// Consumers whose entries nobody has touched for long.
+fn consumers(
+    config: &Config,
+    report: &Report,
+    pending: &[Pending],
+    leased: &BTreeSet<&str>,
+    findings: &mut Findings,
+) {
+    const WHAT: &str = "consumers";
+    let has_lease = |name: &str| name.rsplit_once('-').is_some_and(|(id, _)| leased.contains(id));
+    let left =
+        |name: &str| pending.iter().any(|entry| entry.consumer == name && entry.idle > config.claim_idle);
+    let dead: Vec<_> = report
+        .consumers
+        .iter()
+        .filter(|consumer| left(&consumer.name) && !has_lease(&consumer.name))
+        .collect();
+    if dead.is_empty() {
+        let at_work = match leased.len() {
+            0 => "no process of standpipe is at work".to_owned(),
+            1 => "1 process of standpipe is at work".to_owned(),
+            count => format!("{count} processes of standpipe are at work"),
+        };
+        findings.ok(WHAT, format!("{} in the group, none of them dead; {at_work}", report.consumers.len()));
+        return;
+    }
+    let names: Vec<String> = dead
+        .iter()
+        .map(|consumer| {
+            format!(
+                "{} ({} pending, idle for {})",
+                consumer.name,
+                consumer.pending,
+                rough(consumer.idle_seconds)
+            )
+        })
+        .collect();
+    findings.warning(
+        WHAT,
+        format!("dead: {}", some_of(&names)),
+        format!(
+            "start a worker: it takes their entries over after CLAIM_IDLE ({}), or at once under their CONSUMER_ID; \
+             never XGROUP DELCONSUMER, which loses them",
+            humantime::format_duration(config.claim_idle)
+        ),
+    );
+}
+
+/// Pending entries that are in the stream no more.
+async fn dangling(
+    keys: &Keys,
+    pending: &[Pending],
+    connection: &mut MultiplexedConnection,
+    findings: &mut Findings,
+) -> RedisResult<()> {
+    const WHAT: &str = "pending entries";
+    let mut pipe = redis::pipe();
+    for entry in pending {
+        pipe.cmd("XRANGE").arg(&keys.stream).arg(&entry.id).arg(&entry.id);
+    }
+    let found: Vec<Vec<redis::Value>> =
+        if pending.is_empty() { Vec::new() } else { pipe.query_async(connection).await? };
+    let gone: Vec<&String> = pending
+        .iter()
+        .zip(&found)
+        .filter(|(_, entry)| entry.is_empty())
+        .map(|(entry, _)| &entry.id)
+        .collect();
+    if gone.is_empty() {
+        findings.ok(WHAT, "every one of them is still in the stream");
+    } else {
+        findings.warning(
+            WHAT,
+            format!(
+                "{} of {} are no longer in the stream: something else trims it or deletes from it ({})",
+                gone.len(),
+                pending.len(),
+                some_of(&gone)
+            ),
+            "stop what does (a MAXLEN of the old reader); a worker that runs has the reader go back for them",
+        );
+    }
+    Ok(())
+}

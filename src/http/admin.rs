@@ -1,0 +1,429 @@
+//! What changes something, and the dead letters: who may ask, and what is done.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::{Extension, Path, Query, Request, State as Shared};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use redis::aio::MultiplexedConnection;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::info;
+
+use super::Server;
+use super::connections::Peer;
+use crate::config::LogLevel;
+use crate::control::Part;
+use crate::dead_letters::{Filter, Retried, Walk, retry};
+use crate::event::EntryId;
+use crate::stream::Keys;
+use crate::stream::dead_letters::{self, Letter};
+
+/// Dead letters in one answer.
+const PAGE: usize = 50;
+/// Dead letters that are looked through for one answer.
+const LOOKED_THROUGH: usize = 2_000;
+/// How long one request may go on retrying or purging; the answer says when more is left.
+const WORK: Duration = Duration::from_secs(15);
+/// What a list shows of a message or an address; the letter itself has all of it.
+const SHORT: usize = 300;
+
+/// Lets pass who knows the token and comes from nowhere else than our own page.
+pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    if is_foreign(headers) {
+        return refuse(StatusCode::FORBIDDEN, "requests from other sites are refused");
+    }
+    match server.token_state(headers) {
+        Token::Right => next.run(request).await,
+        Token::Unset => refuse(
+            StatusCode::FORBIDDEN,
+            "control is off: set ADMIN_TOKEN (16 characters or more) in the environment of this process and start it again",
+        ),
+        Token::Missing => unauthorized("this needs the admin token: Authorization: Bearer <ADMIN_TOKEN>"),
+        Token::Wrong => unauthorized("this is not the admin token"),
+    }
+}
+
+/// Lets pass who may look at dead letters: with the token from anywhere, without it only from this machine, asked by
+/// address. A name in the request means a proxy, or a page of somebody's that made its own name lead here.
+pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let peer = request
+        .extensions()
+        .get::<Peer>()
+        .is_some_and(|Peer(address)| address.ip().to_canonical().is_loopback());
+    match server.token_state(headers) {
+        Token::Right => next.run(request).await,
+        Token::Wrong => unauthorized("this is not the admin token"),
+        Token::Missing | Token::Unset if peer && names_an_address(headers) && !is_foreign(headers) => {
+            next.run(request).await
+        }
+        Token::Missing => unauthorized("from another machine, dead letters need the admin token"),
+        Token::Unset => refuse(
+            StatusCode::FORBIDDEN,
+            "dead letters are shown on this machine only: ADMIN_TOKEN is not set",
+        ),
+    }
+}
+
+/// What a request says of the token.
+enum Token {
+    Right,
+    Wrong,
+    Missing,
+    /// This process has none.
+    Unset,
+}
+
+impl Server {
+    fn token_state(&self, headers: &HeaderMap) -> Token {
+        let Some(token) = &self.token else { return Token::Unset };
+        let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let Some((scheme, given)) = given.and_then(|given| given.split_once(' ')) else {
+            return Token::Missing;
+        };
+        if scheme.eq_ignore_ascii_case("bearer") && token.is(given.trim()) {
+            Token::Right
+        } else {
+            Token::Wrong
+        }
+    }
+}
+
+/// Whether a browser says that the request comes from a page that is not ours.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
+    let elsewhere = text("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none"));
+    let origin = text("origin").is_some_and(|origin| {
+        let host = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        host.is_none() || host != text("host")
+    });
+    elsewhere || origin
+}
+
+/// Whether the request was made to an address or to localhost, and not to some other name.
+fn names_an_address(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return false };
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok()
+}
+
+fn refuse(code: StatusCode, error: impl Into<String>) -> Response {
+    (code, Json(json!({ "error": error.into() }))).into_response()
+}
+
+fn unauthorized(error: &str) -> Response {
+    let mut response = refuse(StatusCode::UNAUTHORIZED, error);
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+    response
+}
+
+fn done(text: impl Into<String>) -> Response {
+    Json(json!({ "done": text.into() })).into_response()
+}
+
+// ---------------------------------------------------------------------------------------------
+// Control
+
+/// `?part=`
+#[derive(Debug, Deserialize)]
+pub struct Which {
+    part: Option<String>,
+}
+
+/// POST /control/pause
+pub async fn pause(server: Shared<Arc<Server>>, peer: Extension<Peer>, which: Query<Which>) -> Response {
+    set_pause(&server, *peer, &which, true)
+}
+
+/// POST /control/resume
+pub async fn resume(server: Shared<Arc<Server>>, peer: Extension<Peer>, which: Query<Which>) -> Response {
+    set_pause(&server, *peer, &which, false)
+}
+
+fn set_pause(server: &Server, Peer(peer): Peer, which: &Which, pause: bool) -> Response {
+    let name = which.part.as_deref().unwrap_or("all");
+    let Some(part) = Part::named(name) else {
+        return refuse(StatusCode::BAD_REQUEST, "part is reader, pipelines or all");
+    };
+    let missing = match part {
+        Part::Reader if server.status.reader.is_none() => Some("this process has no reader"),
+        Part::Pipelines if server.status.pipelines.is_empty() => Some("this process has no pipelines"),
+        _ => None,
+    };
+    if let Some(missing) = missing {
+        return refuse(StatusCode::CONFLICT, missing);
+    }
+    server.control.pause(part, pause);
+    info!(part = name, %peer, "{}", if pause { "paused by hand" } else { "resumed by hand" });
+    done(match (part, pause) {
+        (Part::All, true) => "everything finishes what is in hand and rests until it is resumed",
+        (Part::All, false) => "everything goes on",
+        (Part::Reader, true) => "the reader rests until it is resumed",
+        (Part::Reader, false) => "the reader goes on",
+        (Part::Pipelines, true) => "the pipelines finish what is in hand and rest until they are resumed",
+        (Part::Pipelines, false) => "the pipelines go on",
+    })
+}
+
+/// `?level=`
+#[derive(Debug, Deserialize)]
+pub struct WhichLevel {
+    level: String,
+}
+
+/// POST /control/log-level
+pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<WhichLevel>) -> Response {
+    let Some(level) = LogLevel::named(&which.level) else {
+        return refuse(StatusCode::BAD_REQUEST, "level is DEBUG, INFO, WARNING or ERROR");
+    };
+    match server.control.set_level(level) {
+        Ok(()) => done(format!("logs from {level} on, until the next start")),
+        Err(error) => refuse(StatusCode::CONFLICT, error),
+    }
+}
+
+/// POST /control/drain
+pub async fn drain(Shared(server): Shared<Arc<Server>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
+    info!(%peer, "drained by hand");
+    server.control.drain();
+    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes what is in hand, then ends" }))).into_response()
+}
+
+// ---------------------------------------------------------------------------------------------
+// Dead letters
+
+/// Which of them to list.
+#[derive(Debug, Deserialize)]
+pub struct List {
+    /// Older than this one.
+    before: Option<String>,
+    reason: Option<String>,
+    kind: Option<String>,
+    limit: Option<usize>,
+}
+
+/// GET /dead-letters: the newest first.
+pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>) -> Response {
+    if list.before.as_ref().is_some_and(|id| id.parse::<EntryId>().is_err()) {
+        return refuse(StatusCode::BAD_REQUEST, "before is the id of a dead letter");
+    }
+    let limit = list.limit.unwrap_or(PAGE).clamp(1, PAGE);
+    let filter = Filter { reason: list.reason, kind: list.kind, ..Filter::default() };
+    let work = async {
+        let mut connection = server.redis.connect().await?;
+        let mut before = list.before;
+        let (mut letters, mut looked) = (Vec::new(), 0);
+        loop {
+            let page =
+                dead_letters::page_before(&mut connection, &server.keys, before.as_deref(), PAGE).await?;
+            let last = page.len() < PAGE;
+            looked += page.len();
+            for letter in page {
+                before = Some(letter.id.clone());
+                if filter.fits(&letter) {
+                    letters.push(summary(&letter));
+                }
+                if letters.len() == limit {
+                    return Ok((letters, before));
+                }
+            }
+            if last {
+                return Ok((letters, None));
+            }
+            if looked >= LOOKED_THROUGH {
+                return Ok((letters, before));
+            }
+        }
+    };
+    let found: redis::RedisResult<(Vec<Value>, Option<String>)> = work.await;
+    match found {
+        Ok((letters, next)) => Json(json!({ "letters": letters, "next": next })).into_response(),
+        Err(error) => refuse(StatusCode::SERVICE_UNAVAILABLE, format!("Redis: {error}")),
+    }
+}
+
+/// GET /dead-letters/{id}
+pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -> Response {
+    if id.parse::<EntryId>().is_err() {
+        return refuse(StatusCode::BAD_REQUEST, "this is no id of a dead letter");
+    }
+    let found = async {
+        let mut connection = server.redis.connect().await?;
+        dead_letters::get(&mut connection, &server.keys, &id).await
+    };
+    match found.await {
+        Ok(Some(letter)) => Json(letter).into_response(),
+        Ok(None) => refuse(StatusCode::NOT_FOUND, format!("there is no dead letter {id}")),
+        Err(error) => refuse(StatusCode::SERVICE_UNAVAILABLE, format!("Redis: {error}")),
+    }
+}
+
+/// What a list shows of a letter.
+fn summary(letter: &Letter) -> Value {
+    let op: Value = serde_json::from_str(&letter.op).unwrap_or_default();
+    let data: Value = serde_json::from_str(&letter.data).unwrap_or_default();
+    let text = |value: &Value| value.as_str().map(short).unwrap_or_default();
+    let repo = [&data["repo"], &op["repo"], &op["did"]].into_iter().find(|repo| repo.is_string());
+    json!({
+        "id": letter.id,
+        "type": letter.event_type,
+        "reason": letter.reason,
+        "sqlstate": letter.sqlstate,
+        "message": short(&letter.message),
+        "collection": short(&letter.collection()),
+        "action": text(&op["action"]),
+        "path": text(&op["path"]),
+        "repo": repo.map(text).unwrap_or_default(),
+        "attempts": letter.attempts,
+        "first_time": letter.first_time,
+        "last_time": letter.last_time,
+    })
+}
+
+fn short(text: &str) -> String {
+    match text.char_indices().nth(SHORT) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Which of them to retry or purge: ids, or all that fit.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Chosen {
+    ids: Vec<String>,
+    all: bool,
+    reason: Option<String>,
+    kind: Option<String>,
+    /// Such as `1h`.
+    since: Option<String>,
+}
+
+impl Chosen {
+    fn filter(self) -> Result<Filter, &'static str> {
+        if self.ids.is_empty() && !self.all {
+            return Err("give ids, or all (with reason, kind or since for some of them)");
+        }
+        let since = self.since.as_deref().map(humantime::parse_duration).transpose();
+        let since = since.map_err(|_| "since is a time such as 1h or 2d")?;
+        Ok(Filter { ids: self.ids, reason: self.reason, kind: self.kind, since })
+    }
+}
+
+/// POST /dead-letters/retry
+pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Json<Chosen>) -> Response {
+    let Some(store) = &server.store else {
+        return refuse(StatusCode::CONFLICT, "this process has no pipelines: ask one that has");
+    };
+    let filter = match chosen.filter() {
+        Ok(filter) => filter,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
+    };
+    let (mut applied, mut kept, mut still_bad) = (0_u64, 0_u64, Vec::new());
+    let work = async {
+        let mut letters = Letters::new(&server, filter).await?;
+        while let Some(letter) = letters.next(&server.keys).await? {
+            let id = letter.id.clone();
+            match retry(&mut letters.connection, &server.keys, store, letter).await? {
+                Retried::Applied => applied += 1,
+                Retried::StillBad(reject) => {
+                    kept += 1;
+                    if still_bad.len() < PAGE {
+                        still_bad.push(json!({ "id": id, "message": short(&reject.to_string()) }));
+                    }
+                }
+            }
+        }
+        anyhow::Ok(letters.more)
+    };
+    let worked = work.await;
+    if applied + kept > 0 {
+        info!(applied, kept, "dead letters were tried again by hand");
+    }
+    match worked {
+        Ok(more) => Json(json!({
+            "done": format!("{applied} applied, {kept} kept"),
+            "applied": applied,
+            "kept": kept,
+            "still_bad": still_bad,
+            "more": more,
+        }))
+        .into_response(),
+        Err(error) => unavailable(&error),
+    }
+}
+
+/// POST /dead-letters/purge
+pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Json<Chosen>) -> Response {
+    let filter = match chosen.filter() {
+        Ok(filter) => filter,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
+    };
+    let mut removed = 0_u64;
+    let work = async {
+        let mut letters = Letters::new(&server, filter).await?;
+        while let Some(letter) = letters.next(&server.keys).await? {
+            let gone = dead_letters::remove(&mut letters.connection, &server.keys, &letter).await?;
+            removed += u64::from(gone);
+        }
+        anyhow::Ok(letters.more)
+    };
+    let worked = work.await;
+    if removed > 0 {
+        info!(removed, "dead letters were thrown away by hand");
+    }
+    match worked {
+        Ok(more) => {
+            let done = format!("{removed} thrown away");
+            Json(json!({ "done": done, "removed": removed, "more": more })).into_response()
+        }
+        Err(error) => unavailable(&error),
+    }
+}
+
+fn unavailable(error: &anyhow::Error) -> Response {
+    refuse(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"))
+}
+
+/// The chosen letters, one by one, until the time of a request is up.
+struct Letters {
+    connection: MultiplexedConnection,
+    walk: Walk,
+    page: std::vec::IntoIter<Letter>,
+    began: Instant,
+    /// The time was up before the last.
+    more: bool,
+}
+
+impl Letters {
+    async fn new(server: &Server, filter: Filter) -> anyhow::Result<Self> {
+        let mut connection = server.redis.connect().await?;
+        let walk = Walk::new(&mut connection, &server.keys, filter).await?;
+        Ok(Self { connection, walk, page: Vec::new().into_iter(), began: Instant::now(), more: false })
+    }
+
+    async fn next(&mut self, keys: &Keys) -> anyhow::Result<Option<Letter>> {
+        loop {
+            if self.began.elapsed() > WORK {
+                self.more = true;
+                return Ok(None);
+            }
+            if let Some(letter) = self.page.next() {
+                return Ok(Some(letter));
+            }
+            match self.walk.next(&mut self.connection, keys).await? {
+                Some(page) => self.page = page.into_iter(),
+                None => return Ok(None),
+            }
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! `standpipe status` for people: what [`super::Report`] says, as a page of text.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+/// What the command line finds out beside the report.
+#[derive(Clone, Debug, Default)]
+pub struct Beside {
+    /// Dead letters by reason, with how many were looked at.
+    pub reasons: Vec<(String, u64)>,
+    /// These are the reasons of the newest so many only.
+    pub newest: Option<u64>,
+    /// What PostgreSQL says, where no process was there to say it.
+    pub database: Option<String>,
+}
+
+/// The page. `status` is what `/status` gives and [`super::Report`] becomes; what is not there is left out.
+#[must_use]
+pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
+    let mut lines: Vec<(&str, String)> = Vec::new();
+    let stream = &status["stream"];
+    let process = &status["process"];
+    if let Some(error) = text(&status["error"]) {
+        lines.push(("trouble", error.to_owned()));
+    }
+    if stream.is_object() {
+        lines.extend(stream_lines(stream, process.is_object()));
+        lines.push(("dead letters", dead_letters(status, beside)));
+    }
+    if let Some(reader) = process.get("reader") {
+        lines.push(("reader", reader_line(reader, now_ms)));
+    }
+    if let Some(pool) = process.get("pool") {
+        let (size, used, max) = (number(&pool["size"]), number(&pool["in_use"]), number(&pool["max"]));
+        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, {max} at the most")));
+    }
+    if let Some(database) = &beside.database {
+        lines.push(("PostgreSQL", database.clone()));
+    }
+    lines.push(("process", process_line(process)));
+
+    let mut page = format!("standpipe {}\n\n", text(&status["version"]).unwrap_or_default());
+    for (name, line) in lines {
+        let _ = writeln!(page, "{name:<13} {line}");
+    }
+    let pipelines: Vec<&Value> = list(&process["pipelines"]).collect();
+    if !pipelines.is_empty() {
+        let rows = pipelines.iter().map(|pipeline| {
+            [
+                name(&pipeline["consumer"]),
+                grouped(number(&pipeline["in_flight"])),
+                grouped(number(&pipeline["entries"])),
+                since(&pipeline["last_ack_ms"], now_ms),
+                state(pipeline),
+            ]
+        });
+        page.push_str(&columns(["PIPELINE", "IN HAND", "FINISHED", "LAST", "STATE"], rows));
+    }
+    let own = |consumer: &Value| pipelines.iter().any(|pipeline| pipeline["consumer"] == consumer["name"]);
+    let others: Vec<&Value> = list(&status["consumers"]).filter(|consumer| !own(consumer)).collect();
+    if !others.is_empty() {
+        let rows = others.iter().map(|consumer| {
+            [
+                name(&consumer["name"]),
+                grouped(number(&consumer["pending"])),
+                age(consumer["idle_seconds"].as_f64().unwrap_or(0.0)),
+            ]
+        });
+        page.push_str(&columns(["CONSUMER", "PENDING", "IDLE"], rows));
+    }
+    page
+}
+
+fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
+    let key = name(&stream["key"]);
+    let group = name(&stream["group"]);
+    let mut lines = Vec::new();
+    if stream["exists"] == Value::Bool(false) {
+        lines.push(("stream", format!("{key} is not there yet")));
+    } else {
+        lines.push(("stream", format!("{key}: {} entries", grouped(number(&stream["length"])))));
+        let missing = if stream["group_exists"] == Value::Bool(false) { ", which is not there" } else { "" };
+        lines.push(("group", format!("{group}{missing}")));
+        let waiting = stream["waiting"].as_u64().map_or_else(|| "unknown to Redis".to_owned(), grouped);
+        let oldest = stream["oldest_waiting_seconds"].as_f64();
+        let oldest = oldest.map_or_else(String::new, |seconds| format!(", the oldest for {}", age(seconds)));
+        lines.push(("waiting", format!("{waiting}{oldest}")));
+        lines.push(("pending", grouped(number(&stream["pending"]))));
+        if let Some(holder) = text(&stream["trim_held_by"])
+            && !holder.is_empty()
+            && holder != group
+        {
+            lines.push(("trim", format!("held back by the group {holder}")));
+        }
+    }
+    let cursor = stream["cursor"].as_i64().map_or_else(
+        || if running { "none yet".to_owned() } else { "none".to_owned() },
+        |cursor| cursor.to_string(),
+    );
+    let relay = text(&stream["relay"]).map_or_else(String::new, |relay| format!(" at {relay}"));
+    lines.push(("cursor", format!("{cursor}{relay}")));
+    lines
+}
+
+fn dead_letters(status: &Value, beside: &Beside) -> String {
+    let total = number(&status["dead_letters"]);
+    let reasons: Vec<String> = beside
+        .reasons
+        .iter()
+        .map(|(reason, count)| format!("{} {}", grouped(*count), plain(reason)))
+        .collect();
+    match (reasons.is_empty(), beside.newest) {
+        (true, _) => grouped(total),
+        (false, None) => format!("{}: {}", grouped(total), reasons.join(", ")),
+        (false, Some(newest)) => {
+            format!("{}; of the newest {}: {}", grouped(total), grouped(newest), reasons.join(", "))
+        }
+    }
+}
+
+fn reader_line(reader: &Value, now_ms: u64) -> String {
+    let connected =
+        if reader["connected"] == Value::Bool(true) { "connected to" } else { "not connected to" };
+    let gaps = match number(&reader["gaps"]) {
+        0 => String::new(),
+        gaps => format!(", {} gaps", grouped(gaps)),
+    };
+    format!(
+        "{}, {connected} {}, {} frames, the last {}{gaps}",
+        state(reader),
+        name(&reader["relay"]),
+        grouped(number(&reader["frames"])),
+        since(&reader["last_frame_ms"], now_ms)
+    )
+}
+
+fn process_line(process: &Value) -> String {
+    if !process.is_object() {
+        return "none answers at HTTP_ADDR; this is what the servers know".to_owned();
+    }
+    format!(
+        "up for {}, {} entries finished, {:.0} per second",
+        age(process["uptime_seconds"].as_f64().unwrap_or(0.0)),
+        grouped(number(&process["entries"])),
+        process["entries_per_second"].as_f64().unwrap_or(0.0)
+    )
+}
+
+/// The state's word, with the reason where there is one.
+fn state(part: &Value) -> String {
+    let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
+    let words = words.replace("postgres", "PostgreSQL").replace("redis", "Redis");
+    match text(&part["reason"]) {
+        Some(reason) => format!("{words}: {reason}"),
+        None => words,
+    }
+}
+
+/// A table with a heading: the first and last column flush left, those between flush right.
+fn columns<const N: usize>(heading: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = std::iter::once(heading.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let mut page = "\n".to_owned();
+    for row in &rows {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let width = widths[column];
+            if column == 0 || column == N - 1 && N > 3 {
+                let _ = write!(line, "{cell:<width$}  ");
+            } else {
+                let _ = write!(line, "{cell:>width$}  ");
+            }
+        }
+        page.push_str(line.trim_end());
+        page.push('\n');
+    }
+    page
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+fn text(value: &Value) -> Option<&str> {
+    value.as_str()
+}
+
+/// A name from elsewhere, without what would move the cursor of a terminal.
+fn name(value: &Value) -> String {
+    plain(text(value).unwrap_or_default())
+}
+
+fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
+fn since(ms: &Value, now_ms: u64) -> String {
+    match ms.as_u64() {
+        Some(ms) => format!("{} ago", age(now_ms.saturating_sub(ms) as f64 / 1000.0)),
+        None => "never".to_owned(),
+    }
+}
+
+/// `0.3 s`, `12 s`, `3 min`, `5 h`, `2 d`.
+fn age(seconds: f64) -> String {
+    match seconds {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.0} h", s / 3600.0),
+        s => format!("{:.0} d", s / 86_400.0),
+    }
+}
+
+/// `1,234,567`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::with_capacity(digits.len() * 4 / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_says_everything_and_is_aligned() {
+        let status = serde_json::json!({
+            "version": "1.2.3",
+            "stream": {"key": "firehose:events", "group": "g", "exists": true, "group_exists": true, "length": 1_234_567,
+                       "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
+                       "cursor": 42, "relay": "bsky.network"},
+            "consumers": [{"name": "a-0", "pending": 3, "idle_seconds": 0.5},
+                          {"name": "dead\u{1b}[2J-0", "pending": 2, "idle_seconds": 86_400.0}],
+            "dead_letters": 3,
+            "process": {"uptime_seconds": 7300.0, "entries": 1000, "entries_per_second": 12.3,
+                        "pipelines": [{"consumer": "a-0", "state": "waiting_for_postgres", "reason": "refused",
+                                       "in_flight": 200, "entries": 1000, "last_ack_ms": 9000}],
+                        "reader": {"state": "running", "relay": "bsky.network", "connected": true, "frames": 12_345,
+                                   "last_frame_ms": 9900, "gaps": 1},
+                        "pool": {"size": 5, "in_use": 2, "max": 20}},
+        });
+        let beside = Beside { reasons: vec![("undecodable".to_owned(), 3)], ..Beside::default() };
+        let expected = "\
+standpipe 1.2.3
+
+stream        firehose:events: 1,234,567 entries
+group         g
+waiting       unknown to Redis, the oldest for 75 s
+pending       3
+trim          held back by the group other
+cursor        42 at bsky.network
+dead letters  3: 3 undecodable
+reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
+PostgreSQL    2 of 5 connections in use, 20 at the most
+process       up for 2 h, 1,000 entries finished, 12 per second
+
+PIPELINE  IN HAND  FINISHED       LAST  STATE
+a-0           200     1,000  1.0 s ago  waiting for PostgreSQL: refused
+
+CONSUMER    PENDING  IDLE
+dead[2J-0         2  24 h
+";
+        assert_eq!(table(&status, &beside, 10_000), expected);
+    }
+
+    #[test]
+    fn what_is_not_there_is_left_out() {
+        let page = table(&serde_json::json!({"version": "1", "error": "Redis: away"}), &Beside::default(), 0);
+        assert!(page.contains("trouble       Redis: away") && page.contains("none answers"), "{page}");
+        assert!(!page.contains("dead letters") && !page.contains("PIPELINE"), "{page}");
+    }
+}

@@ -1,0 +1,257 @@
+//! What is in the database before anything is changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio_postgres::Client;
+
+use super::super::StoreError;
+
+/// The tables that standpipe writes and what may be unique in them: the record, never its subject. A repository can
+/// hold two likes of one post.
+pub const KEYS: &[(&str, &str)] = &[
+    ("users", "did"),
+    ("posts", "uri"),
+    ("post_aggregations", "post_uri"),
+    ("feed_items", "uri"),
+    ("likes", "uri"),
+    ("reposts", "uri"),
+    ("quotes", "uri"),
+    ("bookmarks", "uri"),
+    ("follows", "uri"),
+    ("blocks", "uri"),
+    ("lists", "uri"),
+    ("list_items", "uri"),
+    ("list_blocks", "uri"),
+    ("feed_generators", "uri"),
+    ("starter_packs", "uri"),
+    ("labeler_services", "uri"),
+    ("labels", "uri"),
+    ("verifications", "uri"),
+    ("post_gates", "post_uri"),
+    ("thread_gates", "post_uri"),
+    ("notifications", "id"),
+    ("notifications", "uri"),
+    ("generic_records", "uri"),
+];
+
+/// What is there. Names are as in the migration files: a table of the application by its name, ours as
+/// `standpipe.<name>`; indexes likewise.
+#[derive(Debug)]
+pub struct Catalogue {
+    /// Where the application's tables are.
+    pub schema: String,
+    /// Tables and composite types with their columns.
+    pub relations: BTreeMap<String, BTreeSet<String>>,
+    /// Indexes, and whether they are whole: one that was broken off is not.
+    pub indexes: BTreeMap<String, bool>,
+    /// The application's tables that were here before us.
+    pub before: BTreeSet<String>,
+    /// Those of them that this role does not own.
+    pub foreign: Vec<String>,
+    /// Unique indexes that cannot hold what repositories contain.
+    pub by_subject: Vec<UniqueIndex>,
+    /// What was replaced already.
+    pub replaced: Vec<ReplacedIndex>,
+    /// Columns that we added to tables that were here before us.
+    pub added: BTreeMap<String, Vec<String>>,
+    /// Foreign keys of tables that standpipe writes.
+    pub foreign_keys: Vec<String>,
+}
+
+/// A unique index that has to go.
+#[derive(Clone, Debug)]
+pub struct UniqueIndex {
+    pub name: String,
+    /// The name as SQL has it.
+    pub quoted: String,
+    pub table: String,
+    /// `CREATE UNIQUE INDEX ...`
+    pub definition: String,
+    /// What is unique, and of which rows.
+    pub keys: Vec<String>,
+    pub predicate: Option<String>,
+    /// It belongs to a constraint, with these words behind it.
+    pub constraint: Option<String>,
+    /// Another index, a plain one, that has the same columns.
+    pub equivalent: Option<String>,
+}
+
+/// A unique index that has been replaced, as `standpipe.replaced_indexes` remembers it.
+#[derive(Clone, Debug)]
+pub struct ReplacedIndex {
+    pub name: String,
+    pub table: String,
+    pub definition: String,
+    pub keys: Vec<String>,
+    pub predicate: Option<String>,
+    pub constraint: Option<String>,
+    /// The plain index that we made in its place; none if there was one already.
+    pub replacement: Option<String>,
+}
+
+impl Catalogue {
+    /// Reads it.
+    pub async fn read(client: &Client) -> Result<Self, StoreError> {
+        let schema: String =
+            client.query_one("SELECT coalesce(current_schema(), 'public')::text", &[]).await?.get(0);
+        let mut relations = BTreeMap::new();
+        let mut foreign = Vec::new();
+        let rows = client
+            .query(
+                "SELECT CASE n.nspname WHEN 'standpipe' THEN 'standpipe.' ELSE '' END || c.relname,
+                        array_remove(array_agg(a.attname::text), NULL), pg_has_role(c.relowner, 'USAGE')
+                 FROM pg_class c
+                 JOIN pg_namespace n ON n.oid = c.relnamespace
+                 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                 WHERE c.relkind IN ('r', 'p', 'c') AND n.nspname IN ($1, 'standpipe')
+                 GROUP BY n.nspname, c.oid",
+                &[&schema],
+            )
+            .await?;
+        for row in rows {
+            let name: String = row.get(0);
+            if !row.get::<_, bool>(2) && KEYS.iter().any(|(table, _)| *table == name) {
+                foreign.push(name.clone());
+            }
+            relations.insert(name, row.get::<_, Vec<String>>(1).into_iter().collect());
+        }
+        let indexes = client
+            .query(
+                "SELECT CASE n.nspname WHEN 'standpipe' THEN 'standpipe.' ELSE '' END || c.relname, i.indisvalid
+                 FROM pg_class c
+                 JOIN pg_namespace n ON n.oid = c.relnamespace
+                 JOIN pg_index i ON i.indexrelid = c.oid
+                 WHERE n.nspname IN ($1, 'standpipe')",
+                &[&schema],
+            )
+            .await?;
+        let indexes = indexes.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let before: Vec<String> = if relations.contains_key("standpipe.tables_before") {
+            client
+                .query("SELECT name FROM standpipe.tables_before", &[])
+                .await?
+                .iter()
+                .map(|row| row.get(0))
+                .collect()
+        } else {
+            relations.keys().filter(|name| !name.starts_with("standpipe.")).cloned().collect()
+        };
+        let mut catalogue = Self {
+            by_subject: unique_by_subject(client).await?,
+            foreign_keys: foreign_keys(client).await?,
+            schema,
+            relations,
+            indexes,
+            before: before.into_iter().collect(),
+            foreign,
+            replaced: Vec::new(),
+            added: BTreeMap::new(),
+        };
+        if catalogue.relations.contains_key("standpipe.replaced_indexes") {
+            catalogue.read_own_notes(client).await?;
+        }
+        Ok(catalogue)
+    }
+
+    async fn read_own_notes(&mut self, client: &Client) -> Result<(), StoreError> {
+        let rows = client
+            .query(
+                "SELECT name, table_name, definition, keys, predicate, constraint_words, replacement
+                 FROM standpipe.replaced_indexes ORDER BY table_name, name",
+                &[],
+            )
+            .await?;
+        self.replaced = rows
+            .iter()
+            .map(|row| ReplacedIndex {
+                name: row.get(0),
+                table: row.get(1),
+                definition: row.get(2),
+                keys: row.get(3),
+                predicate: row.get(4),
+                constraint: row.get(5),
+                replacement: row.get(6),
+            })
+            .collect();
+        for row in client
+            .query("SELECT table_name, column_name FROM standpipe.added_columns ORDER BY 1, 2", &[])
+            .await?
+        {
+            self.added.entry(row.get(0)).or_default().push(row.get(1));
+        }
+        Ok(())
+    }
+
+    /// Tables that standpipe writes and that were here before it, or that it made.
+    pub fn tables(&self, before: bool) -> Vec<&'static str> {
+        let mut tables: Vec<_> = KEYS
+            .iter()
+            .map(|(table, _)| *table)
+            .filter(|table| self.relations.contains_key(*table) && self.before.contains(*table) == before)
+            .collect();
+        tables.dedup();
+        tables
+    }
+}
+
+/// Unique indexes on our tables that hold a record's subject unique, whatever they are called.
+pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, StoreError> {
+    let (tables, keys): (Vec<&str>, Vec<&str>) = KEYS.iter().copied().unzip();
+    let rows = client
+        .query(
+            "SELECT c.relname::text, quote_ident(c.relname), t.relname::text, pg_get_indexdef(c.oid),
+                    ARRAY(SELECT pg_get_indexdef(c.oid, n, true) FROM generate_series(1, i.indnkeyatts::int) n),
+                    pg_get_expr(i.indpred, i.indrelid),
+                    CASE WHEN k.oid IS NOT NULL THEN
+                        CASE WHEN k.condeferrable THEN 'DEFERRABLE' ELSE '' END
+                        || CASE WHEN k.condeferred THEN ' INITIALLY DEFERRED' ELSE '' END
+                    END,
+                    (SELECT p.relname::text FROM pg_index o JOIN pg_class p ON p.oid = o.indexrelid
+                     WHERE o.indrelid = i.indrelid AND o.indisvalid AND NOT o.indisunique
+                       AND (o.indkey::text, o.indclass::text, o.indcollation::text, o.indoption::text)
+                         = (i.indkey::text, i.indclass::text, i.indcollation::text, i.indoption::text)
+                       AND o.indexprs IS NULL AND i.indexprs IS NULL
+                       AND pg_get_expr(o.indpred, o.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indpred, i.indrelid)
+                     ORDER BY p.relname LIMIT 1)
+             FROM pg_index i
+             JOIN pg_class c ON c.oid = i.indexrelid
+             JOIN pg_class t ON t.oid = i.indrelid
+             JOIN pg_namespace n ON n.oid = t.relnamespace
+             LEFT JOIN pg_constraint k ON k.conindid = c.oid AND k.contype = 'u'
+             WHERE n.nspname = current_schema() AND i.indisunique AND NOT i.indisprimary AND t.relname = ANY ($1)
+               AND NOT EXISTS (
+                   SELECT FROM pg_attribute a JOIN unnest($1::text[], $2::text[]) AS x (relname, attname)
+                       ON x.relname = t.relname AND x.attname = a.attname
+                   WHERE a.attrelid = t.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
+             ORDER BY 3, 1",
+            &[&tables, &keys],
+        )
+        .await?;
+    let index = |row: &tokio_postgres::Row| UniqueIndex {
+        name: row.get(0),
+        quoted: row.get(1),
+        table: row.get(2),
+        definition: row.get(3),
+        keys: row.get(4),
+        predicate: row.get(5),
+        constraint: row.get(6),
+        equivalent: row.get(7),
+    };
+    Ok(rows.iter().map(index).collect())
+}
+
+async fn foreign_keys(client: &Client) -> Result<Vec<String>, StoreError> {
+    let tables: Vec<&str> = KEYS.iter().map(|(table, _)| *table).collect();
+    let rows = client
+        .query(
+            "SELECT format('%s of %s to %s', k.conname, t.relname, k.confrelid::regclass)
+             FROM pg_constraint k
+             JOIN pg_class t ON t.oid = k.conrelid
+             JOIN pg_namespace n ON n.oid = t.relnamespace
+             WHERE k.contype = 'f' AND n.nspname = current_schema() AND t.relname = ANY ($1)
+             ORDER BY 1",
+            &[&tables],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}

@@ -1,0 +1,193 @@
+//! One step of a change to a database that others are working on: short, and begun again when it cannot have its lock.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::super::StoreError;
+use crate::crash::{self, Point};
+
+/// How long a step waits for a lock. Everybody else's statements on the table queue up behind a request for an
+/// exclusive lock, so that this is how long we hold them up when somebody has the table for long.
+const LOCK_TIMEOUT: &str = "250ms";
+/// Pauses between two tries: the others get on meanwhile.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(3);
+/// After so long without an end it is said what is waited for.
+const SAY_AFTER: Duration = Duration::from_secs(3);
+
+/// Where what is being done is said.
+pub type Say<'a> = dyn FnMut(&str) + Send + 'a;
+
+/// A change that is complete in itself.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// What it does, for a person.
+    pub what: String,
+    /// What it holds meanwhile.
+    pub lock: Lock,
+    pub runs: Vec<Run>,
+}
+
+/// What others notice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// Nothing of theirs is locked.
+    None,
+    /// A change of the catalogue under ACCESS EXCLUSIVE.
+    Moment(String),
+    /// SHARE UPDATE EXCLUSIVE: only other changes of the table wait.
+    Beside(String),
+    /// The first, then the second.
+    BesideThenMoment(String),
+    /// Locks of the rows that it removes.
+    Rows(String),
+}
+
+impl fmt::Display for Lock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let moment = format!("waits {LOCK_TIMEOUT} at the most, then tries again");
+        match self {
+            Lock::None => f.write_str("locks nothing of yours"),
+            Lock::Moment(table) => write!(f, "ACCESS EXCLUSIVE on {table} for a moment; {moment}"),
+            Lock::Beside(table) => write!(f, "SHARE UPDATE EXCLUSIVE on {table}: reads and writes go on"),
+            Lock::BesideThenMoment(table) => write!(
+                f,
+                "SHARE UPDATE EXCLUSIVE on {table}: reads and writes go on; then ACCESS EXCLUSIVE for a moment; {moment}"
+            ),
+            Lock::Rows(table) => write!(f, "locks the rows of {table} that it removes"),
+        }
+    }
+}
+
+/// SQL that is run in one go.
+#[derive(Clone, Debug)]
+pub enum Run {
+    /// Statements that are one transaction.
+    Transaction(String),
+    /// One statement that may be part of none: CONCURRENTLY.
+    Alone(String),
+}
+
+/// Sets the session up for steps.
+pub async fn begin(client: &Client) -> Result<(), StoreError> {
+    Ok(client
+        .batch_execute(&format!("SET statement_timeout = 0; SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        .await?)
+}
+
+/// Gives the session back its settings.
+pub async fn end(client: &Client) -> Result<(), StoreError> {
+    Ok(client.batch_execute("RESET statement_timeout; RESET lock_timeout").await?)
+}
+
+impl Step {
+    /// Does it, however long others keep the locks.
+    pub async fn run(&self, client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
+        for run in &self.runs {
+            run.run(client, &self.what, say).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Run {
+    pub async fn run(&self, client: &Client, what: &str, say: &mut Say<'_>) -> Result<(), StoreError> {
+        let began = Instant::now();
+        let mut said = began;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let Err(error) = self.once(client, what, say).await else { return Ok(()) };
+            if !matches!(
+                error.code(),
+                Some(
+                    &SqlState::LOCK_NOT_AVAILABLE
+                        | &SqlState::T_R_DEADLOCK_DETECTED
+                        | &SqlState::T_R_SERIALIZATION_FAILURE
+                )
+            ) {
+                return Err(error.into());
+            }
+            if said.elapsed() > SAY_AFTER {
+                said = Instant::now();
+                let holders = holders(client).await?;
+                say(&format!(
+                    "  {what}: waiting for its lock for {:.0} s{holders}",
+                    began.elapsed().as_secs_f64()
+                ));
+            }
+            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn once(
+        &self,
+        client: &Client,
+        what: &str,
+        say: &mut Say<'_>,
+    ) -> Result<(), tokio_postgres::Error> {
+        match self {
+            Run::Transaction(sql) => {
+                if crash::is_due(Point::InMigration) {
+                    while client.batch_execute(&format!("BEGIN; {sql}")).await.is_err() {
+                        client.batch_execute("ROLLBACK").await?;
+                    }
+                    crash::now(Point::InMigration);
+                }
+                // In one message: the lock is not held while an answer travels.
+                let done = client.batch_execute(&format!("BEGIN; {sql}; COMMIT")).await;
+                if done.is_err() && !client.is_closed() {
+                    client.batch_execute("ROLLBACK").await?;
+                }
+                done
+            }
+            Run::Alone(sql) => {
+                crash::at(Point::InMigration);
+                // Its lock holds nobody up, and it has to wait for transactions that are older than it.
+                client.batch_execute("SET lock_timeout = 0").await?;
+                let done = with_heartbeat(client.batch_execute(sql), what, say).await;
+                if !client.is_closed() {
+                    client.batch_execute(&format!("SET lock_timeout = '{LOCK_TIMEOUT}'")).await?;
+                }
+                crash::at(Point::InMigration);
+                done
+            }
+        }
+    }
+}
+
+async fn with_heartbeat<T>(work: impl Future<Output = T>, what: &str, say: &mut Say<'_>) -> T {
+    let began = Instant::now();
+    tokio::pin!(work);
+    loop {
+        match tokio::time::timeout(3 * SAY_AFTER, &mut work).await {
+            Ok(done) => return done,
+            Err(_) => say(&format!(
+                "  {what}: at it for {:.0} s; it also waits for transactions that are older than it",
+                began.elapsed().as_secs_f64()
+            )),
+        }
+    }
+}
+
+/// Who has had a transaction open on one of the tables for long enough to be in the way.
+async fn holders(client: &Client) -> Result<String, StoreError> {
+    let rows = client
+        .query(
+            "SELECT DISTINCT format('process %s (%s, %s, since %s s)', a.pid,
+                        coalesce(nullif(a.application_name, ''), a.backend_type), coalesce(a.state, 'state unknown'),
+                        extract(epoch FROM clock_timestamp() - a.xact_start)::int)
+             FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+             WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database
+                                                                           WHERE datname = current_database())
+               AND a.pid <> pg_backend_pid() AND a.xact_start < clock_timestamp() - interval '1 second'
+             LIMIT 3",
+            &[],
+        )
+        .await?;
+    let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    Ok(if names.is_empty() { String::new() } else { format!("; in the way may be {}", names.join(", ")) })
+}

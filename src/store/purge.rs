@@ -1,0 +1,76 @@
+//! Removing what deleted accounts had written, in short transactions.
+
+use tokio_postgres::Client;
+
+use super::StoreError;
+use crate::event::Kind;
+
+/// Rows per transaction: short enough that nobody waits for it.
+const CHUNK: i32 = 200;
+
+/// The kinds that leave rows of their own, the most frequent first.
+const KINDS: [Kind; 17] = [
+    Kind::Like,
+    Kind::Post,
+    Kind::Follow,
+    Kind::Repost,
+    Kind::Block,
+    Kind::Bookmark,
+    Kind::ListItem,
+    Kind::List,
+    Kind::ListBlock,
+    Kind::StarterPack,
+    Kind::FeedGenerator,
+    Kind::LabelerService,
+    Kind::Label,
+    Kind::Verification,
+    Kind::ThreadGate,
+    Kind::PostGate,
+    Kind::Record,
+];
+
+/// A deletion whose account's rows are still there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Deletion {
+    /// The account.
+    pub did: String,
+    /// Which of its deletions.
+    which: String,
+}
+
+/// One of those that are still to be seen to.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn next(client: &Client) -> Result<Option<Deletion>, StoreError> {
+    let sql = "SELECT did, standpipe.deletion(deleted_seq, deleted_time) FROM standpipe.accounts
+               WHERE purge_pending AND deleted_time IS NOT NULL ORDER BY did LIMIT 1";
+    let row = client.query_opt(sql, &[]).await?;
+    Ok(row.map(|row| Deletion { did: row.get(0), which: row.get(1) }))
+}
+
+/// Removes everything that an account had written before it was deleted. Safe to interrupt, to repeat and to run beside
+/// another one. Returns the number of records.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses; the rest is for the next call.
+pub async fn purge(client: &Client, deletion: &Deletion) -> Result<u64, StoreError> {
+    let Deletion { did, which } = deletion;
+    let mut total = 0;
+    for kind in KINDS {
+        loop {
+            let removed: i32 = client
+                .query_one("SELECT standpipe.purge($1, $2, $3)", &[did, &kind.name(), &CHUNK])
+                .await?
+                .get(0);
+            match u64::try_from(removed) {
+                Ok(removed @ 1..) => total += removed,
+                _ => break,
+            }
+        }
+    }
+    client.execute("SELECT standpipe.purged($1, $2)", &[did, which]).await?;
+    Ok(total)
+}

@@ -1,0 +1,38 @@
+//! Whether a database that other workers wrote to has been taken over from them.
+
+use tokio_postgres::Client;
+
+use super::StoreError;
+
+/// Whether the application's tables were there before us, and we have not begun to work on them.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn is_due(client: &Client) -> Result<bool, StoreError> {
+    let sql = "SELECT EXISTS (SELECT FROM standpipe.tables_before WHERE name IN ('posts', 'likes'))
+                  AND NOT EXISTS (SELECT FROM standpipe.migrations WHERE version = -1)";
+    Ok(client.query_one(sql, &[]).await?.get(0))
+}
+
+/// Whether the application's tables were there before us.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn was_theirs(client: &Client) -> Result<bool, StoreError> {
+    let sql = "SELECT EXISTS (SELECT FROM standpipe.tables_before WHERE name IN ('posts', 'likes'))";
+    Ok(client.query_one(sql, &[]).await?.get(0))
+}
+
+/// Notes that what the others left pending has been seen to.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn done(client: &Client) -> Result<(), StoreError> {
+    let sql =
+        "INSERT INTO standpipe.migrations (version, name) VALUES (-1, 'taken over') ON CONFLICT DO NOTHING";
+    client.execute(sql, &[]).await?;
+    Ok(())
+}

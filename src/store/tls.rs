@@ -1,0 +1,138 @@
+//! TLS to PostgreSQL: what is trusted, and how strictly, by libpq's words.
+//!
+//! `verify-full` and `require` check the certificate and the host's name; `verify-ca` the certificate; `prefer` (also when
+//! nothing is said) and `allow` go on with whatever they get, as they would without encryption, but say so.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tracing::warn;
+
+use crate::config::{CaFile, Config, DatabaseUrl};
+
+/// How strictly a certificate is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strictness {
+    /// It is looked at, and refused by nobody.
+    Lenient,
+    /// A trusted authority has signed it.
+    Authority,
+    /// It is also the host's own.
+    Full,
+}
+
+impl Strictness {
+    /// What libpq's word means here.
+    #[must_use]
+    pub fn of(ssl_mode: Option<&str>) -> Self {
+        match ssl_mode {
+            Some("require" | "verify-full") => Self::Full,
+            Some("verify-ca") => Self::Authority,
+            _ => Self::Lenient,
+        }
+    }
+
+    fn pardons(self, error: &CertificateError) -> bool {
+        match self {
+            Self::Lenient => true,
+            Self::Authority => matches!(
+                error,
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }
+            ),
+            Self::Full => false,
+        }
+    }
+}
+
+/// What makes the driver's connections encrypted.
+///
+/// # Errors
+///
+/// There is no authority to trust.
+pub fn connector(config: &Config) -> Result<MakeRustlsConnect> {
+    let mode = config.database_url.as_ref().and_then(DatabaseUrl::ssl_mode);
+    let roots = roots(config.database_ca.as_ref().map(CaFile::pem));
+    let inner = WebPkiServerVerifier::builder(Arc::new(roots)).build().context("authorities of TLS")?;
+    let verifier = Verifier { inner, strictness: Strictness::of(mode), said: AtomicBool::new(false) };
+    Ok(MakeRustlsConnect::new(
+        ClientConfig::builder()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth(),
+    ))
+}
+
+/// The given authorities alone; else the machine's own, so that a private one that it trusts is trusted; else Mozilla's.
+fn roots(pem: Option<&[u8]>) -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    if let Some(pem) = pem {
+        roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
+    } else {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        }
+    }
+    roots
+}
+
+#[derive(Debug)]
+struct Verifier {
+    inner: Arc<WebPkiServerVerifier>,
+    strictness: Strictness,
+    said: AtomicBool,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        match self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+            Err(Error::InvalidCertificate(error)) if self.strictness.pardons(&error) => {
+                if self.strictness == Strictness::Lenient && !self.said.swap(true, Ordering::Relaxed) {
+                    warn!(
+                        reason = %error,
+                        "the certificate of PostgreSQL is not trusted; without sslmode=require or stricter in \
+                         DATABASE_URL it is taken all the same"
+                    );
+                }
+                Ok(ServerCertVerified::assertion())
+            }
+            answer => answer,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}

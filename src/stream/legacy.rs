@@ -1,0 +1,94 @@
+//! The keys that the old application's pages read: the hash `cluster:metrics`, whose fields count events, and
+//! `firehose:status`, JSON that lives for ten seconds.
+
+use redis::RedisResult;
+use redis::aio::MultiplexedConnection;
+
+use crate::status::{State, Status, lock};
+
+const METRICS: &str = "cluster:metrics";
+const STATUS: &str = "firehose:status";
+/// Both.
+pub const KEYS: &[&str] = &[METRICS, STATUS];
+/// What `firehose:status` lives, in seconds.
+const STATUS_LIFE: u64 = 10;
+
+/// What has been written so far.
+#[derive(Debug)]
+pub struct Legacy {
+    /// The relay's URL, without secrets.
+    url: String,
+    written: Counts,
+}
+
+/// Finished events, as the pages name them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// `#commit`.
+    pub commits: u64,
+    /// `#identity`.
+    pub identities: u64,
+    /// `#account`.
+    pub accounts: u64,
+    /// `totalEvents`.
+    pub total: u64,
+    /// `errors`: those that became dead letters.
+    pub errors: u64,
+}
+
+/// Whether the old application's hash is there.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn is_there(connection: &mut MultiplexedConnection) -> RedisResult<bool> {
+    redis::cmd("EXISTS").arg(METRICS).query_async(connection).await
+}
+
+impl Legacy {
+    /// Nothing has been written. `url` is what the pages show as the relay.
+    #[must_use]
+    pub fn new(url: String) -> Self {
+        Self { url, written: Counts::default() }
+    }
+
+    /// Writes what came since the last time.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or its memory is full; the next call writes the more.
+    pub async fn write(
+        &mut self,
+        connection: &mut MultiplexedConnection,
+        status: &Status,
+    ) -> RedisResult<()> {
+        let counts = status.counts();
+        let mut pipe = redis::pipe();
+        pipe.atomic();
+        for (field, now, before) in [
+            ("#commit", counts.commits, self.written.commits),
+            ("#identity", counts.identities, self.written.identities),
+            ("#account", counts.accounts, self.written.accounts),
+            ("totalEvents", counts.total, self.written.total),
+            ("errors", counts.errors, self.written.errors),
+        ] {
+            if now > before {
+                pipe.cmd("HINCRBY").arg(METRICS).arg(field).arg(now - before).ignore();
+            }
+        }
+        if let Some(reader) = &status.reader {
+            let reader = lock(reader).clone();
+            let text = serde_json::json!({
+                "connected": reader.connected && reader.state == State::Running,
+                "url": self.url,
+                "currentCursor": reader.cursor.map(|cursor| cursor.to_string()),
+            });
+            pipe.cmd("SET").arg(STATUS).arg(text.to_string()).arg("EX").arg(STATUS_LIFE).ignore();
+        }
+        if pipe.cmd_iter().next().is_some() {
+            pipe.query_async::<()>(connection).await?;
+        }
+        self.written = counts;
+        Ok(())
+    }
+}

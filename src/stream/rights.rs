@@ -1,0 +1,157 @@
+//! Which commands this program sends and on which keys, and whether the server lets our user.
+
+use redis::aio::MultiplexedConnection;
+use redis::{RedisResult, Value};
+
+use super::Keys;
+
+/// Every command, as an ACL rule writes it, with words after it that would run it. A test compares the list with the
+/// sources. `$` stands for the key that the command is used on.
+///
+/// The scripts' commands count like any other: the server checks them one by one against the user who called.
+pub const COMMANDS: &[(&str, &[&str])] = &[
+    ("del", &["$cursor"]),
+    ("discard", &[]),
+    ("evalsha", &["0000000000000000000000000000000000000000", "1", "$stream"]),
+    ("exec", &[]),
+    ("exists", &["$stream"]),
+    ("get", &["$cursor"]),
+    ("hdel", &["$watch", "field"]),
+    ("hexists", &["$watch", "field"]),
+    ("hget", &["$watch", "field"]),
+    ("hincrby", &["$watch", "field", "0"]),
+    ("hset", &["$watch", "field", "value"]),
+    ("incr", &["$lost"]),
+    ("incrby", &["$bytes", "0"]),
+    ("info", &[]),
+    ("mget", &["$cursor", "$relay"]),
+    ("multi", &[]),
+    ("pexpire", &["$lease", "10000"]),
+    ("pttl", &["$lease"]),
+    ("script|load", &["return 0"]),
+    ("set", &["$cursor", "0"]),
+    ("xack", &["$stream", "group", "0-1"]),
+    ("xadd", &["$stream", "*", "type", "commit"]),
+    ("xautoclaim", &["$stream", "group", "consumer", "10000", "0-0"]),
+    ("xclaim", &["$stream", "group", "consumer", "10000", "0-1", "JUSTID"]),
+    ("xdel", &["$dead", "0-1"]),
+    ("xgroup|create", &["$stream", "group", "0"]),
+    ("xgroup|delconsumer", &["$stream", "group", "consumer"]),
+    ("xgroup|setid", &["$stream", "group", "0"]),
+    ("xinfo|consumers", &["$stream", "group"]),
+    ("xinfo|groups", &["$stream"]),
+    ("xinfo|stream", &["$stream"]),
+    ("xlen", &["$stream"]),
+    ("xpending", &["$stream", "group"]),
+    ("xrange", &["$stream", "-", "+"]),
+    ("xreadgroup", &["GROUP", "group", "consumer", "STREAMS", "$stream", ">"]),
+    ("xrevrange", &["$dead", "+", "-"]),
+    ("xtrim", &["$stream", "MINID", "0"]),
+];
+
+/// The commands with which a transaction is begun and ended: they cannot be tried inside of one.
+const BRACKETS: [&str; 3] = ["multi", "exec", "discard"];
+
+/// What our user may not do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// As in [`COMMANDS`].
+    pub commands: Vec<&'static str>,
+    /// Keys that cannot be read or cannot be written.
+    pub keys: Vec<String>,
+    /// Keys of the old application's pages among them; see [`super::legacy`].
+    pub legacy_keys: Vec<String>,
+}
+
+/// Tries every command on its keys, and changes nothing: the server checks the rights to a command when it takes it
+/// into a transaction, and the transaction is discarded. So it is the server itself that answers, for the user that we
+/// are, on every version; ACL DRYRUN would need the rights of an administrator and Redis 7.
+///
+/// `None` when the user may not begin and discard a transaction, so that nothing can be tried.
+///
+/// # Errors
+///
+/// The connection broke.
+pub async fn missing(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<Missing>> {
+    if let Some(Refused::Command) = ask(connection, "multi", &[]).await? {
+        return Ok(None);
+    }
+    let mut missing = Missing::default();
+    for (command, words) in COMMANDS.iter().filter(|(command, _)| !BRACKETS.contains(command)) {
+        let words: Vec<String> = words.iter().map(|word| named(keys, word)).collect();
+        if ask(connection, command, &words).await? == Some(Refused::Command) {
+            missing.commands.push(command);
+        }
+    }
+    for key in keys.all() {
+        if !may_use(connection, &key).await? {
+            missing.keys.push(key);
+        }
+    }
+    for key in super::legacy::KEYS {
+        if !may_use(connection, key).await? {
+            missing.legacy_keys.push((*key).to_owned());
+        }
+    }
+    if ask(connection, "discard", &[]).await? == Some(Refused::Command) {
+        // The server forgets it with the connection.
+        return Ok(None);
+    }
+    // One that is refused aborts the transaction: nothing can come of it here either.
+    let _ = ask(connection, "multi", &[]).await?;
+    let exec = ask(connection, "exec", &[]).await?;
+    if exec == Some(Refused::Command) {
+        missing.commands.push("exec");
+    }
+    Ok(Some(missing))
+}
+
+/// Whether a key can be read and written. Where the command itself is refused nothing is known of the key.
+async fn may_use(connection: &mut MultiplexedConnection, key: &str) -> RedisResult<bool> {
+    let read = ask(connection, "get", &[key.to_owned()]).await?;
+    let write = ask(connection, "set", &[key.to_owned(), "0".to_owned()]).await?;
+    Ok(read != Some(Refused::Key) && write != Some(Refused::Key))
+}
+
+/// The words of a probe with the names of the keys in them.
+fn named(keys: &Keys, word: &str) -> String {
+    match word {
+        "$stream" => keys.stream.clone(),
+        "$cursor" => keys.cursor.clone(),
+        "$relay" => keys.relay.clone(),
+        "$watch" => keys.watch.clone(),
+        "$lease" => keys.lease.clone(),
+        "$lost" => keys.lost.clone(),
+        "$dead" => keys.dead.clone(),
+        "$bytes" => keys.dead_bytes(),
+        word => word.to_owned(),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refused {
+    Command,
+    Key,
+}
+
+async fn ask(
+    connection: &mut MultiplexedConnection,
+    command: &str,
+    words: &[String],
+) -> RedisResult<Option<Refused>> {
+    let mut asked = redis::Cmd::new();
+    for word in command.split('|') {
+        asked.arg(word);
+    }
+    let Err(error) = asked.arg(words).query_async::<Value>(connection).await else { return Ok(None) };
+    let says = |word: &str| error.detail().is_some_and(|detail| detail.contains(word));
+    match error.code() {
+        // "no permissions to run the 'x' command", "no permissions to access a key": the same words since Redis 6.
+        Some("NOPERM") => Ok(Some(if says("to access") { Refused::Key } else { Refused::Command })),
+        // A refused EXEC says so in its own way, and the transaction is over.
+        Some("EXECABORT") if says("NOPERM") => Ok(Some(Refused::Command)),
+        _ if error.is_io_error() || error.is_connection_dropped() => Err(error),
+        // Whatever else it says, it says after it has looked at the rights.
+        _ => Ok(None),
+    }
+}
