@@ -223,7 +223,7 @@ impl Pipeline {
         let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
         self.say(State::Paused);
         tokio::select! {
-            _ = pause.wait_for(|paused| !paused) => {}
+            _ = pause.wait_for(|paused| !paused) => self.say(State::Running),
             _ = names.wait_for(|names| *names != Names::Ours) => {}
             () = stop.cancelled() => {}
         }
