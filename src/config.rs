@@ -1565,6 +1565,8 @@ mod tests {
             "AUTO_MIGRATE" | "NOTIFICATIONS" | "LEGACY_STATUS" => "no",
             "DEAD_LETTER_MAX_BYTES" => "1GB",
             "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
+            "ADMIN_TOKEN" => "sixteen-and-more-characters",
+            "REDIS_CA_FILE" => concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ca.pem"),
             "LOG_LEVEL" => "warn",
             "LOG_FORMAT" => "JSON",
             "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => "77m",
@@ -1828,7 +1830,10 @@ mod tests {
 
     #[test]
     fn a_secret_in_the_wrong_place_is_not_shown() {
-        for name in VARIABLES.iter().map(|v| v.name).filter(|name| *name != "RUST_LOG") {
+        // These two take any text, so a foreign URL is a valid value of theirs.
+        for name in
+            VARIABLES.iter().map(|v| v.name).filter(|name| !["RUST_LOG", "ADMIN_TOKEN"].contains(name))
+        {
             if let Err(error) = read(&[(name, "mongodb://root:hunter2@db")]) {
                 assert!(!error.to_string().contains("hunter2"), "{error}");
             } else {

@@ -270,8 +270,8 @@ process       up for 2 h, 1,000 entries finished, 12 per second
 PIPELINE  IN HAND  FINISHED       LAST  STATE
 a-0           200     1,000  1.0 s ago  waiting for PostgreSQL: refused
 
-CONSUMER    PENDING  IDLE
-dead[2J-0         2  24 h
+CONSUMER   PENDING  IDLE
+dead[2J-0        2  24 h
 ";
         assert_eq!(table(&status, &beside, 10_000), expected);
     }
