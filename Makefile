@@ -20,7 +20,7 @@ bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep -
 	./target/release/standpipe bench $(BENCH)
 
 test: servers ## Run all tests, against private servers
-	cargo test --locked
+	cargo test --locked --no-fail-fast
 
 chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
 	CHAOS_EVENTS=$${CHAOS_EVENTS:-500000} CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} \

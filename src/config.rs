@@ -1566,7 +1566,9 @@ mod tests {
             "DEAD_LETTER_MAX_BYTES" => "1GB",
             "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
             "ADMIN_TOKEN" => "sixteen-and-more-characters",
-            "REDIS_CA_FILE" => concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ca.pem"),
+            "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
+                concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ca.pem")
+            }
             "LOG_LEVEL" => "warn",
             "LOG_FORMAT" => "JSON",
             "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => "77m",
