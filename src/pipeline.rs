@@ -1,7 +1,6 @@
 //! The loop: read, apply, acknowledge.
 
 use std::collections::HashSet;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -349,14 +348,19 @@ impl Pipeline {
     /// `None` when it is time to stop and the database is away: the entries stay pending.
     async fn finish<'a>(
         &self,
-        connection: MultiplexedConnection,
+        mut connection: MultiplexedConnection,
         entries: &'a [Entry],
         stop: &CancellationToken,
     ) -> RedisResult<Option<Vec<Work<'a>>>> {
         let Some(done) = self.apply(entries.iter().map(Work::new).collect(), stop).await else {
             return Ok(None);
         };
-        if self.status.others.load(Ordering::Relaxed) && !self.apply_later(connection, &done, stop).await? {
+        // Asked after the commit: what another program is given from now on finds our rows, even if it comes only now.
+        let others = match group::has_others(&mut connection, &self.keys).await {
+            Err(error) if is_nogroup(&error) => false,
+            others => others?,
+        };
+        if others && !self.apply_later(connection, &done, stop).await? {
             return Ok(None);
         }
         Ok(Some(done))

@@ -453,6 +453,7 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
 async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
     let mut delays = backoff();
     let mut said = false;
+    let mut beside = false;
     loop {
         let Ok(mut connection) = redis.connect().await else {
             tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
@@ -484,7 +485,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
             }
             if !missing && !status.pipelines.is_empty() {
                 let Ok(others) = group::has_others(&mut connection, &keys).await else { break };
-                if status.others.swap(others, Ordering::Relaxed) != others {
+                if std::mem::replace(&mut beside, others) != others {
                     info!(others, "another program works in the consumer group, or holds entries there");
                 }
             }

@@ -1,7 +1,7 @@
 //! What the parts say of themselves, for readiness, `/status` and the progress line.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
@@ -119,8 +119,6 @@ pub struct Status {
     pub accounts: AtomicU64,
     /// As `commits`.
     pub errors: AtomicU64,
-    /// Whether another program works in our group.
-    pub others: AtomicBool,
     /// How long events took from XADD until they were durable.
     pub latency: Latency,
     /// When anything was last acknowledged, Unix milliseconds; 0 for never.

@@ -1120,12 +1120,8 @@ async fn a_foreign_consumer_of_our_name_is_waited_for() {
 async fn entries_of_a_killed_process_are_applied_by_its_next_start() {
     let chain = Chain::start(&network(EVENTS), None).await;
     let program = Program::start("run", &chain.variables()).await;
-    wait_until("load", SOON, async || chain.look().await.pending > 0 && program.entries().await > 200.0)
-        .await;
-    program.signal(Signal::Kill);
-    drop(program);
-    let left = chain.look().await;
-    assert!(left.pending > 0, "{left:?}");
+    program.finishes_more(200.0).await;
+    kill_with_entries_in_hand(&chain, program, "").await;
     let program = Program::start("run", &chain.variables()).await;
     chain.ends_like_an_undisturbed_run().await;
     drop(program);
@@ -1141,11 +1137,9 @@ async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
     let goes = Program::start("worker", &variables.with("CONSUMER_ID", "goes")).await;
     stays.finishes_more(500.0).await;
     goes.finishes_more(500.0).await;
-    goes.signal(Signal::Kill);
+    kill_with_entries_in_hand(&chain, goes, "goes-").await;
     let killed = Instant::now();
-    drop(goes);
     let left = pending_with(&chain, "goes-").await;
-    assert!(left > 0, "nothing was pending with it");
     let before = stays.entries().await;
     wait_until("its entries to be finished", CLAIM_IDLE + Duration::from_secs(5), async || {
         pending_with(&chain, "goes-").await == 0
@@ -1160,6 +1154,23 @@ async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
 
 /// What XPENDING answers: how many, the first, the last, how many of each consumer.
 type Summary = (u64, Option<String>, Option<String>, Option<Vec<(String, u64)>>);
+
+/// Kills a process when it holds entries of the stream: it is stopped first, so that they stay the same.
+async fn kill_with_entries_in_hand(chain: &Chain, program: Program, prefix: &str) {
+    wait_until("it to be stopped with entries in hand", SOON, async || {
+        program.signal(Signal::Stop);
+        // Twice: what it had sent when it stopped is carried out by the second look.
+        let stopped = pending_with(chain, prefix).await > 0 && pending_with(chain, prefix).await > 0;
+        if !stopped {
+            program.signal(Signal::Continue);
+        }
+        stopped
+    })
+    .await;
+    program.signal(Signal::Kill);
+    drop(program);
+    assert!(pending_with(chain, prefix).await > 0, "nothing is pending with what was killed");
+}
 
 /// Entries pending with the consumers whose names begin with this.
 async fn pending_with(chain: &Chain, prefix: &str) -> u64 {

@@ -346,6 +346,8 @@ pub async fn has_others(connection: &mut MultiplexedConnection, keys: &Keys) -> 
         let Some((id, _)) = consumer.name.rsplit_once('-') else { return Ok(true) };
         let ours = match asked.get(id) {
             Some(ours) => *ours,
+            // Our own one is held while this runs.
+            None if keys.lease_of(id) == keys.consumer_lease => true,
             None => redis::cmd("EXISTS").arg(keys.lease_of(id)).query_async(connection).await?,
         };
         if !ours {
