@@ -11,25 +11,42 @@
 CREATE OR REPLACE FUNCTION standpipe.notify(
     o standpipe.op, ending text, recipient text, why text, about text, replaces boolean
 ) RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-    key text := o.uri || '#notification' || ending;
+BEGIN
+    INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    SELECT o.uri || '#notification' || ending, recipient, o.repo, why, about, o.cid, o.sort_at
+    WHERE current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
+      AND recipient LIKE 'did:%' AND recipient <> o.repo
+      -- What the columns cannot hold is no reason to lose the record.
+      AND length(recipient) <= 255 AND length(o.uri) + length(ending) <= 499
+      AND (about IS NULL OR length(about) <= 512)
+    -- Whether it was read is the application's to say, and of this recipient.
+    ON CONFLICT (uri) DO UPDATE SET
+        recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
+        reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
+        is_read = n.is_read AND n.recipient_did = excluded.recipient_did;
+    IF replaces AND NOT FOUND THEN
+        PERFORM standpipe.unnotify(o.uri, ARRAY[ending]);
+    END IF;
+END $$;
+
+-- Of likes, reposts or follows that were not there before, to whoever owns what they point at.
+CREATE OR REPLACE FUNCTION standpipe.notify_new(ops standpipe.op[], why text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
         RETURN;
     END IF;
-    -- What the columns cannot hold is no reason to lose the record.
-    IF recipient LIKE 'did:%' AND recipient <> o.repo AND length(recipient) <= 255 AND length(key) <= 512
-            AND (about IS NULL OR length(about) <= 512) THEN
-        INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
-        VALUES (key, recipient, o.repo, why, about, o.cid, o.sort_at)
-        -- Whether it was read is the application's to say, and of this recipient.
-        ON CONFLICT (uri) DO UPDATE SET
-            recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
-            reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
-            is_read = n.is_read AND n.recipient_did = excluded.recipient_did;
-    ELSIF replaces THEN
-        DELETE FROM notifications n WHERE n.uri = key;
-    END IF;
+    INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    SELECT o.uri || '#notification', r.did, o.repo, why, r.about, o.cid, o.sort_at
+    FROM unnest(ops) o, LATERAL (
+        SELECT CASE why WHEN 'follow' THEN o.subject ELSE split_part(o.subject, '/', 3) END AS did,
+               CASE WHEN why <> 'follow' THEN o.subject END AS about
+    ) r
+    WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) <= 499
+      AND (r.about IS NULL OR length(r.about) <= 512)
+    ON CONFLICT (uri) DO UPDATE SET
+        recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
+        reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
+        is_read = n.is_read AND n.recipient_did = excluded.recipient_did;
 END $$;
 
 -- Those of a record that is gone, or of what an update no longer says.

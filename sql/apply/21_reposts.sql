@@ -41,6 +41,81 @@ BEGIN
     RETURN ROW(true, removed || ROW(o.subject, 0, counted, 0, 0, 0)::standpipe.delta);
 END $$;
 
+-- One alone, without `via`, and of a post. False when something is known of it or its account: nothing is done then.
+CREATE OR REPLACE FUNCTION standpipe.new_repost(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    another boolean;
+    ignored text;
+BEGIN
+    INSERT INTO reposts (uri, user_did, post_uri, subject_cid, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+    SELECT o.uri, o.repo, o.subject, o.subject_cid, o.created_at, o.rev, o.seq, o.ms, o.sq
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
+      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+    ON CONFLICT (uri) DO NOTHING
+    -- The statement sees the table as it was before: was there a repost of it by this account already?
+    RETURNING EXISTS (SELECT FROM reposts x WHERE x.post_uri = o.subject AND x.user_did = o.repo) INTO another;
+    IF another IS NULL THEN
+        RETURN false;
+    END IF;
+    INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+    VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at)
+    ON CONFLICT (uri) DO UPDATE SET
+        post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
+        sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    ignored := standpipe.notify(o, '', split_part(o.subject, '/', 3), 'repost', o.subject, false);
+    ignored := standpipe.count_one(ROW(o.subject, 0, (NOT another)::integer, 0, 0, 0));
+    RETURN true;
+END $$;
+
+-- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: what nothing is
+-- known of yet is written at once, the rest one by one.
+CREATE OR REPLACE FUNCTION standpipe.put_reposts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    one standpipe.op;
+    e standpipe.effect;
+    all_of standpipe.effects;
+    written text[];
+    fresh standpipe.op[] := ops;
+    ignored text;
+BEGIN
+    WITH w AS (
+        INSERT INTO reposts AS r (uri, user_did, post_uri, subject_cid, via, created_at,
+                           commit_rev, commit_seq, stream_ms, stream_seq)
+        SELECT o.uri, o.repo, o.subject, o.subject_cid, o.body, o.created_at, o.rev, o.seq, o.ms, o.sq
+        FROM unnest(ops) o
+        WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+        ON CONFLICT (uri) DO NOTHING
+        -- The statement sees the table as it was before: was there a repost of it by this account already?
+        RETURNING r.uri, r.post_uri,
+            EXISTS (SELECT FROM reposts x WHERE x.post_uri = r.post_uri AND x.user_did = r.user_did) AS another
+    )
+    SELECT array_agg(w.uri), array_agg(ROW(w.post_uri, 0, (NOT w.another)::integer, 0, 0, 0)::standpipe.delta)
+    INTO written, all_of.deltas FROM w;
+    IF cardinality(written) = cardinality(ops) THEN
+        all_of.applied := array_fill(true, ARRAY[cardinality(ops)]);
+    ELSE
+        fresh := '{}';
+        FOREACH one IN ARRAY ops LOOP
+            IF one.uri = ANY (written) THEN
+                fresh := fresh || one;
+                all_of.applied := all_of.applied || true;
+            ELSE
+                e := standpipe.put_repost(one);
+                all_of.applied := all_of.applied || e.applied;
+                all_of.deltas := all_of.deltas || e.deltas;
+            END IF;
+        END LOOP;
+    END IF;
+    INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+    SELECT o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at FROM unnest(fresh) o
+    ON CONFLICT (uri) DO UPDATE SET
+        post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
+        sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    ignored := standpipe.notify_new(fresh, 'repost');
+    RETURN all_of;
+END $$;
+
 -- Deletes the row if it is older than its delete.
 CREATE OR REPLACE FUNCTION standpipe.delete_repost(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE

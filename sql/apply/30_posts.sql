@@ -71,34 +71,141 @@ BEGIN
                 o.sort_at, o.cid, o.created_at)
         ON CONFLICT (uri) DO UPDATE SET
             type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
-        IF o.subject IS NOT NULL THEN
-            INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
-            VALUES (o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at)
-            -- The old workers left rows of posts that are gone.
-            ON CONFLICT (uri) DO UPDATE SET
-                cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri,
-                quoted_cid = excluded.quoted_cid, created_at = excluded.created_at;
-        END IF;
+        ignored := standpipe.put_post_parts(o, replaces, former);
         IF own_thread THEN
             -- Whom the root of a thread mentions may have changed.
             ignored := standpipe.judge_replies(o.uri);
         END IF;
-        IF replaces OR parent IS NOT NULL OR o.subject IS NOT NULL OR o.body ? 'facets' THEN
-            ignored := standpipe.notify_post(o, replaces, former);
-        END IF;
-        IF replaces OR o.body ? 'labels' THEN
-            ignored := standpipe.label_self(o, o.body -> 'labels', replaces);
-        END IF;
     END IF;
     -- Zero where nothing changed: a counter row exists as soon as anything refers to the post.
-    deltas := deltas || ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta;
+    RETURN ROW(applied, deltas || standpipe.post_deltas(o, applied::integer));
+END $$;
+
+-- What a post adds to counters.
+CREATE OR REPLACE FUNCTION standpipe.post_deltas(o standpipe.op, one integer) RETURNS standpipe.delta[]
+LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    parent text := o.body ->> 'parent_uri';
+    deltas standpipe.delta[] := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
+BEGIN
     IF parent IS NOT NULL THEN
-        deltas := deltas || ROW(parent, 0, 0, applied::integer, 0, 0)::standpipe.delta;
+        deltas := deltas || ROW(parent, 0, 0, one, 0, 0)::standpipe.delta;
     END IF;
     IF o.subject IS NOT NULL THEN
-        deltas := deltas || ROW(o.subject, 0, 0, 0, applied::integer, 0)::standpipe.delta;
+        deltas := deltas || ROW(o.subject, 0, 0, 0, one, 0)::standpipe.delta;
     END IF;
-    RETURN ROW(applied, deltas);
+    RETURN deltas;
+END $$;
+
+-- What some posts have besides their rows in posts and feed_items. former: see notify_post.
+CREATE OR REPLACE FUNCTION standpipe.put_post_parts(o standpipe.op, replaces boolean, former jsonb) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
+BEGIN
+    IF o.subject IS NOT NULL THEN
+        INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
+        VALUES (o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at)
+        -- The old workers left rows of posts that are gone.
+        ON CONFLICT (uri) DO UPDATE SET
+            cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri,
+            quoted_cid = excluded.quoted_cid, created_at = excluded.created_at;
+    END IF;
+    IF replaces OR o.subject IS NOT NULL OR o.body ?| '{parent_uri, facets}' THEN
+        ignored := standpipe.notify_post(o, replaces, former);
+    END IF;
+    IF replaces OR o.body ? 'labels' THEN
+        ignored := standpipe.label_self(o, o.body -> 'labels', replaces);
+    END IF;
+END $$;
+
+-- One alone. False when something is known of it or its account, or a gate has to do with it: nothing is done then.
+CREATE OR REPLACE FUNCTION standpipe.new_post(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
+BEGIN
+    INSERT INTO posts (uri, cid, author_did, text, langs, tags, parent_uri, parent_cid, root_uri, root_cid,
+                       embed, facets, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+    SELECT o.uri, o.cid, o.repo, o.body ->> 'text', o.body -> 'langs', coalesce(o.body -> 'tags', '[]'),
+           o.body ->> 'parent_uri', o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
+           o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
+      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+      AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
+      AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
+    ON CONFLICT (uri) DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+    VALUES (o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
+            o.sort_at, o.cid, o.created_at)
+    ON CONFLICT (uri) DO UPDATE SET
+        type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    IF o.subject IS NOT NULL OR o.body ?| '{parent_uri, facets, labels}' THEN
+        ignored := standpipe.put_post_parts(o, false, NULL);
+        ignored := standpipe.count(standpipe.post_deltas(o, 1));
+    ELSE
+        ignored := standpipe.count_one(ROW(o.uri, 0, 0, 0, 0, 0));
+    END IF;
+    RETURN true;
+END $$;
+
+-- Several at a time, no two of the same record: what nothing is known of yet, and no gate has to do with, is written at
+-- once, the rest one by one.
+CREATE OR REPLACE FUNCTION standpipe.put_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    one standpipe.op;
+    e standpipe.effect;
+    all_of standpipe.effects;
+    written text[];
+    fresh standpipe.op[] := ops;
+    ignored text;
+BEGIN
+    WITH w AS (
+        INSERT INTO posts AS r (uri, cid, author_did, text, langs, tags, parent_uri, parent_cid, root_uri, root_cid,
+                                embed, facets, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+        SELECT o.uri, o.cid, o.repo, o.body ->> 'text', o.body -> 'langs', coalesce(o.body -> 'tags', '[]'),
+               o.body ->> 'parent_uri', o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
+               o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
+        FROM unnest(ops) o
+        WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+          AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
+          AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
+        ON CONFLICT (uri) DO NOTHING
+        RETURNING r.uri
+    )
+    SELECT array_agg(w.uri) INTO written FROM w;
+    all_of.deltas := '{}';
+    IF cardinality(written) = cardinality(ops) THEN
+        all_of.applied := array_fill(true, ARRAY[cardinality(ops)]);
+    ELSE
+        fresh := '{}';
+        FOREACH one IN ARRAY ops LOOP
+            IF one.uri = ANY (written) THEN
+                fresh := fresh || one;
+                all_of.applied := all_of.applied || true;
+            ELSE
+                e := standpipe.put_post(one);
+                all_of.applied := all_of.applied || e.applied;
+                all_of.deltas := all_of.deltas || e.deltas;
+            END IF;
+        END LOOP;
+    END IF;
+    INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+    SELECT o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
+           o.sort_at, o.cid, o.created_at
+    FROM unnest(fresh) o
+    ON CONFLICT (uri) DO UPDATE SET
+        type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    FOREACH one IN ARRAY fresh LOOP
+        IF one.subject IS NOT NULL OR one.body ?| '{parent_uri, facets, labels}' THEN
+            ignored := standpipe.put_post_parts(one, false, NULL);
+        END IF;
+        all_of.deltas := all_of.deltas || standpipe.post_deltas(one, 1);
+    END LOOP;
+    RETURN all_of;
 END $$;
 
 -- Deletes the row if it is older than its delete.

@@ -23,6 +23,60 @@ BEGIN
     RETURN true;
 END $$;
 
+-- One alone. False when something is known of it or its account: nothing is done then.
+CREATE OR REPLACE FUNCTION standpipe.new_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
+BEGIN
+    INSERT INTO follows (uri, follower_did, following_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+    SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
+      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+    ON CONFLICT (uri) DO NOTHING;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    ignored := standpipe.notify(o, '', o.subject, 'follow', NULL, false);
+    RETURN true;
+END $$;
+
+-- Several at a time, no two of the same record: what nothing is known of yet is written at once, the rest one by one.
+CREATE OR REPLACE FUNCTION standpipe.put_follows(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    one standpipe.op;
+    all_of standpipe.effects;
+    written text[];
+    fresh standpipe.op[] := ops;
+    ignored text;
+BEGIN
+    WITH w AS (
+        INSERT INTO follows AS r (uri, follower_did, following_did, created_at,
+                                  commit_rev, commit_seq, stream_ms, stream_seq)
+        SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
+        FROM unnest(ops) o
+        WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+        ON CONFLICT (uri) DO NOTHING
+        RETURNING r.uri
+    )
+    SELECT array_agg(w.uri) INTO written FROM w;
+    IF cardinality(written) = cardinality(ops) THEN
+        all_of.applied := array_fill(true, ARRAY[cardinality(ops)]);
+    ELSE
+        fresh := '{}';
+        FOREACH one IN ARRAY ops LOOP
+            IF one.uri = ANY (written) THEN
+                fresh := fresh || one;
+                all_of.applied := all_of.applied || true;
+            ELSE
+                all_of.applied := all_of.applied || standpipe.put_follow(one);
+            END IF;
+        END LOOP;
+    END IF;
+    ignored := standpipe.notify_new(fresh, 'follow');
+    RETURN all_of;
+END $$;
+
 CREATE OR REPLACE FUNCTION standpipe.delete_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM standpipe.put_tombstone(o);

@@ -455,3 +455,25 @@ CREATE TYPE standpipe.effect AS (
     applied boolean,
     deltas standpipe.delta[]
 );
+
+-- The same of several operations, in their order.
+CREATE TYPE standpipe.effects AS (
+    applied boolean[],
+    deltas standpipe.delta[]
+);
+
+-- What standpipe.apply_each is given of one event: a record that is probably new, or all that standpipe.apply is given.
+CREATE TYPE standpipe.call AS (
+    kind text,
+    record standpipe.op,
+    locks text[],
+    repos text[],
+    handles text[],
+    dids text[],
+    likes standpipe.op[],
+    reposts standpipe.op[],
+    follows standpipe.op[],
+    posts standpipe.op[],
+    ops standpipe.op[],
+    kinds text[]
+);

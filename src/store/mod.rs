@@ -18,21 +18,22 @@ use deadpool_postgres::{
 };
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
-use tokio_postgres::Error;
+use tokio_postgres::{Error, Row, Statement};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Reason, Reject};
 use crate::metrics;
 use known::KnownAccounts;
-use types::Call;
+use types::{Call, Planned};
 use verdict::{Verdict, describe, judge};
 
 /// The server ends a statement at its own limit; an answer that takes this much longer never comes. Without that, a
 /// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
-const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5)";
+const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
+const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
 const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
     pg_logical_emit_message(true, 'standpipe', '')";
@@ -158,6 +159,11 @@ impl Store {
         let asked = Instant::now();
         let client = self.pool.get().await?;
         ::metrics::histogram!(metrics::POOL_WAIT).record(asked.elapsed().as_secs_f64());
+        let uses = Object::metrics(&client).recycle_count;
+        if uses >= 8 && uses.is_power_of_two() {
+            // Plans are kept, and those that were made while a table was empty are often the wrong ones a second later.
+            client.batch_execute("DISCARD PLANS").await?;
+        }
         Ok(Session { client, known: Arc::clone(&self.known), answer_limit: self.answer_limit })
     }
 
@@ -217,7 +223,7 @@ impl Session {
         drop(Object::take(self.client));
     }
 
-    /// Applies events, each in a transaction of its own, all sent at once. The results stand in the order of the events.
+    /// Applies events, each in a transaction of its own. The results stand in the order of the events.
     ///
     /// Nothing is durable before [`Session::flush`] has answered on this same connection.
     pub async fn apply(&self, events: &[&Event<'_>]) -> Vec<Result<Outcome, StoreError>> {
@@ -225,24 +231,64 @@ impl Session {
             Ok(statement) => statement,
             Err(error) => return vec![Err(error); events.len().max(1)],
         };
-        let calls: Vec<Call<'_>> =
-            events.iter().map(|event| Call::new(event, &self.known, |_| true)).collect();
-        let parameters: Vec<_> = calls.iter().map(Call::parameters).collect();
         if crash::is_due(Point::InTransaction)
+            && let Some(first) = events.first()
             && self.client.batch_execute("BEGIN").await.is_ok()
-            && self.client.query_one(&statement, &parameters[0]).await.is_ok()
         {
-            crash::now(Point::InTransaction);
+            let plan = Planned::new(first, &self.known, |_| true);
+            if self.client.query_one(&statement, &plan.call.parameters()).await.is_ok() {
+                crash::now(Point::InTransaction);
+            }
         }
+        match self.apply_each(events).await {
+            Ok(outcomes) => return outcomes.into_iter().map(Ok).collect(),
+            // One of them. Which, they say themselves when they are sent one by one.
+            Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
+                if events.len() > 1 {
+                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
+                }
+            }
+            Err(error) => return vec![Err(error); events.len()],
+        }
+        self.apply_singly(&statement, events).await
+    }
+
+    /// Applies events with one message for all of them, as long as none is refused.
+    async fn apply_each(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(APPLY_EACH)).await?;
+        let plans: Vec<Planned<'_>> =
+            events.iter().map(|event| Planned::new(event, &self.known, |_| true).shortened()).collect();
+        let calls: Vec<&Call<'_>> = plans.iter().map(|plan| &plan.call).collect();
+        let row = self.in_time(self.client.query_one(&statement, &[&calls, &Vec::<bool>::new()])).await?;
+        let answers: Vec<bool> = row.get(0);
+        let mut rest = answers.as_slice();
+        let mut outcomes = Vec::with_capacity(events.len());
+        for (event, plan) in events.iter().zip(&plans) {
+            let (own, others) = rest.split_at_checked(plan.len()).ok_or_else(too_few)?;
+            outcomes.push(outcome(event, &plan.in_order(own)));
+            rest = others;
+        }
+        Ok(outcomes)
+    }
+
+    /// Applies events with a message for each, all sent at once.
+    async fn apply_singly(
+        &self,
+        statement: &Statement,
+        events: &[&Event<'_>],
+    ) -> Vec<Result<Outcome, StoreError>> {
+        let plans: Vec<Planned<'_>> =
+            events.iter().map(|event| Planned::new(event, &self.known, |_| true)).collect();
+        let parameters: Vec<_> = plans.iter().map(|plan| plan.call.parameters()).collect();
         // Answers come in the order of the calls, so that each is due within the limit after the one before.
         let mut answers: FuturesOrdered<_> =
-            parameters.iter().map(|parameters| self.client.query_one(&statement, parameters)).collect();
+            parameters.iter().map(|parameters| self.client.query_one(statement, parameters)).collect();
         let mut results = Vec::with_capacity(events.len());
         let mut refused = Vec::new();
         while results.len() < events.len() {
             let answer = self.in_time(async { answers.next().await.transpose() }).await;
             results.push(match answer {
-                Ok(Some(row)) => Ok(outcome(events[results.len()], &row.get::<_, Vec<bool>>(0))),
+                Ok(Some(row)) => answered(events[results.len()], &plans[results.len()], &row),
                 // There are as many answers as calls.
                 Ok(None) => Err(self.no_answer()),
                 Err(error) => {
@@ -278,22 +324,22 @@ impl Session {
     /// Nothing was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
     pub async fn apply_together(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
-        let call = Call::together(events, &self.known);
-        let row = self.in_time(self.client.query_one(&statement, &call.parameters())).await?;
-        let changed: Vec<bool> = row.get(0);
-        let mut rest = changed.as_slice();
-        let mut outcomes = Vec::with_capacity(events.len());
-        for event in events {
-            let (own, others) = rest.split_at_checked(event.ops.len()).ok_or_else(|| {
-                StoreError::new(
-                    Verdict::Halt,
-                    "standpipe.apply answered for fewer operations than it was given",
-                )
-            })?;
-            outcomes.push(outcome(event, own));
-            rest = others;
+        let plan = Planned::together(events, &self.known);
+        let row = self.in_time(self.client.query_one(&statement, &plan.call.parameters())).await?;
+        let answers: Vec<bool> = row.get(0);
+        if answers.len() != plan.len() {
+            return Err(too_few());
         }
-        Ok(outcomes)
+        let answers = plan.in_order(&answers);
+        let mut rest = answers.as_slice();
+        Ok(events
+            .iter()
+            .map(|event| {
+                let (own, others) = rest.split_at(event.ops.len());
+                rest = others;
+                outcome(event, own)
+            })
+            .collect())
     }
 
     /// Waits for an answer, but not for ever.
@@ -317,7 +363,7 @@ impl Session {
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         let mut bad = Vec::new();
         for index in 0..event.ops.len() {
-            let call = Call::new(event, &self.known, |other| other == index);
+            let call = Planned::new(event, &self.known, |other| other == index).call;
             self.in_time(self.client.batch_execute("BEGIN")).await?;
             let tried = self.in_time(self.client.query_one(&statement, &call.parameters())).await;
             self.in_time(self.client.batch_execute("ROLLBACK")).await?;
@@ -329,9 +375,9 @@ impl Session {
         }
         if bad.is_empty() {
             // What was refused may pass by now, because something newer has come that it gives way to.
-            let call = Call::new(event, &self.known, |_| true);
-            match self.in_time(self.client.query_one(&statement, &call.parameters())).await {
-                Ok(row) => return Ok(outcome(event, &row.get::<_, Vec<bool>>(0))),
+            let plan = Planned::new(event, &self.known, |_| true);
+            match self.in_time(self.client.query_one(&statement, &plan.call.parameters())).await {
+                Ok(row) => return answered(event, &plan, &row),
                 Err(error) if error.verdict == Verdict::Reject => {}
                 Err(error) => return Err(error),
             }
@@ -362,6 +408,16 @@ impl Session {
         }
         Ok(())
     }
+}
+
+fn too_few() -> StoreError {
+    StoreError::new(Verdict::Halt, "standpipe.apply answered for fewer operations than it was given")
+}
+
+/// What the function answered about one event.
+fn answered(event: &Event<'_>, plan: &Planned<'_>, row: &Row) -> Result<Outcome, StoreError> {
+    let answers: Vec<bool> = row.get(0);
+    if answers.len() == plan.len() { Ok(outcome(event, &plan.in_order(&answers))) } else { Err(too_few()) }
 }
 
 /// Adds up what the function says of each operation.

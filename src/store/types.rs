@@ -1,6 +1,7 @@
 //! The apply function's parameters as PostgreSQL takes them.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::error::Error;
 
 use bytes::{BufMut as _, BytesMut};
@@ -57,61 +58,183 @@ struct SqlOp<'a> {
     body: Option<&'a Json<'a>>,
 }
 
-/// One call of `standpipe.apply`.
-#[derive(Debug, Default)]
-pub(super) struct Call<'a> {
-    /// Sorted, without the `~` of a shared one.
-    locks: Vec<Cow<'a, str>>,
-    handles: Vec<&'a str>,
-    dids: Vec<&'a str>,
-    ops: Vec<SqlOp<'a>>,
-    kinds: Vec<&'static str>,
+/// A list that is NULL when nothing is in it: to PostgreSQL an empty one costs more.
+#[derive(Debug)]
+struct List<T>(Vec<T>);
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
 }
 
-impl<'a> Call<'a> {
+impl<T: ToSql> ToSql for List<T> {
+    fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        if self.0.is_empty() { Ok(IsNull::Yes) } else { self.0.to_sql(ty, out) }
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        Vec::<T>::accepts(ty)
+    }
+
+    to_sql_checked!();
+}
+
+/// The parameters of `standpipe.apply`, and `standpipe.call`, field by field.
+#[derive(Debug, Default, ToSql)]
+#[postgres(name = "call")]
+pub(super) struct Call<'a> {
+    /// For `apply_each` only, with `record`: nothing else but locks and accounts is there then.
+    kind: Option<&'static str>,
+    record: Option<SqlOp<'a>>,
+    /// Sorted, without the `~` of a shared one.
+    locks: List<Cow<'a, str>>,
+    repos: List<&'a str>,
+    handles: List<&'a str>,
+    dids: List<&'a str>,
+    likes: List<SqlOp<'a>>,
+    reposts: List<SqlOp<'a>>,
+    follows: List<SqlOp<'a>>,
+    posts: List<SqlOp<'a>>,
+    ops: List<SqlOp<'a>>,
+    kinds: List<&'static str>,
+}
+
+impl Call<'_> {
+    /// The parameters in the function's order.
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 10] {
+        [
+            &self.locks,
+            &self.repos,
+            &self.handles,
+            &self.dids,
+            &self.likes,
+            &self.reposts,
+            &self.follows,
+            &self.posts,
+            &self.ops,
+            &self.kinds,
+        ]
+    }
+}
+
+fn is_post(uri: &str) -> bool {
+    uri.split('/').nth(3) == Some("app.bsky.feed.post")
+}
+
+/// The lists of a call, in the order in which the function answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Likes,
+    Reposts,
+    Follows,
+    Posts,
+    Others,
+}
+
+/// A statement over a set of one or two is dearer than one over a record.
+const SET: usize = 8;
+
+/// A call, and where each of the operations went.
+#[derive(Debug, Default)]
+pub(super) struct Planned<'a> {
+    pub(super) call: Call<'a>,
+    places: Vec<(Place, usize)>,
+}
+
+impl<'a> Planned<'a> {
     /// The call that applies the operations of `event` for which `chosen` says yes.
     pub(super) fn new(event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) -> Self {
-        let mut call = Self::default();
-        let mut locks = Vec::new();
-        call.add(event, known, &mut locks, chosen);
-        call.finish(locks)
+        let mut planner = Planner { sets: event.ops.len() >= SET, ..Planner::default() };
+        planner.add(event, known, chosen);
+        planner.finish()
     }
 
-    /// The call that applies several events in one transaction, in their order.
+    /// The call that applies several events in one transaction.
     pub(super) fn together(events: &[&'a Event<'_>], known: &KnownAccounts) -> Self {
-        let mut call = Self::default();
-        let mut locks = Vec::with_capacity(2 * events.len());
+        let operations: usize = events.iter().map(|event| event.ops.len()).sum();
+        let mut planner = Planner { sets: operations >= SET, ..Planner::default() };
         for event in events {
-            call.add(event, known, &mut locks, |_| true);
+            planner.add(event, known, |_| true);
         }
-        call.finish(locks)
+        planner.finish()
     }
 
-    fn add(
-        &mut self,
-        event: &'a Event<'_>,
-        known: &KnownAccounts,
-        locks: &mut Vec<Lock<'a>>,
-        chosen: impl Fn(usize) -> bool,
-    ) {
+    /// Takes the short cut of `standpipe.apply_each`, where there is one.
+    pub(super) fn shortened(mut self) -> Self {
+        let call = &mut self.call;
+        if let ([kind @ ("like" | "repost" | "follow" | "post")], [op]) = (&*call.kinds.0, &*call.ops.0)
+            && (matches!(*kind, "follow" | "post") || op.body.is_none() && op.subject.is_some_and(is_post))
+        {
+            call.kind = Some(kind);
+            call.record = call.ops.0.pop();
+            call.kinds.0.clear();
+            call.repos.0.clear();
+            if call.locks.0.len() == 1 {
+                call.locks.0.clear();
+            }
+        }
+        self
+    }
+
+    /// How many answers belong to this call.
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// The answers, in the order of the operations. There must be [`Planned::len`] of them.
+    pub(super) fn in_order(&self, answers: &[bool]) -> Vec<bool> {
+        let call = &self.call;
+        let lengths = [call.likes.0.len(), call.reposts.0.len(), call.follows.0.len(), call.posts.0.len()];
+        let before = |list: Place| lengths[..list as usize].iter().sum::<usize>();
+        self.places.iter().map(|&(list, index)| answers[before(list) + index]).collect()
+    }
+}
+
+/// Puts a call together.
+#[derive(Default)]
+struct Planner<'a> {
+    /// Whether there are so many operations that statements over sets are the cheaper ones.
+    sets: bool,
+    planned: Planned<'a>,
+    locks: Vec<Lock<'a>>,
+    records: HashSet<&'a str>,
+    pairs: HashSet<(Kind, &'a str, &'a str)>,
+}
+
+impl<'a> Planner<'a> {
+    fn add(&mut self, event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) {
         // Registers write into the account's row, and what they write is lost without one: for them nothing is taken
         // for granted.
         let sure =
             event.ops.iter().any(|op| matches!(op.kind, Kind::Profile | Kind::Identity | Kind::Account));
-        self.dids.extend(
+        self.planned.call.dids.0.extend(
             std::iter::once(&event.repo)
                 .chain(&event.mentions)
                 .map(|did| &**did)
                 .filter(|did| sure || !known.contains(did)),
         );
-        locks.push(Lock { name: &event.repo, shared: false });
+        self.planned.call.repos.0.push(&event.repo);
+        self.locks.push(Lock { name: &event.repo, shared: false });
         for (_, op) in event.ops.iter().enumerate().filter(|(index, _)| chosen(*index)) {
             if op.kind == Kind::Identity {
-                self.handles.extend(op.subject.as_deref());
+                self.planned.call.handles.0.extend(op.subject.as_deref());
             }
-            lock_posts(op, locks);
-            self.kinds.push(kind_name(op.delete, op.kind));
-            self.ops.push(SqlOp {
+            lock_posts(op, &mut self.locks);
+            let list = self.list(&event.repo, op);
+            let call = &mut self.planned.call;
+            let ops = match list {
+                Place::Likes => &mut call.likes.0,
+                Place::Reposts => &mut call.reposts.0,
+                Place::Follows => &mut call.follows.0,
+                Place::Posts => &mut call.posts.0,
+                Place::Others => {
+                    call.kinds.0.push(kind_name(op.delete, op.kind));
+                    &mut call.ops.0
+                }
+            };
+            self.planned.places.push((list, ops.len()));
+            ops.push(SqlOp {
                 repo: &event.repo,
                 uri: &op.uri,
                 cid: op.cid.as_deref(),
@@ -128,19 +251,40 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn finish(mut self, mut locks: Vec<Lock<'a>>) -> Self {
-        self.dids.sort_unstable();
-        self.dids.dedup();
+    /// Where an operation goes: see what the functions that take the lists ask of them.
+    fn list(&mut self, repo: &'a str, op: &'a Op<'_>) -> Place {
+        let list = match op.kind {
+            _ if op.delete || !self.sets => return Place::Others,
+            Kind::Like if op.body.is_none() => Place::Likes,
+            Kind::Repost if op.body.is_none() => Place::Reposts,
+            Kind::Follow => Place::Follows,
+            Kind::Post => Place::Posts,
+            Kind::ThreadGate | Kind::PostGate => {
+                // The post of the same commit comes after its gate, which so need not write its row again.
+                self.records.extend(op.subject.as_deref());
+                return Place::Others;
+            }
+            _ => return Place::Others,
+        };
+        let first = self.records.insert(&op.uri)
+            && match (list, op.subject.as_deref()) {
+                (Place::Likes | Place::Reposts, Some(subject)) => self.pairs.insert((op.kind, repo, subject)),
+                _ => true,
+            };
+        if first { list } else { Place::Others }
+    }
+
+    fn finish(self) -> Planned<'a> {
+        let Self { mut planned, mut locks, .. } = self;
+        for names in [&mut planned.call.repos.0, &mut planned.call.dids.0] {
+            names.sort_unstable();
+            names.dedup();
+        }
         // Of one name the exclusive one comes first, and is enough.
         locks.sort_unstable();
         locks.dedup_by_key(|lock| lock.name);
-        self.locks = locks.into_iter().map(Lock::parameter).collect();
-        self
-    }
-
-    /// The parameters in the function's order.
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 5] {
-        [&self.locks, &self.handles, &self.dids, &self.ops, &self.kinds]
+        planned.call.locks = List(locks.into_iter().map(Lock::parameter).collect());
+        planned
     }
 }
 
@@ -164,7 +308,7 @@ fn lock_posts<'a>(op: &'a Op<'_>, locks: &mut Vec<Lock<'a>>) {
             locks.push(Lock { name: &op.uri, shared: false });
             let referred = op.root.iter().chain(&op.subject);
             // Only posts have gates.
-            let posts = referred.filter(|uri| uri.split('/').nth(3) == Some("app.bsky.feed.post"));
+            let posts = referred.filter(|uri| is_post(uri));
             locks.extend(posts.map(|uri| Lock { name: uri, shared: true }));
         }
         Kind::ThreadGate | Kind::PostGate => {
