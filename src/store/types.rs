@@ -163,7 +163,8 @@ impl<'a> Planned<'a> {
     /// Takes the short cut of `standpipe.apply_each`, where there is one.
     pub(super) fn shortened(mut self) -> Self {
         let call = &mut self.call;
-        if let ([kind @ ("like" | "repost" | "follow" | "post")], [op]) = (&*call.kinds.0, &*call.ops.0)
+        if self.places.len() == 1
+            && let ([kind @ ("like" | "repost" | "follow" | "post")], [op]) = (&*call.kinds.0, &*call.ops.0)
             && (matches!(*kind, "follow" | "post") || op.body.is_none() && op.subject.is_some_and(is_post))
         {
             call.kind = Some(kind);
