@@ -55,6 +55,10 @@ DECLARE
     name text;
     ignored text := set_config('synchronous_commit', 'off', true);
 BEGIN
+    -- The caller may have them already.
+    IF locks IS NULL THEN
+        RETURN;
+    END IF;
     FOREACH name IN ARRAY locks LOOP
         IF left(name, 1) = '~' THEN
             ignored := pg_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0));
@@ -62,6 +66,23 @@ BEGIN
             ignored := pg_advisory_xact_lock(hashtextextended(name, 0));
         END IF;
     END LOOP;
+END $$;
+
+-- Takes those locks that can be had without waiting; returns the others.
+CREATE OR REPLACE FUNCTION standpipe.try_lock(locks text[]) RETURNS text[] LANGUAGE plpgsql AS $$
+DECLARE
+    name text;
+    busy text[] := '{}';
+BEGIN
+    FOREACH name IN ARRAY locks LOOP
+        IF left(name, 1) = '~' THEN
+            CONTINUE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0));
+        ELSE
+            CONTINUE WHEN pg_try_advisory_xact_lock(hashtextextended(name, 0));
+        END IF;
+        busy := busy || name;
+    END LOOP;
+    RETURN busy;
 END $$;
 
 -- Applies the operations of one event, or of several, in one transaction: all of them or none.

@@ -10,6 +10,8 @@ pub mod tombstones;
 mod types;
 pub mod verdict;
 
+use std::borrow::Cow;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,7 @@ use deadpool_postgres::{
     Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
 };
 use futures_util::StreamExt as _;
+use futures_util::future::join;
 use futures_util::stream::FuturesOrdered;
 use tokio_postgres::{Error, Row, Statement};
 
@@ -25,7 +28,7 @@ use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Reason, Reject};
 use crate::metrics;
 use known::KnownAccounts;
-use types::{Call, Planned};
+use types::{Call, Planned, locks_of};
 use verdict::{Verdict, describe, judge};
 
 /// The server ends a statement at its own limit; an answer that takes this much longer never comes. Without that, a
@@ -34,6 +37,7 @@ const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
 const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
 const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
+const TRY_LOCK: &str = "SELECT standpipe.try_lock($1)";
 const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
     pg_logical_emit_message(true, 'standpipe', '')";
@@ -315,17 +319,74 @@ impl Session {
         results
     }
 
-    /// Applies events in one transaction: all of them or none. The outcomes stand in the order of the events.
+    /// Applies events in two transactions at the most, each all of its events or none: first those whose locks nobody else
+    /// has, so that accounts which are in every batch do not make all batches wait for each other, then the rest.
     ///
-    /// Nothing is durable before [`Session::flush`] has answered on this same connection.
+    /// The outcomes stand in the order of the events. Nothing is durable before [`Session::flush`] has answered on this
+    /// same connection.
     ///
     /// # Errors
     ///
-    /// Nothing was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
+    /// Not all of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
     pub async fn apply_together(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
+        let mut outcomes: Vec<Option<Outcome>> = vec![None; events.len()];
+        let mut take = |indexes: Vec<usize>, done: Vec<Outcome>| {
+            for (index, outcome) in indexes.into_iter().zip(done) {
+                outcomes[index] = Some(outcome);
+            }
+        };
+        // Before anything that is sent side by side: what waits for its preparation would come too late.
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
+        let (free, rest) = self.lock_free(events).await?;
+        let chosen = |indexes: &[usize]| -> Vec<&Event<'_>> { indexes.iter().map(|&i| events[i]).collect() };
+        // A transaction that failed ends with COMMIT all the same: it is rolled back.
+        let (done, ended) = join(
+            self.apply_at_once(&statement, &chosen(&free), true),
+            self.in_time(self.client.batch_execute("COMMIT")),
+        )
+        .await;
+        take(free, done?);
+        ended?;
+        let done = self.apply_at_once(&statement, &chosen(&rest), false).await?;
+        take(rest, done);
+        Ok(outcomes.into_iter().flatten().collect())
+    }
+
+    /// Begins a transaction and takes the locks that nobody has. Returns the events that have all of theirs, and the
+    /// others, by their index.
+    async fn lock_free(&self, events: &[&Event<'_>]) -> Result<(Vec<usize>, Vec<usize>), StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(TRY_LOCK)).await?;
+        // Handles are locked beside repositories, by whoever waits: not while locks are held out of order.
+        let waits = |event: &Event<'_>| event.ops.iter().any(|op| op.kind == Kind::Identity);
+        let mut locks: Vec<Cow<'_, str>> =
+            events.iter().filter(|event| !waits(event)).flat_map(|event| locks_of(event)).collect();
+        locks.sort_unstable();
+        locks.dedup();
+        let (began, busy) = join(
+            self.in_time(self.client.batch_execute("BEGIN")),
+            self.in_time(self.client.query_one(&statement, &[&locks])),
+        )
+        .await;
+        began?;
+        let busy: HashSet<String> = busy?.get::<_, Vec<String>>(0).into_iter().collect();
+        Ok((0..events.len()).partition(|&index| {
+            !waits(events[index]) && locks_of(events[index]).all(|lock| !busy.contains(&*lock))
+        }))
+    }
+
+    /// Applies events with one call. `locked`: it is in a transaction that has their locks.
+    async fn apply_at_once(
+        &self,
+        statement: &Statement,
+        events: &[&Event<'_>],
+        locked: bool,
+    ) -> Result<Vec<Outcome>, StoreError> {
+        if events.is_empty() {
+            return Ok(Vec::new());
+        }
         let plan = Planned::together(events, &self.known);
-        let row = self.in_time(self.client.query_one(&statement, &plan.call.parameters())).await?;
+        let plan = if locked { plan.locked() } else { plan };
+        let row = self.in_time(self.client.query_one(statement, &plan.call.parameters())).await?;
         let answers: Vec<bool> = row.get(0);
         if answers.len() != plan.len() {
             return Err(too_few());

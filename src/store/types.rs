@@ -178,6 +178,12 @@ impl<'a> Planned<'a> {
         self
     }
 
+    /// Without its locks, which the transaction has already.
+    pub(super) fn locked(mut self) -> Self {
+        self.call.locks.0.clear();
+        self
+    }
+
     /// How many answers belong to this call.
     pub(super) fn len(&self) -> usize {
         self.places.len()
@@ -319,6 +325,15 @@ fn lock_posts<'a>(op: &'a Op<'_>, locks: &mut Vec<Lock<'a>>) {
     }
 }
 
+/// What applying an event locks, as parameters.
+pub(super) fn locks_of<'a>(event: &'a Event<'_>) -> impl Iterator<Item = Cow<'a, str>> {
+    let mut locks = vec![Lock { name: &*event.repo, shared: false }];
+    for op in &event.ops {
+        lock_posts(op, &mut locks);
+    }
+    locks.into_iter().map(Lock::parameter)
+}
+
 /// The operation's name in `sql/apply/90_apply.sql`.
 fn kind_name(delete: bool, kind: Kind) -> &'static str {
     match (delete, kind) {
@@ -341,5 +356,55 @@ fn kind_name(delete: bool, kind: Kind) -> &'static str {
         (true, Kind::PostGate) => "delete post_gate",
         // Registers are never deleted: interpretation makes no such operation.
         (true, Kind::Record | Kind::Profile | Kind::Identity | Kind::Account) => "delete record",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::interpret;
+    use crate::event::EntryId;
+    use crate::stream::entry::Entry;
+
+    fn like(rkey: &str, post: &str) -> String {
+        format!(
+            r#"{{"action":"create","path":"app.bsky.feed.like/{rkey}","cid":"c","record":{{"subject":
+            {{"uri":"at://did:plc:b/app.bsky.feed.post/{post}","cid":"c"}},"createdAt":"2026-01-01T00:00:00Z"}}}}"#
+        )
+    }
+
+    fn entry(ops: &[String]) -> Entry {
+        let data = format!(r#"{{"repo":"did:plc:a","rev":"3n2samfdihk2n","ops":[{}]}}"#, ops.join(","));
+        Entry { id: EntryId { ms: 1, seq: 0 }, event_type: "commit".to_owned(), data, seq: "1".to_owned() }
+    }
+
+    #[test]
+    fn answers_are_put_back_into_the_order_of_the_operations() {
+        // Nine likes, two of them of one post; and a delete, which comes first.
+        let mut ops: Vec<_> = (0..8).map(|n| like(&n.to_string(), &n.to_string())).collect();
+        ops.push(like("again", "7"));
+        ops.push(r#"{"action":"delete","path":"app.bsky.feed.like/gone"}"#.to_owned());
+        let entry = entry(&ops);
+        let event = interpret(&entry).unwrap();
+        let plan = Planned::new(&event, &KnownAccounts::default(), |_| true).shortened();
+        assert_eq!(plan.call.kind, None, "it is more than one record");
+        assert_eq!((plan.call.likes.0.len(), plan.call.ops.0.len()), (8, 2));
+        // Of the lists' answers, those of the others come last.
+        let answers: Vec<bool> = (0..10).map(|n| n >= 8).collect();
+        let in_order = plan.in_order(&answers);
+        for ((op, answer), place) in event.ops.iter().zip(&in_order).zip(&plan.places) {
+            assert_eq!(*answer, place.0 == Place::Others, "{}", op.uri);
+            assert!(*answer || !op.delete);
+        }
+    }
+
+    #[test]
+    fn one_new_record_takes_the_short_cut() {
+        let entry = entry(&[like("1", "1")]);
+        let event = interpret(&entry).unwrap();
+        let plan = Planned::new(&event, &KnownAccounts::default(), |_| true).shortened();
+        assert_eq!(plan.call.kind, Some("like"));
+        assert!(plan.call.record.is_some() && plan.call.ops.0.is_empty() && plan.call.locks.0.is_empty());
+        assert_eq!(plan.in_order(&[true]), [true]);
     }
 }
