@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench test test-ui chaos lint deny test-monitoring servers
+.PHONY: help build run demo bench bench-check test test-ui chaos lint deny test-monitoring servers
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: servers build ## Watch it work, with private servers and a simulated relay
 
 bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep --svg docs' for more (standpipe bench --help)
 	./target/release/standpipe bench $(BENCH)
+
+bench-check: ## Count the instructions of the hot paths and compare with those noted; UPDATE=1 notes them anew; needs valgrind
+	./scripts/bench-check.sh
 
 test: servers ## Run all tests, against private servers
 	cargo test --locked --no-fail-fast

@@ -65,6 +65,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     .await;
     assert!(page.text("#sentence").await.contains("events/s"));
     page.screenshot(&picture("healthy")).await;
+    page.screenshot_of_window(&picture("overview")).await;
     page.view(View { dark: true, ..WIDE }).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     page.screenshot(&picture("dark")).await;

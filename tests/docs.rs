@@ -65,3 +65,26 @@ fn every_metric_that_the_runbook_names_exists() {
     }
     assert!(seen > 5);
 }
+
+#[test]
+fn every_metric_has_its_line_with_the_words_of_the_program() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = std::fs::read_to_string(root.join("src/metrics.rs")).unwrap();
+    let page = std::fs::read_to_string(root.join("docs/metrics.md")).unwrap();
+    let mut lines = Vec::new();
+    for (kind, part) in ["counter", "gauge", "histogram"]
+        .iter()
+        .flat_map(|kind| source.split(&format!("describe_{kind}!(")).skip(1).map(move |part| (kind, part)))
+    {
+        let name = part.trim_start().split(',').next().unwrap();
+        let Some(name) = source.split(&format!("const {name}: &str = \"")).nth(1) else { continue };
+        let name = name.split('"').next().unwrap();
+        let words = part.split('"').nth(1).unwrap();
+        lines.push(format!("| `{name}` | {kind} | {words} |"));
+    }
+    assert!(lines.len() > 30, "{lines:?}");
+    for line in &lines {
+        assert!(page.contains(line), "docs/metrics.md lacks\n{line}");
+    }
+    assert_eq!(page.matches("| `standpipe_").count(), lines.len(), "it has more than there is");
+}

@@ -301,9 +301,9 @@ async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
         ::metrics::gauge!(metrics::POOL_SIZE).set(pool.size as f64);
         ::metrics::gauge!(metrics::POOL_IN_USE).set(pool.in_use as f64);
     }
-    if let Some(reader) = &server.status.reader
-        && let Some(last) = lock(reader).last_frame_ms
-    {
+    if let Some(reader) = &server.status.reader {
+        // Before the first one, from the start: a relay that never sends anything must be seen as well.
+        let last = lock(reader).last_frame_ms.unwrap_or(server.status.started_ms);
         ::metrics::gauge!(metrics::RELAY_FRAME_AGE).set(now_ms().saturating_sub(last) as f64 / 1000.0);
     }
     let headers = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
