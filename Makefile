@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench bench-check test test-ui chaos lint deny test-monitoring servers
+.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=.
 	CHAOS_DAEMON_KILLS=$${CHAOS_DAEMON_KILLS:-200} CHAOS_REDIS_KILLS=$${CHAOS_REDIS_KILLS:-40} \
 	CHAOS_POSTGRES_KILLS=$${CHAOS_POSTGRES_KILLS:-40} CHAOS_CUTS=$${CHAOS_CUTS:-100} CHAOS_OTHERS=$${CHAOS_OTHERS:-8} \
 	cargo test --release --locked --test chaos -- --nocapture
+
+fuzz: ## Give the decoders a million broken frames and entries; FUZZ_CASES=... for more
+	FUZZ_CASES=$${FUZZ_CASES:-1000000} cargo test --release --locked --test decoders -- --nocapture
 
 test-ui: servers ## Look at the dashboard in a browser: press its buttons, make the pictures in docs/images; installs Chromium when it is missing
 	./scripts/install-browser.sh

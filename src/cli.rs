@@ -214,7 +214,7 @@ pub struct Demo {
     /// Stop after this many events, audit the database and exit 0 or 1
     #[arg(long)]
     events: Option<u64>,
-    /// Events per second; as fast as it goes when not given
+    /// Events per second; 1500 when not given, and as fast as it goes with --events
     #[arg(long, value_parser = parse_rate)]
     rate: Option<u32>,
     /// The same seed gives the same events
@@ -327,13 +327,16 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
 
 /// Reads the environment; on mistakes, says them all.
 fn load(role: Role) -> Result<(Config, Vec<String>), ExitCode> {
-    standpipe::config::from_env(std::env::vars_os(), role).map_err(|error| {
-        eprintln!("standpipe: the configuration cannot be used:");
-        for line in error.to_string().lines() {
-            eprintln!("  {line}");
-        }
-        ExitCode::from(EX_USAGE)
-    })
+    standpipe::config::from_env(std::env::vars_os(), role).map_err(|error| unusable(&error))
+}
+
+/// Says what is wrong with the configuration.
+fn unusable(error: &standpipe::config::ConfigError) -> ExitCode {
+    eprintln!("standpipe: the configuration cannot be used:");
+    for line in error.to_string().lines() {
+        eprintln!("  {line}");
+    }
+    ExitCode::from(EX_USAGE)
 }
 
 async fn with_config(role: Role, work: impl AsyncFnOnce(Config) -> Result<ExitCode>) -> Result<ExitCode> {
@@ -682,6 +685,14 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
 }
 
 async fn demonstrate(options: Demo) -> Result<ExitCode> {
+    let (config, warnings) = match demo::preview() {
+        Ok(loaded) => loaded,
+        Err(error) => return Ok(unusable(&error)),
+    };
+    let set_level = init_logging(&config)?;
+    for warning in warnings {
+        warn!("{warning}");
+    }
     let handle = metrics::install().context("metrics")?;
     let clean = demo::demo(
         DemoOptions {
@@ -691,6 +702,7 @@ async fn demonstrate(options: Demo) -> Result<ExitCode> {
             accounts: options.accounts,
         },
         handle,
+        Control::new(Some(set_level)),
     )
     .await?;
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,6 +1,7 @@
 //! The whole chain to watch: private servers on free ports in a folder of their own, the simulated relay, the reader,
 //! the pipelines, the HTTP server.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,20 +12,27 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Role};
+use crate::config::{self, Config, ConfigError, Role};
 use crate::control::Control;
 use crate::http;
 use crate::private::{PostgresOptions, PrivateFolder, PrivatePostgres, PrivateRedis, RedisOptions};
 use crate::relay::simulate::{self, Counters, NetworkOptions, RelayOptions, Source};
 use crate::run::{self, Parts, Running};
+use crate::status::{Status, now_ms};
 use crate::store::{Store, audit};
+
+/// Events per second of a demonstration that does not end by itself: what a small machine can carry.
+const RATE: u32 = 1_500;
+
+/// How long a look at the stream may take, in milliseconds: one that is so much younger than the last append saw it.
+const LOOK: u64 = 200;
 
 /// What to show.
 #[derive(Clone, Copy, Debug)]
 pub struct DemoOptions {
     /// Stop after this many events; without it, at Ctrl-C.
     pub events: Option<u64>,
-    /// Events per second; without it as fast as it goes.
+    /// Events per second; without it 1,500, and as fast as it goes where `events` says when to stop.
     pub rate: Option<u32>,
     /// Of the simulated network.
     pub seed: u64,
@@ -32,16 +40,56 @@ pub struct DemoOptions {
     pub accounts: u32,
 }
 
+/// The addresses of what the demonstration starts, and its token.
+struct Addresses {
+    relay: String,
+    redis: String,
+    database: String,
+    token: String,
+}
+
+/// The configuration. What the operator wants to try out, such as `BATCH_SIZE`, goes for the demonstration too; addresses
+/// do not.
+fn settings(addresses: &Addresses) -> Result<(Config, Vec<String>), ConfigError> {
+    let ours = [
+        ("RELAY_URL", addresses.relay.as_str()),
+        ("REDIS_URL", &addresses.redis),
+        ("DATABASE_URL", &addresses.database),
+        ("HTTP_ADDR", "127.0.0.1:0"),
+        ("COLLECTIONS", "*"),
+        ("CONSUMER_ID", "demo"),
+        ("ADMIN_TOKEN", &addresses.token),
+    ]
+    .map(|(name, value)| (OsString::from(name), OsString::from(value)));
+    let quiet = std::env::var_os("LOG_LEVEL").is_none().then(|| ("LOG_LEVEL".into(), "WARNING".into()));
+    let theirs = std::env::vars_os().filter(|(name, _)| !ours.iter().any(|(taken, _)| taken == name));
+    config::from_env(theirs.chain(quiet).chain(ours.clone()), Role::All)
+}
+
+/// The configuration and its warnings before anything is started: for what the operator has to mend, and for the log.
+///
+/// # Errors
+///
+/// A value of the environment cannot be used.
+pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
+    settings(&Addresses {
+        relay: "ws://127.0.0.1:1".to_owned(),
+        redis: "redis://127.0.0.1:1".to_owned(),
+        database: "postgresql://127.0.0.1:1/standpipe".to_owned(),
+        token: "0".repeat(32),
+    })
+}
+
 /// Runs the demonstration; returns whether everything arrived and the audit found nothing wrong.
 ///
 /// # Errors
 ///
 /// The servers cannot be started.
-pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<bool> {
+pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Control) -> Result<bool> {
     println!("starting a private Redis and a private PostgreSQL ...");
     let folder = PrivateFolder::create("standpipe-demo")?;
-    let redis = PrivateRedis::start(&folder.path().join("redis"), RedisOptions::default()).await?;
-    let postgres =
+    let mut redis = PrivateRedis::start(&folder.path().join("redis"), RedisOptions::default()).await?;
+    let mut postgres =
         PrivatePostgres::start(&folder.path().join("postgres"), PostgresOptions::default()).await?;
     let database = postgres.create_database("standpipe").await?;
 
@@ -56,39 +104,32 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
         ..NetworkOptions::default()
     };
     let last_seq = options.events.map(|_| last_seq(&network)).transpose()?;
-    let relay_options = RelayOptions { source: Source::Network(network), rate: options.rate };
+    let rate = options.rate.or_else(|| options.events.is_none().then_some(RATE));
+    let relay_options = RelayOptions { source: Source::Network(network), rate };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
 
     // For this demonstration alone, and shown to whoever started it.
-    let token = http::random_token().context("a token for the dashboard")?;
-    let variables = [
-        ("RELAY_URL".to_owned(), format!("ws://{relay_address}")),
-        ("REDIS_URL".to_owned(), redis.url()),
-        ("DATABASE_URL".to_owned(), database),
-        ("HTTP_ADDR".to_owned(), "127.0.0.1:0".to_owned()),
-        ("COLLECTIONS".to_owned(), "*".to_owned()),
-        ("CONSUMER_ID".to_owned(), "demo".to_owned()),
-        ("ADMIN_TOKEN".to_owned(), token.clone()),
-    ];
-    // What the operator wants to try out, such as BATCH_SIZE, goes for the demonstration too; addresses do not.
-    let tuning = config::VARIABLES.iter().filter_map(|variable| {
-        let name = variable.name.to_owned();
-        if variables.iter().any(|(ours, _)| *ours == name) {
-            return None;
-        }
-        std::env::var_os(&name).and_then(|value| value.into_string().ok()).map(|value| (name, value))
-    });
-    let all: Vec<(String, String)> = variables.iter().cloned().chain(tuning).collect();
-    let (config, _) = config::from_env(all, Role::All)?;
+    let addresses = Addresses {
+        relay: format!("ws://{relay_address}"),
+        redis: redis.url(),
+        database,
+        token: http::random_token().context("a token for the dashboard")?,
+    };
+    let (config, _) = settings(&addresses)?;
     let store = Store::new(&config)?;
     let began = Instant::now();
-    let mut running = run::start(config, Parts::All, metrics, Control::new(None), &stop)?;
+    let mut running = run::start(config, Parts::All, metrics, control, &stop)?;
     if let Some(address) = running.http {
-        println!("dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops");
+        println!("dashboard on http://{address}/, its admin token is {}; Ctrl-C stops", addresses.token);
+        println!(
+            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={} REDIS_URL={} DATABASE_URL={}",
+            addresses.token, addresses.redis, addresses.database
+        );
     }
 
     let watch = watch(&running, &counters, last_seq);
     let finished = tokio::select! {
+        never = keep_servers(&mut redis, &mut postgres) => { never?; false }
         finished = watch => finished,
         served = serving => { served?; false }
         () = running.drain_begun() => {
@@ -103,13 +144,16 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle) -> Result<boo
     let seconds = began.elapsed().as_secs_f64();
     let entries = running.status.entries.load(Ordering::Relaxed);
     let (cpu, peak) = own_usage();
+    let status = Arc::clone(&running.status);
     let drained = running.drain().await;
-    if last_seq.is_none() {
-        return Ok(drained);
-    }
     if !finished {
-        println!("stopped before all events had arrived");
-        return Ok(false);
+        let waiting = unfinished(&status)
+            .map_or(String::new(), |count| format!("; {count} entries wait in the stream"));
+        println!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}");
+        if last_seq.is_some() {
+            println!("stopped before all events had arrived");
+        }
+        return Ok(drained && last_seq.is_none());
     }
     println!(
         "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 events \
@@ -137,16 +181,38 @@ fn last_seq(network: &NetworkOptions) -> Result<u64> {
         .context("the simulated network is empty")
 }
 
+/// Entries that were waiting or pending at the last look.
+fn unfinished(status: &Status) -> Option<u64> {
+    let (look, _) = status.look()?;
+    Some(crate::report::waiting(&look)? + look.pending).filter(|count| *count > 0)
+}
+
+/// Starts a server again that ended, so that its end can be tried.
+async fn keep_servers(redis: &mut PrivateRedis, postgres: &mut PrivatePostgres) -> Result<()> {
+    loop {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        if postgres.has_ended()? {
+            println!("\nthe private PostgreSQL has ended; starting it again ...");
+            postgres.start_again().await?;
+        }
+        if redis.has_ended()? {
+            println!("\nthe private Redis has ended; starting it again ...");
+            redis.start_again().await?;
+        }
+    }
+}
+
 /// Shows how it is going; returns when the last event is in the database.
 async fn watch(running: &Running, counters: &Counters, last_seq: Option<u64>) -> bool {
     let terminal = std::io::stdout().is_terminal();
     let mut last = (Instant::now(), 0);
+    let mut arrived = None;
     loop {
         let interval = if terminal { 500 } else { 2000 };
         let deadline = Instant::now() + Duration::from_millis(interval);
         while Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(50)).await;
-            if is_finished(running, last_seq) {
+            if is_finished(running, last_seq, &mut arrived) {
                 if terminal {
                     println!();
                 }
@@ -172,13 +238,16 @@ async fn watch(running: &Running, counters: &Counters, last_seq: Option<u64>) ->
     }
 }
 
-/// Whether the last event is in the stream and everything in the stream is acknowledged.
-fn is_finished(running: &Running, last_seq: Option<u64>) -> bool {
+/// Whether the last event is in the stream and everything in the stream is acknowledged. `arrived`: since when the first
+/// of these is so.
+fn is_finished(running: &Running, last_seq: Option<u64>, arrived: &mut Option<u64>) -> bool {
     let cursor = running.status.reader.as_ref().and_then(|reader| crate::status::lock(reader).cursor);
-    let arrived = matches!((cursor, last_seq), (Some(cursor), Some(last)) if cursor.unsigned_abs() >= last);
+    if !matches!((cursor, last_seq), (Some(cursor), Some(last)) if cursor.unsigned_abs() >= last) {
+        return false;
+    }
     // A look taken after the last append: the state before it says nothing.
-    arrived
-        && running.status.look().is_some_and(|(look, _)| look.is_drained())
+    let arrived = *arrived.get_or_insert_with(now_ms);
+    running.status.look().is_some_and(|(look, at)| at > arrived + LOOK && look.is_drained())
         && running.status.pipelines.iter().all(|pipeline| crate::status::lock(pipeline).in_flight == 0)
 }
 

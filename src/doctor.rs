@@ -271,7 +271,9 @@ fn size(bytes: u64) -> String {
 /// Looks at everything. `warnings` are what the configuration gave.
 pub async fn check(config: &Config, warnings: &[String]) -> Examination {
     let mut findings = Findings { section: Section::Configuration, list: Vec::new(), unreachable: false };
-    findings.ok("variables", "every one is understood");
+    if warnings.is_empty() {
+        findings.ok("variables", "every one is understood");
+    }
     for warning in warnings {
         findings.warning("variables", warning, "");
     }

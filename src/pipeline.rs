@@ -31,6 +31,8 @@ const BATCH_BYTES: usize = 8 * 1024 * 1024;
 const TRANSACTION_OPERATIONS: usize = 400;
 /// How long to wait before asking again whether the operator mended what halted us.
 const HALTED: Duration = Duration::from_secs(10);
+/// A database that has been asked for so long without an answer is worth a word.
+const NO_ANSWER: Duration = Duration::from_secs(5);
 
 /// One of N: a consumer of the group with a connection to Redis of its own.
 pub struct Pipeline {
@@ -439,7 +441,7 @@ impl Pipeline {
         let mut delays = backoff();
         loop {
             let error = match self.store.session().await {
-                Ok(session) => match self.attempt(&session, &mut batch, stop).await {
+                Ok(session) => match self.answered(self.attempt(&session, &mut batch, stop)).await {
                     Ok(()) => return Some(batch),
                     Err(error) => {
                         // Commits that were answered on this connection may be gone: all of it again, from the first.
@@ -456,6 +458,18 @@ impl Pipeline {
                 return None;
             }
         }
+    }
+
+    /// Waits for work in the database, and says so when it takes long. It is not given up: that is for the limit of the
+    /// statement to decide.
+    async fn answered<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(NO_ANSWER) => {}
+        }
+        self.say(State::WaitingForPostgres { reason: format!("no answer for {} s", NO_ANSWER.as_secs()) });
+        work.await
     }
 
     /// One connection: every event in its own transaction, repetitions of those that lost to others, then the flush.

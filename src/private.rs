@@ -195,6 +195,14 @@ impl PrivateRedis {
         self.server.stop_and_wait(Signal::Term).await
     }
 
+    /// Whether it has ended without being told to.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.server.reap()?.is_some())
+    }
+
     /// Starts the stopped or killed server again: same folder, same port. Returns when it has
     /// read its data back.
     ///
@@ -497,6 +505,14 @@ impl PrivatePostgres {
     /// When it is still there after half a minute.
     pub async fn stop_fast(&mut self) -> Result<()> {
         self.server.stop_and_wait(Signal::Int).await
+    }
+
+    /// Whether it has ended without being told to.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.server.reap()?.is_some())
     }
 
     /// Starts the stopped or killed server again: same folder, same port. Returns when a client

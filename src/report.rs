@@ -9,7 +9,7 @@ use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 use serde::{Deserialize, Serialize};
 
-use crate::status::{PipelineStatus, ReaderStatus, Status, lock, now_ms};
+use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, lock, now_ms};
 use crate::stream::Keys;
 use crate::stream::group::{self, ConsumerInfo};
 use crate::stream::janitor::Look;
@@ -66,6 +66,9 @@ pub struct ProcessReport {
     pub entries: u64,
     /// Entries per second since its start.
     pub entries_per_second: f64,
+    /// How the pipelines work.
+    #[serde(flatten)]
+    pub settings: Settings,
     /// Each pipeline.
     pub pipelines: Vec<PipelineStatus>,
     /// The reader, in a process that has one.
@@ -139,6 +142,7 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         uptime_seconds: uptime,
         entries,
         entries_per_second: if uptime > 0.0 { entries as f64 / uptime } else { 0.0 },
+        settings: status.settings,
         pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
         pool,

@@ -21,7 +21,7 @@ use crate::metrics;
 use crate::pipeline::{InHand, Names, Pipeline};
 use crate::relay::reader::Reader;
 use crate::report;
-use crate::status::{State, Status, lock, now_ms};
+use crate::status::{Settings, State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Store, StoreError, migrate, purge, takeover, tombstones};
 use crate::stream::legacy::{self, Legacy};
@@ -146,6 +146,7 @@ pub fn start(
     let status = Arc::new(Status::new(
         parts.reader().then(|| config.relay_url.relay()),
         (0..consumers).map(|index| config.consumer_name(index)).collect(),
+        Settings { transaction: config.transaction.as_str(), batch_size: config.batch_size },
     ));
     let mut running = Running {
         status: Arc::clone(&status),
@@ -235,6 +236,7 @@ pub fn start(
         version = env!("STANDPIPE_VERSION"),
         pipelines = consumers,
         batch = config.batch_size,
+        transaction = config.transaction.as_str(),
         "started"
     );
     Ok(running)

@@ -125,6 +125,17 @@ pub struct Status {
     pub last_ack_ms: AtomicU64,
     /// When the process started, Unix milliseconds.
     pub started_ms: u64,
+    /// How it works.
+    pub settings: Settings,
+}
+
+/// The settings by which a worker's pace is explained.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Settings {
+    /// `TRANSACTION`.
+    pub transaction: &'static str,
+    /// `BATCH_SIZE`.
+    pub batch_size: usize,
 }
 
 impl PipelineStatus {
@@ -213,8 +224,9 @@ pub fn now_ms() -> u64 {
 impl Status {
     /// Nothing is known yet.
     #[must_use]
-    pub fn new(reader: Option<String>, consumers: Vec<String>) -> Self {
+    pub fn new(reader: Option<String>, consumers: Vec<String>, settings: Settings) -> Self {
         Self {
+            settings,
             reader: reader.map(|relay| {
                 Mutex::new(ReaderStatus {
                     relay,

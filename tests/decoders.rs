@@ -216,8 +216,13 @@ fn large_commits_are_split() {
     assert_eq!(paths, expected, "every operation once, in order");
 }
 
+/// `make fuzz` tries many more.
+fn cases() -> u32 {
+    std::env::var("FUZZ_CASES").map_or(3000, |text| text.parse().unwrap())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_bytes_make_the_decoders_panic(

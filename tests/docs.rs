@@ -72,9 +72,10 @@ fn every_metric_has_its_line_with_the_words_of_the_program() {
     let source = std::fs::read_to_string(root.join("src/metrics.rs")).unwrap();
     let page = std::fs::read_to_string(root.join("docs/metrics.md")).unwrap();
     let mut lines = Vec::new();
-    for (kind, part) in ["counter", "gauge", "histogram"]
+    let described = ["counter", "gauge", "histogram"].map(|kind| (kind, format!("describe_{kind}!(")));
+    for (kind, part) in described
         .iter()
-        .flat_map(|kind| source.split(&format!("describe_{kind}!(")).skip(1).map(move |part| (kind, part)))
+        .flat_map(|(kind, call)| source.split(call.as_str()).skip(1).map(move |part| (*kind, part)))
     {
         let name = part.trim_start().split(',').next().unwrap();
         let Some(name) = source.split(&format!("const {name}: &str = \"")).nth(1) else { continue };

@@ -223,7 +223,8 @@ pub fn health(facts: &Facts<'_>) -> Health {
             ),
             _ => format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
         };
-        return say(Level::Busy, "behind", format!("Catching up: {rate}{count}."), detail);
+        let way = if facts.shrinking < -1.0 { "Falling behind" } else { "Catching up" };
+        return say(Level::Busy, "behind", format!("{way}: {rate}{count}."), detail);
     }
     if pipelines == 0 {
         let frames = thousands(facts.frames);
@@ -448,6 +449,8 @@ mod tests {
         };
         assert_eq!(health(&behind).sentence, "Catching up: 2,143 events/s, 120,000 entries wait.");
         assert_eq!(health(&behind).detail, "At this pace nothing waits in 2 min.");
+        let worse = Facts { shrinking: -500.0, ..behind };
+        assert_eq!(health(&worse).sentence, "Falling behind: 2,143 events/s, 120,000 entries wait.");
         let stuck = Facts { oldest_seconds: 90.0, last_ack_ms: 50_000, ..facts(&pipelines, None) };
         assert_eq!(health(&stuck).about, "no_progress");
         assert_eq!(health(&facts(&pipelines, None)).level, Level::Well);

@@ -273,6 +273,8 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         "version": env!("CARGO_PKG_VERSION"),
         "process": {
             "name": server.name,
+            "transaction": status.settings.transaction,
+            "batch_size": status.settings.batch_size,
             "uptime_seconds": now.saturating_sub(status.started_ms) / 1000,
             "memory_bytes": memory,
             "cpu_percent": cpu,

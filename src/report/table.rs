@@ -39,6 +39,12 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
         lines.push(("PostgreSQL", database.clone()));
     }
     lines.push(("process", process_line(process)));
+    if let (Some(transaction), Some(batch), count @ 1..) =
+        (text(&process["transaction"]), process["batch_size"].as_u64(), list(&process["pipelines"]).count())
+    {
+        let of = format!("{} entries at a time, one transaction per {transaction}", grouped(batch));
+        lines.push(("pipelines", format!("{count}, {of}")));
+    }
 
     let mut page = format!("standpipe {}\n\n", text(&status["version"]).unwrap_or_default());
     for (name, line) in lines {
@@ -246,6 +252,7 @@ mod tests {
                           {"name": "dead\u{1b}[2J-0", "pending": 2, "idle_seconds": 86_400.0}],
             "dead_letters": 3,
             "process": {"uptime_seconds": 7300.0, "entries": 1000, "entries_per_second": 12.3,
+                        "transaction": "event", "batch_size": 200,
                         "pipelines": [{"consumer": "a-0", "state": "waiting_for_postgres", "reason": "refused",
                                        "in_flight": 200, "entries": 1000, "last_ack_ms": 9000}],
                         "reader": {"state": "running", "relay": "bsky.network", "connected": true, "frames": 12_345,
@@ -266,6 +273,7 @@ dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
 PostgreSQL    2 of 5 connections in use, 20 at the most
 process       up for 2 h, 1,000 entries finished, 12 per second
+pipelines     1, 200 entries at a time, one transaction per event
 
 PIPELINE  IN HAND  FINISHED       LAST  STATE
 a-0           200     1,000  1.0 s ago  waiting for PostgreSQL: refused

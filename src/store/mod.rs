@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
-    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Timeouts,
+    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+    Timeouts,
 };
 use futures_util::StreamExt as _;
 use futures_util::future::join;
@@ -112,10 +113,13 @@ impl From<PoolError> for StoreError {
             PoolError::Backend(error) | PoolError::PostCreateHook(HookError::Backend(error)) => {
                 Self::from(&error)
             }
-            PoolError::Timeout(kind) => Self::new(
+            PoolError::Timeout(TimeoutType::Wait) => Self::new(
                 Verdict::Retry,
-                format!("no connection within the time allowed ({kind:?}): DB_POOL_SIZE may be too small"),
+                "all connections were in use for 10 s: DB_POOL_SIZE may be too small",
             ),
+            PoolError::Timeout(_) => {
+                Self::new(Verdict::Reconnect, "no answer to an attempt to connect, for 10 s")
+            }
             other => Self::new(Verdict::Reconnect, other.to_string()),
         }
     }

@@ -327,7 +327,7 @@ fn lock_posts<'a>(op: &'a Op<'_>, locks: &mut Vec<Lock<'a>>) {
 
 /// What applying an event locks, as parameters.
 pub(super) fn locks_of<'a>(event: &'a Event<'_>) -> impl Iterator<Item = Cow<'a, str>> {
-    let mut locks = vec![Lock { name: &*event.repo, shared: false }];
+    let mut locks = vec![Lock { name: &event.repo, shared: false }];
     for op in &event.ops {
         lock_posts(op, &mut locks);
     }
