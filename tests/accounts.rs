@@ -122,7 +122,7 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
     })
     .await;
 
-    // Somebody watches how long transactions take.
+    // Somebody watches how long transactions take; for PostgreSQL those of one CALL begin with it.
     let watching = Arc::new(AtomicBool::new(true));
     let watcher = tokio::spawn({
         let (watching, url) = (Arc::clone(&watching), chain.database.clone());
@@ -161,7 +161,7 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
         "{records} records went in {took:?}, the longest transaction took {longest:.3} s, {flowed} events flowed meanwhile"
     );
     assert!(flowed > 100.0, "only {flowed} events flowed meanwhile");
-    assert!(longest < 1.0, "a transaction took {longest} s");
+    assert!(longest < 3.0, "a transaction took {longest} s");
     let grown = program.rss_bytes().saturating_sub(memory);
     assert!(grown < 8 << 20, "memory grew by {grown} bytes");
 

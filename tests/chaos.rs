@@ -88,14 +88,23 @@ impl House {
                 self.postgres.start_again().await.unwrap();
             }
             Fault::PostgresProcessKilled => {
-                let pids = query_rows(
-                    &self.database,
-                    "SELECT pid FROM pg_stat_activity WHERE application_name = 'standpipe'",
-                )
-                .await;
-                let pids: Vec<u32> =
-                    pids.iter().map(|row| row[0].as_ref().unwrap().parse().unwrap()).collect();
-                let Some(pid) = rng.choice(pids) else { return 0 };
+                // There may be none at this very moment.
+                let mut chosen = None;
+                for _ in 0..500 {
+                    let pids = query_rows(
+                        &self.database,
+                        "SELECT pid FROM pg_stat_activity WHERE application_name = 'standpipe'",
+                    )
+                    .await;
+                    let pids: Vec<u32> =
+                        pids.iter().map(|row| row[0].as_ref().unwrap().parse().unwrap()).collect();
+                    chosen = rng.choice(pids);
+                    if chosen.is_some() {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                let Some(pid) = chosen else { return 0 };
                 send_signal(Signal::Kill, &[pid]).unwrap();
                 let gone = format!("/proc/{pid}");
                 wait_until("the server process is gone", Duration::from_secs(10), async || {
