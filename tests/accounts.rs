@@ -122,7 +122,8 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
     })
     .await;
 
-    // Somebody watches how long transactions take; for PostgreSQL those of one CALL begin with it.
+    // Somebody watches how long transactions take. Those of a batch's CALL are not told apart: PostgreSQL says of each that
+    // it began with the call.
     let watching = Arc::new(AtomicBool::new(true));
     let watcher = tokio::spawn({
         let (watching, url) = (Arc::clone(&watching), chain.database.clone());
@@ -131,7 +132,8 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
             let mut longest = 0.0_f64;
             while watching.load(Ordering::Relaxed) {
                 let sql = "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
-                           FROM pg_stat_activity WHERE application_name = 'standpipe' AND datname = current_database()";
+                           FROM pg_stat_activity WHERE application_name = 'standpipe' AND datname = current_database()
+                             AND query NOT LIKE 'CALL standpipe.apply_each%'";
                 longest = longest.max(client.query_one(sql, &[]).await.unwrap().get(0));
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -161,7 +163,7 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
         "{records} records went in {took:?}, the longest transaction took {longest:.3} s, {flowed} events flowed meanwhile"
     );
     assert!(flowed > 100.0, "only {flowed} events flowed meanwhile");
-    assert!(longest < 3.0, "a transaction took {longest} s");
+    assert!(longest < 1.0, "a transaction took {longest} s");
     let grown = program.rss_bytes().saturating_sub(memory);
     assert!(grown < 8 << 20, "memory grew by {grown} bytes");
 
