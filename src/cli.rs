@@ -245,7 +245,8 @@ pub struct Bench {
     /// Also drain a stream of so many entries, for the memory that it takes (such as 500000)
     #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
     backlog: Option<u64>,
-    /// Also vary table sizes (empty, 1 and 5 million rows), pipelines and batch sizes; takes long
+    /// Also vary table sizes (empty, 1 and 5 million rows), pipelines, batch sizes, how far away PostgreSQL is and how slow
+    /// its disk; takes long
     #[arg(long)]
     sweep: bool,
     /// Also measure on the tables and indexes of the workers before standpipe
@@ -335,6 +336,10 @@ fn unusable(error: &standpipe::config::ConfigError) -> ExitCode {
     eprintln!("standpipe: the configuration cannot be used:");
     for line in error.to_string().lines() {
         eprintln!("  {line}");
+    }
+    // It may be the cause.
+    for warning in &error.warnings {
+        eprintln!("  warning: {warning}");
     }
     ExitCode::from(EX_USAGE)
 }

@@ -264,6 +264,8 @@ pub struct Config {
 pub struct ConfigError {
     /// In the order of [`VARIABLES`]; never empty.
     pub problems: Vec<Problem>,
+    /// What would only be warned of, such as a name that looks like one of ours: it may be the cause.
+    pub warnings: Vec<String>,
 }
 
 impl ConfigError {
@@ -336,7 +338,7 @@ where
         Ok(raw) => raw,
         Err(error) => {
             read.problem("environment", format!("could not be read ({error})"));
-            return Err(ConfigError { problems: read.problems });
+            return Err(ConfigError { problems: read.problems, warnings: read.warnings });
         }
     };
     let consumer_id_given = raw.consumer_id.is_some();
@@ -348,7 +350,7 @@ where
         }
         _ => {
             read.problems.sort_by_key(|problem| VARIABLES.iter().position(|v| v.name == problem.variable));
-            Err(ConfigError { problems: read.problems })
+            Err(ConfigError { problems: read.problems, warnings: read.warnings })
         }
     }
 }
@@ -1781,6 +1783,16 @@ mod tests {
                 "REDIS_URI is not a variable of standpipe and is ignored: did you mean REDIS_URL?",
                 "relay_url is not a variable of standpipe and is ignored: did you mean RELAY_URL?",
             ]
+        );
+    }
+
+    #[test]
+    fn beside_a_mistake_a_name_close_to_ours_is_pointed_out_too() {
+        let error = read(&[("BATCH_SIZE", "many"), ("BATCH_SIZES", "10")]).unwrap_err();
+        assert_eq!(error.problems.len(), 1, "{error:?}");
+        assert!(
+            error.warnings.len() == 1 && error.warnings[0].ends_with("did you mean BATCH_SIZE?"),
+            "{error:?}"
         );
     }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::config::LogLevel;
+use crate::metrics;
 use crate::status::lock;
 
 /// Changes the level from which on the process logs.
@@ -92,14 +93,15 @@ impl Control {
 
     /// Lets a part rest, or go on.
     pub fn pause(&self, part: Part, pause: bool) {
-        let set = |who: &watch::Sender<bool>| {
+        let set = |who: &watch::Sender<bool>, part: &'static str| {
             who.send_if_modified(|paused| std::mem::replace(paused, pause) != pause);
+            ::metrics::gauge!(metrics::PAUSED, "part" => part).set(f64::from(u8::from(pause)));
         };
         if part != Part::Pipelines {
-            set(&self.reader);
+            set(&self.reader, "reader");
         }
         if part != Part::Reader {
-            set(&self.pipelines);
+            set(&self.pipelines, "pipelines");
         }
     }
 

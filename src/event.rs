@@ -303,6 +303,12 @@ pub struct Event<'a> {
 }
 
 impl Event<'_> {
+    /// Whether it says which handle an account has.
+    #[must_use]
+    pub fn claims_handle(&self) -> bool {
+        self.ops.iter().any(|op| op.kind == Kind::Identity)
+    }
+
     /// Keeps only these operations; `false` when there are none.
     pub fn keep(&mut self, wanted: impl Fn(&Op<'_>) -> bool) -> bool {
         let sources = std::mem::take(&mut self.sources);

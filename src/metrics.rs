@@ -54,6 +54,8 @@ pub const PENDING: &str = "standpipe_pending_entries";
 pub const OLDEST: &str = "standpipe_oldest_waiting_seconds";
 /// Entries trimmed.
 pub const TRIMMED: &str = "standpipe_trimmed_entries_total";
+/// Whether a part rests because somebody paused it.
+pub const PAUSED: &str = "standpipe_paused";
 /// Connections in the pool.
 pub const POOL_SIZE: &str = "standpipe_pool_connections";
 /// Connections in use.
@@ -221,6 +223,7 @@ fn describe() {
     describe_gauge!(PENDING, "Entries delivered and not acknowledged");
     describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
     describe_counter!(TRIMMED, "Entries trimmed after every group had acknowledged them");
+    describe_gauge!(PAUSED, "1 while a part is paused by hand: reader or pipelines");
     describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
     describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
     describe_histogram!(POOL_WAIT, Unit::Seconds, "Waiting for a connection out of the pool");
@@ -273,6 +276,9 @@ fn zero() {
         BACKPRESSURE,
     ] {
         metrics::counter!(name).absolute(0);
+    }
+    for part in ["reader", "pipelines"] {
+        metrics::gauge!(PAUSED, "part" => part).set(0.0);
     }
     metrics::gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION"), "commit" => env!("STANDPIPE_COMMIT"))
         .set(1.0);

@@ -490,9 +490,8 @@ impl Pipeline {
             if together && open.len() > 1 {
                 // Once. What does not go together, for whatever reason, goes one by one.
                 together = false;
-                if self.attempt_together(session, batch, &open).await? {
-                    break;
-                }
+                self.attempt_together(session, batch, open).await?;
+                continue;
             }
             let events: Vec<&Event<'_>> =
                 open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
@@ -522,16 +521,16 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Applies what is open in as few transactions as the locks allow; `false` when some of it is still open, because the
-    /// database refused one of the events or had not room for so many of them.
+    /// Applies what is open in as few transactions as the locks allow. Still open afterwards is what claims a handle, and
+    /// everything when the database refused one of the events or had not room for so many of them.
     async fn attempt_together(
         &self,
         session: &Session,
         batch: &mut [Work<'_>],
-        open: &[usize],
-    ) -> Result<bool, StoreError> {
-        let mut all = true;
-        for indexes in by_operations(batch, open) {
+        mut open: Vec<usize>,
+    ) -> Result<(), StoreError> {
+        open.retain(|&index| !batch[index].event.as_ref().is_some_and(Event::claims_handle));
+        for indexes in by_operations(batch, &open) {
             let events: Vec<&Event<'_>> =
                 indexes.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
             match session.apply_together(&events).await {
@@ -542,12 +541,11 @@ impl Pipeline {
                 }
                 Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
                     ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
-                    all = false;
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(all)
+        Ok(())
     }
 
     /// Everything in `done` is durable or rejected.

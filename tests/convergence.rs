@@ -22,6 +22,7 @@ use standpipe::stream::entry::Entry;
 use support::model::{self, Kind, Op, Tables, Version};
 use support::{Postgres, connect, old_database, wait_until};
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 const CASES: u64 = 150;
 const EVENTS: usize = 60;
@@ -141,6 +142,8 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
         let mut done = Vec::new();
         if batch.len() % 2 == 0 && !open.is_empty() {
             // As with TRANSACTION=batch.
+            let (claims, others) = open.into_iter().partition(Event::claims_handle);
+            open = others;
             match session.apply_together(&open.iter().collect::<Vec<_>>()).await {
                 Ok(outcomes) => {
                     assert_eq!(outcomes.len(), open.len());
@@ -149,6 +152,7 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
                 Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {}
                 Err(error) => panic!("{:?}: {error}", error.verdict),
             }
+            open.extend(claims);
         }
         while !open.is_empty() {
             let results = session.apply(&open.iter().collect::<Vec<_>>()).await;
@@ -1390,6 +1394,56 @@ async fn a_post_is_stored_where_the_old_workers_left_its_quote_behind() {
     database.apply(&[entry(1, "commit", "1", &json!({"repo": "did:plc:aaaa", "ops": [op]}))]).await;
     let tables = database.tables().await;
     assert!(tables.rows("posts").contains_key(uri), "the post is not there");
+}
+
+/// Rows of records that are not there, in the way of what the functions for new records write.
+#[tokio::test]
+async fn a_row_that_others_left_under_its_key_keeps_no_record_out() {
+    const LEFT: &str = "
+        INSERT INTO notifications (uri, recipient_did, author_did, reason, created_at)
+        SELECT 'at://did:plc:aaaa/app.bsky.' || key || '/3#notification', 'did:plc:left', 'did:plc:left', 'like', now()
+        FROM unnest('{feed.like, feed.repost, graph.follow}'::text[]) key;
+        INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+        SELECT 'at://did:plc:aaaa/app.bsky.feed.' || key || '/3', '', 'did:plc:left', 'post', now(), '', now()
+        FROM unnest('{post, repost}'::text[]) key";
+    const REFUSED: &str =
+        "SELECT standpipe.notify_one(jsonb_populate_record(NULL::standpipe.op, jsonb_build_object(
+        'repo', 'did:plc:aaaa', 'uri', 'at://did:plc:aaaa/app.bsky.feed.like/3', 'sort_at', now())),
+        'did:plc:b3', 'like', NULL)";
+    let database = Database::create().await;
+    let ops: Vec<Value> = (0..5)
+        .flat_map(|n| {
+            let subject = json!({"uri": format!("at://did:plc:b{n}/app.bsky.feed.post/1"), "cid": "c"});
+            let date = "2026-01-01T00:00:00Z";
+            [
+                ("app.bsky.feed.like", json!({"subject": subject, "createdAt": date})),
+                ("app.bsky.feed.repost", json!({"subject": subject, "createdAt": date})),
+                ("app.bsky.graph.follow", json!({"subject": format!("did:plc:b{n}"), "createdAt": date})),
+                ("app.bsky.feed.post", json!({"text": "new", "createdAt": date})),
+            ]
+            .map(|(collection, record)| {
+                json!({"action": "create", "path": format!("{collection}/{n}"), "cid": "b", "record": record})
+            })
+        })
+        .collect();
+    let one_commit = vec![commit(1, "did:plc:aaaa", &ops)];
+    let commits: Vec<Entry> =
+        (1..).zip(&ops).map(|(place, op)| commit(place, "did:plc:aaaa", std::slice::from_ref(op))).collect();
+    let (odd, even) = (commits[1..].to_vec(), commits.clone());
+    // What is sent by sets, one by one, and in one transaction: see apply_batches.
+    for (way, entries) in [("one commit", one_commit), ("events", odd), ("a batch", even)] {
+        database.clear().await;
+        database.apply(&entries).await;
+        let undisturbed = database.tables().await;
+        assert_eq!(undisturbed.rows("reposts").len(), 5, "{way}");
+        database.clear().await;
+        database.client.batch_execute(LEFT).await.unwrap();
+        let refused = database.client.batch_execute(REFUSED).await.unwrap_err();
+        assert_eq!(refused.code(), Some(&SqlState::UNIQUE_VIOLATION), "it is not in the way: {refused:?}");
+        database.apply(&entries).await;
+        model::assert_same(way, &undisturbed, &database.tables().await);
+        assert_eq!(database.audit().await, Vec::<String>::new(), "{way}");
+    }
 }
 
 #[tokio::test]

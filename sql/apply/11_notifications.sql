@@ -35,18 +35,25 @@ BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
         RETURN;
     END IF;
-    INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
     SELECT o.uri || '#notification', r.did, o.repo, why, r.about, o.cid, o.sort_at
     FROM unnest(ops) o, LATERAL (
         SELECT CASE why WHEN 'follow' THEN o.subject ELSE split_part(o.subject, '/', 3) END AS did,
                CASE WHEN why <> 'follow' THEN o.subject END AS about
     ) r
     WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) <= 499
-      AND (r.about IS NULL OR length(r.about) <= 512)
-    ON CONFLICT (uri) DO UPDATE SET
-        recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
-        reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
-        is_read = n.is_read AND n.recipient_did = excluded.recipient_did;
+      AND (r.about IS NULL OR length(r.about) <= 512);
+END $$;
+
+-- The same of one.
+CREATE OR REPLACE FUNCTION standpipe.notify_one(o standpipe.op, recipient text, why text, about text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    SELECT o.uri || '#notification', recipient, o.repo, why, about, o.cid, o.sort_at
+    WHERE current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
+      AND recipient LIKE 'did:%' AND recipient <> o.repo AND length(recipient) <= 255 AND length(o.uri) <= 499
+      AND (about IS NULL OR length(about) <= 512);
 END $$;
 
 -- Those of a record that is gone, or of what an update no longer says.
@@ -58,6 +65,13 @@ BEGIN
     FOR i IN 1 .. cardinality(endings) LOOP
         DELETE FROM notifications n WHERE n.uri = record || '#notification' || endings[i];
     END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION standpipe.unnotify_keys(keys text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off' THEN
+        DELETE FROM notifications n WHERE n.uri = ANY (keys);
+    END IF;
 END $$;
 
 -- Of a like or repost: to the owner of what it is of, and to whoever brought it there, if that is somebody else.

@@ -49,9 +49,7 @@ DECLARE
 BEGIN
     INSERT INTO reposts (uri, user_did, post_uri, subject_cid, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
     SELECT o.uri, o.repo, o.subject, o.subject_cid, o.created_at, o.rev, o.seq, o.ms, o.sq
-    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
-      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
     ON CONFLICT (uri) DO NOTHING
     -- The statement sees the table as it was before: was there a repost of it by this account already?
     RETURNING EXISTS (SELECT FROM reposts x WHERE x.post_uri = o.subject AND x.user_did = o.repo) INTO another;
@@ -59,11 +57,8 @@ BEGIN
         RETURN false;
     END IF;
     INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
-    VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at)
-    ON CONFLICT (uri) DO UPDATE SET
-        post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
-        sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
-    ignored := standpipe.notify(o, '', split_part(o.subject, '/', 3), 'repost', o.subject, false);
+    VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at);
+    ignored := standpipe.notify_one(o, split_part(o.subject, '/', 3), 'repost', o.subject);
     ignored := standpipe.count_one(ROW(o.subject, 0, (NOT another)::integer, 0, 0, 0));
     RETURN true;
 END $$;
@@ -85,7 +80,7 @@ BEGIN
         SELECT o.uri, o.repo, o.subject, o.subject_cid, o.body, o.created_at, o.rev, o.seq, o.ms, o.sq
         FROM unnest(ops) o
         WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-        ON CONFLICT (uri) DO NOTHING
+          AND NOT EXISTS (SELECT FROM reposts r WHERE r.uri = o.uri)
         -- The statement sees the table as it was before: was there a repost of it by this account already?
         RETURNING r.uri, r.post_uri,
             EXISTS (SELECT FROM reposts x WHERE x.post_uri = r.post_uri AND x.user_did = r.user_did) AS another
@@ -108,10 +103,7 @@ BEGIN
         END LOOP;
     END IF;
     INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
-    SELECT o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at FROM unnest(fresh) o
-    ON CONFLICT (uri) DO UPDATE SET
-        post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
-        sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    SELECT o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at FROM unnest(fresh) o;
     ignored := standpipe.notify_new(fresh, 'repost');
     RETURN all_of;
 END $$;
@@ -131,6 +123,42 @@ BEGIN
     END IF;
     ignored := standpipe.unnotify(o.uri, endings);
     RETURN ROW(true, standpipe.remove_repost(o.uri));
+END $$;
+
+-- Several at a time, no two of the same record.
+CREATE OR REPLACE FUNCTION standpipe.delete_reposts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    all_of standpipe.effects;
+    gone text[];
+    subjects text[];
+    accounts text[];
+    notifications text[];
+    ignored text;
+BEGIN
+    ignored := standpipe.put_tombstones(ops);
+    WITH d AS (
+        DELETE FROM reposts r USING unnest(ops) o
+        WHERE r.uri = o.uri AND standpipe.newer(
+            o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
+        RETURNING r.uri, r.post_uri, r.user_did, r.via
+    )
+    SELECT array_agg(d.uri), array_agg(d.post_uri), array_agg(d.user_did),
+           array_agg(d.uri || '#notification')
+               || array_agg(d.uri || '#notification/via-repost') FILTER (WHERE d.via IS NOT NULL)
+    INTO gone, subjects, accounts, notifications FROM d;
+    IF gone IS NULL THEN
+        all_of.applied := array_fill(false, ARRAY[cardinality(ops)]);
+        RETURN all_of;
+    END IF;
+    all_of.applied := ARRAY(SELECT o.uri = ANY (gone) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    -- Counts out who has no other repost of the same record left.
+    all_of.deltas := ARRAY(
+        SELECT ROW(p.post, 0, -1, 0, 0, 0)::standpipe.delta
+        FROM (SELECT DISTINCT * FROM unnest(subjects, accounts)) AS p (post, account)
+        WHERE NOT EXISTS (SELECT FROM reposts x WHERE x.post_uri = p.post AND x.user_did = p.account));
+    DELETE FROM feed_items f WHERE f.uri = ANY (gone);
+    ignored := standpipe.unnotify_keys(notifications);
+    RETURN all_of;
 END $$;
 
 -- Removes a row and counts its account out if no other repost of the same record by it is left.

@@ -70,7 +70,8 @@ BEGIN
         VALUES (o.uri, o.uri, o.repo, CASE WHEN parent IS NULL THEN 'post' ELSE 'reply' END,
                 o.sort_at, o.cid, o.created_at)
         ON CONFLICT (uri) DO UPDATE SET
-            type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+            post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
+            sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
         ignored := standpipe.put_post_parts(o, replaces, former);
         IF own_thread THEN
             -- Whom the root of a thread mentions may have changed.
@@ -129,9 +130,7 @@ BEGIN
     SELECT o.uri, o.cid, o.repo, o.body ->> 'text', o.body -> 'langs', coalesce(o.body -> 'tags', '[]'),
            o.body ->> 'parent_uri', o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
            o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
-    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
-      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
       AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
       AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
     ON CONFLICT (uri) DO NOTHING;
@@ -140,9 +139,7 @@ BEGIN
     END IF;
     INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
     VALUES (o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
-            o.sort_at, o.cid, o.created_at)
-    ON CONFLICT (uri) DO UPDATE SET
-        type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+            o.sort_at, o.cid, o.created_at);
     IF o.subject IS NOT NULL OR o.body ?| '{parent_uri, facets, labels}' THEN
         ignored := standpipe.put_post_parts(o, false, NULL);
         ignored := standpipe.count(standpipe.post_deltas(o, 1));
@@ -171,9 +168,9 @@ BEGIN
                o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
         FROM unnest(ops) o
         WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
+          AND NOT EXISTS (SELECT FROM posts r WHERE r.uri = o.uri)
           AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
           AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
-        ON CONFLICT (uri) DO NOTHING
         RETURNING r.uri
     )
     SELECT array_agg(w.uri) INTO written FROM w;
@@ -196,9 +193,7 @@ BEGIN
     INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
     SELECT o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
            o.sort_at, o.cid, o.created_at
-    FROM unnest(fresh) o
-    ON CONFLICT (uri) DO UPDATE SET
-        type = excluded.type, sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+    FROM unnest(fresh) o;
     FOREACH one IN ARRAY fresh LOOP
         IF one.subject IS NOT NULL OR one.body ?| '{parent_uri, facets, labels}' THEN
             ignored := standpipe.put_post_parts(one, false, NULL);

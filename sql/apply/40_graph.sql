@@ -30,14 +30,12 @@ DECLARE
 BEGIN
     INSERT INTO follows (uri, follower_did, following_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
     SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
-    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-      AND NOT EXISTS (SELECT FROM standpipe.accounts a WHERE a.did = o.repo AND a.deleted_time IS NOT NULL)
-      AND NOT EXISTS (SELECT FROM user_settings s WHERE s.user_did = o.repo AND s.data_collection_forbidden)
+    WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
     ON CONFLICT (uri) DO NOTHING;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    ignored := standpipe.notify(o, '', o.subject, 'follow', NULL, false);
+    ignored := standpipe.notify_one(o, o.subject, 'follow', NULL);
     RETURN true;
 END $$;
 
@@ -56,7 +54,7 @@ BEGIN
         SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
         FROM unnest(ops) o
         WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-        ON CONFLICT (uri) DO NOTHING
+          AND NOT EXISTS (SELECT FROM follows r WHERE r.uri = o.uri)
         RETURNING r.uri
     )
     SELECT array_agg(w.uri) INTO written FROM w;
@@ -87,6 +85,29 @@ BEGIN
     END IF;
     PERFORM standpipe.unnotify(o.uri, ARRAY['']);
     RETURN true;
+END $$;
+
+-- Several at a time, no two of the same record.
+CREATE OR REPLACE FUNCTION standpipe.delete_follows(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    all_of standpipe.effects;
+    gone text[];
+    ignored text;
+BEGIN
+    ignored := standpipe.put_tombstones(ops);
+    WITH d AS (
+        DELETE FROM follows r USING unnest(ops) o
+        WHERE r.uri = o.uri AND standpipe.newer(
+            o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
+        RETURNING r.uri
+    )
+    SELECT array_agg(d.uri) INTO gone FROM d;
+    all_of.applied := ARRAY(
+        SELECT coalesce(o.uri = ANY (gone), false) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    IF gone IS NOT NULL THEN
+        ignored := standpipe.unnotify_keys(ARRAY(SELECT g || '#notification' FROM unnest(gone) g));
+    END IF;
+    RETURN all_of;
 END $$;
 
 CREATE OR REPLACE FUNCTION standpipe.put_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$

@@ -113,6 +113,9 @@ BEGIN
         UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
     END IF;
     IF o.subject = 'deleted' AND o.body = 'false' THEN
+        -- By this the functions for new records know the account. No sweep is so late.
+        INSERT INTO standpipe.tombstones (uri, stream_ms, stream_seq) VALUES (o.repo, 9223372036854775807, 0)
+        ON CONFLICT (uri) DO NOTHING;
         UPDATE standpipe.accounts a SET
             deleted_seq = CASE WHEN a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint
                                THEN coalesce(o.seq, a.deleted_seq) ELSE a.deleted_seq END,

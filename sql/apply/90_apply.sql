@@ -92,8 +92,9 @@ END $$;
 --   repos     the repositories
 --   handles   the handles that #identity operations claim; empty otherwise
 --   dids      accounts that must have a row in users, sorted
---   likes, reposts, follows, posts
---             writes of these kinds that have nothing special about them: see the functions that take them
+--   sets      operations for the functions over sets, which say what they ask of a set: one set after the other
+--   set_kinds, set_sizes
+--             what the operations of each set are, and how many
 --   ops       all other operations, deletes first
 --   kinds     what each of these is: '<kind>' or 'delete <kind>'
 --
@@ -112,19 +113,25 @@ END $$;
 -- is locked: by whoever writes the record as by whoever likes it, so that they come one after the other and never
 -- wait for each other crosswise.
 --
+-- The functions over sets, and those of standpipe.put_new, write without ON CONFLICT, which makes a row dearer by half:
+-- they look first, and nobody else writes what belongs to a locked repository. Where somebody does (workers that know no
+-- locks), or left a row without its record, the call is refused with unique_violation, and the caller has to take the
+-- others.
 CREATE OR REPLACE FUNCTION standpipe.apply(
-    locks text[], repos text[], handles text[], dids text[], likes standpipe.op[], reposts standpipe.op[],
-    follows standpipe.op[], posts standpipe.op[], ops standpipe.op[], kinds text[]
+    locks text[], repos text[], handles text[], dids text[], sets standpipe.op[], set_kinds text[], set_sizes integer[],
+    ops standpipe.op[], kinds text[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     o standpipe.op;
     e standpipe.effect;
+    one_set standpipe.op[];
     all_of standpipe.effects;
     deltas standpipe.delta[] := '{}';
     outcomes boolean[] := '{}';
     forbidden text[];
     late boolean := false;
-    before integer;
+    before integer := 0;
+    i integer := 0;
     ignored text;
 BEGIN
     IF cardinality(handles) > 0 THEN
@@ -146,35 +153,28 @@ BEGIN
         -- Nothing of this is ordinary.
         forbidden := ARRAY(SELECT s.user_did FROM user_settings s
                            WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
-        kinds := array_fill('like'::text, ARRAY[coalesce(cardinality(likes), 0)])
-            || array_fill('repost'::text, ARRAY[coalesce(cardinality(reposts), 0)])
-            || array_fill('follow'::text, ARRAY[coalesce(cardinality(follows), 0)])
-            || array_fill('post'::text, ARRAY[coalesce(cardinality(posts), 0)]) || kinds;
-        ops := likes || reposts || follows || posts || ops;
-    ELSE
-        IF cardinality(likes) > 0 THEN
-            all_of := standpipe.put_likes(likes);
-            outcomes := outcomes || all_of.applied;
-            deltas := deltas || all_of.deltas;
-        END IF;
-        IF cardinality(reposts) > 0 THEN
-            all_of := standpipe.put_reposts(reposts);
-            outcomes := outcomes || all_of.applied;
-            deltas := deltas || all_of.deltas;
-        END IF;
-        IF cardinality(follows) > 0 THEN
-            all_of := standpipe.put_follows(follows);
-            outcomes := outcomes || all_of.applied;
-        END IF;
-        IF cardinality(posts) > 0 THEN
-            all_of := standpipe.put_posts(posts);
-            outcomes := outcomes || all_of.applied;
-            deltas := deltas || all_of.deltas;
-        END IF;
+        kinds := ARRAY(SELECT x.kind FROM unnest(set_kinds, set_sizes) WITH ORDINALITY AS x (kind, size, place),
+                       generate_series(1, x.size) ORDER BY x.place) || kinds;
+        ops := sets || ops;
+        set_kinds := NULL;
     END IF;
-    before := cardinality(outcomes);
-    FOR i IN 1 .. coalesce(cardinality(ops), 0) LOOP
-        o := ops[i];
+    FOR i IN 1 .. coalesce(cardinality(set_kinds), 0) LOOP
+        one_set := sets[before + 1 : before + set_sizes[i]];
+        CASE set_kinds[i]
+            WHEN 'like' THEN all_of := standpipe.put_likes(one_set);
+            WHEN 'follow' THEN all_of := standpipe.put_follows(one_set);
+            WHEN 'post' THEN all_of := standpipe.put_posts(one_set);
+            WHEN 'repost' THEN all_of := standpipe.put_reposts(one_set);
+            WHEN 'delete like' THEN all_of := standpipe.delete_likes(one_set);
+            WHEN 'delete follow' THEN all_of := standpipe.delete_follows(one_set);
+            WHEN 'delete repost' THEN all_of := standpipe.delete_reposts(one_set);
+        END CASE;
+        outcomes := outcomes || all_of.applied;
+        deltas := deltas || all_of.deltas;
+        before := before + set_sizes[i];
+    END LOOP;
+    FOREACH o IN ARRAY coalesce(ops, '{}') LOOP
+        i := i + 1;
         e.deltas := '{}';
         IF forbidden IS NOT NULL AND o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
                 AND NOT (kinds[i] = 'profile' AND o.body IS NULL) THEN
@@ -261,20 +261,22 @@ CREATE OR REPLACE PROCEDURE standpipe.apply_each(calls standpipe.call[], INOUT o
 DECLARE
     c standpipe.call;
     o standpipe.op;
-    done boolean;
+    forbidden text[];
 BEGIN
+    forbidden := ARRAY(SELECT s.user_did FROM unnest(calls) x, user_settings s
+                       WHERE s.user_did = (x.record).repo AND s.data_collection_forbidden);
     FOREACH c IN ARRAY calls LOOP
         IF c.kind IS NULL THEN
             outcomes := outcomes || standpipe.apply(
-                c.locks, c.repos, c.handles, c.dids, c.likes, c.reposts, c.follows, c.posts, c.ops, c.kinds);
+                c.locks, c.repos, c.handles, c.dids, c.sets, c.set_kinds, c.set_sizes, c.ops, c.kinds);
         ELSE
             o := c.record;
-            IF standpipe.put_new(o, c.kind, c.locks, c.dids) THEN
+            IF o.repo <> ALL (forbidden) AND standpipe.put_new(o, c.kind, c.locks, c.dids) THEN
                 outcomes := outcomes || true;
             ELSE
                 outcomes := outcomes || standpipe.apply(
-                    coalesce(c.locks, ARRAY[o.repo]), ARRAY[o.repo], NULL, NULL, NULL, NULL, NULL, NULL, ARRAY[o],
-                    ARRAY[c.kind]);
+                    coalesce(c.locks, ARRAY[o.repo]), ARRAY[o.repo], NULL, c.dids, NULL, NULL, NULL,
+                    ARRAY[o], ARRAY[c.kind]);
             END IF;
         END IF;
         COMMIT;

@@ -382,7 +382,7 @@ ALTER TABLE users
     ADD COLUMN IF NOT EXISTS account_status varchar(64);
 
 
--- A deleted record, so that a create of it that comes late stays dead.
+-- A deleted record, so that a create of it that comes late stays dead. Under its DID: an account that was deleted.
 CREATE TABLE IF NOT EXISTS standpipe.tombstones (
     uri text COLLATE "C" PRIMARY KEY,
     commit_rev text,
@@ -470,10 +470,9 @@ CREATE TYPE standpipe.call AS (
     repos text[],
     handles text[],
     dids text[],
-    likes standpipe.op[],
-    reposts standpipe.op[],
-    follows standpipe.op[],
-    posts standpipe.op[],
+    sets standpipe.op[],
+    set_kinds text[],
+    set_sizes integer[],
     ops standpipe.op[],
     kinds text[]
 );

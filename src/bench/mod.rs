@@ -9,8 +9,10 @@
 //! - `floor`: COPY of the same rows
 //! - `reference`: the loop in the shape of the Python worker
 //! - `latency`, `reader`, `sweep`: the other things that are measured
+//! - `distance`: a database that is further away
 //! - `report`, `svg`: the figures
 
+mod distance;
 mod floor;
 mod lab;
 mod latency;

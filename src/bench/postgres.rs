@@ -1,5 +1,6 @@
 //! The private PostgreSQL: databases to start from, and what the server has used.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Deref;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, NoTls};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::machine;
+use super::{distance, machine};
 use crate::private::{PostgresOptions, PrivatePostgres};
 use crate::store::migrate;
 
@@ -125,6 +126,31 @@ impl Postgres {
         self.copy(RUN, template).await?;
         self.admin.batch_execute("CHECKPOINT").await?;
         Ok(self.server.url(RUN))
+    }
+
+    /// The URL of the database that is measured, as from `round_trip` away.
+    ///
+    /// # Errors
+    ///
+    /// No port is free.
+    pub fn from_far(&self, round_trip: Duration) -> Result<String> {
+        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, self.server.port()));
+        let port = distance::far(server, round_trip)?;
+        Ok(self.server.url(RUN).replace(&format!(":{}/", self.server.port()), &format!(":{port}/")))
+    }
+
+    /// Makes every flush of the log to the disk take so much longer, for the database that is measured.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses.
+    pub async fn slow_down_flushes(&self, by: Duration) -> Result<()> {
+        // Meant to let more commits take part in a flush; without the condition that others are running it is a delay.
+        let sql = format!(
+            "ALTER DATABASE {RUN} SET commit_delay = {}; ALTER DATABASE {RUN} SET commit_siblings = 0",
+            by.as_micros()
+        );
+        Ok(self.admin.batch_execute(&sql).await?)
     }
 
     /// How many connections there are to the database that is measured.

@@ -1,4 +1,7 @@
-//! One factor varied at a time: how large the tables are, how many pipelines there are, how large the batches.
+//! One factor varied at a time: how large the tables are, how many pipelines there are, how large the batches, how far away
+//! the database is, how slow its disk.
+
+use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -14,11 +17,15 @@ const FILL: &str = include_str!("../../sql/bench/fill.sql");
 const SIZES: &[u64] = &[0, 1_000_000, 5_000_000];
 const PIPELINES: &[u64] = &[1, 2, 5, 10];
 const BATCHES: &[u64] = &[10, 50, 100, 200, 500, 1000];
+/// To the database and back.
+const ROUND_TRIPS_MS: &[u64] = &[0, 1, 5];
+/// What a flush of its log takes longer than this machine's disk.
+const FLUSHES_MS: &[u64] = &[0, 2, 10];
 
 /// One factor in one mode.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sweep {
-    /// What is varied: `table_rows`, `pipelines` or `batch_size`.
+    /// What is varied: `table_rows`, `pipelines`, `batch_size`, `round_trip_ms` or `flush_ms`.
     pub factor: &'static str,
     /// `TRANSACTION`.
     pub mode: &'static str,
@@ -50,7 +57,13 @@ pub async fn sweep(
     for &rows in SIZES.iter().filter(|rows| **rows > 0) {
         fill(lab, rows).await?;
     }
-    for (factor, values) in [("table_rows", SIZES), ("pipelines", PIPELINES), ("batch_size", BATCHES)] {
+    for (factor, values) in [
+        ("table_rows", SIZES),
+        ("pipelines", PIPELINES),
+        ("batch_size", BATCHES),
+        ("round_trip_ms", ROUND_TRIPS_MS),
+        ("flush_ms", FLUSHES_MS),
+    ] {
         let mut figures = vec![vec![Vec::new(); values.len()]; modes.len()];
         for round in 1..=options.rounds {
             for (place, value) in values.iter().enumerate() {
@@ -59,10 +72,17 @@ pub async fn sweep(
                     let (template, variable) = match factor {
                         "table_rows" => (template(*value), None),
                         "pipelines" => (OWN.to_owned(), Some(("PARALLEL_CONSUMERS", text.as_str()))),
-                        _ => (OWN.to_owned(), Some(("BATCH_SIZE", text.as_str()))),
+                        "batch_size" => (OWN.to_owned(), Some(("BATCH_SIZE", text.as_str()))),
+                        _ => (OWN.to_owned(), None),
                     };
                     let special: Vec<_> = [("TRANSACTION", *mode)].into_iter().chain(variable).collect();
-                    let database = lab.postgres.fresh(&template).await?;
+                    let mut database = lab.postgres.fresh(&template).await?;
+                    let time = Duration::from_millis(*value);
+                    match factor {
+                        "round_trip_ms" if *value > 0 => database = lab.postgres.from_far(time)?,
+                        "flush_ms" => lab.postgres.slow_down_flushes(time).await?,
+                        _ => {}
+                    }
                     let (drained, _) = worker::drain(lab, prepared, &database, &special).await?;
                     let rate = prepared.entries as f64 / drained.seconds;
                     eprintln!("  {factor} {value}, {mode}, round {round}: {rate:.0} events/s");

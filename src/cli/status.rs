@@ -143,7 +143,7 @@ impl Asker {
                     (report, None)
                 }
                 Err(error) => {
-                    let trouble = format!("Redis cannot be reached: {error}");
+                    let trouble = format!("Redis at {} cannot be reached: {error}", self.config.redis_url);
                     (process.unwrap_or_default(), Some(trouble))
                 }
             },

@@ -36,7 +36,7 @@ use verdict::{Verdict, describe, judge};
 /// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
-const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
+const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7, $8, $9)";
 const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
 const TRY_LOCK: &str = "SELECT standpipe.try_lock($1)";
 const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
@@ -243,7 +243,7 @@ impl Session {
             && let Some(first) = events.first()
             && self.client.batch_execute("BEGIN").await.is_ok()
         {
-            let plan = Planned::new(first, &self.known, |_| true);
+            let plan = Planned::careful(first, &self.known, |_| true);
             if self.client.query_one(&statement, &plan.call.parameters()).await.is_ok() {
                 crash::now(Point::InTransaction);
             }
@@ -264,8 +264,7 @@ impl Session {
     /// Applies events with one message for all of them, as long as none is refused.
     async fn apply_each(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
         let statement = self.in_time(self.client.prepare_cached(APPLY_EACH)).await?;
-        let plans: Vec<Planned<'_>> =
-            events.iter().map(|event| Planned::new(event, &self.known, |_| true).shortened()).collect();
+        let plans: Vec<Planned<'_>> = events.iter().map(|event| Planned::fast(event, &self.known)).collect();
         let calls: Vec<&Call<'_>> = plans.iter().map(|plan| &plan.call).collect();
         let row = self.in_time(self.client.query_one(&statement, &[&calls, &Vec::<bool>::new()])).await?;
         let answers: Vec<bool> = row.get(0);
@@ -286,7 +285,7 @@ impl Session {
         events: &[&Event<'_>],
     ) -> Vec<Result<Outcome, StoreError>> {
         let plans: Vec<Planned<'_>> =
-            events.iter().map(|event| Planned::new(event, &self.known, |_| true)).collect();
+            events.iter().map(|event| Planned::careful(event, &self.known, |_| true)).collect();
         let parameters: Vec<_> = plans.iter().map(|plan| plan.call.parameters()).collect();
         // Answers come in the order of the calls, so that each is due within the limit after the one before.
         let mut answers: FuturesOrdered<_> =
@@ -326,6 +325,9 @@ impl Session {
     /// Applies events in two transactions at the most, each all of its events or none: first those whose locks nobody else
     /// has, so that accounts which are in every batch do not make all batches wait for each other, then the rest.
     ///
+    /// None of them may claim a handle ([`Event::claims_handle`]): its locks depend on what other claims have just written,
+    /// so that it may have to be tried again, and all others with it.
+    ///
     /// The outcomes stand in the order of the events. Nothing is durable before [`Session::flush`] has answered on this
     /// same connection.
     ///
@@ -360,10 +362,7 @@ impl Session {
     /// others, by their index.
     async fn lock_free(&self, events: &[&Event<'_>]) -> Result<(Vec<usize>, Vec<usize>), StoreError> {
         let statement = self.in_time(self.client.prepare_cached(TRY_LOCK)).await?;
-        // Handles are locked beside repositories, by whoever waits: not while locks are held out of order.
-        let waits = |event: &Event<'_>| event.ops.iter().any(|op| op.kind == Kind::Identity);
-        let mut locks: Vec<Cow<'_, str>> =
-            events.iter().filter(|event| !waits(event)).flat_map(|event| locks_of(event)).collect();
+        let mut locks: Vec<Cow<'_, str>> = events.iter().flat_map(|event| locks_of(event)).collect();
         locks.sort_unstable();
         locks.dedup();
         let (began, busy) = join(
@@ -373,9 +372,7 @@ impl Session {
         .await;
         began?;
         let busy: HashSet<String> = busy?.get::<_, Vec<String>>(0).into_iter().collect();
-        Ok((0..events.len()).partition(|&index| {
-            !waits(events[index]) && locks_of(events[index]).all(|lock| !busy.contains(&*lock))
-        }))
+        Ok((0..events.len()).partition(|&index| locks_of(events[index]).all(|lock| !busy.contains(&*lock))))
     }
 
     /// Applies events with one call. `locked`: it is in a transaction that has their locks.
@@ -428,7 +425,7 @@ impl Session {
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         let mut bad = Vec::new();
         for index in 0..event.ops.len() {
-            let call = Planned::new(event, &self.known, |other| other == index).call;
+            let call = Planned::careful(event, &self.known, |other| other == index).call;
             self.in_time(self.client.batch_execute("BEGIN")).await?;
             let tried = self.in_time(self.client.query_one(&statement, &call.parameters())).await;
             self.in_time(self.client.batch_execute("ROLLBACK")).await?;
@@ -440,7 +437,7 @@ impl Session {
         }
         if bad.is_empty() {
             // What was refused may pass by now, because something newer has come that it gives way to.
-            let plan = Planned::new(event, &self.known, |_| true);
+            let plan = Planned::careful(event, &self.known, |_| true);
             match self.in_time(self.client.query_one(&statement, &plan.call.parameters())).await {
                 Ok(row) => return answered(event, &plan, &row),
                 Err(error) if error.verdict == Verdict::Reject => {}

@@ -92,26 +92,24 @@ pub(super) struct Call<'a> {
     repos: List<&'a str>,
     handles: List<&'a str>,
     dids: List<&'a str>,
-    likes: List<SqlOp<'a>>,
-    reposts: List<SqlOp<'a>>,
-    follows: List<SqlOp<'a>>,
-    posts: List<SqlOp<'a>>,
+    sets: List<SqlOp<'a>>,
+    set_kinds: List<&'static str>,
+    set_sizes: List<i32>,
     ops: List<SqlOp<'a>>,
     kinds: List<&'static str>,
 }
 
 impl Call<'_> {
     /// The parameters in the function's order.
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 10] {
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 9] {
         [
             &self.locks,
             &self.repos,
             &self.handles,
             &self.dids,
-            &self.likes,
-            &self.reposts,
-            &self.follows,
-            &self.posts,
+            &self.sets,
+            &self.set_kinds,
+            &self.set_sizes,
             &self.ops,
             &self.kinds,
         ]
@@ -122,16 +120,6 @@ fn is_post(uri: &str) -> bool {
     uri.split('/').nth(3) == Some("app.bsky.feed.post")
 }
 
-/// The lists of a call, in the order in which the function answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Likes,
-    Reposts,
-    Follows,
-    Posts,
-    Others,
-}
-
 /// A statement over a set of one or two is dearer than one over a record.
 const SET: usize = 8;
 
@@ -139,21 +127,32 @@ const SET: usize = 8;
 #[derive(Debug, Default)]
 pub(super) struct Planned<'a> {
     pub(super) call: Call<'a>,
-    places: Vec<(Place, usize)>,
+    /// The set by its index, or none, and the place in it, or among the others.
+    places: Vec<(Option<usize>, usize)>,
 }
 
 impl<'a> Planned<'a> {
-    /// The call that applies the operations of `event` for which `chosen` says yes.
-    pub(super) fn new(event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) -> Self {
-        let mut planner = Planner { sets: event.ops.len() >= SET, ..Planner::default() };
+    /// The call that applies an event by the fast functions, which can be refused where another program left rows under the
+    /// same keys, or writes them at the same time.
+    pub(super) fn fast(event: &'a Event<'_>, known: &KnownAccounts) -> Self {
+        Self::together(&[event], known).shortened()
+    }
+
+    /// The call that applies the operations of `event` for which `chosen` says yes, whatever rows there are.
+    pub(super) fn careful(
+        event: &'a Event<'_>,
+        known: &KnownAccounts,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Self {
+        let mut planner = Planner::default();
         planner.add(event, known, chosen);
         planner.finish()
     }
 
-    /// The call that applies several events in one transaction.
+    /// The call that applies several events in one transaction, by the fast functions too.
     pub(super) fn together(events: &[&'a Event<'_>], known: &KnownAccounts) -> Self {
         let operations: usize = events.iter().map(|event| event.ops.len()).sum();
-        let mut planner = Planner { sets: operations >= SET, ..Planner::default() };
+        let mut planner = Planner { by_sets: operations >= SET, ..Planner::default() };
         for event in events {
             planner.add(event, known, |_| true);
         }
@@ -161,7 +160,7 @@ impl<'a> Planned<'a> {
     }
 
     /// Takes the short cut of `standpipe.apply_each`, where there is one.
-    pub(super) fn shortened(mut self) -> Self {
+    fn shortened(mut self) -> Self {
         let call = &mut self.call;
         if self.places.len() == 1
             && let ([kind @ ("like" | "repost" | "follow" | "post")], [op]) = (&*call.kinds.0, &*call.ops.0)
@@ -191,10 +190,12 @@ impl<'a> Planned<'a> {
 
     /// The answers, in the order of the operations. There must be [`Planned::len`] of them.
     pub(super) fn in_order(&self, answers: &[bool]) -> Vec<bool> {
-        let call = &self.call;
-        let lengths = [call.likes.0.len(), call.reposts.0.len(), call.follows.0.len(), call.posts.0.len()];
-        let before = |list: Place| lengths[..list as usize].iter().sum::<usize>();
-        self.places.iter().map(|&(list, index)| answers[before(list) + index]).collect()
+        let sizes = &self.call.set_sizes.0;
+        // The function answers for the sets first, one after the other.
+        let before = |set: Option<usize>| -> usize {
+            sizes[..set.unwrap_or(sizes.len())].iter().map(|&size| usize::try_from(size).unwrap_or(0)).sum()
+        };
+        self.places.iter().map(|&(set, index)| answers[before(set) + index]).collect()
     }
 }
 
@@ -202,7 +203,8 @@ impl<'a> Planned<'a> {
 #[derive(Default)]
 struct Planner<'a> {
     /// Whether there are so many operations that statements over sets are the cheaper ones.
-    sets: bool,
+    by_sets: bool,
+    sets: Vec<(&'static str, Vec<SqlOp<'a>>)>,
     planned: Planned<'a>,
     locks: Vec<Lock<'a>>,
     records: HashSet<&'a str>,
@@ -228,19 +230,15 @@ impl<'a> Planner<'a> {
                 self.planned.call.handles.0.extend(op.subject.as_deref());
             }
             lock_posts(op, &mut self.locks);
-            let list = self.list(&event.repo, op);
-            let call = &mut self.planned.call;
-            let ops = match list {
-                Place::Likes => &mut call.likes.0,
-                Place::Reposts => &mut call.reposts.0,
-                Place::Follows => &mut call.follows.0,
-                Place::Posts => &mut call.posts.0,
-                Place::Others => {
-                    call.kinds.0.push(kind_name(op.delete, op.kind));
-                    &mut call.ops.0
-                }
+            let kind = kind_name(op.delete, op.kind);
+            let set = self.fits(&event.repo, op).then(|| self.set(kind));
+            let ops = if let Some(index) = set {
+                &mut self.sets[index].1
+            } else {
+                self.planned.call.kinds.0.push(kind);
+                &mut self.planned.call.ops.0
             };
-            self.planned.places.push((list, ops.len()));
+            self.planned.places.push((set, ops.len()));
             ops.push(SqlOp {
                 repo: &event.repo,
                 uri: &op.uri,
@@ -258,31 +256,44 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Where an operation goes: see what the functions that take the lists ask of them.
-    fn list(&mut self, repo: &'a str, op: &'a Op<'_>) -> Place {
-        let list = match op.kind {
-            _ if op.delete || !self.sets => return Place::Others,
-            Kind::Like if op.body.is_none() => Place::Likes,
-            Kind::Repost if op.body.is_none() => Place::Reposts,
-            Kind::Follow => Place::Follows,
-            Kind::Post => Place::Posts,
-            Kind::ThreadGate | Kind::PostGate => {
+    /// The set of a kind, which is made when there is none.
+    fn set(&mut self, kind: &'static str) -> usize {
+        self.sets.iter().position(|set| set.0 == kind).unwrap_or_else(|| {
+            self.sets.push((kind, Vec::new()));
+            self.sets.len() - 1
+        })
+    }
+
+    /// Whether an operation can be in a set: see what the functions that take them ask.
+    fn fits(&mut self, repo: &'a str, op: &'a Op<'_>) -> bool {
+        if !self.by_sets {
+            return false;
+        }
+        match (op.kind, op.delete) {
+            (Kind::Like | Kind::Repost | Kind::Follow, true) | (Kind::Follow | Kind::Post, false) => {
+                self.records.insert(&op.uri)
+            }
+            (Kind::Like | Kind::Repost, false) => {
+                op.body.is_none()
+                    && self.records.insert(&op.uri)
+                    && op.subject.as_deref().is_none_or(|subject| self.pairs.insert((op.kind, repo, subject)))
+            }
+            (Kind::ThreadGate | Kind::PostGate, _) => {
                 // The post of the same commit comes after its gate, which so need not write its row again.
                 self.records.extend(op.subject.as_deref());
-                return Place::Others;
+                false
             }
-            _ => return Place::Others,
-        };
-        let first = self.records.insert(&op.uri)
-            && match (list, op.subject.as_deref()) {
-                (Place::Likes | Place::Reposts, Some(subject)) => self.pairs.insert((op.kind, repo, subject)),
-                _ => true,
-            };
-        if first { list } else { Place::Others }
+            _ => false,
+        }
     }
 
     fn finish(self) -> Planned<'a> {
-        let Self { mut planned, mut locks, .. } = self;
+        let Self { mut planned, mut locks, sets, .. } = self;
+        for (kind, ops) in sets {
+            planned.call.set_kinds.0.push(kind);
+            planned.call.set_sizes.0.push(i32::try_from(ops.len()).unwrap_or(i32::MAX));
+            planned.call.sets.0.extend(ops);
+        }
         for names in [&mut planned.call.repos.0, &mut planned.call.dids.0] {
             names.sort_unstable();
             names.dedup();
@@ -380,20 +391,19 @@ mod tests {
 
     #[test]
     fn answers_are_put_back_into_the_order_of_the_operations() {
-        // Nine likes, two of them of one post; and a delete, which comes first.
+        // Nine likes, two of them of one post; and a delete, which comes first and is a set of its own.
         let mut ops: Vec<_> = (0..8).map(|n| like(&n.to_string(), &n.to_string())).collect();
         ops.push(like("again", "7"));
         ops.push(r#"{"action":"delete","path":"app.bsky.feed.like/gone"}"#.to_owned());
         let entry = entry(&ops);
         let event = interpret(&entry).unwrap();
-        let plan = Planned::new(&event, &KnownAccounts::default(), |_| true).shortened();
+        let plan = Planned::fast(&event, &KnownAccounts::default());
         assert_eq!(plan.call.kind, None, "it is more than one record");
-        assert_eq!((plan.call.likes.0.len(), plan.call.ops.0.len()), (8, 2));
-        // Of the lists' answers, those of the others come last.
-        let answers: Vec<bool> = (0..10).map(|n| n >= 8).collect();
+        assert_eq!((&*plan.call.set_sizes.0, plan.call.ops.0.len()), (&[1, 8][..], 1));
+        let answers: Vec<bool> = (0..10).map(|n| n == 0 || n == 9).collect();
         let in_order = plan.in_order(&answers);
         for ((op, answer), place) in event.ops.iter().zip(&in_order).zip(&plan.places) {
-            assert_eq!(*answer, place.0 == Place::Others, "{}", op.uri);
+            assert_eq!(*answer, place.0 != Some(1), "{}", op.uri);
             assert!(*answer || !op.delete);
         }
     }
@@ -402,7 +412,7 @@ mod tests {
     fn one_new_record_takes_the_short_cut() {
         let entry = entry(&[like("1", "1")]);
         let event = interpret(&entry).unwrap();
-        let plan = Planned::new(&event, &KnownAccounts::default(), |_| true).shortened();
+        let plan = Planned::fast(&event, &KnownAccounts::default());
         assert_eq!(plan.call.kind, Some("like"));
         assert!(plan.call.record.is_some() && plan.call.ops.0.is_empty() && plan.call.locks.0.is_empty());
         assert_eq!(plan.in_order(&[true]), [true]);
