@@ -45,7 +45,21 @@ BEGIN
       AND (r.about IS NULL OR length(r.about) <= 512);
 END $$;
 
--- The same of one.
+-- Of posts that were not there before, to the parent's author and to the quoted post's.
+CREATE OR REPLACE FUNCTION standpipe.notify_new_posts(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('standpipe.notifications', true) = 'off' THEN
+        RETURN;
+    END IF;
+    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    SELECT o.uri || '#notification/' || r.why, r.did, o.repo, r.why, o.uri, o.cid, o.sort_at
+    FROM unnest(ops) o, LATERAL (
+        VALUES ('reply', split_part(o.body ->> 'parent_uri', '/', 3)), ('quote', split_part(o.subject, '/', 3))
+    ) AS r (why, did)
+    WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) + length(r.why) < 499;
+END $$;
+
+-- Of one like, repost or follow that was not there before.
 CREATE OR REPLACE FUNCTION standpipe.notify_one(o standpipe.op, recipient text, why text, about text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -123,9 +137,6 @@ CREATE OR REPLACE FUNCTION standpipe.notify_post(o standpipe.op, replaces boolea
 LANGUAGE plpgsql AS $$
 DECLARE
     parent text := o.body ->> 'parent_uri';
-    facets jsonb := o.body -> 'facets';
-    dids text[] := '{}';
-    did text;
     ignored text;
 BEGIN
     IF parent IS NOT NULL OR replaces THEN
@@ -134,6 +145,17 @@ BEGIN
     IF o.subject IS NOT NULL OR replaces THEN
         ignored := standpipe.notify(o, '/quote', split_part(o.subject, '/', 3), 'quote', o.uri, replaces);
     END IF;
+    ignored := standpipe.notify_mentioned(o, former);
+END $$;
+
+-- Of a post: to those whom its facets mention. former: see notify_post.
+CREATE OR REPLACE FUNCTION standpipe.notify_mentioned(o standpipe.op, former jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    facets jsonb := o.body -> 'facets';
+    dids text[] := '{}';
+    did text;
+    ignored text;
+BEGIN
     IF facets IS NOT NULL THEN
         dids := standpipe.mentioned(facets);
         FOREACH did IN ARRAY dids LOOP

@@ -174,7 +174,6 @@ BEGIN
         RETURNING r.uri
     )
     SELECT array_agg(w.uri) INTO written FROM w;
-    all_of.deltas := '{}';
     IF cardinality(written) = cardinality(ops) THEN
         all_of.applied := array_fill(true, ARRAY[cardinality(ops)]);
     ELSE
@@ -194,12 +193,22 @@ BEGIN
     SELECT o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
            o.sort_at, o.cid, o.created_at
     FROM unnest(fresh) o;
-    FOREACH one IN ARRAY fresh LOOP
-        IF one.subject IS NOT NULL OR one.body ?| '{parent_uri, facets, labels}' THEN
-            ignored := standpipe.put_post_parts(one, false, NULL);
+    -- As put_post_parts and post_deltas do it for one.
+    INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
+    SELECT o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at FROM unnest(fresh) o WHERE o.subject IS NOT NULL;
+    ignored := standpipe.notify_new_posts(fresh);
+    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(fresh) o WHERE o.body ?| '{facets, labels}') LOOP
+        ignored := standpipe.notify_mentioned(one, NULL);
+        IF one.body ? 'labels' THEN
+            ignored := standpipe.label_self(one, one.body -> 'labels', false);
         END IF;
-        all_of.deltas := all_of.deltas || standpipe.post_deltas(one, 1);
     END LOOP;
+    all_of.deltas := all_of.deltas || ARRAY(
+        SELECT ROW(d.uri, 0, 0, d.replies, d.quotes, 0)::standpipe.delta
+        FROM unnest(fresh) o, LATERAL (
+            VALUES (o.uri, 0, 0), (o.body ->> 'parent_uri', 1, 0), (o.subject, 0, 1)
+        ) AS d (uri, replies, quotes)
+        WHERE d.uri IS NOT NULL);
     RETURN all_of;
 END $$;
 
