@@ -133,7 +133,7 @@ impl Postgres {
     /// # Errors
     ///
     /// No port is free.
-    pub fn from_far(&self, round_trip: Duration) -> Result<String> {
+    pub fn far_url(&self, round_trip: Duration) -> Result<String> {
         let server = SocketAddr::from((Ipv4Addr::LOCALHOST, self.server.port()));
         let port = distance::far(server, round_trip)?;
         Ok(self.server.url(RUN).replace(&format!(":{}/", self.server.port()), &format!(":{port}/")))

@@ -79,7 +79,7 @@ pub async fn sweep(
                     let mut database = lab.postgres.fresh(&template).await?;
                     let time = Duration::from_millis(*value);
                     match factor {
-                        "round_trip_ms" if *value > 0 => database = lab.postgres.from_far(time)?,
+                        "round_trip_ms" if *value > 0 => database = lab.postgres.far_url(time)?,
                         "flush_ms" => lab.postgres.slow_down_flushes(time).await?,
                         _ => {}
                     }
