@@ -3,11 +3,13 @@
 
 use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write as _};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use futures_util::FutureExt as _;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -107,6 +109,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let rate = options.rate.or_else(|| options.events.is_none().then_some(RATE));
     let relay_options = RelayOptions { source: Source::Network(network), rate };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
+    let mut serving = pin!(serving.fuse());
 
     // For this demonstration alone, and shown to whoever started it.
     let addresses = Addresses {
@@ -131,7 +134,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let finished = tokio::select! {
         never = keep_servers(&mut redis, &mut postgres) => { never?; false }
         finished = watch => finished,
-        served = serving => { served?; false }
+        served = &mut serving => { served?; false }
         () = running.drain_begun() => {
             println!("\ndraining ...");
             false
@@ -145,7 +148,12 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let entries = running.status.entries.load(Ordering::Relaxed);
     let (cpu, peak) = own_usage();
     let status = Arc::clone(&running.status);
-    let drained = running.drain().await;
+    let mut drain = pin!(running.drain());
+    // The relay stays until the reader has left it.
+    let drained = tokio::select! {
+        drained = &mut drain => drained,
+        _ = &mut serving => drain.await,
+    };
     if !finished {
         let waiting = unfinished(&status)
             .map_or(String::new(), |count| format!("; {count} entries wait in the stream"));
