@@ -375,7 +375,10 @@ async fn serve(parts: Parts, role: Role) -> Result<ExitCode> {
 /// Begins to log; returns what changes the level.
 fn init_logging(config: &Config) -> Result<SetLevel> {
     // The libraries speak of their own affairs; only ours are of interest below a warning.
-    let at = |level: LogLevel| EnvFilter::new(format!("warn,standpipe={}", level.as_filter()));
+    // What the pool has to say of broken connections, the pipelines say better.
+    let at = |level: LogLevel| {
+        EnvFilter::new(format!("warn,deadpool.postgres=error,standpipe={}", level.as_filter()))
+    };
     let filter = match &config.rust_log {
         Some(filter) => filter.parse::<EnvFilter>().context("RUST_LOG")?,
         None => at(config.log_level),

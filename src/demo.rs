@@ -26,6 +26,9 @@ use crate::store::{Store, audit};
 /// Events per second of a demonstration that does not end by itself: what a small machine can carry.
 const RATE: u32 = 1_500;
 
+/// Of its Redis, in bytes.
+const REDIS_MEMORY: u64 = 1 << 30;
+
 /// How long a look at the stream may take, in milliseconds: one that is so much younger than the last append saw it.
 const LOOK: u64 = 200;
 
@@ -90,7 +93,8 @@ pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
 pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Control) -> Result<bool> {
     println!("starting a private Redis and a private PostgreSQL ...");
     let folder = PrivateFolder::create("standpipe-demo")?;
-    let mut redis = PrivateRedis::start(&folder.path().join("redis"), RedisOptions::default()).await?;
+    let redis_options = RedisOptions { max_memory: Some(REDIS_MEMORY), ..RedisOptions::default() };
+    let mut redis = PrivateRedis::start(&folder.path().join("redis"), redis_options).await?;
     let mut postgres =
         PrivatePostgres::start(&folder.path().join("postgres"), PostgresOptions::default()).await?;
     let database = postgres.create_database("standpipe").await?;
@@ -125,9 +129,12 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     if let Some(address) = running.http {
         println!("dashboard on http://{address}/, its admin token is {}; Ctrl-C stops", addresses.token);
         println!(
-            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={} REDIS_URL={} DATABASE_URL={}",
-            addresses.token, addresses.redis, addresses.database
+            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={} RELAY_URL={} REDIS_URL={} DATABASE_URL={}",
+            addresses.token, addresses.relay, addresses.redis, addresses.database
         );
+        if let (Some(redis), Some(postgres)) = (redis.pid(), postgres.pid()) {
+            println!("to break it: kill -9 {postgres} ends its PostgreSQL, kill -9 {redis} its Redis");
+        }
     }
 
     let watch = watch(&running, &counters, last_seq);
@@ -136,11 +143,11 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         finished = watch => finished,
         served = &mut serving => { served?; false }
         () = running.drain_begun() => {
-            println!("\ndraining ...");
+            println!("\ndraining; a second Ctrl-C ends at once ...");
             false
         }
         _ = tokio::signal::ctrl_c() => {
-            println!("\nstopping ...");
+            println!("\nfinishing what is in hand; a second Ctrl-C ends at once ...");
             false
         }
     };
@@ -148,15 +155,20 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let entries = running.status.entries.load(Ordering::Relaxed);
     let (cpu, peak) = own_usage();
     let status = Arc::clone(&running.status);
-    let mut drain = pin!(running.drain());
     // The relay stays until the reader has left it.
+    let serve_on = async {
+        let _ = serving.await;
+        std::future::pending::<()>().await;
+    };
     let drained = tokio::select! {
-        drained = &mut drain => drained,
-        _ = &mut serving => drain.await,
+        drained = running.drain() => drained,
+        () = serve_on => false,
+        _ = tokio::signal::ctrl_c() => return Ok(false),
     };
     if !finished {
-        let waiting = unfinished(&status)
-            .map_or(String::new(), |count| format!("; {count} entries wait in the stream"));
+        let waiting = unfinished(&status).map_or(String::new(), |count| {
+            format!("; {count} more were in the stream, which ends with the demo")
+        });
         println!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}");
         if last_seq.is_some() {
             println!("stopped before all events had arrived");
@@ -170,8 +182,9 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         cpu / entries as f64 * 100_000.0,
         peak as f64 / 1_048_576.0,
     );
-    let mut session = store.session().await.context("audit")?;
-    let findings = audit::audit(session.client_mut()).await?;
+    let failed = "PostgreSQL went away: everything had arrived, but the audit was not done";
+    let mut session = store.session().await.context(failed)?;
+    let findings = audit::audit(session.client_mut()).await.context(failed)?;
     println!("audit:");
     for finding in &findings {
         println!("{finding}");

@@ -54,6 +54,8 @@ pub const PENDING: &str = "standpipe_pending_entries";
 pub const OLDEST: &str = "standpipe_oldest_waiting_seconds";
 /// Entries trimmed.
 pub const TRIMMED: &str = "standpipe_trimmed_entries_total";
+/// Pipelines in each state.
+pub const PIPELINES: &str = "standpipe_pipelines";
 /// Whether a part rests because somebody paused it.
 pub const PAUSED: &str = "standpipe_paused";
 /// Connections in the pool.
@@ -223,6 +225,7 @@ fn describe() {
     describe_gauge!(PENDING, "Entries delivered and not acknowledged");
     describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
     describe_counter!(TRIMMED, "Entries trimmed after every group had acknowledged them");
+    describe_gauge!(PIPELINES, "Pipelines, by state: at work, or what they wait for");
     describe_gauge!(PAUSED, "1 while a part is paused by hand: reader or pipelines");
     describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
     describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");

@@ -468,7 +468,7 @@ impl Pipeline {
             done = &mut work => return done,
             () = tokio::time::sleep(NO_ANSWER) => {}
         }
-        self.say(State::WaitingForPostgres { reason: format!("no answer for {} s", NO_ANSWER.as_secs()) });
+        self.say(State::WaitingForPostgres { reason: format!("no answer within {} s", NO_ANSWER.as_secs()) });
         work.await
     }
 
@@ -639,14 +639,18 @@ impl Pipeline {
                 warn!(consumer, reason, "waiting for Redis; nothing is lost");
             }
             State::WaitingForPostgres { reason } => {
-                warn!(consumer, reason, "waiting for PostgreSQL; nothing is lost and nothing more is read");
+                warn!(
+                    consumer,
+                    reason, "waiting for PostgreSQL; nothing is lost, and this pipeline reads nothing more"
+                );
             }
             State::Halted { reason } => {
                 error!(consumer, reason, "stopped reading: this needs a hand; trying again every {HALTED:?}");
             }
             State::Paused => info!(consumer, "paused by hand; what was in hand is acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
-                info!(consumer, "at work again");
+                // As loud as what it puts an end to.
+                warn!(consumer, "at work again");
             }
             _ => {}
         }

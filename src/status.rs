@@ -54,6 +54,37 @@ pub enum State {
     Stopped,
 }
 
+impl State {
+    /// The states that a pipeline can be in, as the status page and the metrics call them.
+    pub const OF_PIPELINES: [&str; 8] = [
+        "starting",
+        "running",
+        "waiting_for_redis",
+        "waiting_for_postgres",
+        "waiting_for_lease",
+        "paused",
+        "halted",
+        "stopped",
+    ];
+
+    /// Its name, as the status page and the metrics have it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::WaitingForRedis { .. } => "waiting_for_redis",
+            Self::WaitingForPostgres { .. } => "waiting_for_postgres",
+            Self::WaitingForRelay { .. } => "waiting_for_relay",
+            Self::WaitingForRoom { .. } => "waiting_for_room",
+            Self::WaitingForLease { .. } => "waiting_for_lease",
+            Self::Paused => "paused",
+            Self::Halted { .. } => "halted",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// One pipeline.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct PipelineStatus {
@@ -301,5 +332,29 @@ impl Status {
     #[must_use]
     pub fn look(&self) -> Option<(Look, u64)> {
         lock(&self.stream).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_has_one_name() {
+        let reason = String::new;
+        for state in [
+            State::Starting,
+            State::Running,
+            State::WaitingForRedis { reason: reason() },
+            State::WaitingForPostgres { reason: reason() },
+            State::WaitingForRelay { reason: reason() },
+            State::WaitingForRoom { reason: reason() },
+            State::WaitingForLease { reason: reason() },
+            State::Paused,
+            State::Halted { reason: reason() },
+            State::Stopped,
+        ] {
+            assert_eq!(serde_json::to_value(&state).unwrap()["state"], state.name());
+        }
     }
 }

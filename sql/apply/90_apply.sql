@@ -181,24 +181,25 @@ BEGIN
             outcomes := outcomes || false;
             CONTINUE;
         END IF;
+        -- In the order of how many of each come here.
         CASE kinds[i]
-            WHEN 'like' THEN e := standpipe.put_like(o);
-            WHEN 'post' THEN e := standpipe.put_post(o);
-            WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
-            WHEN 'repost' THEN e := standpipe.put_repost(o);
             WHEN 'delete like' THEN e := standpipe.delete_like(o);
+            WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
+            WHEN 'identity' THEN e.applied := standpipe.put_identity(o, handles);
+            WHEN 'account' THEN e.applied := standpipe.put_account(o);
             WHEN 'delete follow' THEN e.applied := standpipe.delete_follow(o);
             WHEN 'delete post' THEN e := standpipe.delete_post(o);
             WHEN 'delete repost' THEN e := standpipe.delete_repost(o);
             WHEN 'block' THEN e.applied := standpipe.put_block(o);
+            WHEN 'like' THEN e := standpipe.put_like(o);
+            WHEN 'post' THEN e := standpipe.put_post(o);
+            WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
+            WHEN 'repost' THEN e := standpipe.put_repost(o);
             WHEN 'delete block' THEN e.applied := standpipe.delete_block(o);
             WHEN 'record' THEN e.applied := standpipe.put_record(o);
             WHEN 'delete record' THEN e.applied := standpipe.delete_record(o);
-            WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
             WHEN 'list_item' THEN e.applied := standpipe.put_list_item(o);
             WHEN 'delete list_item' THEN e.applied := standpipe.delete_list_item(o);
-            WHEN 'identity' THEN e.applied := standpipe.put_identity(o, handles);
-            WHEN 'account' THEN e.applied := standpipe.put_account(o);
             WHEN 'thread_gate' THEN e.applied := standpipe.put_thread_gate(o);
             WHEN 'delete thread_gate' THEN e.applied := standpipe.delete_thread_gate(o);
             WHEN 'post_gate' THEN e.applied := standpipe.put_post_gate(o);

@@ -245,7 +245,20 @@ pub fn health(facts: &Facts<'_>) -> Health {
             },
             format!("99 of 100 are safe in PostgreSQL within {}.", milliseconds(p99)),
         ),
-        _ => say(Level::Well, "well", "Well: nothing comes at the moment, nothing waits.".to_owned(), none()),
+        _ => match facts.waiting {
+            Some(count) if count > 0 => say(
+                Level::Busy,
+                "behind",
+                format!("Nothing was finished in the last second; {}.", entries_wait(count)),
+                format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
+            ),
+            _ => say(
+                Level::Well,
+                "well",
+                "Well: nothing comes at the moment, nothing waits.".to_owned(),
+                none(),
+            ),
+        },
     }
 }
 
@@ -449,6 +462,8 @@ mod tests {
         };
         assert_eq!(health(&behind).sentence, "Catching up: 2,143 events/s, 120,000 entries wait.");
         assert_eq!(health(&behind).detail, "At this pace nothing waits in 2 min.");
+        let halted = Facts { waiting: Some(4_609), oldest_seconds: 3.4, ..facts(&pipelines, None) };
+        assert_eq!(health(&halted).sentence, "Nothing was finished in the last second; 4,609 entries wait.");
         let worse = Facts { shrinking: -500.0, ..behind };
         assert_eq!(health(&worse).sentence, "Falling behind: 2,143 events/s, 120,000 entries wait.");
         let stuck = Facts { oldest_seconds: 90.0, last_ack_ms: 50_000, ..facts(&pipelines, None) };

@@ -301,6 +301,11 @@ async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
         ::metrics::gauge!(metrics::POOL_SIZE).set(pool.size as f64);
         ::metrics::gauge!(metrics::POOL_IN_USE).set(pool.in_use as f64);
     }
+    let states: Vec<_> = server.status.pipelines.iter().map(|pipeline| lock(pipeline).state.name()).collect();
+    for name in State::OF_PIPELINES {
+        let count = states.iter().filter(|state| **state == name).count();
+        ::metrics::gauge!(metrics::PIPELINES, "state" => name).set(count as f64);
+    }
     if let Some(reader) = &server.status.reader {
         // Before the first one, from the start: a relay that never sends anything must be seen as well.
         let last = lock(reader).last_frame_ms.unwrap_or(server.status.started_ms);
