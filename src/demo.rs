@@ -182,7 +182,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         cpu / entries as f64 * 100_000.0,
         peak as f64 / 1_048_576.0,
     );
-    let failed = "PostgreSQL went away: everything had arrived, but the audit was not done";
+    let failed = "everything had arrived, but the audit could not be done: PostgreSQL";
     let mut session = store.session().await.context(failed)?;
     let findings = audit::audit(session.client_mut()).await.context(failed)?;
     println!("audit:");
