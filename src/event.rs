@@ -310,7 +310,7 @@ impl Event<'_> {
     }
 
     /// Keeps only these operations; `false` when there are none.
-    pub fn keep(&mut self, wanted: impl Fn(&Op<'_>) -> bool) -> bool {
+    pub fn keep(&mut self, mut wanted: impl FnMut(&Op<'_>) -> bool) -> bool {
         let sources = std::mem::take(&mut self.sources);
         for (op, source) in std::mem::take(&mut self.ops).into_iter().zip(sources) {
             if wanted(&op) {

@@ -1,6 +1,7 @@
 //! The loop: read, apply, acknowledge.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use tracing::{error, info, warn};
 use crate::apply::interpret;
 use crate::config::{Config, TransactionMode};
 use crate::crash::{self, Point};
-use crate::event::{EntryId, Event, Op, Rejected};
+use crate::event::{EntryId, Event, Kind, Op, Rejected};
 use crate::metrics;
 use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
@@ -29,6 +30,8 @@ const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// Operations that share a transaction at the most: five pipelines of them use less than half of the locks that a server
 /// with PostgreSQL's defaults can hold.
 const TRANSACTION_OPERATIONS: usize = 400;
+/// How many batches in a row may leave something to the next one; then it is waited for.
+const LEAVE_ROUNDS: u32 = 4;
 /// How long to wait before asking again whether the operator mended what halted us.
 const HALTED: Duration = Duration::from_secs(10);
 /// A database that has been asked for so long without an answer is worth a word.
@@ -74,6 +77,8 @@ struct Work<'a> {
     rejected: Vec<Rejected>,
     /// What the database made of it; `None` until it is committed.
     outcome: Option<Outcome>,
+    /// Whether it is left to the next batch.
+    left: bool,
 }
 
 impl Pipeline {
@@ -162,8 +167,21 @@ impl Pipeline {
         }
     }
 
-    /// One connection to Redis: first what we got earlier and never acknowledged, then what is new.
+    /// One connection to Redis. What is still left when it breaks is pending, and the next one begins with it.
     async fn session(&self, stop: &CancellationToken) -> RedisResult<()> {
+        let mut left = Vec::new();
+        let ended = self.read_and_work(&mut left, stop).await;
+        let mut in_hand = lock(&self.in_hand);
+        for entry in left {
+            in_hand.remove(&entry.id);
+        }
+        ended
+    }
+
+    /// First what we got earlier and never acknowledged, then what is new. `left`: what a batch leaves to the next, because
+    /// others are at work on the same accounts; they have more to do than to wait for each other.
+    async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> RedisResult<()> {
+        let mut rounds = 0;
         let mut connection = self.redis.connect().await?;
         let mut missing = backoff();
         let mut after = Some(EntryId::default());
@@ -173,18 +191,22 @@ impl Pipeline {
         let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
         while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
             if self.is_paused() {
+                self.finish_left(&mut connection, left, stop).await?;
                 self.rest(stop).await;
                 continue;
             }
             if after.is_none() && Instant::now() >= next_claim {
+                self.finish_left(&mut connection, left, stop).await?;
                 self.claim(&mut connection, stop).await?;
                 next_claim = Instant::now() + every;
             }
-            let read = match after {
-                Some(id) => group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await,
-                None => group::read_new(&mut connection, &self.keys, &self.consumer, count).await,
+            let read = if let Some(id) = after {
+                group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await
+            } else {
+                let room = count.saturating_sub(left.len()).max(1);
+                group::read_new(&mut connection, &self.keys, &self.consumer, room, left.is_empty()).await
             };
-            let batch = match read {
+            let mut batch = match read {
                 Ok(batch) => batch,
                 Err(error) if is_nogroup(&error) => {
                     metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
@@ -201,17 +223,36 @@ impl Pipeline {
                     None => after = None,
                 }
             }
-            count = self.next_count(&batch, count);
             if after.is_some() {
+                count = self.next_count(&batch, count);
                 self.work_again(&mut connection, batch, stop).await?;
                 continue;
             }
-            self.work(&mut connection, &batch, stop).await?;
-            if !batch.entries.is_empty() {
+            let anything_new = !batch.entries.is_empty();
+            if anything_new {
                 missing = backoff();
             }
+            let may_leave = anything_new && rounds < LEAVE_ROUNDS && left.len() <= count / 2;
+            batch.entries.append(left);
+            count = self.next_count(&batch, count);
+            *left = self.work(&mut connection, batch, may_leave, stop).await?;
+            rounds = if left.is_empty() { 0 } else { rounds + 1 };
+        }
+        if *self.names.borrow() == Names::Ours {
+            self.finish_left(&mut connection, left, stop).await?;
         }
         Ok(())
+    }
+
+    /// Works on what was left until it is done, however long others are at work on the same accounts.
+    async fn finish_left(
+        &self,
+        connection: &mut MultiplexedConnection,
+        left: &mut Vec<Entry>,
+        stop: &CancellationToken,
+    ) -> RedisResult<()> {
+        let batch = Batch { entries: std::mem::take(left), gone: Vec::new() };
+        self.work(connection, batch, false, stop).await.map(drop)
     }
 
     /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
@@ -288,29 +329,31 @@ impl Pipeline {
                 times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
             let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
             batch.entries = together;
-            self.work(connection, &batch, stop).await?;
+            self.work(connection, batch, false, stop).await?;
             for entry in Vec::<Entry>::into_iter(alone) {
                 let batch = Batch { entries: vec![entry], gone: Vec::new() };
-                self.work(connection, &batch, stop).await?;
+                self.work(connection, batch, false, stop).await?;
             }
             return Ok(());
         }
-        self.work(connection, &batch, stop).await
+        self.work(connection, batch, false, stop).await.map(drop)
     }
 
-    /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts.
+    /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts. Returns what is left,
+    /// where `may_leave` allows it.
     async fn work(
         &self,
         connection: &mut MultiplexedConnection,
-        batch: &Batch,
+        batch: Batch,
+        may_leave: bool,
         stop: &CancellationToken,
-    ) -> RedisResult<()> {
+    ) -> RedisResult<Vec<Entry>> {
         if !batch.gone.is_empty() {
             metrics::note_removed(batch.gone.len() as u64);
             group::give_up(connection, &self.keys, &batch.gone).await?;
         }
         if batch.entries.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
         self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
@@ -318,23 +361,24 @@ impl Pipeline {
         lock(&self.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
-            done = self.finish(connection.clone(), &batch.entries, stop) => done,
+            done = self.finish(connection.clone(), &batch.entries, may_leave, stop) => done,
             never = self.keep_fresh(connection.clone(), &ids) => never,
         };
         let acknowledged = match done {
-            Ok(Some(done)) => self.acknowledge(connection, &done).await,
-            Ok(None) => Ok(()),
+            Ok(Some((done, left))) => self.acknowledge(connection, &done).await.map(|()| left),
+            Ok(None) => Ok(HashSet::new()),
             Err(error) => Err(error),
         };
         {
+            let left = acknowledged.as_ref().ok();
             let mut in_hand = lock(&self.in_hand);
-            for id in &ids {
+            for id in ids.iter().filter(|id| !left.is_some_and(|left| left.contains(id))) {
                 in_hand.remove(id);
             }
         }
-        acknowledged?;
-        self.status.pipeline(self.index, |status| status.in_flight = 0);
-        Ok(())
+        let left = acknowledged?;
+        self.status.pipeline(self.index, |status| status.in_flight = left.len() as u64);
+        Ok(batch.entries.into_iter().filter(|entry| left.contains(&entry.id)).collect())
     }
 
     /// Holds on to entries while they are being applied. A failure is not ours to handle: the acknowledgement meets it.
@@ -345,18 +389,22 @@ impl Pipeline {
         }
     }
 
-    /// Applies entries, and where another program works beside us, what it has made of the same records since.
+    /// Applies entries, and where another program works beside us, what it has made of the same records since. Returns
+    /// what is done, and which are left.
     ///
     /// `None` when it is time to stop and the database is away: the entries stay pending.
     async fn finish<'a>(
         &self,
         mut connection: MultiplexedConnection,
         entries: &'a [Entry],
+        may_leave: bool,
         stop: &CancellationToken,
-    ) -> RedisResult<Option<Vec<Work<'a>>>> {
-        let Some(done) = self.apply(entries.iter().map(Work::new).collect(), stop).await else {
+    ) -> RedisResult<Option<(Vec<Work<'a>>, HashSet<EntryId>)>> {
+        let Some(worked) = self.apply(entries.iter().map(Work::new).collect(), may_leave, stop).await else {
             return Ok(None);
         };
+        let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(|work| work.left);
+        let left = left.iter().map(|work| work.entry.id).collect();
         // Asked after the commit: what another program is given from now on finds our rows, even if it comes only now.
         let others = match group::has_others(&mut connection, &self.keys).await {
             Err(error) if is_nogroup(&error) => false,
@@ -365,7 +413,7 @@ impl Pipeline {
         if others && !self.apply_later(connection, &done, stop).await? {
             return Ok(None);
         }
-        Ok(Some(done))
+        Ok(Some((done, left)))
     }
 
     /// Applies again what came after these entries about the same records and accounts, and was delivered already: to
@@ -377,15 +425,13 @@ impl Pipeline {
         done: &[Work<'_>],
         stop: &CancellationToken,
     ) -> RedisResult<bool> {
-        let touched: HashSet<&str> = done
+        let touched = done
             .iter()
             .filter_map(|work| work.event.as_ref())
-            .flat_map(|event| event.ops.iter().map(|op| op.uri.as_str()))
+            .flat_map(|event| event.ops.iter().map(|op| hash(&op.uri)))
             .collect();
         let Some(first) = done.iter().map(|work| work.entry.id).min() else { return Ok(true) };
-        let until = group::last_delivered(&mut connection, &self.keys).await?;
-        let again = self.replay(&mut connection, first, until, |op| touched.contains(op.uri.as_str()), stop);
-        Ok(again.await?.is_some())
+        Ok(self.replay_delivered(&mut connection, first, Some(touched), stop).await?.is_some())
     }
 
     /// Before the first entry: applies everything between the first entry that is pending and the last that was
@@ -401,9 +447,47 @@ impl Pipeline {
         let mut connection = self.redis.connect().await?;
         let first = group::first_pending(&mut connection, &self.keys).await?;
         let Some(first) = first else { return Ok(Some(0)) };
-        let until = group::last_delivered(&mut connection, &self.keys).await?;
-        info!(%first, %until, "applying again what another program has done after entries that are still pending");
-        self.replay(&mut connection, first.before(), until, |_| true, stop).await
+        info!(%first, "applying again what another program has done after entries that are still pending");
+        self.replay_delivered(&mut connection, first.before(), None, stop).await
+    }
+
+    /// Applies what was delivered after `after`, whoever got it, and is about these records and accounts (their hashes;
+    /// `None` for all). Then the same with what was delivered meanwhile: the other program may have removed again what
+    /// this has just brought back. Until there is nothing more; what is delivered after that finds our rows.
+    ///
+    /// Returns how many entries there were at first; `None` when it is time to stop.
+    async fn replay_delivered(
+        &self,
+        connection: &mut MultiplexedConnection,
+        mut after: EntryId,
+        touched: Option<HashSet<u64>>,
+        stop: &CancellationToken,
+    ) -> RedisResult<Option<u64>> {
+        let mut everything = touched.is_none();
+        let mut touched = touched.unwrap_or_default();
+        let mut at_first = None;
+        loop {
+            let until = group::last_delivered(connection, &self.keys).await?;
+            let mut found = false;
+            let wanted = |op: &Op<'_>| {
+                let uri = hash(&op.uri);
+                if everything {
+                    touched.insert(uri);
+                }
+                let wanted = touched.contains(&uri);
+                found |= wanted;
+                wanted
+            };
+            let Some(entries) = self.replay(connection, after, until, wanted, stop).await? else {
+                return Ok(None);
+            };
+            let at_first = *at_first.get_or_insert(entries);
+            if !found {
+                return Ok(Some(at_first));
+            }
+            everything = false;
+            after = until;
+        }
     }
 
     /// Applies operations of entries after `after`, up to and with `until`, whoever got them; acknowledges nothing.
@@ -413,7 +497,7 @@ impl Pipeline {
         connection: &mut MultiplexedConnection,
         mut after: EntryId,
         until: EntryId,
-        wanted: impl Fn(&Op<'_>) -> bool,
+        mut wanted: impl FnMut(&Op<'_>) -> bool,
         stop: &CancellationToken,
     ) -> RedisResult<Option<u64>> {
         let mut count = 0;
@@ -426,28 +510,35 @@ impl Pipeline {
             let ours = lock(&self.in_hand).clone();
             let theirs = entries.iter().filter(|entry| !ours.contains(&entry.id));
             let mut batch: Vec<Work<'_>> = theirs.map(Work::new).collect();
-            batch.retain_mut(|work| work.event.as_mut().is_some_and(|event| event.keep(&wanted)));
-            if !batch.is_empty() && self.apply(batch, stop).await.is_none() {
+            batch.retain_mut(|work| work.event.as_mut().is_some_and(|event| event.keep(&mut wanted)));
+            if !batch.is_empty() && self.apply(batch, false, stop).await.is_none() {
                 return Ok(None);
             }
         }
         Ok(Some(count))
     }
 
-    /// Applies entries until every one is durable or among the rejected. Waits for the database as long as it takes.
+    /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.
     ///
     /// `None` when it is time to stop and the database is away: the entries stay pending.
-    async fn apply<'a>(&self, mut batch: Vec<Work<'a>>, stop: &CancellationToken) -> Option<Vec<Work<'a>>> {
+    async fn apply<'a>(
+        &self,
+        mut batch: Vec<Work<'a>>,
+        may_leave: bool,
+        stop: &CancellationToken,
+    ) -> Option<Vec<Work<'a>>> {
         let mut delays = backoff();
         loop {
             let error = match self.store.session().await {
-                Ok(session) => match self.answered(self.attempt(&session, &mut batch, stop)).await {
+                Ok(session) => match self.answered(self.attempt(&session, &mut batch, may_leave, stop)).await
+                {
                     Ok(()) => return Some(batch),
                     Err(error) => {
                         // Commits that were answered on this connection may be gone: all of it again, from the first.
                         session.discard();
                         for work in &mut batch {
                             work.outcome = None;
+                            work.left = false;
                         }
                         error
                     }
@@ -477,6 +568,7 @@ impl Pipeline {
         &self,
         session: &Session,
         batch: &mut [Work<'_>],
+        may_leave: bool,
         stop: &CancellationToken,
     ) -> Result<(), StoreError> {
         let began = Instant::now();
@@ -490,7 +582,7 @@ impl Pipeline {
             if together && open.len() > 1 {
                 // Once. What does not go together, for whatever reason, goes one by one.
                 together = false;
-                self.attempt_together(session, batch, open).await?;
+                self.attempt_together(session, batch, open, may_leave).await?;
                 continue;
             }
             let events: Vec<&Event<'_>> =
@@ -513,7 +605,8 @@ impl Pipeline {
         }
         ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
         crash::at(Point::AfterCommit);
-        let events: Vec<&Event<'_>> = batch.iter().filter_map(|work| work.event.as_ref()).collect();
+        let events: Vec<&Event<'_>> =
+            batch.iter().filter(|work| !work.left).filter_map(|work| work.event.as_ref()).collect();
         session.flush(&events).await?;
         crash::at(Point::AfterFlush);
         ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
@@ -521,22 +614,35 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Applies what is open in as few transactions as the locks allow. Still open afterwards is what claims a handle, and
-    /// everything when the database refused one of the events or had not room for so many of them.
+    /// Applies what is open in as few transactions as the locks allow. Still open afterwards is everything that shared one
+    /// with an event which the database refused, or for which it had not room. `may_leave`: what others are at work on is
+    /// left to the next batch.
     async fn attempt_together(
         &self,
         session: &Session,
         batch: &mut [Work<'_>],
-        mut open: Vec<usize>,
+        open: Vec<usize>,
+        may_leave: bool,
     ) -> Result<(), StoreError> {
-        open.retain(|&index| !batch[index].event.as_ref().is_some_and(Event::claims_handle));
-        for indexes in by_operations(batch, &open) {
+        let (claims, others): (Vec<usize>, Vec<usize>) = open
+            .into_iter()
+            .partition(|&index| batch[index].event.as_ref().is_some_and(Event::claims_handle));
+        let parts = by_operations(batch, &others).into_iter().map(|part| (part, false));
+        let parts: Vec<_> =
+            parts.chain(by_operations(batch, &claims).into_iter().map(|part| (part, true))).collect();
+        for (indexes, claims) in parts {
             let events: Vec<&Event<'_>> =
                 indexes.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
-            match session.apply_together(&events).await {
+            let done = if claims {
+                session.apply_claims(&events).await
+            } else {
+                session.apply_together(&events, may_leave).await
+            };
+            match done {
                 Ok(outcomes) => {
                     for (&index, outcome) in indexes.iter().zip(outcomes) {
-                        batch[index].outcome = Some(outcome);
+                        batch[index].left = outcome.is_none();
+                        batch[index].outcome = outcome;
                     }
                 }
                 Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
@@ -576,18 +682,27 @@ impl Pipeline {
         }
         let now = now_ms();
         let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
+        // To find a counter by its labels costs more than to count.
+        let mut types: BTreeMap<&'static str, u64> = BTreeMap::new();
+        let mut operations: BTreeMap<Kind, (u32, u32)> = BTreeMap::new();
         for work in done {
             let took = now.saturating_sub(work.entry.id.ms);
             seconds.record(took as f64 / 1000.0);
             self.status.latency.add(took);
             self.status.count(&work.entry.event_type, !work.rejected.is_empty());
-            let event_type = metrics::type_label(&work.entry.event_type);
-            ::metrics::counter!(metrics::ENTRIES, "type" => event_type).increment(1);
+            *types.entry(metrics::type_label(&work.entry.event_type)).or_default() += 1;
             if let Some(Outcome::Applied(kinds)) = &work.outcome {
                 for (kind, total, applied) in kinds {
-                    metrics::operations(*kind, *total, *applied);
+                    let sum = operations.entry(*kind).or_default();
+                    *sum = (sum.0 + total, sum.1 + applied);
                 }
             }
+        }
+        for (event_type, count) in types {
+            ::metrics::counter!(metrics::ENTRIES, "type" => event_type).increment(count);
+        }
+        for (kind, (total, applied)) in operations {
+            metrics::operations(kind, total, applied);
         }
         self.status.acknowledged(self.index, finished);
         Ok(())
@@ -668,6 +783,13 @@ impl Pipeline {
     }
 }
 
+/// Stands for a URI: one that is taken for another is applied once more than it has to be.
+fn hash(uri: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    uri.hash(&mut hasher);
+    hasher.finish()
+}
+
 /// Cuts a batch where its operations become too many for one transaction. Each takes a lock or a few.
 fn by_operations(batch: &[Work<'_>], open: &[usize]) -> Vec<Vec<usize>> {
     let mut parts: Vec<Vec<usize>> = Vec::new();
@@ -691,20 +813,23 @@ impl<'a> Work<'a> {
         match interpret(entry) {
             Ok(mut event) => {
                 let rejected = std::mem::take(&mut event.rejected);
-                Self { entry, event: Some(event), rejected, outcome: None }
+                Self { entry, event: Some(event), rejected, outcome: None, left: false }
             }
             Err(reject) => Self {
                 entry,
                 event: None,
                 rejected: vec![Rejected { reject, op: entry.data.clone() }],
                 outcome: None,
+                left: false,
             },
         }
     }
 
     /// Whether the database has still to be asked. An event that nobody asked for has no repository and needs nothing.
     fn is_open(&self) -> bool {
-        self.outcome.is_none() && self.event.as_ref().is_some_and(|event| !event.repo.is_empty())
+        self.outcome.is_none()
+            && !self.left
+            && self.event.as_ref().is_some_and(|event| !event.repo.is_empty())
     }
 
     /// Sets aside what the database refuses; the rest is tried again without it.

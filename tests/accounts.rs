@@ -163,7 +163,8 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
         "{records} records went in {took:?}, the longest transaction took {longest:.3} s, {flowed} events flowed meanwhile"
     );
     assert!(flowed > 100.0, "only {flowed} events flowed meanwhile");
-    assert!(longest < 1.0, "a transaction took {longest} s");
+    // A part of the whole and not a time: the machine may be slow.
+    assert!(longest < took.as_secs_f64() / 10.0, "a transaction took {longest} s of {took:?}");
     let grown = program.rss_bytes().saturating_sub(memory);
     assert!(grown < 8 << 20, "memory grew by {grown} bytes");
 

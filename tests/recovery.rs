@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use standpipe::private::RedisOptions;
+use standpipe::stream::{Keys, janitor};
 use support::chain::{
     CURSOR, CURSOR_RELAY, Chain, DEAD, GROUP, Look, Program, RUN, Relay, SOON, STREAM, Variables, look,
     network, redis_command,
@@ -162,6 +163,69 @@ async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
     assert!(chain.relay.frames_sent() > EVENTS + before.length / 2, "the relay sent too little twice");
     assert_eq!(program.metric(REMOVED).await, removed, "something was found removed twice");
     assert!(program.is_running());
+}
+
+/// Trimmed before they were delivered, and found although later ones were delivered since.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_trimmed_before_its_delivery_is_found_by_the_next_look() {
+    let redis = Redis::start().await;
+    let key = |name: &str| format!("{STREAM}:{name}");
+    let keys = Keys {
+        stream: STREAM.to_owned(),
+        cursor: key("cursor"),
+        relay: key("relay"),
+        acked: key("acked"),
+        start: key("start"),
+        watch: key("watch"),
+        lease: key("lease"),
+        consumer_lease: key("consumer_lease"),
+        lost: key("lost"),
+        dead: key("dead"),
+        group: GROUP.to_owned(),
+    };
+    let append = async |numbers: std::ops::RangeInclusive<u64>| {
+        for number in numbers {
+            let number = number.to_string();
+            let _: String = redis_command(&redis, &["XADD", STREAM, "*", "seq", &number]).await;
+            let _: String = redis_command(&redis, &["SET", &keys.cursor, &number]).await;
+        }
+    };
+    let deliver = async |count: &str| {
+        let read = ["XREADGROUP", "GROUP", GROUP, "one", "COUNT", count, "STREAMS", STREAM, ">"];
+        let _: redis::Value = redis_command(&redis, &read).await;
+    };
+    let value = async |key: &str| redis_command::<Option<u64>>(&redis, &["GET", key]).await;
+    let mut connection = redis.connection().await;
+    let _: String = redis_command(&redis, &["SET", &keys.relay, "a relay"]).await;
+    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+
+    append(1..=10).await;
+    deliver("3").await;
+    assert_eq!(janitor::sweep(&mut connection, &keys).await.unwrap().removed, 0);
+    assert_eq!(value(&keys.acked).await, Some(1));
+    let trimmed: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
+    assert_eq!(trimmed, 10);
+    append(11..=15).await;
+    deliver("2").await;
+    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
+    assert_eq!((look.removed, look.set_back), (10, true), "3 that were pending, 7 that were not delivered");
+    assert_eq!((value(&keys.cursor).await, value(&keys.acked).await), (Some(1), Some(1)));
+    // Once.
+    assert_eq!(janitor::sweep(&mut connection, &keys).await.unwrap().removed, 0);
+    assert_eq!(value(&keys.acked).await, Some(1), "the group is not past what stood there then");
+
+    // What was acknowledged may go.
+    let _: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "3"]).await;
+    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
+    assert_eq!(look.removed, 2, "they were pending");
+    deliver("3").await;
+    for id in &pending_ids(&redis).await {
+        let _: u64 = redis_command(&redis, &["XACK", STREAM, GROUP, id]).await;
+    }
+    let _: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
+    append(16..=20).await;
+    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
+    assert_eq!((look.removed, look.lag), (0, Some(5)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -929,6 +993,54 @@ async fn dead_letters_beyond_their_budget_stay_pending_until_there_is_room() {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Accounts that somebody else is at work on
+
+/// In batch mode one such account keeps nothing else of a batch from being acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_locked_elsewhere_is_left_and_the_rest_of_the_batch_goes_on() {
+    const OTHERS: u64 = 30;
+    let redis = Redis::start().await;
+    let database = Postgres::shared().await.fresh_database().await;
+    let (holder, connection) = tokio_postgres::connect(&database, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let lock = |function: &str| format!("SELECT {function}(hashtextextended('did:plc:busy', 0))");
+    holder.batch_execute(&lock("pg_advisory_lock")).await.unwrap();
+    for number in 0..=OTHERS {
+        let repo =
+            if number == OTHERS / 2 { "did:plc:busy".to_owned() } else { format!("did:plc:other{number}") };
+        let data = json!({"repo": repo, "rev": "3n2samfdihk20", "ops": [post("1", "a post")]}).to_string();
+        let fields = ["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", "1"];
+        let _: String = redis_command(&redis, &fields).await;
+    }
+
+    let variables = Variables::new()
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &database)
+        .with("PARALLEL_CONSUMERS", "1")
+        .with("TRANSACTION", "batch");
+    let worker = Program::start("worker", &variables).await;
+    wait_until("all others to be acknowledged", SOON, async || {
+        let look = look(&redis).await.unwrap();
+        look.pending == 1 && !look.waiting
+    })
+    .await;
+    let stored = async || query_rows(&database, "SELECT uri FROM posts").await.len() as u64;
+    assert_eq!(stored().await, OTHERS);
+    assert_eq!(worker.entries().await, OTHERS as f64);
+    // There is nothing else to do: now it is waited for.
+    wait_until("it to wait for the lock", SOON, async || {
+        let waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+                       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        query_rows(&database, waiting).await.len() == 1
+    })
+    .await;
+    holder.batch_execute(&lock("pg_advisory_unlock")).await.unwrap();
+    wait_until("the last to be acknowledged", SOON, async || look(&redis).await.unwrap().is_drained()).await;
+    assert_eq!(stored().await, OTHERS + 1);
+    assert_eq!(worker.metric("standpipe_dead_letters_total").await, 0.0);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Cursors that lie
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1170,6 +1282,13 @@ async fn kill_with_entries_in_hand(chain: &Chain, program: Program, prefix: &str
     program.signal(Signal::Kill);
     drop(program);
     assert!(pending_with(chain, prefix).await > 0, "nothing is pending with what was killed");
+}
+
+/// What is pending with the group.
+async fn pending_ids(redis: &Redis) -> Vec<String> {
+    let pending: Vec<(String, String, u64, u64)> =
+        redis_command(redis, &["XPENDING", STREAM, GROUP, "-", "+", "100"]).await;
+    pending.into_iter().map(|(id, ..)| id).collect()
 }
 
 /// Entries pending with the consumers whose names begin with this.

@@ -45,7 +45,7 @@ BEGIN
       AND (r.about IS NULL OR length(r.about) <= 512);
 END $$;
 
--- Of posts that were not there before, to the parent's author and to the quoted post's.
+-- Of posts that were not there before, as notify_post does it for one.
 CREATE OR REPLACE FUNCTION standpipe.notify_new_posts(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
@@ -57,6 +57,10 @@ BEGIN
         VALUES ('reply', split_part(o.body ->> 'parent_uri', '/', 3)), ('quote', split_part(o.subject, '/', 3))
     ) AS r (why, did)
     WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) + length(r.why) < 499;
+    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
+    SELECT o.uri || '#notification/mention/' || did, did, o.repo, 'mention', o.uri, o.cid, o.sort_at
+    FROM unnest(ops) o, unnest(standpipe.mentioned(o.body -> 'facets')) did
+    WHERE o.body ? 'facets' AND did <> o.repo AND length(did) <= 255 AND length(o.uri) + length(did) <= 490;
 END $$;
 
 -- Of one like, repost or follow that was not there before.

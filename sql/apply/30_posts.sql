@@ -197,11 +197,8 @@ BEGIN
     INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
     SELECT o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at FROM unnest(fresh) o WHERE o.subject IS NOT NULL;
     ignored := standpipe.notify_new_posts(fresh);
-    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(fresh) o WHERE o.body ?| '{facets, labels}') LOOP
-        ignored := standpipe.notify_mentioned(one, NULL);
-        IF one.body ? 'labels' THEN
-            ignored := standpipe.label_self(one, one.body -> 'labels', false);
-        END IF;
+    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(fresh) o WHERE o.body ? 'labels') LOOP
+        ignored := standpipe.label_self(one, one.body -> 'labels', false);
     END LOOP;
     all_of.deltas := all_of.deltas || ARRAY(
         SELECT ROW(d.uri, 0, 0, d.replies, d.quotes, 0)::standpipe.delta
@@ -222,6 +219,46 @@ BEGIN
         RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
     RETURN ROW(true, standpipe.remove_post(o.uri));
+END $$;
+
+-- Several at a time, no two of the same record.
+CREATE OR REPLACE FUNCTION standpipe.delete_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    all_of standpipe.effects;
+    gone text[];
+    gated text[];
+    notifications text[];
+    ignored text;
+BEGIN
+    ignored := standpipe.put_tombstones(ops);
+    WITH d AS (
+        DELETE FROM posts r USING unnest(ops) o
+        WHERE r.uri = o.uri AND standpipe.newer(
+            o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
+        RETURNING r.uri, r.parent_uri, r.facets, r.has_thread_gate
+    )
+    SELECT array_agg(d.uri), array_agg(d.uri) FILTER (WHERE d.has_thread_gate),
+           array_agg(ROW(d.parent_uri, 0, 0, -1, 0, 0)::standpipe.delta) FILTER (WHERE d.parent_uri IS NOT NULL),
+           array_agg(d.uri || '#notification/reply') || array_agg(d.uri || '#notification/quote')
+               || (SELECT array_agg(m.uri || '#notification/mention/' || did)
+                   FROM d AS m, unnest(standpipe.mentioned(m.facets)) did WHERE m.facets IS NOT NULL)
+    INTO gone, gated, all_of.deltas, notifications FROM d;
+    all_of.applied := ARRAY(
+        SELECT coalesce(o.uri = ANY (gone), false) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    IF gone IS NULL THEN
+        RETURN all_of;
+    END IF;
+    -- As remove_post does it for one.
+    WITH d AS (DELETE FROM quotes q WHERE q.post_uri = ANY (gone) RETURNING q.quoted_uri)
+    SELECT all_of.deltas || array_agg(ROW(d.quoted_uri, 0, 0, 0, -1, 0)::standpipe.delta) INTO all_of.deltas FROM d;
+    DELETE FROM feed_items f WHERE f.uri = ANY (gone);
+    DELETE FROM labels l USING unnest(gone) g WHERE l.subject = g AND l.uri = g || '#label/' || l.val;
+    ignored := standpipe.unnotify_keys(notifications);
+    FOR i IN 1 .. coalesce(cardinality(gated), 0) LOOP
+        -- Nobody knows any more whom it mentioned.
+        ignored := standpipe.judge_replies(gated[i]);
+    END LOOP;
+    RETURN all_of;
 END $$;
 
 -- Removes a row and everything that hangs on it. Gates stay: they are records of their own.

@@ -4,6 +4,13 @@ CREATE OR REPLACE FUNCTION standpipe.ensure_users(dids text[]) RETURNS void LANG
 DECLARE
     account text;
 BEGIN
+    IF cardinality(dids) > 3 THEN
+        INSERT INTO users (did, handle)
+        SELECT d, 'handle.invalid' FROM unnest(dids) d WHERE NOT EXISTS (SELECT FROM users u WHERE u.did = d)
+        ORDER BY d COLLATE "C"
+        ON CONFLICT (did) DO NOTHING;
+        RETURN;
+    END IF;
     FOREACH account IN ARRAY dids LOOP
         PERFORM FROM users u WHERE u.did = account;
         IF NOT FOUND THEN
@@ -43,6 +50,43 @@ BEGIN
     WHERE u.did = o.repo;
     ignored := standpipe.label_self(o, o.body -> 'labels', true);
     RETURN true;
+END $$;
+
+-- Of several accounts, none of them deleted.
+CREATE OR REPLACE FUNCTION standpipe.put_profiles(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    one standpipe.op;
+    all_of standpipe.effects;
+    changed text[];
+    ignored text;
+BEGIN
+    WITH w AS (
+        INSERT INTO standpipe.accounts AS a (did, profile_rev, profile_seq, profile_ms, profile_sq)
+        SELECT o.repo, o.rev, o.seq, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (did) DO UPDATE SET
+            profile_rev = excluded.profile_rev, profile_seq = excluded.profile_seq,
+            profile_ms = excluded.profile_ms, profile_sq = excluded.profile_sq
+        WHERE standpipe.newer(excluded.profile_rev, excluded.profile_seq, excluded.profile_ms, excluded.profile_sq,
+                              a.profile_rev, a.profile_seq, a.profile_ms, a.profile_sq)
+        RETURNING a.did
+    )
+    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
+    UPDATE users u SET
+        display_name = o.body ->> 'display_name', description = o.body ->> 'description',
+        avatar_url = o.body ->> 'avatar_url', banner_url = o.body ->> 'banner_url',
+        pinned_post = o.body -> 'pinned_post', profile_record = o.body -> 'record'
+    FROM unnest(ops) o
+    WHERE o.repo = ANY (changed) AND u.did = o.repo;
+    -- As label_self does it for one.
+    DELETE FROM labels l USING unnest(ops) o
+    WHERE o.repo = ANY (changed) AND l.subject = o.uri AND l.uri = o.uri || '#label/' || l.val
+      AND NOT coalesce(o.body -> 'labels' ? l.val, false);
+    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(ops) o WHERE o.repo = ANY (changed) AND o.body ? 'labels') LOOP
+        ignored := standpipe.label_self(one, one.body -> 'labels', false);
+    END LOOP;
+    all_of.applied := ARRAY(
+        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    RETURN all_of;
 END $$;
 
 -- #identity. subject: the handle. Two registers: the newest handle claimed for the account, and the newest
@@ -88,9 +132,69 @@ BEGIN
     RETURN changed;
 END $$;
 
+-- Of several accounts, each with a handle of its own.
+CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[]) RETURNS standpipe.effects
+LANGUAGE plpgsql AS $$
+DECLARE
+    all_of standpipe.effects;
+    changed text[];
+    others text[];
+BEGIN
+    PERFORM FROM unnest(ops) o, standpipe.accounts a WHERE a.did = o.repo AND NOT a.handle = ANY (locked);
+    IF FOUND THEN
+        RAISE EXCEPTION 'a handle changed meanwhile' USING ERRCODE = 'serialization_failure';
+    END IF;
+    WITH w AS (
+        INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
+        SELECT o.repo, o.subject, o.seq, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (did) DO UPDATE SET
+            handle = excluded.handle, handle_seq = excluded.handle_seq,
+            handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
+        WHERE a.handle IS NULL OR standpipe.newer(
+            NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
+            NULL, a.handle_seq, a.handle_ms, a.handle_sq)
+        RETURNING a.did
+    )
+    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
+    WITH w AS (
+        INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
+        SELECT o.subject, o.repo, o.seq, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (handle) DO UPDATE SET
+            did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
+        WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq)
+        RETURNING h.did
+    )
+    SELECT array_agg(w.did) INTO others FROM w;
+    changed := changed || others;
+    UPDATE users u SET handle = 'handle.invalid'
+    FROM unnest(ops) o, standpipe.handles h
+    WHERE o.repo = ANY (changed) AND h.handle = o.subject AND u.handle = o.subject AND u.did <> h.did;
+    UPDATE users u SET handle = CASE
+            WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
+            ELSE 'handle.invalid'
+        END
+    FROM standpipe.accounts a
+    WHERE a.did = ANY (changed) AND u.did = a.did;
+    all_of.applied := ARRAY(
+        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    RETURN all_of;
+END $$;
+
+-- Which of two statuses of an account is newer: by the relay's sequence number where both have it, by the event's time
+-- otherwise.
+CREATE OR REPLACE FUNCTION standpipe.newer_status(
+    seq text, "time" timestamp, ms bigint, sq bigint,
+    than_seq text, than_time timestamp, than_ms bigint, than_sq bigint
+) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN than_time IS NULL THEN true
+        WHEN seq IS NOT NULL AND than_seq IS NOT NULL THEN seq::bigint > than_seq::bigint
+        ELSE ("time", ms, sq) > (than_time, than_ms, than_sq)
+    END
+$$;
+
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
--- Status is a register ordered by the relay's sequence number where both have it, by the event's time otherwise.
--- A deletion is a second register that only grows, in both its parts: it says from when on older records are dead,
+-- Status is a register: see standpipe.newer_status. A deletion is a second register that only grows, in both its parts: it says from when on older records are dead,
 -- whatever the status says later (80_purge.sql).
 CREATE OR REPLACE FUNCTION standpipe.put_account(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -101,13 +205,8 @@ BEGIN
     ON CONFLICT (did) DO UPDATE SET
         status_seq = excluded.status_seq, status_time = excluded.status_time,
         status_ms = excluded.status_ms, status_sq = excluded.status_sq
-    WHERE CASE
-        WHEN a.status_time IS NULL THEN true
-        WHEN excluded.status_seq IS NOT NULL AND a.status_seq IS NOT NULL
-            THEN excluded.status_seq::bigint > a.status_seq::bigint
-        ELSE (excluded.status_time, excluded.status_ms, excluded.status_sq)
-            > (a.status_time, a.status_ms, a.status_sq)
-    END;
+    WHERE standpipe.newer_status(excluded.status_seq, excluded.status_time, excluded.status_ms, excluded.status_sq,
+                                 a.status_seq, a.status_time, a.status_ms, a.status_sq);
     changed := FOUND;
     IF changed THEN
         UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
@@ -126,4 +225,29 @@ BEGIN
                OR o.seq IS NOT NULL AND (a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint));
     END IF;
     RETURN changed;
+END $$;
+
+-- Of several accounts, none of which says that it is deleted.
+CREATE OR REPLACE FUNCTION standpipe.put_accounts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    all_of standpipe.effects;
+    changed text[];
+BEGIN
+    WITH w AS (
+        INSERT INTO standpipe.accounts AS a (did, status_seq, status_time, status_ms, status_sq)
+        SELECT o.repo, o.seq, o.created_at, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (did) DO UPDATE SET
+            status_seq = excluded.status_seq, status_time = excluded.status_time,
+            status_ms = excluded.status_ms, status_sq = excluded.status_sq
+        WHERE standpipe.newer_status(excluded.status_seq, excluded.status_time, excluded.status_ms, excluded.status_sq,
+                                     a.status_seq, a.status_time, a.status_ms, a.status_sq)
+        RETURNING a.did
+    )
+    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
+    UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject
+    FROM unnest(ops) o
+    WHERE o.repo = ANY (changed) AND u.did = o.repo;
+    all_of.applied := ARRAY(
+        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
+    RETURN all_of;
 END $$;

@@ -70,19 +70,12 @@ END $$;
 
 -- Takes those locks that can be had without waiting; returns the others.
 CREATE OR REPLACE FUNCTION standpipe.try_lock(locks text[]) RETURNS text[] LANGUAGE plpgsql AS $$
-DECLARE
-    name text;
-    busy text[] := '{}';
 BEGIN
-    FOREACH name IN ARRAY locks LOOP
-        IF left(name, 1) = '~' THEN
-            CONTINUE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0));
-        ELSE
-            CONTINUE WHEN pg_try_advisory_xact_lock(hashtextextended(name, 0));
-        END IF;
-        busy := busy || name;
-    END LOOP;
-    RETURN busy;
+    RETURN ARRAY(
+        SELECT name FROM unnest(locks) AS name
+        WHERE NOT CASE WHEN left(name, 1) = '~'
+                       THEN pg_try_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0))
+                       ELSE pg_try_advisory_xact_lock(hashtextextended(name, 0)) END);
 END $$;
 
 -- Applies the operations of one event, or of several, in one transaction: all of them or none.
@@ -92,9 +85,7 @@ END $$;
 --   repos     the repositories
 --   handles   the handles that #identity operations claim; empty otherwise
 --   dids      accounts that must have a row in users, sorted
---   sets      operations for the functions over sets, which say what they ask of a set: one set after the other
---   set_kinds, set_sizes
---             what the operations of each set are, and how many
+--   sets      operations for the functions over sets, which say what they ask of a set
 --   ops       all other operations, deletes first
 --   kinds     what each of these is: '<kind>' or 'delete <kind>'
 --
@@ -118,14 +109,15 @@ END $$;
 -- locks), or left a row without its record, the call is refused with unique_violation, and the caller has to take the
 -- others.
 CREATE OR REPLACE FUNCTION standpipe.apply(
-    locks text[], repos text[], handles text[], dids text[], sets standpipe.op[], set_kinds text[], set_sizes integer[],
-    ops standpipe.op[], kinds text[]
+    locks text[], repos text[], handles text[], dids text[], sets standpipe.set[], ops standpipe.op[], kinds text[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     o standpipe.op;
     e standpipe.effect;
-    one_set standpipe.op[];
+    one standpipe.set;
     all_of standpipe.effects;
+    former_ops standpipe.op[] := '{}';
+    former_kinds text[] := '{}';
     deltas standpipe.delta[] := '{}';
     outcomes boolean[] := '{}';
     forbidden text[];
@@ -153,25 +145,31 @@ BEGIN
         -- Nothing of this is ordinary.
         forbidden := ARRAY(SELECT s.user_did FROM user_settings s
                            WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
-        kinds := ARRAY(SELECT x.kind FROM unnest(set_kinds, set_sizes) WITH ORDINALITY AS x (kind, size, place),
-                       generate_series(1, x.size) ORDER BY x.place) || kinds;
-        ops := sets || ops;
-        set_kinds := NULL;
+        FOREACH one IN ARRAY coalesce(sets, '{}') LOOP
+            former_ops := former_ops || one.ops;
+            former_kinds := former_kinds || array_fill(one.kind, ARRAY[cardinality(one.ops)]);
+        END LOOP;
+        ops := former_ops || ops;
+        kinds := former_kinds || kinds;
+        sets := NULL;
     END IF;
-    FOR i IN 1 .. coalesce(cardinality(set_kinds), 0) LOOP
-        one_set := sets[before + 1 : before + set_sizes[i]];
-        CASE set_kinds[i]
-            WHEN 'like' THEN all_of := standpipe.put_likes(one_set);
-            WHEN 'follow' THEN all_of := standpipe.put_follows(one_set);
-            WHEN 'post' THEN all_of := standpipe.put_posts(one_set);
-            WHEN 'repost' THEN all_of := standpipe.put_reposts(one_set);
-            WHEN 'delete like' THEN all_of := standpipe.delete_likes(one_set);
-            WHEN 'delete follow' THEN all_of := standpipe.delete_follows(one_set);
-            WHEN 'delete repost' THEN all_of := standpipe.delete_reposts(one_set);
+    FOREACH one IN ARRAY coalesce(sets, '{}') LOOP
+        CASE one.kind
+            WHEN 'like' THEN all_of := standpipe.put_likes(one.ops);
+            WHEN 'follow' THEN all_of := standpipe.put_follows(one.ops);
+            WHEN 'post' THEN all_of := standpipe.put_posts(one.ops);
+            WHEN 'repost' THEN all_of := standpipe.put_reposts(one.ops);
+            WHEN 'delete like' THEN all_of := standpipe.delete_likes(one.ops);
+            WHEN 'delete follow' THEN all_of := standpipe.delete_follows(one.ops);
+            WHEN 'delete repost' THEN all_of := standpipe.delete_reposts(one.ops);
+            WHEN 'delete post' THEN all_of := standpipe.delete_posts(one.ops);
+            WHEN 'profile' THEN all_of := standpipe.put_profiles(one.ops);
+            WHEN 'identity' THEN all_of := standpipe.put_identities(one.ops, handles);
+            WHEN 'account' THEN all_of := standpipe.put_accounts(one.ops);
         END CASE;
         outcomes := outcomes || all_of.applied;
         deltas := deltas || all_of.deltas;
-        before := before + set_sizes[i];
+        before := before + cardinality(one.ops);
     END LOOP;
     FOREACH o IN ARRAY coalesce(ops, '{}') LOOP
         i := i + 1;
@@ -269,15 +267,14 @@ BEGIN
     FOREACH c IN ARRAY calls LOOP
         IF c.kind IS NULL THEN
             outcomes := outcomes || standpipe.apply(
-                c.locks, c.repos, c.handles, c.dids, c.sets, c.set_kinds, c.set_sizes, c.ops, c.kinds);
+                c.locks, c.repos, c.handles, c.dids, c.sets, c.ops, c.kinds);
         ELSE
             o := c.record;
             IF o.repo <> ALL (forbidden) AND standpipe.put_new(o, c.kind, c.locks, c.dids) THEN
                 outcomes := outcomes || true;
             ELSE
                 outcomes := outcomes || standpipe.apply(
-                    coalesce(c.locks, ARRAY[o.repo]), ARRAY[o.repo], NULL, c.dids, NULL, NULL, NULL,
-                    ARRAY[o], ARRAY[c.kind]);
+                    coalesce(c.locks, ARRAY[o.repo]), ARRAY[o.repo], NULL, c.dids, NULL, ARRAY[o], ARRAY[c.kind]);
             END IF;
         END IF;
         COMMIT;

@@ -36,7 +36,7 @@ SELECT standpipe.apply(
         FROM dead s
     ) n (name) WHERE n.name IS NOT NULL ORDER BY 1),
     ARRAY(SELECT DISTINCT s.did COLLATE "C" FROM dead s ORDER BY 1),
-    NULL, NULL, NULL, NULL, NULL,
+    NULL, NULL, NULL,
     ARRAY(SELECT jsonb_populate_record(NULL::standpipe.op, jsonb_build_object(
               'repo', s.did, 'uri', s.key, 'subject', s.subject, 'rev', s.rev, 'seq', s.seq, 'ms', s.ms, 'sq', s.sq))
           FROM dead s ORDER BY s.key COLLATE "C", s.kind),

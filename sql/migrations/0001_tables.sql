@@ -462,6 +462,12 @@ CREATE TYPE standpipe.effects AS (
     deltas standpipe.delta[]
 );
 
+-- Operations of one kind for a function that takes several.
+CREATE TYPE standpipe.set AS (
+    kind text,
+    ops standpipe.op[]
+);
+
 -- What standpipe.apply_each is given of one event: a record that is probably new, or all that standpipe.apply is given.
 CREATE TYPE standpipe.call AS (
     kind text,
@@ -470,9 +476,7 @@ CREATE TYPE standpipe.call AS (
     repos text[],
     handles text[],
     dids text[],
-    sets standpipe.op[],
-    set_kinds text[],
-    set_sizes integer[],
+    sets standpipe.set[],
     ops standpipe.op[],
     kinds text[]
 );

@@ -1,7 +1,7 @@
 //! Accounts whose row is known to exist, so that not every event has to ask.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher as _, RandomState};
+use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
 use std::sync::Mutex;
 
 use crate::status::lock;
@@ -14,7 +14,30 @@ const GENERATION: usize = 100_000;
 #[derive(Debug, Default)]
 pub(super) struct KnownAccounts {
     hasher: RandomState,
-    generations: Mutex<(HashSet<u64>, HashSet<u64>)>,
+    generations: Mutex<(Hashes, Hashes)>,
+}
+
+type Hashes = HashSet<u64, BuildHasherDefault<Hashed>>;
+
+/// For what is a hash already.
+#[derive(Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        // Only numbers come here.
+        for byte in bytes {
+            self.0 = (self.0 << 8) | u64::from(*byte);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }
 
 impl KnownAccounts {
@@ -25,13 +48,18 @@ impl KnownAccounts {
     }
 
     /// Only for accounts whose row is durable.
-    pub(super) fn insert(&self, did: &str) {
-        let hash = self.hasher.hash_one(did);
+    pub(super) fn insert<'a>(&self, dids: impl IntoIterator<Item = &'a str>) {
         let mut generations = lock(&self.generations);
-        if generations.0.len() >= GENERATION {
-            generations.1 = std::mem::take(&mut generations.0);
+        for did in dids {
+            let hash = self.hasher.hash_one(did);
+            if generations.0.contains(&hash) || generations.1.contains(&hash) {
+                continue;
+            }
+            if generations.0.len() >= GENERATION {
+                generations.1 = std::mem::take(&mut generations.0);
+            }
+            generations.0.insert(hash);
         }
-        generations.0.insert(hash);
     }
 
     /// After a connection broke it may be another server that answers.
@@ -48,7 +76,7 @@ mod tests {
     fn the_set_is_bounded_and_keeps_the_younger_ones() {
         let known = KnownAccounts::default();
         for n in 0..3 * GENERATION {
-            known.insert(&format!("did:plc:{n}"));
+            known.insert([&*format!("did:plc:{n}")]);
         }
         let generations = lock(&known.generations);
         assert!(generations.0.len() + generations.1.len() <= 2 * GENERATION);

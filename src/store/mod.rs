@@ -36,7 +36,7 @@ use verdict::{Verdict, describe, judge};
 /// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
-const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7, $8, $9)";
+const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7)";
 const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
 const TRY_LOCK: &str = "SELECT standpipe.try_lock($1)";
 const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
@@ -323,10 +323,11 @@ impl Session {
     }
 
     /// Applies events in two transactions at the most, each all of its events or none: first those whose locks nobody else
-    /// has, so that accounts which are in every batch do not make all batches wait for each other, then the rest.
+    /// has, so that accounts which are in every batch do not make all batches wait for each other, then the rest, unless
+    /// they may be left: they have no outcome then.
     ///
     /// None of them may claim a handle ([`Event::claims_handle`]): its locks depend on what other claims have just written,
-    /// so that it may have to be tried again, and all others with it.
+    /// so that it may have to be tried again, and all others with it. They have [`Session::apply_claims`].
     ///
     /// The outcomes stand in the order of the events. Nothing is durable before [`Session::flush`] has answered on this
     /// same connection.
@@ -334,7 +335,11 @@ impl Session {
     /// # Errors
     ///
     /// Not all of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
-    pub async fn apply_together(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
+    pub async fn apply_together(
+        &self,
+        events: &[&Event<'_>],
+        may_leave: bool,
+    ) -> Result<Vec<Option<Outcome>>, StoreError> {
         let mut outcomes: Vec<Option<Outcome>> = vec![None; events.len()];
         let mut take = |indexes: Vec<usize>, done: Vec<Outcome>| {
             for (index, outcome) in indexes.into_iter().zip(done) {
@@ -353,16 +358,30 @@ impl Session {
         .await;
         take(free, done?);
         ended?;
-        let done = self.apply_at_once(&statement, &chosen(&rest), false).await?;
-        take(rest, done);
-        Ok(outcomes.into_iter().flatten().collect())
+        if !may_leave {
+            let done = self.apply_at_once(&statement, &chosen(&rest), false).await?;
+            take(rest, done);
+        }
+        Ok(outcomes)
+    }
+
+    /// Applies events that claim handles in one transaction: all of them or none. The outcomes stand in the order of the
+    /// events. Nothing is durable before [`Session::flush`] has answered on this same connection.
+    ///
+    /// # Errors
+    ///
+    /// None of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
+    pub async fn apply_claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
+        Ok(self.apply_at_once(&statement, events, false).await?.into_iter().map(Some).collect())
     }
 
     /// Begins a transaction and takes the locks that nobody has. Returns the events that have all of theirs, and the
     /// others, by their index.
     async fn lock_free(&self, events: &[&Event<'_>]) -> Result<(Vec<usize>, Vec<usize>), StoreError> {
         let statement = self.in_time(self.client.prepare_cached(TRY_LOCK)).await?;
-        let mut locks: Vec<Cow<'_, str>> = events.iter().flat_map(|event| locks_of(event)).collect();
+        let of_each: Vec<Vec<Cow<'_, str>>> = events.iter().map(|event| locks_of(event).collect()).collect();
+        let mut locks: Vec<&str> = of_each.iter().flatten().map(|lock| &**lock).collect();
         locks.sort_unstable();
         locks.dedup();
         let (began, busy) = join(
@@ -372,7 +391,7 @@ impl Session {
         .await;
         began?;
         let busy: HashSet<String> = busy?.get::<_, Vec<String>>(0).into_iter().collect();
-        Ok((0..events.len()).partition(|&index| locks_of(events[index]).all(|lock| !busy.contains(&*lock))))
+        Ok((0..events.len()).partition(|&index| of_each[index].iter().all(|lock| !busy.contains(&**lock))))
     }
 
     /// Applies events with one call. `locked`: it is in a transaction that has their locks.
@@ -461,13 +480,8 @@ impl Session {
     pub async fn flush(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
         let statement = self.in_time(self.client.prepare_cached(FLUSH)).await?;
         self.in_time(self.client.query_one(&statement, &[])).await?;
-        for event in events {
-            for did in std::iter::once(&event.repo).chain(&event.mentions) {
-                if !self.known.contains(did) {
-                    self.known.insert(did);
-                }
-            }
-        }
+        let dids = events.iter().flat_map(|event| std::iter::once(&event.repo).chain(&event.mentions));
+        self.known.insert(dids.map(|did| &**did));
         Ok(())
     }
 }

@@ -58,6 +58,14 @@ struct SqlOp<'a> {
     body: Option<&'a Json<'a>>,
 }
 
+/// `standpipe.set`, field by field.
+#[derive(Debug, ToSql)]
+#[postgres(name = "set")]
+struct SqlSet<'a> {
+    kind: &'static str,
+    ops: Vec<SqlOp<'a>>,
+}
+
 /// A list that is NULL when nothing is in it: to PostgreSQL an empty one costs more.
 #[derive(Debug)]
 struct List<T>(Vec<T>);
@@ -92,27 +100,15 @@ pub(super) struct Call<'a> {
     repos: List<&'a str>,
     handles: List<&'a str>,
     dids: List<&'a str>,
-    sets: List<SqlOp<'a>>,
-    set_kinds: List<&'static str>,
-    set_sizes: List<i32>,
+    sets: List<SqlSet<'a>>,
     ops: List<SqlOp<'a>>,
     kinds: List<&'static str>,
 }
 
 impl Call<'_> {
     /// The parameters in the function's order.
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 9] {
-        [
-            &self.locks,
-            &self.repos,
-            &self.handles,
-            &self.dids,
-            &self.sets,
-            &self.set_kinds,
-            &self.set_sizes,
-            &self.ops,
-            &self.kinds,
-        ]
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 7] {
+        [&self.locks, &self.repos, &self.handles, &self.dids, &self.sets, &self.ops, &self.kinds]
     }
 }
 
@@ -120,8 +116,8 @@ fn is_post(uri: &str) -> bool {
     uri.split('/').nth(3) == Some("app.bsky.feed.post")
 }
 
-/// A statement over a set of one or two is dearer than one over a record.
-const SET: usize = 8;
+/// From how many operations on a call uses statements over sets: over one or two they are dearer than over a record.
+const SET: usize = 4;
 
 /// A call, and where each of the operations went.
 #[derive(Debug, Default)]
@@ -190,10 +186,10 @@ impl<'a> Planned<'a> {
 
     /// The answers, in the order of the operations. There must be [`Planned::len`] of them.
     pub(super) fn in_order(&self, answers: &[bool]) -> Vec<bool> {
-        let sizes = &self.call.set_sizes.0;
+        let sets = &self.call.sets.0;
         // The function answers for the sets first, one after the other.
         let before = |set: Option<usize>| -> usize {
-            sizes[..set.unwrap_or(sizes.len())].iter().map(|&size| usize::try_from(size).unwrap_or(0)).sum()
+            sets[..set.unwrap_or(sets.len())].iter().map(|set| set.ops.len()).sum()
         };
         self.places.iter().map(|&(set, index)| answers[before(set) + index]).collect()
     }
@@ -204,7 +200,6 @@ impl<'a> Planned<'a> {
 struct Planner<'a> {
     /// Whether there are so many operations that statements over sets are the cheaper ones.
     by_sets: bool,
-    sets: Vec<(&'static str, Vec<SqlOp<'a>>)>,
     planned: Planned<'a>,
     locks: Vec<Lock<'a>>,
     records: HashSet<&'a str>,
@@ -233,7 +228,7 @@ impl<'a> Planner<'a> {
             let kind = kind_name(op.delete, op.kind);
             let set = self.fits(&event.repo, op).then(|| self.set(kind));
             let ops = if let Some(index) = set {
-                &mut self.sets[index].1
+                &mut self.planned.call.sets.0[index].ops
             } else {
                 self.planned.call.kinds.0.push(kind);
                 &mut self.planned.call.ops.0
@@ -258,9 +253,10 @@ impl<'a> Planner<'a> {
 
     /// The set of a kind, which is made when there is none.
     fn set(&mut self, kind: &'static str) -> usize {
-        self.sets.iter().position(|set| set.0 == kind).unwrap_or_else(|| {
-            self.sets.push((kind, Vec::new()));
-            self.sets.len() - 1
+        let sets = &mut self.planned.call.sets.0;
+        sets.iter().position(|set| set.kind == kind).unwrap_or_else(|| {
+            sets.push(SqlSet { kind, ops: Vec::new() });
+            sets.len() - 1
         })
     }
 
@@ -270,30 +266,30 @@ impl<'a> Planner<'a> {
             return false;
         }
         match (op.kind, op.delete) {
-            (Kind::Like | Kind::Repost | Kind::Follow, true) | (Kind::Follow | Kind::Post, false) => {
-                self.records.insert(&op.uri)
-            }
-            (Kind::Like | Kind::Repost, false) => {
-                op.body.is_none()
-                    && self.records.insert(&op.uri)
-                    && op.subject.as_deref().is_none_or(|subject| self.pairs.insert((op.kind, repo, subject)))
-            }
             (Kind::ThreadGate | Kind::PostGate, _) => {
                 // The post of the same commit comes after its gate, which so need not write its row again.
                 self.records.extend(op.subject.as_deref());
                 false
+            }
+            (Kind::Like | Kind::Repost | Kind::Follow | Kind::Post, true)
+            | (Kind::Follow | Kind::Post | Kind::Profile, false) => self.records.insert(&op.uri),
+            (Kind::Account, false) => {
+                op.subject.as_deref() != Some("deleted") && self.pairs.insert((op.kind, repo, ""))
+            }
+            (Kind::Identity, false) => op.subject.as_deref().is_some_and(|handle| {
+                self.pairs.insert((op.kind, repo, "")) && self.pairs.insert((op.kind, "", handle))
+            }),
+            (Kind::Like | Kind::Repost, false) => {
+                op.body.is_none()
+                    && self.records.insert(&op.uri)
+                    && op.subject.as_deref().is_none_or(|subject| self.pairs.insert((op.kind, repo, subject)))
             }
             _ => false,
         }
     }
 
     fn finish(self) -> Planned<'a> {
-        let Self { mut planned, mut locks, sets, .. } = self;
-        for (kind, ops) in sets {
-            planned.call.set_kinds.0.push(kind);
-            planned.call.set_sizes.0.push(i32::try_from(ops.len()).unwrap_or(i32::MAX));
-            planned.call.sets.0.extend(ops);
-        }
+        let Self { mut planned, mut locks, .. } = self;
         for names in [&mut planned.call.repos.0, &mut planned.call.dids.0] {
             names.sort_unstable();
             names.dedup();
@@ -399,7 +395,8 @@ mod tests {
         let event = interpret(&entry).unwrap();
         let plan = Planned::fast(&event, &KnownAccounts::default());
         assert_eq!(plan.call.kind, None, "it is more than one record");
-        assert_eq!((&*plan.call.set_sizes.0, plan.call.ops.0.len()), (&[1, 8][..], 1));
+        let sizes: Vec<_> = plan.call.sets.0.iter().map(|set| set.ops.len()).collect();
+        assert_eq!((&*sizes, plan.call.ops.0.len()), (&[1, 8][..], 1));
         let answers: Vec<bool> = (0..10).map(|n| n == 0 || n == 9).collect();
         let in_order = plan.in_order(&answers);
         for ((op, answer), place) in event.ops.iter().zip(&in_order).zip(&plan.places) {

@@ -47,7 +47,7 @@ pub async fn ensure(connection: &mut MultiplexedConnection, keys: &Keys) -> Resu
     Ok(Ensured { stream_lost: lost == 1, group_created: created == 1 })
 }
 
-/// Reads entries that nobody has got yet, waiting up to [`BLOCK`] for the first.
+/// Reads entries that nobody has got yet; `wait`: waiting up to [`BLOCK`] for the first.
 ///
 /// Do not drop the future and keep the connection: the entries would be ours without our knowing it.
 ///
@@ -59,20 +59,14 @@ pub async fn read_new(
     keys: &Keys,
     consumer: &str,
     count: usize,
+    wait: bool,
 ) -> RedisResult<Batch> {
-    redis::cmd("XREADGROUP")
-        .arg("GROUP")
-        .arg(&keys.group)
-        .arg(consumer)
-        .arg("COUNT")
-        .arg(count)
-        .arg("BLOCK")
-        .arg(BLOCK.as_millis() as u64)
-        .arg("STREAMS")
-        .arg(&keys.stream)
-        .arg(">")
-        .query_async(connection)
-        .await
+    let mut command = redis::cmd("XREADGROUP");
+    command.arg("GROUP").arg(&keys.group).arg(consumer).arg("COUNT").arg(count);
+    if wait {
+        command.arg("BLOCK").arg(BLOCK.as_millis() as u64);
+    }
+    command.arg("STREAMS").arg(&keys.stream).arg(">").query_async(connection).await
 }
 
 /// Reads entries that this consumer got earlier and never acknowledged, those after `after`.

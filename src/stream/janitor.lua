@@ -10,7 +10,8 @@
 -- One script: reading pending entries before the groups, with a delivery in between, once deleted entries that
 -- were pending. Never trims while our own group is missing: then nothing is known to be acknowledged.
 --
--- The hash `watch` holds what one call tells the next: `unacked`, the first entry that was not acknowledged; `due`, the
+-- The hash `watch` holds what one call tells the next: `unacked`, the first entry that was not acknowledged; `removed`, how
+-- many of all entries that there ever were are gone; `due`, the
 -- reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry of the stream then. What the reader
 -- appends after that has lower numbers than what stands before it, so that `acked` stays where it is until the group is
 -- beyond.
@@ -18,6 +19,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
     return {}
 end
 local dry = ARGV[2] == '0'
+local COUNTED = 2000
 
 local function parts(id)
     local ms, seq = string.match(id, '^(%d+)-(%d+)$')
@@ -45,6 +47,19 @@ local function write(...)
     return type(answer) ~= 'table' or not answer.err
 end
 
+-- Whether entries may be missing among so many that they are not counted; `acked` stays where it is then.
+local unsure = false
+
+-- How many entries there are behind the last that was delivered. Nothing where it would hold up the server to count.
+local function undelivered(delivered, length)
+    local count = #redis.call('XRANGE', KEYS[1], '-', delivered, 'COUNT', COUNTED)
+    if count < COUNTED then
+        return length - count
+    end
+    count = #redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', COUNTED)
+    return count < COUNTED and count or nil
+end
+
 -- How many entries of the group somebody removed before they were acknowledged; those that are pending no longer are.
 local function removed(group)
     local count = 0
@@ -61,20 +76,25 @@ local function removed(group)
         end
     end
     local delivered = group['last-delivered-id']
-    local length = redis.call('XLEN', KEYS[1])
-    local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-    if (not first or before(delivered, first[1])) and group['lag'] and group['lag'] > length then
-        -- All that is there has not been delivered, and it is less than what has not been delivered (Redis 7 counts).
-        count = count + group['lag'] - length
-        local added = map(redis.call('XINFO', 'STREAM', KEYS[1]))['entries-added']
-        redis.call('XGROUP', 'SETID', KEYS[1], group['name'], delivered, 'ENTRIESREAD', added - length)
-    else
-        local unacked = redis.call('HGET', KEYS[6], 'unacked')
-        if unacked and before(delivered, unacked) and not exists(unacked) then
-            count = count + 1
+    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
+    local added, lag = info['entries-added'], group['lag']
+    local missing = 0
+    if added and lag and tostring(added - info['length']) ~= redis.call('HGET', KEYS[6], 'removed') then
+        -- Somebody else removed entries since the last call (Redis 7 counts). What was not delivered is still in the lag.
+        local waiting = undelivered(delivered, info['length'])
+        unsure = not waiting
+        if waiting and lag > waiting then
+            missing = lag - waiting
+            redis.call('XGROUP', 'SETID', KEYS[1], group['name'], delivered, 'ENTRIESREAD', added - waiting)
         end
     end
-    return count
+    if missing == 0 then
+        local unacked = redis.call('HGET', KEYS[6], 'unacked')
+        if unacked and before(delivered, unacked) and not exists(unacked) then
+            missing = 1
+        end
+    end
+    return count + missing
 end
 
 local function look(group)
@@ -104,7 +124,7 @@ local function note(first, waiting)
         unacked = redis.call('XRANGE', KEYS[1], start, '+', 'COUNT', 1)[1]
     end
     local hold = redis.call('HGET', KEYS[6], 'hold')
-    if redis.call('HEXISTS', KEYS[6], 'due') == 1 or (hold and unacked and not before(hold, unacked[1])) then
+    if unsure or redis.call('HEXISTS', KEYS[6], 'due') == 1 or (hold and unacked and not before(hold, unacked[1])) then
         return
     end
     local position = redis.call('GET', KEYS[2])
@@ -189,6 +209,10 @@ end
 local trimmed = 0
 if own and not dry then
     trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
+    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
+    if info['entries-added'] and not unsure then
+        write('HSET', KEYS[6], 'removed', info['entries-added'] - info['length'])
+    end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,
         gone, back}
