@@ -127,13 +127,13 @@ pub fn look(look: &Look) {
     }
 }
 
-/// Counts and tells that somebody else removed entries before they were acknowledged.
+/// Counts and tells that somebody else removed entries that may not have been acknowledged.
 pub fn note_removed(entries: u64) {
     if entries > 0 {
         count(LOST, entries);
         tracing::error!(
             entries,
-            "somebody else removed entries from the stream before they were acknowledged"
+            "somebody else removed entries from the stream that may not have been acknowledged"
         );
     }
 }
@@ -205,7 +205,7 @@ fn describe() {
     );
     describe_counter!(
         LOST,
-        "Entries that somebody else removed from the stream before they were acknowledged; a reader goes back for them"
+        "Entries that somebody else removed from the stream and that may not have been acknowledged; a reader goes back for them"
     );
     describe_counter!(
         SET_BACK,

@@ -5,8 +5,10 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use redis::aio::MultiplexedConnection;
 use serde_json::{Value, json};
 use standpipe::private::RedisOptions;
+use standpipe::stream::append::{self, NewEntry};
 use standpipe::stream::{Keys, janitor};
 use support::chain::{
     CURSOR, CURSOR_RELAY, Chain, DEAD, GROUP, Look, Program, RUN, Relay, SOON, STREAM, Variables, look,
@@ -165,67 +167,222 @@ async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
     assert!(program.is_running());
 }
 
+/// A stream that is appended to, read and looked at by hand: what happens between two looks of the janitor is decided here.
+struct ByHand {
+    redis: Redis,
+    connection: MultiplexedConnection,
+    keys: Keys,
+}
+
+impl ByHand {
+    const LEASE: &str = "ours";
+
+    async fn start() -> Self {
+        let redis = Redis::start().await;
+        let key = |name: &str| format!("{STREAM}:{name}");
+        let keys = Keys {
+            stream: STREAM.to_owned(),
+            cursor: key("cursor"),
+            relay: key("relay"),
+            acked: key("acked"),
+            start: key("start"),
+            watch: key("watch"),
+            lease: key("lease"),
+            consumer_lease: key("consumer_lease"),
+            lost: key("lost"),
+            dead: key("dead"),
+            group: GROUP.to_owned(),
+        };
+        let connection = redis.connection().await;
+        let by_hand = Self { redis, connection, keys };
+        by_hand.afresh().await;
+        by_hand
+    }
+
+    /// An empty stream with its group, and nothing known of what was before.
+    async fn afresh(&self) {
+        let _: String = redis_command(&self.redis, &["FLUSHALL"]).await;
+        let _: String =
+            redis_command(&self.redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+        let _: String = redis_command(&self.redis, &["SET", &self.keys.lease, Self::LEASE]).await;
+    }
+
+    async fn append(&mut self, numbers: std::ops::RangeInclusive<i64>) {
+        for seq in numbers {
+            let believed = self.position(&self.keys.cursor).await;
+            let entry = NewEntry { event_type: "commit", data: "{}".to_owned(), seq };
+            append::append(&mut self.connection, &self.keys, Self::LEASE, "a relay", believed, seq, &[entry])
+                .await
+                .unwrap();
+        }
+    }
+
+    async fn deliver(&self, count: &str) {
+        let read = ["XREADGROUP", "GROUP", GROUP, "one", "COUNT", count, "STREAMS", STREAM, ">"];
+        let _: redis::Value = redis_command(&self.redis, &read).await;
+    }
+
+    async fn acknowledge_all(&self) {
+        loop {
+            let some = pending_ids(&self.redis).await;
+            if some.is_empty() {
+                break;
+            }
+            for id in &some {
+                assert_eq!(redis_command::<u64>(&self.redis, &["XACK", STREAM, GROUP, id]).await, 1);
+            }
+        }
+    }
+
+    async fn trim_to(&self, length: &str) -> u64 {
+        redis_command(&self.redis, &["XTRIM", STREAM, "MAXLEN", length]).await
+    }
+
+    async fn position(&self, key: &str) -> Option<i64> {
+        redis_command(&self.redis, &["GET", key]).await
+    }
+
+    async fn cursor(&self) -> Option<i64> {
+        self.position(&self.keys.cursor).await
+    }
+
+    async fn acked(&self) -> Option<i64> {
+        self.position(&self.keys.acked).await
+    }
+
+    async fn sweep(&mut self) -> janitor::Look {
+        janitor::sweep(&mut self.connection, &self.keys).await.unwrap()
+    }
+}
+
 /// Trimmed before they were delivered, and found although later ones were delivered since.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_trimmed_before_its_delivery_is_found_by_the_next_look() {
-    let redis = Redis::start().await;
-    let key = |name: &str| format!("{STREAM}:{name}");
-    let keys = Keys {
-        stream: STREAM.to_owned(),
-        cursor: key("cursor"),
-        relay: key("relay"),
-        acked: key("acked"),
-        start: key("start"),
-        watch: key("watch"),
-        lease: key("lease"),
-        consumer_lease: key("consumer_lease"),
-        lost: key("lost"),
-        dead: key("dead"),
-        group: GROUP.to_owned(),
-    };
-    let append = async |numbers: std::ops::RangeInclusive<u64>| {
-        for number in numbers {
-            let number = number.to_string();
-            let _: String = redis_command(&redis, &["XADD", STREAM, "*", "seq", &number]).await;
-            let _: String = redis_command(&redis, &["SET", &keys.cursor, &number]).await;
-        }
-    };
-    let deliver = async |count: &str| {
-        let read = ["XREADGROUP", "GROUP", GROUP, "one", "COUNT", count, "STREAMS", STREAM, ">"];
-        let _: redis::Value = redis_command(&redis, &read).await;
-    };
-    let value = async |key: &str| redis_command::<Option<u64>>(&redis, &["GET", key]).await;
-    let mut connection = redis.connection().await;
-    let _: String = redis_command(&redis, &["SET", &keys.relay, "a relay"]).await;
-    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
-
-    append(1..=10).await;
-    deliver("3").await;
-    assert_eq!(janitor::sweep(&mut connection, &keys).await.unwrap().removed, 0);
-    assert_eq!(value(&keys.acked).await, Some(1));
-    let trimmed: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
-    assert_eq!(trimmed, 10);
-    append(11..=15).await;
-    deliver("2").await;
-    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
+    let mut stream = ByHand::start().await;
+    stream.append(1..=10).await;
+    stream.deliver("3").await;
+    assert_eq!(stream.sweep().await.removed, 0);
+    assert_eq!(stream.acked().await, Some(1));
+    assert_eq!(stream.trim_to("0").await, 10);
+    stream.append(11..=15).await;
+    stream.deliver("2").await;
+    let look = stream.sweep().await;
     assert_eq!((look.removed, look.set_back), (10, true), "3 that were pending, 7 that were not delivered");
-    assert_eq!((value(&keys.cursor).await, value(&keys.acked).await), (Some(1), Some(1)));
+    assert_eq!((stream.cursor().await, stream.acked().await), (Some(1), Some(1)));
     // Once.
-    assert_eq!(janitor::sweep(&mut connection, &keys).await.unwrap().removed, 0);
-    assert_eq!(value(&keys.acked).await, Some(1), "the group is not past what stood there then");
+    assert_eq!(stream.sweep().await.removed, 0);
+    assert_eq!(stream.acked().await, Some(1), "the group is not past what stood there then");
 
-    // What was acknowledged may go.
-    let _: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "3"]).await;
-    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
-    assert_eq!(look.removed, 2, "they were pending");
-    deliver("3").await;
-    for id in &pending_ids(&redis).await {
-        let _: u64 = redis_command(&redis, &["XACK", STREAM, GROUP, id]).await;
+    assert_eq!(stream.trim_to("3").await, 2);
+    assert_eq!(stream.sweep().await.removed, 2, "they were pending");
+}
+
+/// The first look finds what was trimmed before it, as a look that follows another one does.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_trimmed_before_the_first_look_is_found() {
+    let mut stream = ByHand::start().await;
+    for delivered in ["0", "2", "5"] {
+        stream.afresh().await;
+        stream.append(1..=10).await;
+        assert_eq!(stream.trim_to("0").await, 10);
+        stream.append(11..=15).await;
+        if delivered != "0" {
+            stream.deliver(delivered).await;
+            stream.acknowledge_all().await;
+        }
+        let look = stream.sweep().await;
+        assert_eq!((look.removed, look.set_back), (10, true), "{delivered} delivered");
+        assert_eq!(
+            (stream.cursor().await, stream.acked().await),
+            (Some(1), Some(1)),
+            "{delivered} delivered"
+        );
     }
-    let _: u64 = redis_command(&redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
-    append(16..=20).await;
-    let look = janitor::sweep(&mut connection, &keys).await.unwrap();
-    assert_eq!((look.removed, look.lag), (0, Some(5)));
+}
+
+/// Redis refuses almost every write then, but not that its memory is made free.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_trimmed_while_memory_is_full_is_found() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=300).await;
+    stream.deliver("250").await;
+    stream.acknowledge_all().await;
+    let _: String = redis_command(&stream.redis, &["CONFIG", "SET", "maxmemory", "1"]).await;
+    let full = redis::cmd("SET").arg("something").arg(1).query_async::<()>(&mut stream.connection).await;
+    assert_eq!(full.unwrap_err().code(), Some("OOM"));
+    // What it trims itself it does not take for somebody else's doing.
+    let look = stream.sweep().await;
+    assert!(look.trimmed > 0);
+    assert_eq!((look.removed, stream.sweep().await.removed), (0, 0));
+    assert_eq!(stream.acked().await, Some(251));
+    assert_eq!(stream.trim_to("10").await, look.length - 10);
+    let look = stream.sweep().await;
+    assert!(look.removed >= 40 && look.set_back, "{look:?}");
+    assert_eq!(stream.cursor().await, Some(251));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_among_what_waits_is_found() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=10).await;
+    stream.deliver("3").await;
+    assert_eq!(stream.sweep().await.removed, 0);
+    let all: Vec<(String, Vec<String>)> = redis_command(&stream.redis, &["XRANGE", STREAM, "-", "+"]).await;
+    assert_eq!(redis_command::<u64>(&stream.redis, &["XDEL", STREAM, &all[6].0]).await, 1);
+    let look = stream.sweep().await;
+    assert_eq!((look.removed, look.set_back), (1, true));
+    assert_eq!(stream.cursor().await, Some(1));
+}
+
+/// A stream under the same name that others began, before anybody saw that ours was gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_another_is_found() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=10).await;
+    stream.deliver("3").await;
+    stream.acknowledge_all().await;
+    assert_eq!(stream.sweep().await.removed, 0);
+    assert_eq!(redis_command::<u64>(&stream.redis, &["DEL", STREAM]).await, 1);
+    let _: String = redis_command(&stream.redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    stream.append(11..=15).await;
+    assert!(stream.sweep().await.set_back);
+    assert_eq!(stream.cursor().await, Some(4));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_acknowledged_may_be_trimmed_by_anybody() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=10).await;
+    stream.deliver("6").await;
+    stream.acknowledge_all().await;
+    assert_eq!(stream.sweep().await.removed, 0);
+    assert_eq!(stream.trim_to("4").await, 6);
+    stream.append(11..=12).await;
+    assert_eq!(stream.sweep().await.removed, 0, "seven is the first that was not acknowledged, and is there");
+
+    stream.deliver("6").await;
+    stream.acknowledge_all().await;
+    assert_eq!(stream.sweep().await.removed, 0);
+    assert_eq!(stream.trim_to("0").await, 6);
+    stream.append(13..=20).await;
+    let look = stream.sweep().await;
+    assert_eq!((look.removed, look.set_back, look.lag), (0, false, Some(8)), "all were acknowledged");
+    assert_eq!(stream.acked().await, Some(13));
+}
+
+/// The server's own count of what waits keeps what was trimmed before its delivery.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_trimmed_does_not_wait_for_ever() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=10).await;
+    stream.deliver("3").await;
+    assert_eq!(stream.trim_to("5").await, 5);
+    stream.deliver("5").await;
+    stream.acknowledge_all().await;
+    let look = stream.sweep().await;
+    assert_eq!((look.oldest_waiting, look.lag), (None, Some(0)));
+    stream.append(11..=14).await;
+    assert_eq!(stream.sweep().await.lag, Some(4));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 -- Appends entries and moves the cursor, both or neither.
 --
--- KEYS: stream, cursor, relay, acked, lease, start.
+-- KEYS: stream, cursor, relay, acked, lease, start, watch (see janitor.lua).
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
 --       milliseconds, then type, data, seq for each entry.
 -- Returns the stream's length.
@@ -37,6 +37,18 @@ if first then
     -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
     redis.call('SET', KEYS[6], first, 'NX')
     redis.call('SET', KEYS[4], ARGV[8], 'NX')
+    if redis.call('HEXISTS', KEYS[7], 'last') == 0 then
+        -- The janitor compares with this at its first look: somebody may have trimmed before it.
+        local info = {}
+        local list = redis.call('XINFO', 'STREAM', KEYS[1])
+        for i = 1, #list, 2 do
+            info[list[i]] = list[i + 1]
+        end
+        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first)
+        if info['entries-added'] then
+            redis.call('HSET', KEYS[7], 'added', info['entries-added'], 'removed', info['entries-added'] - info['length'])
+        end
+    end
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])
 return redis.call('XLEN', KEYS[1])

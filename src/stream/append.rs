@@ -162,6 +162,7 @@ pub async fn append(
         .key(&keys.acked)
         .key(&keys.lease)
         .key(&keys.start)
+        .key(&keys.watch)
         .arg(believed.map_or_else(String::new, |cursor| cursor.to_string()))
         .arg(position)
         .arg(relay)

@@ -10,16 +10,19 @@
 -- One script: reading pending entries before the groups, with a delivery in between, once deleted entries that
 -- were pending. Never trims while our own group is missing: then nothing is known to be acknowledged.
 --
--- The hash `watch` holds what one call tells the next: `unacked`, the first entry that was not acknowledged; `removed`, how
--- many of all entries that there ever were are gone; `due`, the
--- reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry of the stream then. What the reader
--- appends after that has lower numbers than what stands before it, so that `acked` stays where it is until the group is
--- beyond.
+-- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
+-- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
+-- many of them were gone; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
+-- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
+-- stays where it is until the group is beyond.
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return {}
 end
 local dry = ARGV[2] == '0'
-local COUNTED = 2000
+if not dry then
+    -- Redis refuses HSET and SET when its memory is full, but not in a script that has written: this changes nothing.
+    redis.call('HDEL', KEYS[6], '')
+end
 
 local function parts(id)
     local ms, seq = string.match(id, '^(%d+)-(%d+)$')
@@ -41,60 +44,57 @@ local function map(list)
     return fields
 end
 
--- Writes, and says whether Redis let it: not when its memory is full.
-local function write(...)
-    local answer = redis.pcall(...)
-    return type(answer) ~= 'table' or not answer.err
+local function stream()
+    return map(redis.call('XINFO', 'STREAM', KEYS[1]))
 end
 
--- Whether entries may be missing among so many that they are not counted; `acked` stays where it is then.
-local unsure = false
-
--- How many entries there are behind the last that was delivered. Nothing where it would hold up the server to count.
-local function undelivered(delivered, length)
-    local count = #redis.call('XRANGE', KEYS[1], '-', delivered, 'COUNT', COUNTED)
-    if count < COUNTED then
-        return length - count
+-- Acknowledges what is pending and no longer there, from the first entry on, and says how many those were.
+local function forget_pending(group)
+    if group['pending'] == 0 or exists(redis.call('XPENDING', KEYS[1], group['name'])[2]) then
+        return 0
     end
-    count = #redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', COUNTED)
-    return count < COUNTED and count or nil
+    local gone = {}
+    for _, entry in ipairs(redis.call('XPENDING', KEYS[1], group['name'], '-', '+', 1000)) do
+        if exists(entry[1]) then
+            break
+        end
+        gone[#gone + 1] = entry[1]
+    end
+    return #gone > 0 and redis.call('XACK', KEYS[1], group['name'], unpack(gone)) or 0
 end
 
--- How many entries of the group somebody removed before they were acknowledged; those that are pending no longer are.
-local function removed(group)
-    local count = 0
-    if group['pending'] > 0 and not exists(redis.call('XPENDING', KEYS[1], group['name'])[2]) then
-        local gone = {}
-        for _, entry in ipairs(redis.call('XPENDING', KEYS[1], group['name'], '-', '+', 1000)) do
-            if exists(entry[1]) then
-                break
-            end
-            gone[#gone + 1] = entry[1]
-        end
-        if #gone > 0 then
-            count = redis.call('XACK', KEYS[1], group['name'], unpack(gone))
-        end
+-- How many entries somebody else removed since the last call that may not have been acknowledged: all that are gone, unless
+-- every one of them stood before the first that was not acknowledged then. Not by the group's `lag`: what is trimmed before
+-- its delivery counts there as read, always after 7.2.6 and before it where the group had read nothing.
+local function removed()
+    local unacked = redis.call('HGET', KEYS[6], 'unacked')
+    local info = stream()
+    if not info['entries-added'] then
+        -- Redis 6.2 does not count.
+        return unacked and not exists(unacked) and 1 or 0
     end
-    local delivered = group['last-delivered-id']
-    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
-    local added, lag = info['entries-added'], group['lag']
-    local missing = 0
-    if added and lag and tostring(added - info['length']) ~= redis.call('HGET', KEYS[6], 'removed') then
-        -- Somebody else removed entries since the last call (Redis 7 counts). What was not delivered is still in the lag.
-        local waiting = undelivered(delivered, info['length'])
-        unsure = not waiting
-        if waiting and lag > waiting then
-            missing = lag - waiting
-            redis.call('XGROUP', 'SETID', KEYS[1], group['name'], delivered, 'ENTRIESREAD', added - waiting)
-        end
+    local was_added = tonumber(redis.call('HGET', KEYS[6], 'added'))
+    local was_removed = tonumber(redis.call('HGET', KEYS[6], 'removed'))
+    if not was_added or not was_removed then
+        return 0
     end
-    if missing == 0 then
-        local unacked = redis.call('HGET', KEYS[6], 'unacked')
-        if unacked and before(delivered, unacked) and not exists(unacked) then
-            missing = 1
-        end
+    local added, length, deleted = info['entries-added'], info['length'], info['max-deleted-entry-id']
+    if added < was_added then
+        -- It is another stream.
+        return 1
     end
-    return count + missing
+    local gone = added - length - was_removed
+    if gone <= 0 then
+        return 0
+    end
+    -- XTRIM takes from the front: where this one is there, or all that came since, nothing behind it was trimmed.
+    local there, deleted_before
+    if unacked then
+        there, deleted_before = exists(unacked), before(deleted, unacked)
+    else
+        there, deleted_before = length >= added - was_added, not before(redis.call('HGET', KEYS[6], 'last'), deleted)
+    end
+    return there and deleted_before and 0 or gone
 end
 
 local function look(group)
@@ -106,14 +106,14 @@ local function look(group)
     return first, waiting
 end
 
--- Notes the lowest position that is not acknowledged. When memory is full the old one stays, which is lower.
+-- Notes the lowest position that is not acknowledged.
 local function note(first, waiting)
     local unacked = waiting
     if first ~= '' then
         unacked = redis.call('XRANGE', KEYS[1], first, '+', 'COUNT', 1)[1] or waiting
     end
     if unacked then
-        write('HSET', KEYS[6], 'unacked', unacked[1])
+        redis.call('HSET', KEYS[6], 'unacked', unacked[1])
     else
         redis.call('HDEL', KEYS[6], 'unacked')
     end
@@ -124,7 +124,7 @@ local function note(first, waiting)
         unacked = redis.call('XRANGE', KEYS[1], start, '+', 'COUNT', 1)[1]
     end
     local hold = redis.call('HGET', KEYS[6], 'hold')
-    if unsure or redis.call('HEXISTS', KEYS[6], 'due') == 1 or (hold and unacked and not before(hold, unacked[1])) then
+    if redis.call('HEXISTS', KEYS[6], 'due') == 1 or (hold and unacked and not before(hold, unacked[1])) then
         return
     end
     local position = redis.call('GET', KEYS[2])
@@ -132,7 +132,7 @@ local function note(first, waiting)
         position = map(unacked[2])['seq']
     end
     if position and position ~= '' then
-        write('SET', KEYS[3], position)
+        redis.call('SET', KEYS[3], position)
     end
     redis.call('HDEL', KEYS[6], 'hold')
 end
@@ -145,10 +145,7 @@ local function set_back()
     if not cursor or not acked or tonumber(ARGV[3]) - last < tonumber(ARGV[4]) then
         return 0
     end
-    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
-    if not write('HSET', KEYS[6], 'hold', info['last-generated-id'], 'back_ms', ARGV[3]) then
-        return 0
-    end
+    redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'], 'back_ms', ARGV[3])
     redis.call('SET', KEYS[2], acked)
     redis.call('HDEL', KEYS[6], 'due')
     return 1
@@ -167,11 +164,9 @@ end
 if not dry then
     for _, group in ipairs(groups()) do
         if group['name'] == ARGV[1] then
-            -- The first write is one that Redis refuses when its memory is full: then the next call finds the same.
-            if redis.call('EXISTS', KEYS[5]) == 0 then
-                gone = removed(group)
-            elseif write('HSET', KEYS[6], 'looked_ms', ARGV[3]) then
-                gone = removed(group)
+            gone = math.max(removed(), forget_pending(group))
+            -- What another program's reader appended cannot be had again.
+            if redis.call('EXISTS', KEYS[5]) == 1 then
                 if gone > 0 then
                     redis.call('HSET', KEYS[6], 'due', 1)
                 end
@@ -194,11 +189,16 @@ for _, group in ipairs(groups()) do
     if group['name'] == ARGV[1] then
         own = true
         pending, oldest_pending = group['pending'], first
-        if group['lag'] then
-            lag = group['lag']
-        end
         if waiting then
             oldest_waiting = waiting[1]
+        end
+        if group['lag'] then
+            -- What somebody trimmed before its delivery may stay in it for ever.
+            lag = waiting and group['lag'] or 0
+            if lag ~= group['lag'] and not dry then
+                redis.call('XGROUP', 'SETID', KEYS[1], ARGV[1], group['last-delivered-id'], 'ENTRIESREAD',
+                    stream()['entries-added'])
+            end
         end
         if not dry then
             note(first, waiting)
@@ -209,9 +209,10 @@ end
 local trimmed = 0
 if own and not dry then
     trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
-    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
-    if info['entries-added'] and not unsure then
-        write('HSET', KEYS[6], 'removed', info['entries-added'] - info['length'])
+    local info = stream()
+    redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
+    if info['entries-added'] then
+        redis.call('HSET', KEYS[6], 'added', info['entries-added'], 'removed', info['entries-added'] - info['length'])
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,

@@ -39,7 +39,7 @@ pub struct Look {
     pub trimmed: u64,
     /// The group whose progress bounds the trim.
     pub held_by: String,
-    /// Entries that somebody else was found to have removed before they were acknowledged.
+    /// Entries that somebody else was found to have removed, and that may not have been acknowledged.
     pub removed: u64,
     /// The reader was set back to read such entries again.
     pub set_back: bool,
