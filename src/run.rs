@@ -25,7 +25,7 @@ use crate::status::{Settings, State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Store, StoreError, migrate, purge, takeover, tombstones};
 use crate::stream::legacy::{self, Legacy};
-use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, janitor, lease};
+use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, is_oom, janitor, lease};
 
 /// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
 /// times a second.
@@ -409,7 +409,7 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
                 let held = match lease::take(&mut connection, &keys.consumer_lease, token).await {
                     // Redis refuses the lease because its memory is full: only our work can change that. That nobody
                     // holds it, and that nobody is active under our names, has to do.
-                    Err(error) if error.code() == Some("OOM") => {
+                    Err(error) if is_oom(&error) => {
                         lease::life(&mut connection, &keys.consumer_lease).await?.is_none()
                     }
                     held => held?,

@@ -24,7 +24,7 @@ use crate::crash::{self, Point};
 use crate::metrics;
 use crate::status::{State, Status, now_ms};
 use crate::stream::append::{self, AppendError, Cursor, NewEntry};
-use crate::stream::{Keys, Redis, backoff, group, lease};
+use crate::stream::{Keys, Redis, backoff, group, is_oom, lease};
 
 /// What may wait between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
@@ -510,7 +510,7 @@ impl Reader {
                 .await
                 {
                     Ok(length) => break length,
-                    Err(AppendError::Redis(error)) if error.code() == Some("OOM") => {
+                    Err(AppendError::Redis(error)) if is_oom(&error) => {
                         // Refused before anything was written.
                         if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
                             return Ok(());

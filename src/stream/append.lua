@@ -37,6 +37,7 @@ if first then
     -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
     redis.call('SET', KEYS[6], first, 'NX')
     redis.call('SET', KEYS[4], ARGV[8], 'NX')
+    local appended = redis.call('HINCRBY', KEYS[7], 'appended', (#ARGV - 5) / 3)
     if redis.call('HEXISTS', KEYS[7], 'last') == 0 then
         -- The janitor compares with this at its first look: somebody may have trimmed before it.
         local info = {}
@@ -44,10 +45,8 @@ if first then
         for i = 1, #list, 2 do
             info[list[i]] = list[i + 1]
         end
-        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first)
-        if info['entries-added'] then
-            redis.call('HSET', KEYS[7], 'added', info['entries-added'], 'removed', info['entries-added'] - info['length'])
-        end
+        local added = info['entries-added'] or appended
+        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', added - info['length'])
     end
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])

@@ -12,7 +12,7 @@
 --
 -- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
--- many of them were gone; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
+-- many of them were gone; `appended`, how many append.lua appended: Redis 6.2 does not count them itself; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
 -- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
 -- stays where it is until the group is beyond.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -45,7 +45,9 @@ local function map(list)
 end
 
 local function stream()
-    return map(redis.call('XINFO', 'STREAM', KEYS[1]))
+    local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
+    info['added'] = info['entries-added'] or tonumber(redis.call('HGET', KEYS[6], 'appended'))
+    return info
 end
 
 -- Acknowledges what is pending and no longer there, from the first entry on, and says how many those were.
@@ -69,16 +71,12 @@ end
 local function removed()
     local unacked = redis.call('HGET', KEYS[6], 'unacked')
     local info = stream()
-    if not info['entries-added'] then
-        -- Redis 6.2 does not count.
-        return unacked and not exists(unacked) and 1 or 0
-    end
     local was_added = tonumber(redis.call('HGET', KEYS[6], 'added'))
     local was_removed = tonumber(redis.call('HGET', KEYS[6], 'removed'))
     if not was_added or not was_removed then
         return 0
     end
-    local added, length, deleted = info['entries-added'], info['length'], info['max-deleted-entry-id']
+    local added, length, deleted = info['added'], info['length'], info['max-deleted-entry-id'] or '0-0'
     if added < was_added then
         -- It is another stream.
         return 1
@@ -211,8 +209,8 @@ if own and not dry then
     trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
-    if info['entries-added'] then
-        redis.call('HSET', KEYS[6], 'added', info['entries-added'], 'removed', info['entries-added'] - info['length'])
+    if info['added'] then
+        redis.call('HSET', KEYS[6], 'added', info['added'], 'removed', info['added'] - info['length'])
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,

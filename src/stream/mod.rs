@@ -177,6 +177,13 @@ pub fn is_nogroup(error: &RedisError) -> bool {
         || error.to_string().contains("no such key")
 }
 
+/// Whether the error says that Redis has no memory left for a write.
+#[must_use]
+pub fn is_oom(error: &RedisError) -> bool {
+    // Redis 6.2 wraps what a script runs into in words of its own.
+    error.code() == Some("OOM") || error.to_string().contains("-OOM ")
+}
+
 /// The increasing, jittered pauses between attempts: 100 ms to 5 s. Endless.
 pub fn backoff() -> impl Iterator<Item = Duration> + Send {
     use backon::BackoffBuilder as _;
