@@ -64,7 +64,7 @@ pub struct ProcessReport {
     pub uptime_seconds: f64,
     /// Entries finished since its start.
     pub entries: u64,
-    /// Entries per second since its start.
+    /// Entries per second in the last ten seconds or so.
     pub entries_per_second: f64,
     /// How the pipelines work.
     #[serde(flatten)]
@@ -141,7 +141,7 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
     ProcessReport {
         uptime_seconds: uptime,
         entries,
-        entries_per_second: if uptime > 0.0 { entries as f64 / uptime } else { 0.0 },
+        entries_per_second: lock(&status.pace).unwrap_or(entries as f64 / uptime.max(1.0)),
         settings: status.settings,
         pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),

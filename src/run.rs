@@ -614,18 +614,22 @@ async fn purge_accounts(store: Store, control: Arc<Control>) {
 
 /// Keeps the histograms small and says now and then how it is going.
 async fn upkeep(metrics: PrometheusHandle, status: Arc<Status>) {
-    let mut entries = 0;
-    let mut tick = tokio::time::interval(Duration::from_secs(5));
-    let mut last = Instant::now();
+    const TICK: Duration = Duration::from_secs(5);
+    let mut before = [(0, Instant::now()); 2];
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
+    let mut says = false;
     loop {
         tick.tick().await;
         metrics.run_upkeep();
-        if last.elapsed() < Duration::from_secs(10) {
+        let now = status.entries.load(Ordering::Relaxed);
+        let (entries, since) = before[0];
+        let rate = (now - entries) as f64 / since.elapsed().as_secs_f64();
+        before = [before[1], (now, Instant::now())];
+        *lock(&status.pace) = Some(rate);
+        says = !says;
+        if says {
             continue;
         }
-        let now = status.entries.load(Ordering::Relaxed);
-        let rate = (now - entries) as f64 / last.elapsed().as_secs_f64();
-        (entries, last) = (now, Instant::now());
         let look = status.look().map(|(look, _)| look).unwrap_or_default();
         info!(
             events_per_second = format_args!("{rate:.0}"),

@@ -142,6 +142,8 @@ pub struct Status {
     pub stream: Mutex<Option<(Look, u64)>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,
+    /// How many of them per second in the last ten seconds; `None` in the first five.
+    pub pace: Mutex<Option<f64>>,
     /// Of these, by what they are and came to; see [`Counts`].
     pub commits: AtomicU64,
     /// As `commits`.

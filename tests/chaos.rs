@@ -139,8 +139,9 @@ impl House {
             Fault::TrimmedByOthers => {
                 let mut redis = self.redis.connection().await;
                 let keep = rng.u64(0..50).to_string();
-                // The pipelines may have left nothing to remove at this very moment.
-                for _ in 0..500 {
+                // The pipelines may have left nothing to remove at this very moment, and nothing comes until the lease of
+                // a reader that was killed has run out.
+                for _ in 0..3_000 {
                     let trimmed: u64 = redis::cmd("XTRIM")
                         .arg(&[STREAM, "MAXLEN", &keep])
                         .query_async(&mut redis)

@@ -60,6 +60,14 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     }
     assert!(page.stdout.contains("PostgreSQL    answers, tables at version"), "{}", page.stdout);
 
+    // As it is now, not on average since the start.
+    wait_for("nothing to be done any more", SOON, async || {
+        let process = &program.status().await["process"];
+        let now = process["entries_per_second"] == 0.0 && process["entries"] == 301;
+        if now { Ok(()) } else { Err(process.to_string()) }
+    })
+    .await;
+
     // Without Redis the process still says how it is.
     chain.redis.stop().await.unwrap();
     let page = wait_for("the process to see it", SOON, async || {

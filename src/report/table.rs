@@ -146,7 +146,7 @@ fn process_line(process: &Value) -> String {
         return "none answers at HTTP_ADDR; this is what the servers know".to_owned();
     }
     format!(
-        "up for {}, {} entries finished, {:.0} per second",
+        "up for {}, {} entries finished, {:.0} per second now",
         age(process["uptime_seconds"].as_f64().unwrap_or(0.0)),
         grouped(number(&process["entries"])),
         process["entries_per_second"].as_f64().unwrap_or(0.0)
@@ -272,7 +272,7 @@ cursor        42 at bsky.network
 dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
 PostgreSQL    2 of 5 connections in use, 20 at the most
-process       up for 2 h, 1,000 entries finished, 12 per second
+process       up for 2 h, 1,000 entries finished, 12 per second now
 pipelines     1, 200 entries at a time, one transaction per event
 
 PIPELINE  IN HAND  FINISHED       LAST  STATE
