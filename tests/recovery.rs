@@ -189,6 +189,7 @@ impl ByHand {
             watch: key("watch"),
             lease: key("lease"),
             consumer_lease: key("consumer_lease"),
+            trimmed: key("trimmed"),
             lost: key("lost"),
             dead: key("dead"),
             group: GROUP.to_owned(),
@@ -368,6 +369,41 @@ async fn what_was_acknowledged_may_be_trimmed_by_anybody() {
     let look = stream.sweep().await;
     assert_eq!((look.removed, look.set_back), (0, false), "all were acknowledged");
     assert_eq!(stream.acked().await, Some(13));
+}
+
+/// As a worker does that was not given the reader's `REDIS_CURSOR_KEY`.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
+    let mut stream = ByHand::start().await;
+    let key = |name: &str| format!("another:{name}");
+    let others = Keys {
+        cursor: key("cursor"),
+        relay: key("relay"),
+        acked: key("acked"),
+        start: key("start"),
+        watch: key("watch"),
+        ..stream.keys.clone()
+    };
+    let (mut appended, mut trimmed) = (0, 0);
+    for _ in 0..3 {
+        stream.append(appended + 1..=appended + 300).await;
+        appended += 300;
+        stream.deliver("300").await;
+        stream.acknowledge_all().await;
+        for _ in 0..3 {
+            let look = janitor::sweep(&mut stream.connection, &others).await.unwrap();
+            assert_eq!((look.removed, look.set_back), (0, false));
+            trimmed += look.trimmed;
+        }
+        let look = stream.sweep().await;
+        assert_eq!((look.removed, look.set_back, stream.acked().await), (0, false, Some(appended)));
+    }
+    assert!(trimmed > 600, "{trimmed}");
+    stream.append(appended + 1..=appended + 10).await;
+    let all = stream.trim_to("0").await;
+    let _ = janitor::sweep(&mut stream.connection, &others).await.unwrap();
+    let look = stream.sweep().await;
+    assert_eq!((look.removed, look.set_back), (all, true));
 }
 
 /// The server's own count of what waits keeps what was trimmed before its delivery.

@@ -1,6 +1,6 @@
 -- Appends entries and moves the cursor, both or neither.
 --
--- KEYS: stream, cursor, relay, acked, lease, start, watch (see janitor.lua).
+-- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both).
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
 --       milliseconds, then type, data, seq for each entry.
 -- Returns the stream's length.
@@ -46,7 +46,8 @@ if first then
             info[list[i]] = list[i + 1]
         end
         local added = info['entries-added'] or appended
-        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', added - info['length'])
+        local removed = added - info['length'] - (tonumber(redis.call('GET', KEYS[8])) or 0)
+        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', removed)
     end
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])

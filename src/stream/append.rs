@@ -163,6 +163,7 @@ pub async fn append(
         .key(&keys.lease)
         .key(&keys.start)
         .key(&keys.watch)
+        .key(&keys.trimmed)
         .arg(believed.map_or_else(String::new, |cursor| cursor.to_string()))
         .arg(position)
         .arg(relay)

@@ -1,7 +1,7 @@
 -- Trims what every group has acknowledged, notes the lowest position that our group has not, finds what somebody else
 -- removed before that, and reports.
 --
--- KEYS: stream, cursor, acked, start, relay, watch.
+-- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, how many entries to trim at the most (0 to look and change nothing), Unix milliseconds, how long to
 --       wait between two times of setting the reader back, in milliseconds.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
@@ -12,9 +12,10 @@
 --
 -- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
--- many of them were gone; `appended`, how many append.lua appended: Redis 6.2 does not count them itself; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
+-- many of them were gone and not trimmed here; `appended`, how many append.lua appended: Redis 6.2 does not count them itself; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
 -- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
--- stays where it is until the group is beyond.
+-- stays where it is until the group is beyond. `trimmed` is how many entries were trimmed here, by every process of ours, also
+-- by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return {}
 end
@@ -47,6 +48,9 @@ end
 local function stream()
     local info = map(redis.call('XINFO', 'STREAM', KEYS[1]))
     info['added'] = info['entries-added'] or tonumber(redis.call('HGET', KEYS[6], 'appended'))
+    if info['added'] then
+        info['removed'] = info['added'] - info['length'] - (tonumber(redis.call('GET', KEYS[7])) or 0)
+    end
     return info
 end
 
@@ -81,7 +85,7 @@ local function removed()
         -- It is another stream.
         return 1
     end
-    local gone = added - length - was_removed
+    local gone = info['removed'] - was_removed
     if gone <= 0 then
         return 0
     end
@@ -207,10 +211,11 @@ end
 local trimmed = 0
 if own and not dry then
     trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
+    redis.call('INCRBY', KEYS[7], trimmed)
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
     if info['added'] then
-        redis.call('HSET', KEYS[6], 'added', info['added'], 'removed', info['added'] - info['length'])
+        redis.call('HSET', KEYS[6], 'added', info['added'], 'removed', info['removed'])
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,

@@ -89,6 +89,7 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .key(&keys.start)
         .key(&keys.relay)
         .key(&keys.watch)
+        .key(&keys.trimmed)
         .arg(&keys.group)
         .arg(limit)
         .arg(now_ms())

@@ -41,6 +41,8 @@ pub struct Keys {
     pub lease: String,
     /// Which process has the consumer names that begin with our `CONSUMER_ID`.
     pub consumer_lease: String,
+    /// How many entries were trimmed by us.
+    pub trimmed: String,
     /// How often the stream was found gone.
     pub lost: String,
     /// The dead letters.
@@ -62,6 +64,7 @@ impl Keys {
             watch: format!("{}:watch", config.cursor_key),
             lease: format!("{}:lease", config.cursor_key),
             consumer_lease: lease_key(&config.stream_key, &config.consumer_group, &config.consumer_id),
+            trimmed: format!("{}:trimmed", config.stream_key),
             lost: format!("{}:lost", config.stream_key),
             dead: config.dead_letter_key(),
             group: config.consumer_group.clone(),
@@ -86,6 +89,7 @@ impl Keys {
             &self.watch,
             &self.lease,
             &self.consumer_lease,
+            &self.trimmed,
             &self.lost,
             &self.dead,
         ];
