@@ -69,7 +69,7 @@ enum End {
 /// What the reader remembers from one session to the next.
 #[derive(Default)]
 struct Memory {
-    /// The last known lowest position that was not acknowledged, should Redis lose everything.
+    /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
     acked: Option<i64>,
     /// Where an undecodable frame was met, and how often.
     bad_frame: Option<(Option<i64>, u32)>,

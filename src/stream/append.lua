@@ -27,27 +27,33 @@ for i = 6, #ARGV, 3 do
 end
 redis.call('SET', KEYS[2], ARGV[2])
 redis.call('SET', KEYS[3], ARGV[3])
-local changed = relay and relay ~= ARGV[3]
-if changed then
-    -- What stands in the stream from before has another relay's numbers.
-    redis.call('DEL', KEYS[6])
-    redis.call('SET', KEYS[4], ARGV[8] or ARGV[2])
+local function stream()
+    local info = {}
+    local list = redis.call('XINFO', 'STREAM', KEYS[1])
+    for i = 1, #list, 2 do
+        info[list[i]] = list[i + 1]
+    end
+    return info
+end
+-- Where to go back to for all of these: some relays send what comes after the cursor, others the event itself, too.
+local lowest = first and string.format('%d', ARGV[8] - 1) or ARGV[2]
+if relay and relay ~= ARGV[3] then
+    -- What stands in the stream from before has another relay's numbers. Without an entry: any that comes now is behind the last.
+    local ms, sequence = string.match(stream()['last-generated-id'], '^(%d+)-(%d+)$')
+    redis.call('SET', KEYS[6], first or (ms .. '-' .. string.format('%d', sequence + 1)))
+    redis.call('SET', KEYS[4], lowest)
 end
 if first then
     -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
     redis.call('SET', KEYS[6], first, 'NX')
-    redis.call('SET', KEYS[4], ARGV[8], 'NX')
+    redis.call('SET', KEYS[4], lowest, 'NX')
     local appended = redis.call('HINCRBY', KEYS[7], 'appended', (#ARGV - 5) / 3)
-    if redis.call('HEXISTS', KEYS[7], 'last') == 0 then
+    if redis.call('HEXISTS', KEYS[7], 'added') == 0 then
         -- The janitor compares with this at its first look: somebody may have trimmed before it.
-        local info = {}
-        local list = redis.call('XINFO', 'STREAM', KEYS[1])
-        for i = 1, #list, 2 do
-            info[list[i]] = list[i + 1]
-        end
+        local info = stream()
         local added = info['entries-added'] or appended
         local removed = added - info['length'] - (tonumber(redis.call('GET', KEYS[8])) or 0)
-        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', removed)
+        redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', removed, 'seen', appended)
     end
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])

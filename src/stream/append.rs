@@ -27,7 +27,7 @@ pub struct Cursor {
     pub position: Option<i64>,
     /// The relay that the position belongs to; `None` when another program wrote it.
     pub relay: Option<String>,
-    /// The lowest position that the group has not acknowledged.
+    /// The position before the lowest that the group has not acknowledged.
     pub acked: Option<i64>,
 }
 
@@ -88,7 +88,7 @@ pub struct Gauge {
     pub used_memory: u64,
     /// Bytes that it may use; 0 for no limit.
     pub max_memory: u64,
-    /// The lowest position that the group has not acknowledged.
+    /// The position before the lowest that the group has not acknowledged.
     pub acked: Option<i64>,
     /// The relay that both positions belong to; `None` when another program wrote them.
     pub relay: Option<String>,

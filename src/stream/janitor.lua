@@ -1,4 +1,4 @@
--- Trims what every group has acknowledged, notes the lowest position that our group has not, finds what somebody else
+-- Trims what every group has acknowledged, notes the position before the lowest that our group has not, finds what somebody else
 -- removed before that, and reports.
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
@@ -12,7 +12,8 @@
 --
 -- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
--- many of them were gone and not trimmed here; `appended`, how many append.lua appended: Redis 6.2 does not count them itself; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
+-- many of them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and `seen`, how many at that
+-- call; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
 -- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
 -- stays where it is until the group is beyond. `trimmed` is how many entries were trimmed here, by every process of ours, also
 -- by one that has other keys than this.
@@ -81,7 +82,8 @@ local function removed()
         return 0
     end
     local added, length, deleted = info['added'], info['length'], info['max-deleted-entry-id'] or '0-0'
-    if added < was_added then
+    local appended, seen = redis.call('HGET', KEYS[6], 'appended') or 0, redis.call('HGET', KEYS[6], 'seen') or 0
+    if added < was_added or added - was_added < appended - seen then
         -- It is another stream.
         return 1
     end
@@ -108,11 +110,16 @@ local function look(group)
     return first, waiting
 end
 
--- Notes the lowest position that is not acknowledged.
+-- Notes the position before the lowest that is not acknowledged.
 local function note(first, waiting)
     local unacked = waiting
     if first ~= '' then
         unacked = redis.call('XRANGE', KEYS[1], first, '+', 'COUNT', 1)[1] or waiting
+    end
+    local was, last = redis.call('HGET', KEYS[6], 'unacked'), redis.call('HGET', KEYS[6], 'last')
+    if unacked and last and (was and before(unacked[1], was) or not was and not before(last, unacked[1])) then
+        -- The group begins again: what stands in the stream may not be in the order of its numbers.
+        redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'])
     end
     if unacked then
         redis.call('HSET', KEYS[6], 'unacked', unacked[1])
@@ -131,9 +138,11 @@ local function note(first, waiting)
     end
     local position = redis.call('GET', KEYS[2])
     if unacked then
-        position = map(unacked[2])['seq']
+        -- Some relays send what comes after the cursor, others the event itself, too.
+        local seq = tonumber(map(unacked[2])['seq'])
+        position = seq and string.format('%d', seq - 1)
     end
-    if position and position ~= '' then
+    if position then
         redis.call('SET', KEYS[3], position)
     end
     redis.call('HDEL', KEYS[6], 'hold')
@@ -215,7 +224,8 @@ if own and not dry then
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
     if info['added'] then
-        redis.call('HSET', KEYS[6], 'added', info['added'], 'removed', info['removed'])
+        redis.call('HSET', KEYS[6], 'added', info['added'], 'removed', info['removed'],
+            'seen', redis.call('HGET', KEYS[6], 'appended') or 0)
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,

@@ -62,7 +62,7 @@ impl Look {
     }
 }
 
-/// Looks, notes the lowest position that is not acknowledged, and trims once. More may be left to trim when it
+/// Looks, notes the position before the lowest that is not acknowledged, and trims once. More may be left to trim when it
 /// trimmed something.
 ///
 /// # Errors

@@ -30,7 +30,7 @@ pub struct Keys {
     pub cursor: String,
     /// The relay that the cursor belongs to.
     pub relay: String,
-    /// The lowest relay position that the group has not acknowledged: where the reader goes back to should the
+    /// The relay position before the lowest that the group has not acknowledged: where the reader goes back to should the
     /// stream be lost.
     pub acked: String,
     /// The first entry that has the present relay's numbers.
