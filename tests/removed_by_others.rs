@@ -251,6 +251,53 @@ async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
     assert_eq!((look.removed, look.set_back), (all, true));
 }
 
+/// One in the middle, in full memory, which only its consumer finds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_pending_entry_is_given_up_when_memory_is_full() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=5).await;
+    stream.deliver("5").await;
+    let pending = pending_ids(&stream.redis).await;
+    assert_eq!(redis_command::<u64>(&stream.redis, &["XDEL", STREAM, &pending[2]]).await, 1);
+    let _: String = redis_command(&stream.redis, &["CONFIG", "SET", "maxmemory", "1"]).await;
+    let ByHand { connection, keys, .. } = &mut stream;
+    let batch = group::read_pending(connection, keys, "one", 10, "0-0".parse().unwrap()).await.unwrap();
+    assert_eq!((batch.entries.len(), batch.gone.len()), (4, 1));
+    group::give_up(connection, keys, &batch.gone).await.unwrap();
+    assert_eq!(pending_ids(&stream.redis).await.len(), 4);
+    assert!(stream.sweep().await.set_back);
+    assert_eq!(stream.cursor().await, Some(0));
+}
+
+/// Somebody who trims every second what was just acknowledged costs repetition, but does not hold everything up.
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
+    let mut stream = ByHand::start().await;
+    let mut now = 0;
+    let mut sets_back = 0;
+    for second in 0..300 {
+        let next = stream.cursor().await.unwrap_or(0) + 1;
+        stream.append(next..=next + 9).await;
+        stream.deliver("100").await;
+        stream.acknowledge_all().await;
+        let _ = stream.trim_to("0").await;
+        // A second later for the janitor.
+        let back_ms: Option<u64> =
+            redis_command(&stream.redis, &["HGET", &stream.keys.watch, "back_ms"]).await;
+        if let Some(back_ms) = back_ms {
+            let earlier = (back_ms - 1_000).to_string();
+            let _: u64 =
+                redis_command(&stream.redis, &["HSET", &stream.keys.watch, "back_ms", &earlier]).await;
+        }
+        if stream.sweep().await.set_back {
+            sets_back += 1;
+            now = second;
+        }
+    }
+    assert!((3..=6).contains(&sets_back), "{sets_back}, the last after {now} s");
+    assert!(stream.cursor().await >= Some(300), "{:?}", stream.cursor().await);
+}
+
 /// The server's own count of what waits keeps what was trimmed before its delivery.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_others_trimmed_does_not_wait_for_ever() {

@@ -1,6 +1,6 @@
 -- Makes sure that the stream and the group exist, and says what was missing.
 --
--- KEYS: stream, cursor, acked, lost, watch.  ARGV: group.  Returns {stream was lost, group was created}.
+-- KEYS: stream, cursor, acked, lost, watch, start.  ARGV: group.  Returns {stream was lost, group was created}.
 --
 -- A position in `acked` says that the stream was there before: somebody deleted it. The reader goes back to the
 -- lowest position that was not acknowledged; its next append finds the cursor moved and starts again from there.
@@ -12,8 +12,8 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
         lost = 1
         redis.call('SET', KEYS[2], acked)
         redis.call('INCR', KEYS[4])
-        -- It speaks of entries of the stream that is gone.
-        redis.call('DEL', KEYS[5])
+        -- They speak of entries of the stream that is gone.
+        redis.call('DEL', KEYS[5], KEYS[6])
     end
 end
 -- From the beginning: whatever the stream holds may not have been read, and to apply an event again is harmless.

@@ -41,6 +41,7 @@ pub async fn ensure(connection: &mut MultiplexedConnection, keys: &Keys) -> Resu
         .key(&keys.acked)
         .key(&keys.lost)
         .key(&keys.watch)
+        .key(&keys.start)
         .arg(&keys.group)
         .invoke_async(connection)
         .await?;

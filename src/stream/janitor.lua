@@ -13,7 +13,8 @@
 -- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
 -- many of them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and `seen`, how many at that
--- call; `due`, the reader has to be set back; `back_ms`, when that was done last; `hold`, the last entry
+-- call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
+-- position, and `pause`, for how long not again; `hold`, the last entry
 -- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
 -- stays where it is until the group is beyond. `trimmed` is how many entries were trimmed here, by every process of ours, also
 -- by one that has other keys than this.
@@ -82,8 +83,8 @@ local function removed()
         return 0
     end
     local added, length, deleted = info['added'], info['length'], info['max-deleted-entry-id'] or '0-0'
-    local appended, seen = redis.call('HGET', KEYS[6], 'appended') or 0, redis.call('HGET', KEYS[6], 'seen') or 0
-    if added < was_added or added - was_added < appended - seen then
+    local appended, seen = redis.call('HGET', KEYS[6], 'appended'), redis.call('HGET', KEYS[6], 'seen')
+    if added < was_added or (appended and seen and added - was_added < appended - seen) then
         -- It is another stream.
         return 1
     end
@@ -153,9 +154,14 @@ end
 local function set_back()
     local cursor, acked = redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3])
     local last = tonumber(redis.call('HGET', KEYS[6], 'back_ms') or '0')
-    if not cursor or not acked or tonumber(ARGV[3]) - last < tonumber(ARGV[4]) then
+    local since, pause = tonumber(ARGV[3]) - last, tonumber(redis.call('HGET', KEYS[6], 'pause') or ARGV[4])
+    -- Another process's clock may be ahead of ours.
+    if not cursor or not acked or (since >= 0 and since < pause) then
         return 0
     end
+    -- To the same place again, when somebody goes on removing: it gets longer each time, or would never get beyond.
+    pause = redis.call('HGET', KEYS[6], 'back_to') == acked and pause * 2 or ARGV[4]
+    redis.call('HSET', KEYS[6], 'pause', pause, 'back_to', acked)
     redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'], 'back_ms', ARGV[3])
     redis.call('SET', KEYS[2], acked)
     redis.call('HDEL', KEYS[6], 'due')
