@@ -1,5 +1,6 @@
 //! The subcommands.
 
+mod generate;
 mod status;
 
 use std::io::IsTerminal as _;
@@ -91,6 +92,17 @@ pub enum Command {
     Healthcheck,
     /// List the environment variables
     HelpEnv,
+    /// Print the script that makes a shell complete commands and options
+    Completions {
+        /// The shell
+        shell: generate::Shell,
+    },
+    /// Print the manual page, or write one for each command into a folder
+    Man {
+        /// The folder; it is created when it is not there
+        #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+        folder: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -323,6 +335,8 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
             help_env();
             Ok(ExitCode::SUCCESS)
         }
+        Command::Completions { shell } => generate::completions(shell),
+        Command::Man { folder } => generate::man(folder.as_deref()),
     }
 }
 

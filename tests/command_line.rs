@@ -45,6 +45,10 @@ async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
         &["audit", "--help"],
         &["simulate", "--help"],
         &["demo", "--help"],
+        &["completions", "--help"],
+        &["completions", "bash"],
+        &["man", "--help"],
+        &["man"],
     ] {
         let finished = code(arguments).await;
         assert_eq!(finished.code, 0, "{arguments:?}: {finished:?}");
@@ -66,6 +70,8 @@ async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
         &["simulate", "--rate", "0"],
         &["simulate", "--listen", "nowhere"],
         &["demo", "--seed"],
+        &["completions"],
+        &["completions", "sh"],
     ] {
         let finished = code(arguments).await;
         assert_eq!(finished.code, 64, "{arguments:?}: {finished:?}");
