@@ -2,13 +2,16 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers
+.PHONY: help build deb run demo bench bench-check test test-deb test-ui chaos fuzz lint deny test-monitoring servers
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary, target/release/standpipe
 	cargo build --release --locked
+
+deb: $(if $(BINARY),,build) ## Pack it as target/debian/standpipe_*.deb; BINARY=... packs another one
+	BINARY='$(BINARY)' ./scripts/make-deb.sh
 
 run: build ## Run reader and worker with the environment's settings
 	./target/release/standpipe run
@@ -24,6 +27,9 @@ bench-check: ## Count the instructions of the hot paths and compare with those n
 
 test: servers ## Run all tests, against private servers
 	cargo test --locked --no-fail-fast
+
+test-deb: deb ## Install the package in a fresh Debian, run its units under systemd, purge it; as root, installs debootstrap
+	./scripts/test-deb.sh
 
 chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
 	CHAOS_EVENTS=$${CHAOS_EVENTS:-500000} CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} \
