@@ -42,7 +42,7 @@ fn subcommands(of: &[&str]) -> Vec<String> {
 fn commands() -> Vec<Vec<String>> {
     let mut all = Vec::new();
     for name in subcommands(&[]) {
-        let inner = subcommands(&[&name]);
+        let inner = subcommands(&[name.as_str()]);
         all.push(vec![name.clone()]);
         all.extend(inner.into_iter().map(|inner| vec![name.clone(), inner]));
     }
@@ -73,6 +73,8 @@ fn bash_understands_its_completions_and_completes() {
                     _standpipe standpipe dead standpipe; echo \"${COMPREPLY[*]}\"";
     let output = Command::new("bash")
         .args(["--norc", "-c", &format!("{script}\n{complete}")])
+        // So that it has nothing to say about a locale that is missing here.
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -94,7 +96,7 @@ fn there_is_a_manual_page_for_every_command() {
     assert_eq!(written, expected);
     for name in &written {
         let page = fs::read_to_string(pages.join(name)).unwrap();
-        assert!(page.contains("\n.TH standpipe") && page.contains("\n.SH NAME\n"), "{name}: {page}");
+        assert!(page.contains("\n.TH standpipe") && page.contains(" 1 \"\" \"standpipe ") && page.contains("\n.SH NAME\n"), "{name}: {page}");
     }
     assert_eq!(fs::read_to_string(pages.join("standpipe.1")).unwrap(), printed(&["man"]));
 }
@@ -158,8 +160,8 @@ fn the_units_are_alike_but_for_what_they_run() {
     let shared: Vec<&String> = run.iter().filter(own).collect();
     assert_eq!(shared, reader.iter().filter(own).collect::<Vec<_>>());
     assert_eq!(shared, worker.iter().filter(own).collect::<Vec<_>>());
-    for (unit, command) in [(run, "run"), (reader, "reader"), (worker, "worker")] {
-        assert_eq!(setting(&unit, "ExecStart"), format!("/usr/bin/standpipe {command}"));
+    for (unit, command) in [(&run, "run"), (&reader, "reader"), (&worker, "worker")] {
+        assert_eq!(setting(unit, "ExecStart"), format!("/usr/bin/standpipe {command}"));
     }
 }
 

@@ -70,7 +70,8 @@ fn write_pages(command: &clap::Command, folder: &Path) -> Result<()> {
 fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     let source = format!("{PROGRAM} {}", env!("CARGO_PKG_VERSION"));
-    Man::new(command.clone()).source(source).manual(PROGRAM).render(&mut text)?;
+    // No date, but in quotation marks: an empty argument would be none, and those after it would move up.
+    Man::new(command.clone()).date("\"\"").source(source).manual(PROGRAM).render(&mut text)?;
     let rest = if command.get_name() == PROGRAM { about_the_program() } else { pointer_to_the_program() };
     rest.to_writer(&mut text)?;
     Ok(text)
