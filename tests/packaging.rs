@@ -96,7 +96,12 @@ fn there_is_a_manual_page_for_every_command() {
     assert_eq!(written, expected);
     for name in &written {
         let page = fs::read_to_string(pages.join(name)).unwrap();
-        assert!(page.contains("\n.TH standpipe") && page.contains(" 1 \"\" \"standpipe ") && page.contains("\n.SH NAME\n"), "{name}: {page}");
+        assert!(
+            page.contains("\n.TH standpipe")
+                && page.contains(" 1 \"\" \"standpipe ")
+                && page.contains("\n.SH NAME\n"),
+            "{name}: {page}"
+        );
     }
     assert_eq!(fs::read_to_string(pages.join("standpipe.1")).unwrap(), printed(&["man"]));
 }
