@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers
+.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers previous-release
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep -
 bench-check: ## Count the instructions of the hot paths and compare with those noted; UPDATE=1 notes them anew; needs valgrind
 	./scripts/bench-check.sh
 
-test: servers ## Run all tests, against private servers
+test: servers previous-release ## Run all tests, against private servers
 	cargo test --locked --no-fail-fast
 
 chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
@@ -52,3 +52,6 @@ test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets 
 
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh
+
+previous-release: ## Build the release before this one, for the tests that have both work side by side; does nothing when it is there
+	./scripts/previous-release.sh
