@@ -5,7 +5,7 @@ EVENTS ?=
 .PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers previous-release
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary, target/release/standpipe
 	cargo build --release --locked

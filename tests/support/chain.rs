@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
@@ -190,7 +191,15 @@ pub struct Program {
 impl Program {
     /// Starts `standpipe <command>`; returns when it has said where its HTTP server is.
     pub async fn start(command: &str, variables: &Variables) -> Self {
-        let mut standpipe = Standpipe::start(&[command], variables);
+        Self::started(Standpipe::start(&[command], variables)).await
+    }
+
+    /// The same of another binary, one of another release.
+    pub async fn start_binary(binary: &Path, command: &str, variables: &Variables) -> Self {
+        Self::started(Standpipe::start_binary(binary, &[command], variables)).await
+    }
+
+    async fn started(mut standpipe: Standpipe) -> Self {
         let line = standpipe.wait_for_line("HTTP address=", SOON).await;
         let http = line.rsplit_once("address=").unwrap().1.trim().parse().unwrap();
         Self { standpipe, http }
