@@ -422,7 +422,14 @@ async fn a_dead_letter_whose_reason_was_mended_is_applied_by_a_retry() {
     assert_eq!(before.len(), 2);
     let id = before.iter().find(|letter| letter["reason"] == "database").unwrap()["id"].as_str().unwrap();
     let (code, text) = letters(&["show", id]).await;
+    assert!(code == 0 && text.contains("SQLSTATE 22001") && !text.contains(&name), "{text}");
+    assert!(text.contains("at://did:plc:long/app.bsky.actor.profile/self"), "{text}");
+    let (code, text) = letters(&["show", id, "--json"]).await;
     assert!(code == 0 && text.contains("22001") && text.contains(&name), "{text}");
+    for (found, arguments) in [(1, ["--text", "PLC:LONG"]), (0, ["--text", "plc:short"])] {
+        let (code, text) = letters(&[&["list", "--json"], &arguments[..]].concat()).await;
+        assert!(code == 0 && text.lines().count() == found, "{arguments:?}: {text}");
+    }
 
     // Nothing is better yet, and nothing is lost by trying.
     let (_, text) = letters(&["retry", "--all"]).await;

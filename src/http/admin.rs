@@ -208,6 +208,7 @@ pub struct List {
     before: Option<String>,
     reason: Option<String>,
     kind: Option<String>,
+    text: Option<String>,
     limit: Option<usize>,
 }
 
@@ -217,7 +218,7 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
         return refuse(StatusCode::BAD_REQUEST, "before is the id of a dead letter");
     }
     let limit = list.limit.unwrap_or(PAGE).clamp(1, PAGE);
-    let filter = Filter { reason: list.reason, kind: list.kind, ..Filter::default() };
+    let filter = Filter { reason: list.reason, kind: list.kind, text: list.text, ..Filter::default() };
     let work = async {
         let mut connection = server.redis.connect().await?;
         let mut before = list.before;
@@ -226,27 +227,29 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
             let page =
                 dead_letters::page_before(&mut connection, &server.keys, before.as_deref(), PAGE).await?;
             let last = page.len() < PAGE;
-            looked += page.len();
             for letter in page {
                 before = Some(letter.id.clone());
+                looked += 1;
                 if filter.fits(&letter) {
                     letters.push(summary(&letter));
                 }
                 if letters.len() == limit {
-                    return Ok((letters, before));
+                    return Ok((letters, before, looked));
                 }
             }
             if last {
-                return Ok((letters, None));
+                return Ok((letters, None, looked));
             }
             if looked >= LOOKED_THROUGH {
-                return Ok((letters, before));
+                return Ok((letters, before, looked));
             }
         }
     };
-    let found: redis::RedisResult<(Vec<Value>, Option<String>)> = work.await;
+    let found: redis::RedisResult<(Vec<Value>, Option<String>, usize)> = work.await;
     match found {
-        Ok((letters, next)) => Json(json!({ "letters": letters, "next": next })).into_response(),
+        Ok((letters, next, looked)) => {
+            Json(json!({ "letters": letters, "next": next, "looked_through": looked })).into_response()
+        }
         Err(error) => refuse(StatusCode::SERVICE_UNAVAILABLE, format!("Redis: {error}")),
     }
 }
@@ -304,6 +307,7 @@ pub struct Chosen {
     all: bool,
     reason: Option<String>,
     kind: Option<String>,
+    text: Option<String>,
     /// Such as `1h`.
     since: Option<String>,
 }
@@ -311,11 +315,11 @@ pub struct Chosen {
 impl Chosen {
     fn filter(self) -> Result<Filter, &'static str> {
         if self.ids.is_empty() && !self.all {
-            return Err("give ids, or all (with reason, kind or since for some of them)");
+            return Err("give ids, or all (with reason, kind, text or since for some of them)");
         }
         let since = self.since.as_deref().map(humantime::parse_duration).transpose();
         let since = since.map_err(|_| "since is a time such as 1h or 2d")?;
-        Ok(Filter { ids: self.ids, reason: self.reason, kind: self.kind, since })
+        Ok(Filter { ids: self.ids, reason: self.reason, kind: self.kind, text: self.text, since })
     }
 }
 

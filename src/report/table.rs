@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use crate::out;
+
 /// What the command line finds out beside the report.
 #[derive(Clone, Debug, Default)]
 pub struct Beside {
@@ -22,7 +24,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     let stream = &status["stream"];
     let process = &status["process"];
     if let Some(error) = text(&status["error"]) {
-        lines.push(("trouble", error.to_owned()));
+        lines.push(("trouble", sentence(error)));
     }
     if stream.is_object() {
         lines.extend(stream_lines(stream, process.is_object()));
@@ -36,7 +38,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
         lines.push(("PostgreSQL", format!("{used} of {size} connections in use, {max} at the most")));
     }
     if let Some(database) = &beside.database {
-        lines.push(("PostgreSQL", database.clone()));
+        lines.push(("PostgreSQL", sentence(database)));
     }
     lines.push(("process", process_line(process)));
     if let (Some(transaction), Some(batch), count @ 1..) =
@@ -97,14 +99,14 @@ fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
             && !holder.is_empty()
             && holder != group
         {
-            lines.push(("trim", format!("held back by the group {holder}")));
+            lines.push(("trim", format!("held back by the group {}", plain(holder))));
         }
     }
     let cursor = stream["cursor"].as_i64().map_or_else(
         || if running { "none yet".to_owned() } else { "none".to_owned() },
         |cursor| cursor.to_string(),
     );
-    let relay = text(&stream["relay"]).map_or_else(String::new, |relay| format!(" at {relay}"));
+    let relay = text(&stream["relay"]).map_or_else(String::new, |relay| format!(" at {}", plain(relay)));
     lines.push(("cursor", format!("{cursor}{relay}")));
     lines
 }
@@ -158,7 +160,7 @@ fn state(part: &Value) -> String {
     let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
     let words = words.replace("postgres", "PostgreSQL").replace("redis", "Redis");
     match text(&part["reason"]) {
-        Some(reason) => format!("{words}: {reason}"),
+        Some(reason) => format!("{words}: {}", sentence(reason)),
         None => words,
     }
 }
@@ -197,13 +199,18 @@ fn text(value: &Value) -> Option<&str> {
     value.as_str()
 }
 
-/// A name from elsewhere, without what would move the cursor of a terminal.
+/// A name from elsewhere, without what would control a terminal.
 fn name(value: &Value) -> String {
     plain(text(value).unwrap_or_default())
 }
 
 fn plain(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).collect()
+    out::safe(text, out::CELL)
+}
+
+/// As `plain`, for what explains something.
+fn sentence(text: &str) -> String {
+    out::safe(text, out::LINE)
 }
 
 fn since(ms: &Value, now_ms: u64) -> String {
@@ -249,7 +256,7 @@ mod tests {
                        "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
                        "cursor": 42, "relay": "bsky.network"},
             "consumers": [{"name": "a-0", "pending": 3, "idle_seconds": 0.5},
-                          {"name": "dead\u{1b}[2J-0", "pending": 2, "idle_seconds": 86_400.0}],
+                          {"name": "dead\u{1b}-0", "pending": 2, "idle_seconds": 86_400.0}],
             "dead_letters": 3,
             "process": {"uptime_seconds": 7300.0, "entries": 1000, "entries_per_second": 12.3,
                         "transaction": "event", "batch_size": 200,
@@ -278,8 +285,8 @@ pipelines     1, 200 entries at a time, one transaction per event
 PIPELINE  IN HAND  FINISHED       LAST  STATE
 a-0           200     1,000  1.0 s ago  waiting for PostgreSQL: refused
 
-CONSUMER   PENDING  IDLE
-dead[2J-0        2  24 h
+CONSUMER      PENDING  IDLE
+dead\\u{1b}-0        2  24 h
 ";
         assert_eq!(table(&status, &beside, 10_000), expected);
     }
