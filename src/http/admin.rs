@@ -48,7 +48,7 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
     }
 }
 
-/// Lets pass who may look at dead letters: with the token from anywhere, without it only from this machine, asked by
+/// Lets pass who may look at dead letters and at PostgreSQL's statements: with the token from anywhere, without it only from this machine, asked by
 /// address. A name in the request means a proxy, or a page of somebody's that made its own name lead here.
 pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
@@ -62,11 +62,10 @@ pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Reque
         Token::Missing | Token::Unset if peer && names_an_address(headers) && !is_foreign(headers) => {
             next.run(request).await
         }
-        Token::Missing => unauthorized("from another machine, dead letters need the admin token"),
-        Token::Unset => refuse(
-            StatusCode::FORBIDDEN,
-            "dead letters are shown on this machine only: ADMIN_TOKEN is not set",
-        ),
+        Token::Missing => unauthorized("from another machine this needs the admin token"),
+        Token::Unset => {
+            refuse(StatusCode::FORBIDDEN, "this is shown on the machine itself only: ADMIN_TOKEN is not set")
+        }
     }
 }
 

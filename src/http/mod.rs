@@ -5,6 +5,7 @@ pub mod client;
 mod connections;
 pub mod health;
 pub mod live;
+mod statements;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -119,10 +120,12 @@ impl Server {
         let letters = Router::new()
             .route("/dead-letters", get(admin::list))
             .route("/dead-letters/{id}", get(admin::show))
+            .route("/statements", get(statements::statements))
             .route_layer(nearby);
         let routes = Router::new()
             .route("/", get(page))
             .route("/events", get(events))
+            .route("/history", get(history))
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
             .route("/health", get(readyz))
@@ -287,6 +290,10 @@ async fn page() -> Response {
 
 async fn events(Shared(server): Shared<Arc<Server>>) -> Response {
     server.live.events()
+}
+
+async fn history(Shared(server): Shared<Arc<Server>>) -> Response {
+    Json(server.live.day()).into_response()
 }
 
 async fn readyz(Shared(server): Shared<Arc<Server>>) -> Response {
