@@ -11,12 +11,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 use standpipe::bench::{self, BenchOptions, Part};
 use standpipe::config::{Config, LogFormat, LogLevel, Role, VARIABLES, no_colour};
 use standpipe::control::{Control, SetLevel};
 use standpipe::dead_letters::{Filter, Retried, Walk};
 use standpipe::demo::{self, DemoOptions};
+use standpipe::event::Reason;
 use standpipe::relay::simulate::{self, NetworkOptions, RelayOptions, Source};
 use standpipe::run::{self, Parts};
 use standpipe::store::migrate::undo;
@@ -174,7 +176,7 @@ pub struct Which {
     /// Their ids
     ids: Vec<String>,
     /// The class of what is wrong
-    #[arg(long, value_parser = ["undecodable", "missing_field", "invalid_field", "database"])]
+    #[arg(long, value_parser = PossibleValuesParser::new(Reason::ALL.map(Reason::name)))]
     reason: Option<String>,
     /// A type (commit, identity, account) or a collection such as app.bsky.feed.like
     #[arg(long)]
