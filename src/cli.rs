@@ -89,7 +89,7 @@ pub enum Command {
         #[command(subcommand)]
         action: ControlAction,
     },
-    /// Ask the running process whether it is ready; exit 0 when it is, and when it is paused by hand and otherwise well
+    /// Ask the running process whether it is ready; exit 0 when it is, and when nothing but a pause keeps it from being so
     Healthcheck,
     /// List the environment variables
     HelpEnv,
@@ -103,9 +103,9 @@ pub enum ControlAction {
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
-    /// Go on
+    /// Continue
     Resume {
-        /// What is to go on
+        /// What is to continue
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
@@ -125,7 +125,7 @@ pub enum DeadLetters {
     List {
         #[command(flatten)]
         which: Which,
-        /// At the most
+        /// No more than this many
         #[arg(long, default_value_t = 100)]
         limit: usize,
         /// One JSON object per line
@@ -605,7 +605,7 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
     // The exit code is the answer, whether or not anybody reads this.
     let _ = out::line(out::safe_json(&body));
-    // Who restarts what is not well must not end a pause by hand.
+    // Who restarts what is not well must not end a pause that somebody wants.
     let paused = || {
         let answer: Option<serde_json::Value> = serde_json::from_str(&body).ok();
         answer.is_some_and(|answer| answer["only_paused"] == true)
@@ -753,8 +753,8 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
     // What it has started goes with it.
     let report = tokio::select! {
         report = bench::bench(&options) => report?,
-        _ = tokio::signal::ctrl_c() => return Ok(broken_off("SIGINT")),
-        _ = terminate.recv() => return Ok(broken_off("SIGTERM")),
+        _ = tokio::signal::ctrl_c() => return Ok(interrupted("SIGINT")),
+        _ = terminate.recv() => return Ok(interrupted("SIGTERM")),
     };
     if json {
         out::line(serde_json::to_string(&report)?)?;
@@ -769,7 +769,7 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn broken_off(signal: &str) -> ExitCode {
-    out::note(format_args!("standpipe: broken off by {signal}"));
+fn interrupted(signal: &str) -> ExitCode {
+    out::note(format_args!("standpipe: interrupted by {signal}"));
     ExitCode::FAILURE
 }

@@ -353,7 +353,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
 
     // Everything goes on where it was: the end is that of a run that was never paused.
     let resumed = Standpipe::run(&["control", "resume"], &asked, SOON).await;
-    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything goes on\n"), "{}", resumed.stderr);
+    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything continues\n"), "{}", resumed.stderr);
     chain.ends_like_an_undisturbed_run().await;
     assert_eq!(program.readiness().await.0, 200);
 }

@@ -18,7 +18,7 @@ use super::EX_UNAVAILABLE;
 
 /// How long the process and PostgreSQL may take to answer.
 const ANSWER: Duration = Duration::from_secs(3);
-/// Dead letters whose reasons are looked at, at the most: they are read whole.
+/// No more dead letters than this are read for their reasons: they are read whole.
 const REASONS: usize = 1000;
 
 /// What to print.

@@ -26,7 +26,7 @@ use crate::stream::dead_letters::{self, Letter};
 const PAGE: usize = 50;
 /// Dead letters that are looked through for one answer.
 const LOOKED_THROUGH: usize = 2_000;
-/// How long one request may go on retrying or purging; the answer says when more is left.
+/// How long one request may keep retrying or purging; the answer says when more is left.
 const WORK: Duration = Duration::from_secs(15);
 /// What a list shows of a message or an address; the letter itself has all of it.
 const SHORT: usize = 300;
@@ -165,11 +165,11 @@ fn set_pause(server: &Server, Peer(peer): Peer, which: &Which, pause: bool) -> R
     info!(part = name, %peer, "{}", if pause { "paused by hand" } else { "resumed by hand" });
     done(match (part, pause) {
         (Part::All, true) => "everything finishes what is in hand and rests until it is resumed",
-        (Part::All, false) => "everything goes on",
+        (Part::All, false) => "everything continues",
         (Part::Reader, true) => "the reader rests until it is resumed",
-        (Part::Reader, false) => "the reader goes on",
+        (Part::Reader, false) => "the reader continues",
         (Part::Pipelines, true) => "the pipelines finish what is in hand and rest until they are resumed",
-        (Part::Pipelines, false) => "the pipelines go on",
+        (Part::Pipelines, false) => "the pipelines continue",
     })
 }
 
@@ -350,7 +350,7 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if applied + kept > 0 {
-        info!(applied, kept, "dead letters were tried again by hand");
+        info!(applied, kept, "dead letters were tried again, as the operator wants");
     }
     match worked {
         Ok(more) => Json(json!({
@@ -382,7 +382,7 @@ pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if removed > 0 {
-        info!(removed, "dead letters were thrown away by hand");
+        info!(removed, "dead letters were thrown away, as the operator wants");
     }
     match worked {
         Ok(more) => {

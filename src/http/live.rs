@@ -53,7 +53,7 @@ type Point = [Option<f64>; COLUMNS.len()];
 /// Of these a minute has its mean; of the others its most: what was worst must not vanish in a day.
 const MEANS: [&str; 3] = ["events_per_second", "frames_per_second", "p50_ms"];
 
-/// The last day, a point a minute: some 300 kB at the most.
+/// The last day, a point a minute: at most 300 kB or so.
 #[derive(Debug, Default)]
 struct Day {
     minutes: VecDeque<Point>,

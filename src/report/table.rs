@@ -35,7 +35,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     }
     if let Some(pool) = process.get("pool") {
         let (size, used, max) = (number(&pool["size"]), number(&pool["in_use"]), number(&pool["max"]));
-        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, {max} at the most")));
+        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, at most {max}")));
     }
     if let Some(database) = &beside.database {
         lines.push(("PostgreSQL", sentence(database)));
@@ -278,7 +278,7 @@ trim          held back by the group other
 cursor        42 at bsky.network
 dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
-PostgreSQL    2 of 5 connections in use, 20 at the most
+PostgreSQL    2 of 5 connections in use, at most 20
 process       up for 2 h, 1,000 entries finished, 12 per second now
 pipelines     1, 200 entries at a time, one transaction per event
 
