@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers
+.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring test-compose servers
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ deny: ## Check licences, sources and known holes of the dependencies; needs carg
 test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets promtool when it is missing
 	./scripts/install-promtool.sh
 	cargo test --locked --test monitoring -- --include-ignored
+
+test-compose: $(if $(FULL)$(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
+	./tests/compose/scenario.sh $(if $(FULL),--full)
 
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh
