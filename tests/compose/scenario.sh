@@ -96,15 +96,17 @@ nothing_pending() { [ "$(redis xpending firehose:events firehose-processors | he
 cp config.example.env .env
 check 'config.example.env is a good .env' docker compose --profile monitoring config --quiet
 example_with_quotes() {
-    local line value
+    local line value seen
     line=$(sed -n "s/^#  *\(POSTGRES_PASSWORD='.*'\)$/\1/p" config.example.env)
     value=${line#*\'}
     value=${value%\'}
     echo "example: $line"
     [[ $value == *\$* && $value == *' #'* ]] || return 1
     echo "$line" > quoted.env
-    # Compose doubles each $ of what it prints.
-    docker compose --env-file quoted.env config | grep -F "POSTGRES_PASSWORD: ${value//\$/\$\$}"
+    # Compose doubles each $ of what it prints, and quotes it as YAML does.
+    seen=$(docker compose --env-file quoted.env config | sed -n "s/^ *POSTGRES_PASSWORD: '\(.*\)'$/\1/p")
+    echo "Compose reads: $seen"
+    [ "$seen" = "${value//\$/\$\$}" ]
 }
 check 'what config.example.env says about quoting holds' example_with_quotes
 
@@ -251,10 +253,11 @@ check 'Prometheus scrapes all of them and the reader' within 60 targets 4
 labelled() { found 'count(up{job="standpipe", service="worker"} == 1) == 3' && found 'up{service="reader"} == 1'; }
 check 'and tells them apart' within 30 labelled
 claimed() {
+    local name held
+    healthy worker-3 || return 1
+    name=$(consumer_name worker-3)
     docker pause "$(container postgres-1)" >/dev/null
     sleep 3
-    local name
-    name=$(consumer_name worker-3)
     docker rm --force "$(container worker-3)" >/dev/null
     held=$(redis xpending firehose:events firehose-processors | grep -A 1 "^$name-" | grep -cE '^[1-9][0-9]*$')
     docker unpause "$(container postgres-1)" >/dev/null
@@ -263,6 +266,7 @@ claimed() {
 }
 released() { ! redis xpending firehose:events firehose-processors | grep -q "^$1-"; }
 check 'the others take over what a removed worker held' claimed
+within 60 healthy postgres-1
 check 'back to one worker' scale 1
 check 'it is healthy' within 60 healthy worker-1
 check 'Prometheus follows' within 60 targets 2
