@@ -341,11 +341,10 @@ where
             return Err(ConfigError { problems: read.problems, warnings: read.warnings });
         }
     };
-    let consumer_id_given = raw.consumer_id.is_some();
     let config = read.config(&raw, host.as_deref(), role);
     match config {
         Some(config) if read.problems.is_empty() => {
-            read.warn_of_combinations(&config, role, consumer_id_given);
+            read.warn_of_combinations(&config, role);
             Ok((config, read.warnings))
         }
         _ => {
@@ -580,7 +579,7 @@ impl Reading {
     }
 
     /// What works, but probably not as its operator wishes.
-    fn warn_of_combinations(&mut self, config: &Config, role: Role, consumer_id_given: bool) {
+    fn warn_of_combinations(&mut self, config: &Config, role: Role) {
         if config.redis_ca.is_some() && !config.redis_url.is_tls() {
             self.warnings
                 .push("REDIS_CA_FILE is set, and REDIS_URL does not use TLS: write rediss://".to_owned());
@@ -614,13 +613,6 @@ impl Reading {
                 "TOMBSTONE_RETENTION is {}, less than the three days that a relay can repeat: \
                  a deleted record may come back until its delete is repeated too",
                 humantime::format_duration(config.tombstone_retention)
-            ));
-        }
-        let id = &config.consumer_id;
-        if !consumer_id_given && id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
-            self.warnings.push(format!(
-                "CONSUMER_ID is unset and the host's name {id} looks like a container's: a new container has a \
-                 new name and takes over its predecessor's entries only after CLAIM_IDLE; set CONSUMER_ID"
             ));
         }
     }
@@ -1814,16 +1806,11 @@ mod tests {
             ("PARALLEL_CONSUMERS", "21"),
             ("TOMBSTONE_RETENTION", "1h"),
             ("REDIS_MAX_STREAM_LEN", "100"),
+            // A container's own name is a good one: it stays the same over restarts.
             ("HOSTNAME", "0123456789ab"),
         ];
         let (_, warnings) = from_env(vars, Role::Worker).unwrap();
-        let about = [
-            "BATCH_SIZE",
-            "PARALLEL_CONSUMERS",
-            "REDIS_MAX_STREAM_LEN",
-            "TOMBSTONE_RETENTION",
-            "CONSUMER_ID",
-        ];
+        let about = ["BATCH_SIZE", "PARALLEL_CONSUMERS", "REDIS_MAX_STREAM_LEN", "TOMBSTONE_RETENTION"];
         assert_eq!(warnings.len(), about.len(), "{warnings:?}");
         for (warning, name) in warnings.iter().zip(about) {
             assert!(warning.starts_with(name), "{warning}");
