@@ -76,7 +76,8 @@ engine start private || exit 1
 # --- everything on one machine
 
 export COMPOSE_PROJECT_NAME=standpipe-test COMPOSE_FILE=docker-compose.yml:$here/scenario.yml
-unset COMPOSE_PROFILES
+# The caller's variables would win over .env.
+unset $(sed -n 's/^#\([A-Z_]*\)=.*/\1/p' config.example.env) POSTGRES_PASSWORD WORKER_PORT COMPOSE_PROFILES
 compose() { docker compose --progress quiet "$@"; }
 container() { echo "$COMPOSE_PROJECT_NAME-$1"; }
 inspect() { docker inspect --format "$1" "$(container "$2")"; }
