@@ -1,5 +1,3 @@
-# syntax=docker/dockerfile:1
-
 FROM rust:1.95-bookworm AS builder
 WORKDIR /build
 COPY . .
@@ -26,7 +24,7 @@ USER 10001:10001
 # On the default address, 127.0.0.1, nobody outside of the container could read metrics or health.
 ENV HTTP_ADDR=0.0.0.0:9464
 EXPOSE 9464
-# SIGTERM starts the drain; give it longer than DRAIN_TIMEOUT (25s) before the kill: docker stop --time 40.
+# SIGTERM starts the drain; give it longer than DRAIN_TIMEOUT (25s) before the kill: docker stop -t 40.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["standpipe", "healthcheck"]
 ENTRYPOINT ["standpipe"]

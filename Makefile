@@ -2,13 +2,16 @@
 
 EVENTS ?=
 
-.PHONY: help build run demo bench bench-check test test-ui chaos fuzz lint deny test-monitoring servers
+.PHONY: help build deb run demo bench bench-check test test-deb test-ui long chaos fuzz lint deny test-monitoring test-compose servers previous-release
 
 help: ## List the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build the release binary, target/release/standpipe
 	cargo build --release --locked
+
+deb: $(if $(BINARY),,build) ## Pack it as target/debian/standpipe_*.deb; BINARY=... packs another one
+	BINARY='$(BINARY)' ./scripts/make-deb.sh
 
 run: build ## Run reader and worker with the environment's settings
 	./target/release/standpipe run
@@ -22,8 +25,18 @@ bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep -
 bench-check: ## Count the instructions of the hot paths and compare with those noted; UPDATE=1 notes them anew; needs valgrind
 	./scripts/bench-check.sh
 
-test: servers ## Run all tests, against private servers
+test: previous-release ## Run all tests, against private servers
+	./scripts/install-servers.sh pgbouncer
 	cargo test --locked --no-fail-fast
+
+test-deb: deb ## Install the package in a fresh Debian, run its units under systemd, purge it; as root, installs debootstrap
+	./scripts/test-deb.sh
+
+long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, convergence with 5,000 cases, the long chaos run
+	./scripts/install-servers.sh pgbouncer
+	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test upstream --test database -- --nocapture
+	STANDPIPE_CASES=5000 cargo test --release --locked --test convergence
+	$(MAKE) chaos
 
 chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
 	CHAOS_EVENTS=$${CHAOS_EVENTS:-500000} CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} \
@@ -50,5 +63,11 @@ test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets 
 	./scripts/install-promtool.sh
 	cargo test --locked --test monitoring -- --include-ignored
 
+test-compose: $(if $(FULL)$(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
+	./tests/compose/scenario.sh $(if $(FULL),--full)
+
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh
+
+previous-release: ## Build the release before this one, for the tests that have both work side by side; does nothing when it is there
+	./scripts/previous-release.sh

@@ -6,9 +6,9 @@
 
 use std::hint::black_box;
 
-use standpipe::apply::interpret;
+use standpipe::apply::{Context, interpret};
 use standpipe::config::Role;
-use standpipe::event::EntryId;
+use standpipe::event::{EntryId, Epochs};
 use standpipe::relay::decode::{Message, decode};
 use standpipe::stream::entry::Entry;
 
@@ -46,9 +46,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     }));
                 }
             }
+            let epochs = Epochs::UNNAMED;
+            let context = Context::now(&epochs);
             for _ in 0..passes {
                 for entry in &entries {
-                    let _ = black_box(interpret(black_box(entry)));
+                    let _ = black_box(interpret(black_box(entry), context));
                 }
             }
         }

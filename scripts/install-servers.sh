@@ -2,6 +2,10 @@
 # Installs what the tests and the demo need and this machine does not have: a Redis (or Valkey)
 # server, PostgreSQL, setpriv and a C linker. For Debian and Ubuntu; elsewhere it says what is missing.
 #
+#
+#   install-servers.sh              for the demo and the benchmark
+#   install-servers.sh pgbouncer    for the tests: PgBouncer, too
+#
 # It installs programs only. No service is started and no database cluster is created: the tests
 # and the demo start private servers of their own.
 set -euo pipefail
@@ -28,6 +32,9 @@ have_postgres || missing+=(postgresql)
 have setpriv || missing+=(util-linux)
 # Rust links with it, and one of the libraries compiles C.
 have cc || missing+=(gcc libc6-dev)
+if [ "${1:-}" = pgbouncer ]; then
+    have pgbouncer || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
+fi
 
 if [ ${#missing[@]} -eq 0 ]; then
     say "nothing is missing"
@@ -86,6 +93,10 @@ fi
 # The package also has its service started at every boot, on the port that everybody uses.
 if [[ " ${missing[*]} " == *" redis-server "* ]] && have systemctl; then
     "${as_root[@]}" systemctl disable redis-server >/dev/null 2>&1 || say "redis-server starts at the next boot; disable it if you do not want that"
+fi
+
+if [[ " ${missing[*]} " == *" pgbouncer "* ]] && have systemctl; then
+    "${as_root[@]}" systemctl disable pgbouncer >/dev/null 2>&1 || say "pgbouncer starts at the next boot; disable it if you do not want that"
 fi
 
 have_redis || fail "redis-server was installed, but neither redis-server nor valkey-server is found"

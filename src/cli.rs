@@ -1,8 +1,9 @@
 //! The subcommands.
 
+mod generate;
 mod status;
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,19 +12,21 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 use standpipe::bench::{self, BenchOptions, Part};
 use standpipe::config::{Config, LogFormat, LogLevel, Role, VARIABLES, no_colour};
 use standpipe::control::{Control, SetLevel};
 use standpipe::dead_letters::{Filter, Retried, Walk};
 use standpipe::demo::{self, DemoOptions};
+use standpipe::event::Reason;
 use standpipe::relay::simulate::{self, NetworkOptions, RelayOptions, Source};
 use standpipe::run::{self, Parts};
 use standpipe::store::migrate::undo;
 use standpipe::store::{Store, audit, migrate};
 use standpipe::stream::dead_letters as stream_letters;
 use standpipe::stream::{Keys, Redis};
-use standpipe::{dead_letters, doctor, http, metrics};
+use standpipe::{dead_letters, doctor, http, metrics, out};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -87,10 +90,21 @@ pub enum Command {
         #[command(subcommand)]
         action: ControlAction,
     },
-    /// Ask the running process whether it is ready; exit 0 when it is, and when it is paused by hand and otherwise well
+    /// Ask the running process whether it is ready; exit 0 when it is, and when nothing but a pause keeps it from being so
     Healthcheck,
     /// List the environment variables
     HelpEnv,
+    /// Print the script that makes a shell complete commands and options
+    Completions {
+        /// The shell
+        shell: generate::Shell,
+    },
+    /// Print the manual page, or write one for each command into a folder
+    Man {
+        /// The folder; it is created when it is not there
+        #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+        folder: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -101,9 +115,9 @@ pub enum ControlAction {
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
-    /// Go on
+    /// Continue
     Resume {
-        /// What is to go on
+        /// What is to continue
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
@@ -123,17 +137,20 @@ pub enum DeadLetters {
     List {
         #[command(flatten)]
         which: Which,
-        /// At the most
+        /// No more than this many
         #[arg(long, default_value_t = 100)]
         limit: usize,
         /// One JSON object per line
         #[arg(long)]
         json: bool,
     },
-    /// Show one, whole, as JSON
+    /// Show one: what is wrong, where it comes from, and its operation, with long lines cut
     Show {
         /// Its id
         id: String,
+        /// The whole of it, as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Apply them; what succeeds is removed
     Retry {
@@ -171,11 +188,14 @@ pub struct Which {
     /// Their ids
     ids: Vec<String>,
     /// The class of what is wrong
-    #[arg(long, value_parser = ["undecodable", "missing_field", "invalid_field", "database"])]
+    #[arg(long, value_parser = PossibleValuesParser::new(Reason::ALL.map(Reason::name)))]
     reason: Option<String>,
     /// A type (commit, identity, account) or a collection such as app.bsky.feed.like
     #[arg(long)]
     kind: Option<String>,
+    /// With this text anywhere: in the message, the record, the repository or an id; upper and lower case are the same
+    #[arg(long)]
+    text: Option<String>,
     /// Tried within this time, such as 1h or 2d
     #[arg(long, value_parser = humantime::parse_duration)]
     since: Option<Duration>,
@@ -320,9 +340,11 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Healthcheck => with_config(Role::Tool, healthcheck).await,
         Command::HelpEnv => {
-            help_env();
+            help_env()?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Completions { shell } => generate::completions(shell),
+        Command::Man { folder } => generate::man(folder.as_deref()),
     }
 }
 
@@ -333,13 +355,13 @@ fn load(role: Role) -> Result<(Config, Vec<String>), ExitCode> {
 
 /// Says what is wrong with the configuration.
 fn unusable(error: &standpipe::config::ConfigError) -> ExitCode {
-    eprintln!("standpipe: the configuration cannot be used:");
+    out::note("standpipe: the configuration cannot be used:");
     for line in error.to_string().lines() {
-        eprintln!("  {line}");
+        out::note(format_args!("  {line}"));
     }
     // It may be the cause.
     for warning in &error.warnings {
-        eprintln!("  warning: {warning}");
+        out::note(format_args!("  warning: {warning}"));
     }
     ExitCode::from(EX_USAGE)
 }
@@ -348,7 +370,7 @@ async fn with_config(role: Role, work: impl AsyncFnOnce(Config) -> Result<ExitCo
     match load(role) {
         Ok((config, warnings)) => {
             for warning in warnings {
-                eprintln!("standpipe: {warning}");
+                out::note(format_args!("standpipe: {warning}"));
             }
             work(config).await
         }
@@ -385,6 +407,8 @@ fn init_logging(config: &Config) -> Result<SetLevel> {
     };
     let (filter, reload) = tracing_subscriber::reload::Layer::new(filter);
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr);
+    // A log that nobody reads any more is no reason to end: complaining about it on the same output would panic.
+    let layer = layer.log_internal_errors(false);
     match config.log_format {
         LogFormat::Json => {
             tracing_subscriber::registry().with(filter).with(layer.json().flatten_event(true)).init();
@@ -403,11 +427,11 @@ async fn migrate_database(config: Config, options: &Migrate) -> Result<ExitCode>
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    let say = &mut |line: &str| eprintln!("{line}");
+    let say = &mut |line: &str| out::note(format_args!("{line}"));
     if options.undo {
         let plan = undo::plan(session.client()).await?;
         if options.dry_run || !options.yes {
-            println!("{plan}");
+            out::line(plan)?;
         }
         if options.dry_run {
             return Ok(ExitCode::SUCCESS);
@@ -417,25 +441,25 @@ async fn migrate_database(config: Config, options: &Migrate) -> Result<ExitCode>
                 Some(true) => {}
                 Some(false) => return Ok(ExitCode::FAILURE),
                 None => {
-                    eprintln!("standpipe: nothing was changed: there is nobody to ask; add --yes");
+                    out::note("standpipe: nothing was changed: there is nobody to ask; add --yes");
                     return Ok(ExitCode::from(EX_USAGE));
                 }
             }
         }
         undo::undo(session.client(), say).await?;
-        println!("done: the database is as it was; `standpipe migrate` takes it over again");
+        out::line("done: the database is as it was; `standpipe migrate` takes it over again")?;
         return Ok(ExitCode::SUCCESS);
     }
     if options.dry_run {
-        println!("{}", migrate::plan(session.client()).await?);
+        out::line(migrate::plan(session.client()).await?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let done = migrate::migrate_and_say(session.client_mut(), say).await?;
     if done.is_empty() {
-        println!("nothing to do: the database is at version {}", migrate::wanted());
+        out::line(format_args!("nothing to do: the database is at version {}", migrate::wanted()))?;
     }
     for name in done {
-        println!("done: {name}");
+        out::line(format_args!("done: {name}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -445,7 +469,7 @@ fn confirm(question: &str) -> Option<bool> {
     if !std::io::stdin().is_terminal() {
         return None;
     }
-    eprint!("{question} [y/N] ");
+    let _ = write!(std::io::stderr(), "{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer).ok()?;
     Some(matches!(answer.trim(), "y" | "Y" | "yes"))
@@ -458,11 +482,12 @@ async fn check(json: bool) -> Result<ExitCode> {
     };
     let examination = doctor::check(&config, &warnings).await;
     if json {
-        println!("{}", serde_json::to_string(&examination)?);
+        out::unless_closed(out::line(out::safe_json(&serde_json::to_string(&examination)?)))?;
     } else {
         let terminal = std::io::stdout().is_terminal();
         let columns = terminal_size::terminal_size_of(std::io::stdout()).map(|(columns, _)| columns.0.into());
-        println!("{}", examination.page(terminal && !no_colour(), columns));
+        let page = examination.page(terminal && !no_colour(), columns) + "\n";
+        out::unless_closed(out::raw(&page))?;
     }
     Ok(match examination.verdict {
         doctor::Verdict::Healthy => ExitCode::SUCCESS,
@@ -477,17 +502,17 @@ async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    let say = &mut |line: &str| eprintln!("{line}");
+    let say = &mut |line: &str| out::note(format_args!("{line}"));
     if repair {
         for repaired in audit::repair_and_say(session.client_mut(), say).await? {
             if repaired.count > 0 {
-                println!("{:>12}  put right: {}", repaired.count, repaired.rule);
+                out::line(format_args!("{:>12}  put right: {}", repaired.count, repaired.rule))?;
             }
         }
     }
     let findings = audit::audit_and_say(session.client_mut(), say).await?;
     for finding in &findings {
-        println!("{finding}");
+        out::unless_closed(out::line(finding))?;
     }
     let clean = findings.iter().all(|finding| finding.count == 0);
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -500,8 +525,13 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
         Ok(connection) => connection,
         Err(error) => return Ok(unavailable("Redis", &error)),
     };
-    let filter =
-        |which: Which| Filter { ids: which.ids, reason: which.reason, kind: which.kind, since: which.since };
+    let filter = |which: Which| Filter {
+        ids: which.ids,
+        reason: which.reason,
+        kind: which.kind,
+        text: which.text,
+        since: which.since,
+    };
     match action {
         DeadLetters::List { which, limit, json } => {
             let mut walk = Walk::new(&mut connection, &keys, filter(which)).await?;
@@ -510,17 +540,9 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
                 for letter in page.iter().take(limit - listed) {
                     listed += 1;
                     if json {
-                        println!("{}", serde_json::to_string(letter)?);
+                        out::line(out::safe_json(&serde_json::to_string(letter)?))?;
                     } else {
-                        println!(
-                            "{}  {}  {} {}  {} ({} attempts)",
-                            letter.id,
-                            letter.reason,
-                            letter.event_type,
-                            letter.collection(),
-                            letter.message,
-                            letter.attempts,
-                        );
+                        out::line(dead_letters::line(letter))?;
                     }
                 }
                 if listed == limit {
@@ -528,16 +550,20 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
                 }
             }
             if listed == 0 && !json {
-                println!("no dead letters");
+                out::line("no dead letters")?;
             }
             Ok(ExitCode::SUCCESS)
         }
-        DeadLetters::Show { id } => {
+        DeadLetters::Show { id, json } => {
             let Some(letter) = stream_letters::get(&mut connection, &keys, &id).await? else {
-                eprintln!("standpipe: there is no dead letter {id}");
+                out::note(format_args!("standpipe: there is no dead letter {id}"));
                 return Ok(ExitCode::FAILURE);
             };
-            println!("{}", serde_json::to_string_pretty(&letter)?);
+            if json {
+                out::line(out::safe_json(&serde_json::to_string_pretty(&letter)?))?;
+            } else {
+                out::line(dead_letters::page(&letter))?;
+            }
             Ok(ExitCode::SUCCESS)
         }
         DeadLetters::Retry { which, all } => {
@@ -554,12 +580,13 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
                         Retried::Applied => applied += 1,
                         Retried::StillBad(reject) => {
                             bad += 1;
-                            println!("{id}  still cannot be applied: {reject}");
+                            let why = out::safe(&reject.to_string(), out::LINE);
+                            out::line(format_args!("{id}  still cannot be applied: {why}"))?;
                         }
                     }
                 }
             }
-            println!("{applied} applied, {bad} kept");
+            out::line(format_args!("{applied} applied, {bad} kept"))?;
             Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         DeadLetters::Purge { which, all } => {
@@ -573,14 +600,14 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
                     removed += u32::from(stream_letters::remove(&mut connection, &keys, letter).await?);
                 }
             }
-            println!("{removed} thrown away");
+            out::line(format_args!("{removed} thrown away"))?;
             Ok(ExitCode::SUCCESS)
         }
     }
 }
 
 fn which_ones() -> ExitCode {
-    eprintln!("standpipe: give ids, or --all (with --reason, --kind or --since for some of them)");
+    out::note("standpipe: give ids, or --all (with --reason, --kind, --text or --since for some of them)");
     ExitCode::from(EX_USAGE)
 }
 
@@ -590,8 +617,9 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
-    println!("{body}");
-    // Who restarts what is not well must not end a pause by hand.
+    // The exit code is the answer, whether or not anybody reads this.
+    let _ = out::line(out::safe_json(&body));
+    // Who restarts what is not well must not end a pause that somebody wants.
     let paused = || {
         let answer: Option<serde_json::Value> = serde_json::from_str(&body).ok();
         answer.is_some_and(|answer| answer["only_paused"] == true)
@@ -602,11 +630,11 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
 /// Tells the running process what the operator wants.
 async fn control(config: Config, action: &ControlAction) -> Result<ExitCode> {
     let Some(address) = config.http_addr else {
-        eprintln!("standpipe: HTTP_ADDR is off: there is no address to ask at");
+        out::note("standpipe: HTTP_ADDR is off: there is no address to ask at");
         return Ok(ExitCode::from(EX_USAGE));
     };
     let Some(token) = &config.admin_token else {
-        eprintln!("standpipe: ADMIN_TOKEN is not set: give it the value that the running process has");
+        out::note("standpipe: ADMIN_TOKEN is not set: give it the value that the running process has");
         return Ok(ExitCode::from(EX_USAGE));
     };
     let path = match action {
@@ -621,22 +649,26 @@ async fn control(config: Config, action: &ControlAction) -> Result<ExitCode> {
     };
     let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
     if code >= 300 {
-        eprintln!("standpipe: refused ({code}): {}", answer["error"].as_str().unwrap_or(body.trim()));
+        out::note(format_args!(
+            "standpipe: refused ({code}): {}",
+            answer["error"].as_str().unwrap_or(body.trim())
+        ));
         return Ok(ExitCode::FAILURE);
     }
-    println!("{}", answer["done"].as_str().unwrap_or(body.trim()));
+    out::line(answer["done"].as_str().unwrap_or(body.trim()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn help_env() {
+fn help_env() -> Result<()> {
     for variable in VARIABLES {
         let default = if variable.default.is_empty() { "no default" } else { variable.default };
-        println!("{} ({default})\n    {}", variable.name, variable.meaning);
+        out::line(format_args!("{} ({default})\n    {}", variable.name, variable.meaning))?;
     }
+    Ok(())
 }
 
 fn unavailable(what: &str, error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("standpipe: {what} cannot be reached: {error}");
+    out::note(format_args!("standpipe: {what} cannot be reached: {error}"));
     ExitCode::from(EX_UNAVAILABLE)
 }
 
@@ -655,7 +687,7 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
     let listener = TcpListener::bind(options.listen)
         .await
         .with_context(|| format!("cannot listen on {}", options.listen))?;
-    println!("simulated relay on ws://{}; Ctrl-C ends it", listener.local_addr()?);
+    out::line(format_args!("simulated relay on ws://{}; Ctrl-C ends it", listener.local_addr()?))?;
     let stop = CancellationToken::new();
     let counters = Arc::new(simulate::Counters::default());
     let serving = simulate::serve(
@@ -677,12 +709,12 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
             _ = tick.tick() => {
                 let sent = counters.frames_sent.load(Ordering::Relaxed);
                 if sent != said {
-                    println!(
+                    out::line(format_args!(
                         "{} consumers, {sent} frames sent, {} per second, sequence number {}",
                         counters.connections.load(Ordering::Relaxed),
                         (sent - said) / 10,
                         counters.last_seq_sent.load(Ordering::Relaxed),
-                    );
+                    ))?;
                     said = sent;
                 }
             }
@@ -735,23 +767,23 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
     // What it has started goes with it.
     let report = tokio::select! {
         report = bench::bench(&options) => report?,
-        _ = tokio::signal::ctrl_c() => return Ok(broken_off("SIGINT")),
-        _ = terminate.recv() => return Ok(broken_off("SIGTERM")),
+        _ = tokio::signal::ctrl_c() => return Ok(interrupted("SIGINT")),
+        _ = terminate.recv() => return Ok(interrupted("SIGTERM")),
     };
     if json {
-        println!("{}", serde_json::to_string(&report)?);
+        out::line(serde_json::to_string(&report)?)?;
     } else {
-        print!("{report}");
+        out::raw(&report.to_string())?;
     }
     if let Some(folder) = svg {
         for file in bench::svg::write(&report, &folder)? {
-            eprintln!("written: {}", file.display());
+            out::note(format_args!("written: {}", file.display()));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn broken_off(signal: &str) -> ExitCode {
-    eprintln!("standpipe: broken off by {signal}");
+fn interrupted(signal: &str) -> ExitCode {
+    out::note(format_args!("standpipe: interrupted by {signal}"));
     ExitCode::FAILURE
 }

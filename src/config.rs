@@ -51,6 +51,11 @@ pub const VARIABLES: &[Variable] = &[
         "wss://bsky.network",
         "the relay to read from, ws:// or wss://; the path of subscribeRepos is added when there is none",
     ),
+    variable(
+        "RELAY_CA_FILE",
+        "",
+        "a PEM file with the authorities that wss:// trusts; the system's when unset",
+    ),
     secret(
         "REDIS_URL",
         "redis://localhost:6379",
@@ -194,6 +199,8 @@ impl Role {
 pub struct Config {
     /// `RELAY_URL`, with its path.
     pub relay_url: RelayUrl,
+    /// `RELAY_CA_FILE`.
+    pub relay_ca: Option<CaFile>,
     /// `REDIS_URL`.
     pub redis_url: RedisUrl,
     /// `REDIS_CA_FILE`.
@@ -341,11 +348,10 @@ where
             return Err(ConfigError { problems: read.problems, warnings: read.warnings });
         }
     };
-    let consumer_id_given = raw.consumer_id.is_some();
     let config = read.config(&raw, host.as_deref(), role);
     match config {
         Some(config) if read.problems.is_empty() => {
-            read.warn_of_combinations(&config, role, consumer_id_given);
+            read.warn_of_combinations(&config, role);
             Ok((config, read.warnings))
         }
         _ => {
@@ -359,6 +365,7 @@ where
 #[derive(Deserialize)]
 struct Raw {
     relay_url: Option<String>,
+    relay_ca_file: Option<String>,
     redis_url: Option<String>,
     redis_ca_file: Option<String>,
     database_url: Option<String>,
@@ -446,6 +453,7 @@ impl Reading {
     /// Parses every variable before it looks at any result, so that no problem hides another.
     fn config(&mut self, raw: &Raw, host: Option<&str>, role: Role) -> Option<Config> {
         let relay_url = self.take("RELAY_URL", raw.relay_url.as_deref(), RelayUrl::parse);
+        let relay_ca = self.take("RELAY_CA_FILE", raw.relay_ca_file.as_deref(), CaFile::parse);
         let redis_url = self.take("REDIS_URL", raw.redis_url.as_deref(), RedisUrl::parse);
         let redis_ca = self.take("REDIS_CA_FILE", raw.redis_ca_file.as_deref(), CaFile::parse);
         let database_url = self.take("DATABASE_URL", raw.database_url.as_deref(), |t| match t {
@@ -518,6 +526,7 @@ impl Reading {
 
         Some(Config {
             relay_url: relay_url?,
+            relay_ca: relay_ca?,
             redis_url: redis_url?,
             redis_ca: redis_ca?,
             database_url: database_url?,
@@ -580,7 +589,11 @@ impl Reading {
     }
 
     /// What works, but probably not as its operator wishes.
-    fn warn_of_combinations(&mut self, config: &Config, role: Role, consumer_id_given: bool) {
+    fn warn_of_combinations(&mut self, config: &Config, role: Role) {
+        if config.relay_ca.is_some() && !config.relay_url.is_tls() {
+            self.warnings
+                .push("RELAY_CA_FILE is set, and RELAY_URL does not use TLS: write wss://".to_owned());
+        }
         if config.redis_ca.is_some() && !config.redis_url.is_tls() {
             self.warnings
                 .push("REDIS_CA_FILE is set, and REDIS_URL does not use TLS: write rediss://".to_owned());
@@ -616,13 +629,6 @@ impl Reading {
                 humantime::format_duration(config.tombstone_retention)
             ));
         }
-        let id = &config.consumer_id;
-        if !consumer_id_given && id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
-            self.warnings.push(format!(
-                "CONSUMER_ID is unset and the host's name {id} looks like a container's: a new container has a \
-                 new name and takes over its predecessor's entries only after CLAIM_IDLE; set CONSUMER_ID"
-            ));
-        }
     }
 }
 
@@ -638,6 +644,7 @@ impl Config {
         let duration = |d: Duration| humantime::format_duration(d).to_string();
         vec![
             ("RELAY_URL", self.relay_url.to_string()),
+            ("RELAY_CA_FILE", CaFile::path(self.relay_ca.as_ref())),
             ("REDIS_URL", self.redis_url.to_string()),
             ("REDIS_CA_FILE", CaFile::path(self.redis_ca.as_ref())),
             ("DATABASE_URL", self.database_url.as_ref().map(ToString::to_string).unwrap_or_default()),
@@ -707,11 +714,23 @@ impl RelayUrl {
             let what = "has a cursor of its own, but the cursor is kept in Redis";
             return Err(Wrong::new(what, "remove the cursor from the URL"));
         }
+        if url.path().trim_end_matches('/').ends_with("/subscribe") {
+            return Err(Wrong::new(
+                "is the address of a Jetstream, which speaks JSON and not the protocol of a relay",
+                "write the address of a relay, such as wss://bsky.network",
+            ));
+        }
         if url.path() == "/" {
             url.set_path(SUBSCRIBE_PATH);
         }
         url.set_fragment(None);
         Ok(Self(url))
+    }
+
+    /// Whether the connection is encrypted.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.0.scheme() == "wss"
     }
 
     /// The URL with everything that is secret in it, to connect with; never log it.
@@ -831,6 +850,55 @@ impl DatabaseUrl {
     /// libpq's spellings. The client library knows only three of them; the store translates.
     const SSL_MODES: [&str; 6] = ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"];
 
+    /// The parameters that the client library knows, and those that are translated for it.
+    const PARAMETERS: [&str; 21] = [
+        "user",
+        "password",
+        "dbname",
+        "options",
+        "application_name",
+        "sslmode",
+        "sslnegotiation",
+        "sslrootcert",
+        "host",
+        "hostaddr",
+        "port",
+        "connect_timeout",
+        "tcp_user_timeout",
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_retries",
+        "target_session_attrs",
+        "channel_binding",
+        "load_balance_hosts",
+        "schema",
+    ];
+
+    /// What to write in place of parameters that other libraries know.
+    fn instead_of(parameter: &str) -> &'static str {
+        match parameter {
+            "ssl" => "write sslmode=require, or sslmode=disable",
+            "currentSchema" | "search_path" => "write schema=NAME",
+            "pgbouncer" | "statement_cache_size" | "prepared_statements" | "binary_parameters" => {
+                "remove it: a pooler works in session mode, and needs no parameter here"
+            }
+            "connection_limit" | "pool_max_conns" | "pool_size" | "max_connections" | "pool_timeout" => {
+                "remove it: DB_POOL_SIZE limits the connections"
+            }
+            "statement_timeout" => "remove it: DB_STATEMENT_TIMEOUT says how long a statement may take",
+            "sslcert" | "sslkey" | "sslpassword" | "sslidentity" => {
+                "remove it: client certificates are not supported; use a password"
+            }
+            "gssencmode" | "krbsrvname" | "gsslib" => "remove it: GSSAPI is not supported; sslmode encrypts",
+            "timezone" | "TimeZone" | "client_encoding" | "charset" => {
+                "remove it: standpipe sets what it needs"
+            }
+            "ssl_mode" | "sslMode" => "write sslmode=...",
+            _ => "remove it, or set it in options, such as options=-c%20work_mem%3D16MB",
+        }
+    }
+
     /// Checks what `url::Url` cannot: PostgreSQL's URLs may name several hosts, or none but in a parameter.
     /// The parts are cut as the client library cuts them.
     fn parse(text: &str) -> Result<Self, Wrong> {
@@ -864,6 +932,16 @@ impl DatabaseUrl {
             }
         } else if !hosts.split(',').all(is_host_and_port) {
             return Err(hidden("has a host or port that cannot be"));
+        }
+        for (name, value) in &parameters {
+            let translated = *name == "ssl" && matches!(*value, "true" | "1" | "false" | "0");
+            if !translated && !Self::PARAMETERS.contains(name) {
+                let name: String = name.chars().filter(|c| !c.is_control()).take(40).collect();
+                return Err(Wrong::new(
+                    format!("has the parameter {name}, which is not known here (the URL is not shown)"),
+                    Self::instead_of(&name),
+                ));
+            }
         }
         if parameters.iter().any(|(name, mode)| *name == "sslmode" && !Self::SSL_MODES.contains(mode)) {
             let right = format!("write one of {}", Self::SSL_MODES.join(", "));
@@ -937,7 +1015,22 @@ impl DatabaseUrl {
     /// The last `sslmode` that it gives, which is the one that counts.
     #[must_use]
     pub fn ssl_mode(&self) -> Option<&str> {
-        self.parameters().filter(|(name, _)| *name == "sslmode").last().map(|(_, mode)| mode)
+        let words = self.parameters().filter_map(|parameter| match parameter {
+            ("sslmode", mode) => Some(mode),
+            ("ssl", "true" | "1") => Some("require"),
+            ("ssl", _) => Some("disable"),
+            _ => None,
+        });
+        words.last()
+    }
+
+    /// The schema of the application's tables, where the URL names one.
+    #[must_use]
+    pub fn schema(&self) -> Option<String> {
+        let (_, schema) = self.parameters().filter(|(name, _)| *name == "schema").last()?;
+        let schema = schema.replace('+', "%2B");
+        let decoded = url::form_urlencoded::parse(schema.as_bytes()).next()?.0.into_owned();
+        (!decoded.is_empty()).then_some(decoded)
     }
 
     fn root_cert(&self) -> Option<String> {
@@ -955,10 +1048,13 @@ impl DatabaseUrl {
         let Some((url, parameters)) = self.0.split_once('?') else { return self.0.clone() };
         let kept: Vec<String> = parameters
             .split('&')
-            .filter(|parameter| !parameter.starts_with("sslrootcert="))
-            .map(|parameter| match parameter.strip_prefix("sslmode=") {
-                Some("allow") => "sslmode=prefer".to_owned(),
-                Some("verify-ca" | "verify-full") => "sslmode=require".to_owned(),
+            .filter(|parameter| !parameter.starts_with("sslrootcert=") && !parameter.starts_with("schema="))
+            .map(|parameter| match parameter {
+                "sslmode=allow" => "sslmode=prefer".to_owned(),
+                "sslmode=verify-ca" | "sslmode=verify-full" | "ssl=true" | "ssl=1" => {
+                    "sslmode=require".to_owned()
+                }
+                "ssl=false" | "ssl=0" => "sslmode=disable".to_owned(),
                 _ => parameter.to_owned(),
             })
             .collect();
@@ -1568,7 +1664,7 @@ mod tests {
             "DEAD_LETTER_MAX_BYTES" => "1GB",
             "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
             "ADMIN_TOKEN" => "sixteen-and-more-characters",
-            "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
+            "RELAY_CA_FILE" | "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
                 concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ca.pem")
             }
             "LOG_LEVEL" => "warn",
@@ -1814,16 +1910,11 @@ mod tests {
             ("PARALLEL_CONSUMERS", "21"),
             ("TOMBSTONE_RETENTION", "1h"),
             ("REDIS_MAX_STREAM_LEN", "100"),
+            // A container's own name is a good one: it stays the same over restarts.
             ("HOSTNAME", "0123456789ab"),
         ];
         let (_, warnings) = from_env(vars, Role::Worker).unwrap();
-        let about = [
-            "BATCH_SIZE",
-            "PARALLEL_CONSUMERS",
-            "REDIS_MAX_STREAM_LEN",
-            "TOMBSTONE_RETENTION",
-            "CONSUMER_ID",
-        ];
+        let about = ["BATCH_SIZE", "PARALLEL_CONSUMERS", "REDIS_MAX_STREAM_LEN", "TOMBSTONE_RETENTION"];
         assert_eq!(warnings.len(), about.len(), "{warnings:?}");
         for (warning, name) in warnings.iter().zip(about) {
             assert!(warning.starts_with(name), "{warning}");

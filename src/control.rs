@@ -114,7 +114,7 @@ impl Control {
         let set_level = self.set_level.as_ref().ok_or("the log of this process cannot be changed")?;
         set_level(level)?;
         *lock(&self.level) = Some(level);
-        info!(%level, "the log level was changed by hand");
+        info!(%level, "the log level was changed manually");
         Ok(())
     }
 

@@ -75,6 +75,30 @@ pub fn at(point: Point) {
 #[inline]
 pub fn at(_: Point) {}
 
+/// Panics if a test wants it over this text (`STANDPIPE_PANIC_OVER`): the program has no known way to panic over an entry,
+/// and must survive the unknown ones.
+///
+/// # Panics
+///
+/// If a test wants it.
+#[cfg(debug_assertions)]
+pub fn panic_over(stage: &str, text: &str) {
+    use std::sync::LazyLock;
+    static WANTED: LazyLock<Option<(String, String)>> = LazyLock::new(|| {
+        let wanted = std::env::var("STANDPIPE_PANIC_OVER").ok()?;
+        let (stage, text) = wanted.split_once(':')?;
+        Some((stage.to_owned(), text.to_owned()))
+    });
+    if let Some((at, over)) = &*WANTED {
+        assert!(at != stage || !text.contains(over.as_str()), "a test wants this: {over}");
+    }
+}
+
+/// Nothing.
+#[cfg(not(debug_assertions))]
+#[inline]
+pub fn panic_over(_: &str, _: &str) {}
+
 /// Whether a test wants the process to die here, this time. For a point that takes some preparation.
 #[cfg(debug_assertions)]
 #[must_use]

@@ -1,15 +1,21 @@
 //! `standpipe dead-letters`: looking at what could not be applied, applying it again after a correction, throwing it away.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use redis::aio::MultiplexedConnection;
+use serde_json::Value;
 
-use crate::apply::interpret;
+use crate::apply::{Context, interpret};
 use crate::event::{EntryId, Reject};
+use crate::out;
 use crate::store::{Outcome, Store};
-use crate::stream::Keys;
 use crate::stream::dead_letters::{self, Letter};
+use crate::stream::{Keys, epochs};
+
+/// Lines of an operation that are shown to a person.
+const LINES: usize = 500;
 
 /// Which letters are meant; everything that is given must fit.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +26,8 @@ pub struct Filter {
     pub reason: Option<String>,
     /// This type (commit, identity, account) or this collection.
     pub kind: Option<String>,
+    /// This text, anywhere in the letter; case does not matter.
+    pub text: Option<String>,
     /// Not tried before this long ago.
     pub since: Option<Duration>,
 }
@@ -42,8 +50,100 @@ impl Filter {
                 .kind
                 .as_ref()
                 .is_none_or(|kind| *kind == letter.event_type || *kind == letter.collection())
+            && self.text.as_ref().is_none_or(|text| contains(letter, text))
             && self.since.is_none_or(young)
     }
+}
+
+/// Whether a text stands anywhere in a letter, as it is kept: operations are JSON.
+fn contains(letter: &Letter, text: &str) -> bool {
+    let text = text.to_lowercase();
+    [
+        &letter.id,
+        &letter.source_id,
+        &letter.seq,
+        &letter.event_type,
+        &letter.reason,
+        &letter.sqlstate,
+        &letter.message,
+        &letter.op,
+        &letter.data,
+    ]
+    .into_iter()
+    .any(|field| field.to_lowercase().contains(&text))
+}
+
+/// The letter on one line, bounded, and with nothing in it that could control a terminal.
+#[must_use]
+pub fn line(letter: &Letter) -> String {
+    let cell = |text: &str| out::safe(text, out::CELL);
+    let tries = if letter.attempts == 1 { "attempt" } else { "attempts" };
+    format!(
+        "{}  {}  {} {}  {} ({} {tries})",
+        cell(&letter.id),
+        cell(&letter.reason),
+        cell(&letter.event_type),
+        cell(&letter.collection()),
+        cell(&letter.message),
+        letter.attempts,
+    )
+}
+
+/// The letter for a person, bounded likewise; `dead-letters show --json` has all of it.
+#[must_use]
+pub fn page(letter: &Letter) -> String {
+    let (op, data) = (parsed(&letter.op), parsed(&letter.data));
+    let mut page = String::new();
+    let seq = if letter.seq.is_empty() { String::new() } else { format!(", sequence number {}", letter.seq) };
+    let database = if letter.sqlstate.is_empty() { "" } else { ", SQLSTATE " };
+    for (name, value) in [
+        ("id", letter.id.clone()),
+        ("reason", format!("{}{database}{}", letter.reason, letter.sqlstate)),
+        ("message", letter.message.clone()),
+        ("type", letter.event_type.clone()),
+        ("record", record(&op, &data).unwrap_or_default()),
+        ("entry", format!("{}{seq}", letter.source_id)),
+        ("first tried", letter.first_time.clone()),
+        ("last tried", format!("{}, by version {}", letter.last_time, letter.version)),
+        ("attempts", letter.attempts.to_string()),
+    ] {
+        if !value.is_empty() {
+            let _ = writeln!(page, "{name:<11} {}", out::safe(&value, 10 * out::LINE));
+        }
+    }
+    for (title, text, json) in
+        [("operation", &letter.op, &op), ("of the commit around it", &letter.data, &data)]
+    {
+        if text.is_empty() {
+            continue;
+        }
+        let pretty = serde_json::to_string_pretty(json).unwrap_or_default();
+        let text = if json.is_null() { text } else { &pretty };
+        let _ = writeln!(page, "\n{title}:");
+        for line in text.lines().take(LINES) {
+            let _ = writeln!(page, "{}", out::safe(line, out::LINE));
+        }
+        match text.lines().count().saturating_sub(LINES) {
+            0 => {}
+            more => {
+                let _ = writeln!(page, "({more} more lines: --json has them)");
+            }
+        }
+    }
+    page.trim_end().to_owned()
+}
+
+/// The at:// URI of the record that a letter is about, where it names one.
+fn record(op: &Value, data: &Value) -> Option<String> {
+    let repo = [&data["repo"], &op["repo"], &op["did"]].into_iter().find_map(Value::as_str)?;
+    Some(match op["path"].as_str() {
+        Some(path) => format!("at://{repo}/{path}"),
+        None => format!("at://{repo}"),
+    })
+}
+
+fn parsed(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_default()
 }
 
 /// A walk over the letters, the oldest first, page by page. Letters that come meanwhile are not met: a letter whose
@@ -109,7 +209,8 @@ pub async fn retry(
     let entry = letter
         .entry()
         .with_context(|| format!("dead letter {}: source_id {}", letter.id, letter.source_id))?;
-    let bad = match interpret(&entry) {
+    let epochs = epochs::read(connection, keys).await?;
+    let bad = match interpret(&entry, Context::now(&epochs)) {
         Err(reject) => Some(reject),
         Ok(event) if !event.rejected.is_empty() => {
             event.rejected.first().map(|rejected| rejected.reject.clone())
@@ -139,5 +240,59 @@ pub async fn retry(
             dead_letters::tried_again(connection, keys, letter, &reject).await?;
             Ok(Retried::StillBad(reject))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn letter() -> Letter {
+        let path = format!("app.bsky.feed.like\u{1b}]0;x\u{7}\0\u{202e}/{}", "k".repeat(900_000));
+        Letter {
+            id: "1-1".to_owned(),
+            source_id: "2-2".to_owned(),
+            event_type: "commit".to_owned(),
+            reason: "invalid_field".to_owned(),
+            message: format!("path: {path}\nof 900000"),
+            op: serde_json::json!({"action": "create", "path": path, "record": {"text": "Ärger"}})
+                .to_string(),
+            data: serde_json::json!({"repo": "did:plc:a", "rev": "3n2"}).to_string(),
+            attempts: 1,
+            ..Letter::default()
+        }
+    }
+
+    #[test]
+    fn a_letter_for_people_is_bounded_and_harmless() {
+        let line = line(&letter());
+        assert!(line.starts_with("1-1  invalid_field  commit app.bsky.feed.like\\u{1b}]0;x"), "{line}");
+        assert!(line.ends_with("... (1 attempt)") && line.len() < 500, "{line}");
+        let page = page(&letter());
+        assert!(page.contains("record      at://did:plc:a/app.bsky.feed.like\\u{1b}"), "{page}");
+        assert!(page.contains("\"text\": \"Ärger\"") && page.contains("\"rev\": \"3n2\""), "{page}");
+        assert!(page.lines().all(|line| line.chars().count() < 3_200), "{}", page.len());
+        for text in [line, page.replace('\n', "")] {
+            assert!(!text.contains(|c: char| c.is_control() || c == '\u{202e}'), "{text:?}");
+        }
+        let many = Letter { op: format!("[{}1]", "1,".repeat(9_000)), ..letter() };
+        assert!(super::page(&many).contains("more lines: --json has them"));
+        let unreadable = Letter { op: "{".to_owned(), data: String::new(), ..letter() };
+        assert!(super::page(&unreadable).ends_with("operation:\n{"));
+    }
+
+    #[test]
+    fn a_text_is_found_anywhere_and_in_any_case() {
+        let has = |text: &str| Filter { text: Some(text.to_owned()), ..Filter::default() }.fits(&letter());
+        for text in ["did:plc:A", "ärger", "2-2", "OF 900000", "invalid_", ""] {
+            assert!(has(text), "{text}");
+        }
+        assert!(!has("did:plc:b"));
+        let both = Filter {
+            kind: Some("app.bsky.feed.post".to_owned()),
+            text: Some("did:plc:a".to_owned()),
+            ..Filter::default()
+        };
+        assert!(!both.fits(&letter()));
     }
 }

@@ -2,7 +2,8 @@
 //! the pipelines, the HTTP server.
 
 use std::ffi::OsString;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
+use std::iter::Peekable;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Config, ConfigError, Role};
 use crate::control::Control;
 use crate::http;
+use crate::out;
 use crate::private::{PostgresOptions, PrivateFolder, PrivatePostgres, PrivateRedis, RedisOptions};
 use crate::relay::simulate::{self, Counters, NetworkOptions, RelayOptions, Source};
 use crate::run::{self, Parts, Running};
@@ -91,7 +93,7 @@ pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
 ///
 /// The servers cannot be started.
 pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Control) -> Result<bool> {
-    println!("starting a private Redis and a private PostgreSQL ...");
+    out::line("starting a private Redis and a private PostgreSQL ...")?;
     let folder = PrivateFolder::create("standpipe-demo")?;
     let redis_options = RedisOptions { max_memory: Some(REDIS_MEMORY), ..RedisOptions::default() };
     let mut redis = PrivateRedis::start(&folder.path().join("redis"), redis_options).await?;
@@ -109,7 +111,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         events: options.events.unwrap_or(0),
         ..NetworkOptions::default()
     };
-    let last_seq = options.events.map(|_| last_seq(&network)).transpose()?;
+    let (mut sent, last_seq) = Sent::new(&network)?;
     let rate = options.rate.or_else(|| options.events.is_none().then_some(RATE));
     let relay_options = RelayOptions { source: Source::Network(network), rate };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
@@ -127,27 +129,32 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let began = Instant::now();
     let mut running = run::start(config, Parts::All, metrics, control, &stop)?;
     if let Some(address) = running.http {
-        println!("dashboard on http://{address}/, its admin token is {}; Ctrl-C stops", addresses.token);
-        println!(
-            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={} RELAY_URL={} REDIS_URL={} DATABASE_URL={}",
-            addresses.token, addresses.relay, addresses.redis, addresses.database
-        );
+        let Addresses { relay, redis: redis_url, database, token } = &addresses;
+        out::line(format_args!(
+            "dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops it and audits the database"
+        ))?;
+        out::line(format_args!(
+            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={token} RELAY_URL={relay} \
+             REDIS_URL={redis_url} DATABASE_URL={database}"
+        ))?;
         if let (Some(redis), Some(postgres)) = (redis.pid(), postgres.pid()) {
-            println!("to break it: kill -9 {postgres} ends its PostgreSQL, kill -9 {redis} its Redis");
+            out::line(format_args!(
+                "to break it: kill -9 {postgres} ends its PostgreSQL, kill -9 {redis} its Redis"
+            ))?;
         }
     }
 
-    let watch = watch(&running, &counters, last_seq);
+    let watch = watch(&running, &counters, &mut sent, last_seq);
     let finished = tokio::select! {
         never = keep_servers(&mut redis, &mut postgres) => { never?; false }
-        finished = watch => finished,
+        finished = watch => finished?,
         served = &mut serving => { served?; false }
         () = running.drain_begun() => {
-            println!("\ndraining; a second Ctrl-C ends at once ...");
+            out::line("\ndraining; Ctrl-C ends at once ...")?;
             false
         }
         _ = tokio::signal::ctrl_c() => {
-            println!("\nfinishing what is in hand; a second Ctrl-C ends at once ...");
+            out::line("\nfinishing what the pipelines hold; a second Ctrl-C ends at once ...")?;
             false
         }
     };
@@ -165,41 +172,97 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         () = serve_on => false,
         _ = tokio::signal::ctrl_c() => return Ok(false),
     };
-    if !finished {
+    if finished {
+        out::line(format_args!(
+            "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 \
+             events (simulated relay included) and at most {:.0} MiB of memory in this process",
+            entries as f64 / seconds,
+            cpu / entries as f64 * 100_000.0,
+            peak as f64 / 1_048_576.0,
+        ))?;
+    } else {
         let waiting = unfinished(&status).map_or(String::new(), |count| {
             format!("; {count} more were in the stream, which ends with the demo")
         });
-        println!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}");
+        out::line(format_args!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}"))?;
         if last_seq.is_some() {
-            println!("stopped before all events had arrived");
+            out::line("stopped before all events had arrived")?;
         }
-        return Ok(drained && last_seq.is_none());
     }
-    println!(
-        "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 events \
-         (simulated relay included) and at most {:.0} MiB of memory in this process",
-        entries as f64 / seconds,
-        cpu / entries as f64 * 100_000.0,
-        peak as f64 / 1_048_576.0,
-    );
-    let failed = "everything had arrived, but the audit could not be done: PostgreSQL";
-    let mut session = store.session().await.context(failed)?;
-    let findings = audit::audit(session.client_mut()).await.context(failed)?;
-    println!("audit:");
-    for finding in &findings {
-        println!("{finding}");
-    }
-    let clean = findings.iter().all(|finding| finding.count == 0);
-    println!("{}", if clean { "everything agrees" } else { "something is wrong" });
-    Ok(clean && drained)
+    let clean = tokio::select! {
+        clean = audit(&store) => clean?,
+        _ = tokio::signal::ctrl_c() => {
+            out::line("the audit was interrupted")?;
+            false
+        }
+    };
+    // One that was to end by itself, and did not, has not shown what it was to show.
+    Ok(clean && drained && (finished || last_seq.is_none()))
 }
 
-/// The sequence number of the last frame: known beforehand, because the network follows from its options.
-fn last_seq(network: &NetworkOptions) -> Result<u64> {
-    simulate::Network::new(network)
-        .filter_map(|frame| frame.seq)
-        .last()
-        .context("the simulated network is empty")
+/// Audits the database and says what came of it.
+async fn audit(store: &Store) -> Result<bool> {
+    let failed = "the audit could not be done: PostgreSQL";
+    let mut session = store.session().await.context(failed)?;
+    out::line("audit; Ctrl-C ends it:")?;
+    let say = &mut |line: &str| out::note(format_args!("{line}"));
+    let findings = audit::audit_and_say(session.client_mut(), say).await.context(failed)?;
+    for finding in &findings {
+        out::line(finding)?;
+    }
+    let clean = findings.iter().all(|finding| finding.count == 0);
+    out::line(if clean { "everything agrees" } else { "something is wrong" })?;
+    Ok(clean)
+}
+
+/// How many different frames the relay has sent. It sends many of them again to a reader that comes back after an outage;
+/// counted twice, they would look like events that never arrived.
+///
+/// What the simulated network sends follows from its options, so that sequence numbers, which have gaps, can be counted.
+struct Sent {
+    /// Frames whose number does not follow on the one before: the number, and the how many-th frame it is.
+    jumps: Peekable<Box<dyn Iterator<Item = (u64, u64)>>>,
+    /// The last jump that was passed.
+    at: (u64, u64),
+}
+
+impl Sent {
+    /// Also returns the number of the last frame, if there is one. A network that ends is gone through beforehand.
+    fn new(network: &NetworkOptions) -> Result<(Self, Option<u64>)> {
+        let numbers = simulate::Network::new(network).filter_map(|frame| frame.seq);
+        if network.events == 0 {
+            return Ok((Self::counting(Box::new(jumps(numbers))), None));
+        }
+        let mut last = None;
+        let jumps: Vec<(u64, u64)> = jumps(numbers.inspect(|seq| last = Some(*seq))).collect();
+        let last = last.context("the simulated network is empty")?;
+        Ok((Self::counting(Box::new(jumps.into_iter())), Some(last)))
+    }
+
+    fn counting(jumps: Box<dyn Iterator<Item = (u64, u64)>>) -> Self {
+        Self { jumps: jumps.peekable(), at: (0, 0) }
+    }
+
+    /// How many frames there are up to this one; it must not be before one that was asked about earlier.
+    fn up_to(&mut self, seq: u64) -> u64 {
+        while let Some(jump) = self.jumps.next_if(|(number, _)| *number <= seq) {
+            self.at = jump;
+        }
+        let (number, frames) = self.at;
+        frames + (seq - number)
+    }
+}
+
+/// Of ascending numbers, those that do not follow on the one before, with their places, which begin with 1.
+fn jumps(numbers: impl Iterator<Item = u64>) -> impl Iterator<Item = (u64, u64)> {
+    numbers
+        .zip(1..)
+        .scan(0, |before, (number, place)| {
+            let follows = number == *before + 1;
+            *before = number;
+            Some((!follows).then_some((number, place)))
+        })
+        .flatten()
 }
 
 /// Entries that were waiting or pending at the last look.
@@ -213,18 +276,23 @@ async fn keep_servers(redis: &mut PrivateRedis, postgres: &mut PrivatePostgres) 
     loop {
         tokio::time::sleep(Duration::from_secs(5)).await;
         if postgres.has_ended()? {
-            println!("\nthe private PostgreSQL has ended; starting it again ...");
+            out::line("\nthe private PostgreSQL has ended; starting it again ...")?;
             postgres.start_again().await?;
         }
         if redis.has_ended()? {
-            println!("\nthe private Redis has ended; starting it again ...");
+            out::line("\nthe private Redis has ended; starting it again ...")?;
             redis.start_again().await?;
         }
     }
 }
 
 /// Shows how it is going; returns when the last event is in the database.
-async fn watch(running: &Running, counters: &Counters, last_seq: Option<u64>) -> bool {
+async fn watch(
+    running: &Running,
+    counters: &Counters,
+    sent: &mut Sent,
+    last_seq: Option<u64>,
+) -> Result<bool> {
     let terminal = std::io::stdout().is_terminal();
     let mut last = (Instant::now(), 0);
     let mut arrived = None;
@@ -235,26 +303,31 @@ async fn watch(running: &Running, counters: &Counters, last_seq: Option<u64>) ->
             tokio::time::sleep(Duration::from_millis(50)).await;
             if is_finished(running, last_seq, &mut arrived) {
                 if terminal {
-                    println!();
+                    out::line("")?;
                 }
-                return true;
+                return Ok(true);
             }
         }
         let entries = running.status.entries.load(Ordering::Relaxed);
         let rate = (entries - last.1) as f64 / last.0.elapsed().as_secs_f64();
         last = (Instant::now(), entries);
         let look = running.status.look().map(|(look, _)| look).unwrap_or_default();
+        let sent = sent.up_to(counters.last_seq_sent.load(Ordering::Relaxed));
+        // After an outage some entries are applied again, which changes nothing.
+        let repeated = match entries.saturating_sub(sent) {
+            0 => String::new(),
+            repeated => format!("   applied again {repeated}"),
+        };
         let line = format!(
-            "relay sent {}   in PostgreSQL {entries}   {rate:.0} events/s   stream {}   pending {}",
-            counters.frames_sent.load(Ordering::Relaxed),
+            "relay sent {sent}   in PostgreSQL {}{repeated}   {rate:.0} events/s   stream {}   pending {}",
+            entries.min(sent),
             look.length,
             look.pending,
         );
         if terminal {
-            print!("\r\x1b[K{line}");
-            let _ = std::io::stdout().flush();
+            out::raw(&format!("\r\x1b[K{line}"))?;
         } else {
-            println!("{line}");
+            out::line(line)?;
         }
     }
 }
@@ -283,4 +356,27 @@ fn own_usage() -> (f64, u64) {
         })
         .unwrap_or(0);
     (usage.cpu_seconds_total.unwrap_or(0.0), peak * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_frame_is_counted_once() {
+        for events in [3_000, 0] {
+            let network = NetworkOptions { events, ..NetworkOptions::default() };
+            let (mut sent, last) = Sent::new(&network).unwrap();
+            let numbers: Vec<u64> =
+                simulate::Network::new(&network).filter_map(|frame| frame.seq).take(3_000).collect();
+            assert_eq!(last, (events > 0).then(|| numbers[2_999]));
+            assert!(numbers[2_999] > 3_000, "the numbers have gaps");
+            assert_eq!(sent.up_to(0), 0);
+            for place in (0..3_000).step_by(7).chain([2_999]) {
+                assert_eq!(sent.up_to(numbers[place]), place as u64 + 1);
+            }
+            // What is sent again counts no more.
+            assert_eq!(sent.up_to(numbers[2_999]), 3_000);
+        }
+    }
 }

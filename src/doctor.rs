@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::out;
 
 /// Clocks that differ by more than this make ages and times that mislead.
 const SKEW: f64 = 2.0;
@@ -209,8 +210,9 @@ impl Findings {
     }
 }
 
+/// Names and answers come from elsewhere: nothing in them reaches a terminal as it is.
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    out::safe(&text.split_whitespace().collect::<Vec<_>>().join(" "), 10 * out::LINE)
 }
 
 /// The text on lines of its own, each but the first with as many blanks before it.

@@ -1,9 +1,13 @@
 //! The common language of the pipelines: an event is what one stream entry says, in operations that the database
 //! understands. Pure data; nothing here knows Redis or PostgreSQL.
 
+mod epoch;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
+
+pub use epoch::{Epochs, Start};
 
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -55,10 +59,12 @@ pub struct Micros(pub i64);
 /// What orders two events about one record: see `standpipe.newer` in `sql/apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version<'a> {
-    /// The commit's revision, a TID; the Python reader gives none.
+    /// The commit's revision, a TID; the Python reader gives none, and a place between those of our reader stands here.
     pub rev: Option<Cow<'a, str>>,
-    /// The relay's sequence number, in digits.
+    /// The relay's sequence number, in digits; of a named epoch, with `@` and the epoch.
     pub seq: Option<Cow<'a, str>>,
+    /// The epoch that the number belongs to; 0 for one without a name.
+    pub epoch: u64,
     /// The stream entry that brought it.
     pub entry: EntryId,
 }
@@ -73,6 +79,24 @@ impl Version<'_> {
             .and_then(tid_time)
             .unwrap_or(Micros(i64::try_from(self.entry.ms).unwrap_or(i64::MAX / 1000).saturating_mul(1000)))
     }
+}
+
+/// A revision is at most so far ahead of the clock; what is beyond would outlive everything that comes after it.
+const MAX_AHEAD: Micros = Micros(5 * 60 * 1_000_000);
+
+/// Whether a revision is one that may be believed: a TID (<https://atproto.com/specs/tid>), and no more than five minutes
+/// ahead of the clock (`now_ms`, Unix time).
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn check_rev(rev: &str, now_ms: u64) -> Result<(), String> {
+    let time = tid_time(rev).ok_or_else(|| "`rev` is not a TID".to_owned())?;
+    let now = i64::try_from(now_ms).unwrap_or(i64::MAX / 1000).saturating_mul(1000);
+    if time.0 > now.saturating_add(MAX_AHEAD.0) {
+        return Err(format!("`rev` {rev} is more than five minutes ahead of the clock"));
+    }
+    Ok(())
 }
 
 /// The microseconds in a TID (<https://atproto.com/specs/tid>): 13 characters of base32-sortable, a zero bit, 53
@@ -247,7 +271,7 @@ impl Reject {
 /// The classes of dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// The entry is not what the contract says: no JSON, no `data`, no `repo`.
+    /// The entry is not what the contract says, or the record's bytes are no DAG-CBOR.
     Undecodable,
     /// The record lacks a field without which its row cannot be.
     MissingField,
@@ -255,21 +279,45 @@ pub enum Reason {
     InvalidField,
     /// The database refused the values.
     Database,
+    /// The entry's `type` is none that we know.
+    UnknownType,
+    /// The commit's archive lacks the record, or the record's bytes are not what its CID says.
+    MissingBlock,
+    /// The event is larger than the protocol allows.
+    TooLarge,
+    /// A function or trigger of the operator's own refused it.
+    Trigger,
+    /// The program panicked over it.
+    Panic,
 }
 
 impl Reason {
     /// Every class.
-    pub const ALL: [Reason; 4] =
-        [Reason::Undecodable, Reason::MissingField, Reason::InvalidField, Reason::Database];
+    pub const ALL: [Reason; 9] = [
+        Reason::Undecodable,
+        Reason::MissingField,
+        Reason::InvalidField,
+        Reason::Database,
+        Reason::UnknownType,
+        Reason::MissingBlock,
+        Reason::TooLarge,
+        Reason::Trigger,
+        Reason::Panic,
+    ];
 
     /// The name in metrics and dead letters.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Reason::Undecodable => "undecodable",
             Reason::MissingField => "missing_field",
             Reason::InvalidField => "invalid_field",
             Reason::Database => "database",
+            Reason::UnknownType => "unknown_type",
+            Reason::MissingBlock => "missing_block",
+            Reason::TooLarge => "too_large",
+            Reason::Trigger => "trigger",
+            Reason::Panic => "panic",
         }
     }
 }

@@ -26,6 +26,7 @@ pub mod doctor;
 pub mod event;
 pub mod http;
 pub mod metrics;
+pub mod out;
 pub mod pipeline;
 pub mod private;
 pub mod relay;

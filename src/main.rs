@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use standpipe::out;
 
 mod cli;
 
@@ -18,18 +19,21 @@ fn main() -> ExitCode {
     };
     // The first thing that needs it decides otherwise, or panics.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
-        eprintln!("standpipe: another TLS provider is installed already");
+        out::note("standpipe: another TLS provider is installed already");
         return ExitCode::FAILURE;
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("standpipe: the runtime cannot be started: {error}");
+            out::note(format_args!("standpipe: the runtime cannot be started: {error}"));
             return ExitCode::FAILURE;
         }
     };
     runtime.block_on(cli::execute(command)).unwrap_or_else(|error| {
-        eprintln!("standpipe: {error:#}");
+        if error.is::<out::Closed>() {
+            return ExitCode::SUCCESS;
+        }
+        out::note(format_args!("standpipe: {error:#}"));
         ExitCode::FAILURE
     })
 }

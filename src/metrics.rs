@@ -72,6 +72,8 @@ pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
 pub const RELAY_BAD_FRAMES: &str = "standpipe_relay_undecodable_frames_total";
 /// Records that could not be decoded.
 pub const RELAY_BAD_RECORDS: &str = "standpipe_relay_undecodable_records_total";
+/// What is missing because the relay's events could not be used, by reason.
+pub const RELAY_MISSED: &str = "standpipe_relay_missed_total";
 /// Connections to the relay.
 pub const RELAY_CONNECTS: &str = "standpipe_relay_connects_total";
 /// Gaps that the relay or a change of relay left.
@@ -82,6 +84,10 @@ pub const RELAY_FRAME_AGE: &str = "standpipe_relay_last_frame_age_seconds";
 pub const CURSOR: &str = "standpipe_cursor";
 /// Time that the reader spent waiting for room.
 pub const BACKPRESSURE: &str = "standpipe_backpressure_seconds_total";
+/// Times that PostgreSQL knew less than it had acknowledged.
+pub const DATABASE_WENT_BACK: &str = "standpipe_database_went_back_total";
+/// Whether what PostgreSQL had lost is being read again.
+pub const REFILLING: &str = "standpipe_refilling";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
 
@@ -94,6 +100,21 @@ pub const TYPES: [&str; 6] = ["commit", "identity", "account", "sync", "info", "
 #[must_use]
 pub fn type_label(event_type: &str) -> &'static str {
     TYPES.iter().find(|known| **known == event_type).copied().unwrap_or("other")
+}
+
+/// Counts what of the relay's events could not be used, by class.
+pub fn missed(class: &'static str, by: u64) {
+    metrics::counter!(RELAY_MISSED, "reason" => class).increment(by);
+}
+
+/// Counts a dead letter.
+pub fn dead_letter(reason: Reason) {
+    metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).increment(1);
+}
+
+/// Says whether what PostgreSQL had lost is being read again.
+pub fn refilling(refilling: bool) {
+    metrics::gauge!(REFILLING).set(if refilling { 1.0 } else { 0.0 });
 }
 
 /// Adds to a counter without labels.
@@ -226,7 +247,7 @@ fn describe() {
     describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
     describe_counter!(TRIMMED, "Entries trimmed after every group had acknowledged them");
     describe_gauge!(PIPELINES, "Pipelines, by state: at work, or what they wait for");
-    describe_gauge!(PAUSED, "1 while a part is paused by hand: reader or pipelines");
+    describe_gauge!(PAUSED, "1 while a part is paused manually: reader or pipelines");
     describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
     describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
     describe_histogram!(POOL_WAIT, Unit::Seconds, "Waiting for a connection out of the pool");
@@ -234,6 +255,10 @@ fn describe() {
     describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
     describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
     describe_counter!(RELAY_BAD_RECORDS, "Records left out because they could not be decoded");
+    describe_counter!(
+        RELAY_MISSED,
+        "What is missing from the tables because events of the relay could not be used, by reason"
+    );
     describe_counter!(RELAY_CONNECTS, "Connections to the relay");
     describe_counter!(
         RELAY_GAPS,
@@ -242,6 +267,11 @@ fn describe() {
     describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
     describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
     describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
+    describe_counter!(
+        DATABASE_WENT_BACK,
+        "Times that PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
+    );
+    describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
     describe_gauge!(BUILD, "1, with the version and the commit");
 }
 
@@ -253,6 +283,9 @@ fn zero() {
     }
     for reason in Reason::ALL {
         metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).absolute(0);
+    }
+    for class in crate::stream::gap::MISSED {
+        metrics::counter!(RELAY_MISSED, "reason" => class).absolute(0);
     }
     for reason in RETRY_REASONS {
         metrics::counter!(RETRIES, "reason" => reason).absolute(0);
@@ -277,6 +310,7 @@ fn zero() {
         RELAY_CONNECTS,
         RELAY_GAPS,
         BACKPRESSURE,
+        DATABASE_WENT_BACK,
     ] {
         metrics::counter!(name).absolute(0);
     }

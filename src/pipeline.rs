@@ -2,26 +2,28 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::apply::interpret;
+use crate::apply::{Context, interpret};
 use crate::config::{Config, TransactionMode};
 use crate::crash::{self, Point};
-use crate::event::{EntryId, Event, Kind, Op, Rejected};
+use crate::event::{EntryId, Epochs, Event, Kind, Op, Reason, Reject, Rejected};
 use crate::metrics;
 use crate::status::{State, Status, lock, now_ms};
 use crate::store::verdict::Verdict;
 use crate::store::{Outcome, Session, Store, StoreError};
 use crate::stream::dead_letters::{Buried, bury};
 use crate::stream::entry::{Batch, Entry};
-use crate::stream::{Keys, Redis, backoff, group, is_nogroup};
+use crate::stream::{Keys, Redis, backoff, epochs, group, is_nogroup};
 
 /// Entries in hand are kept fresh this often: the Node.js workers claim what is idle for ten seconds.
 const KEEP_FRESH: Duration = Duration::from_secs(3);
@@ -145,6 +147,12 @@ impl Pipeline {
             let names = self.names.borrow_and_update().clone();
             match names {
                 Names::Ours => return true,
+                // It is the same for all of them: one says it.
+                Names::Waiting(state) if self.index > 0 => {
+                    self.status.pipeline(self.index, |status| {
+                        status.enter(state);
+                    });
+                }
                 Names::Waiting(state) => self.say(state),
             }
             let changed = tokio::select! {
@@ -279,23 +287,39 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> RedisResult<()> {
         let mut start = Some("0-0".to_owned());
-        while let Some(from) = start.take().filter(|_| !stop.is_cancelled() && !self.is_paused()) {
-            if self.store.ping(Duration::from_secs(2)).await.is_err() {
-                return Ok(());
+        while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
+            // As much as fits into memory: what another program did after these entries is looked for once for all of them.
+            // For each page it would be all of the stream, again and again.
+            let mut batch = Batch::default();
+            let mut bytes = 0;
+            while bytes < BATCH_BYTES
+                && let Some(from) = start.take()
+            {
+                if self.store.ping(Duration::from_secs(2)).await.is_err() {
+                    break;
+                }
+                let page = group::claim(
+                    connection,
+                    &self.keys,
+                    &self.consumer,
+                    self.claim_idle,
+                    &from,
+                    self.batch_size,
+                );
+                let page = match page.await {
+                    Ok(page) => page,
+                    // The next read meets it and has the group created.
+                    Err(error) if is_nogroup(&error) => break,
+                    Err(error) => return Err(error),
+                };
+                start = page.next;
+                bytes += page.batch.entries.iter().map(Entry::size).sum::<usize>();
+                batch.entries.extend(page.batch.entries);
+                batch.gone.extend(page.batch.gone);
             }
-            let claimed =
-                group::claim(connection, &self.keys, &self.consumer, self.claim_idle, &from, self.batch_size);
-            let claimed = match claimed.await {
-                Ok(claimed) => claimed,
-                // The next read meets it and has the group created.
-                Err(error) if is_nogroup(&error) => return Ok(()),
-                Err(error) => return Err(error),
-            };
-            if !claimed.batch.entries.is_empty() {
+            if !batch.entries.is_empty() {
                 crash::at(Point::WhileClaiming);
             }
-            start = claimed.next;
-            let mut batch = claimed.batch;
             {
                 // What another pipeline of this process holds is being worked on, whoever it belongs to by now.
                 let in_hand = lock(&self.in_hand);
@@ -400,9 +424,13 @@ impl Pipeline {
         may_leave: bool,
         stop: &CancellationToken,
     ) -> RedisResult<Option<(Vec<Work<'a>>, HashSet<EntryId>)>> {
-        let Some(worked) = self.apply(entries.iter().map(Work::new).collect(), may_leave, stop).await else {
-            return Ok(None);
-        };
+        let epochs = self.epochs_of(&mut connection, entries).await?;
+        let mut worked = Vec::with_capacity(entries.len());
+        for part in entries.chunks(self.batch_size.max(entries.len().min(2 * self.batch_size))) {
+            let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
+            let Some(part) = self.apply(works, may_leave, stop).await else { return Ok(None) };
+            worked.extend(part);
+        }
         let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(|work| work.left);
         let left = left.iter().map(|work| work.entry.id).collect();
         // Asked after the commit: what another program is given from now on finds our rows, even if it comes only now.
@@ -414,6 +442,18 @@ impl Pipeline {
             return Ok(None);
         }
         Ok(Some((done, left)))
+    }
+
+    /// The epochs of the stream, where one of these entries does not say which it belongs to.
+    async fn epochs_of(
+        &self,
+        connection: &mut MultiplexedConnection,
+        entries: &[Entry],
+    ) -> RedisResult<Epochs> {
+        if entries.iter().all(epochs::is_named) {
+            return Ok(Epochs::default());
+        }
+        epochs::read(connection, &self.keys).await
     }
 
     /// Applies again what came after these entries about the same records and accounts, and was delivered already: to
@@ -502,14 +542,17 @@ impl Pipeline {
     ) -> RedisResult<Option<u64>> {
         let mut count = 0;
         while after < until {
-            let entries = group::range(connection, &self.keys, after, until, self.batch_size).await?;
+            let mut entries = group::range(connection, &self.keys, after, until, self.batch_size).await?;
             let Some(last) = entries.last() else { break };
             after = last.id;
             count += entries.len() as u64;
-            // What this process holds it applies anyway.
-            let ours = lock(&self.in_hand).clone();
-            let theirs = entries.iter().filter(|entry| !ours.contains(&entry.id));
-            let mut batch: Vec<Work<'_>> = theirs.map(Work::new).collect();
+            {
+                // What this process holds it applies anyway.
+                let ours = lock(&self.in_hand);
+                entries.retain(|entry| !ours.contains(&entry.id));
+            }
+            let epochs = self.epochs_of(connection, &entries).await?;
+            let mut batch: Vec<Work<'_>> = entries.iter().map(|entry| Work::new(entry, &epochs)).collect();
             batch.retain_mut(|work| work.event.as_mut().is_some_and(|event| event.keep(&mut wanted)));
             if !batch.is_empty() && self.apply(batch, false, stop).await.is_none() {
                 return Ok(None);
@@ -530,25 +573,50 @@ impl Pipeline {
         let mut delays = backoff();
         loop {
             let error = match self.store.session().await {
-                Ok(session) => match self.answered(self.attempt(&session, &mut batch, may_leave, stop)).await
-                {
-                    Ok(()) => return Some(batch),
-                    Err(error) => {
-                        // Commits that were answered on this connection may be gone: all of it again, from the first.
-                        session.discard();
-                        for work in &mut batch {
-                            work.outcome = None;
-                            work.left = false;
-                        }
-                        error
+                Ok(session) => {
+                    let attempt =
+                        AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, may_leave, stop)));
+                    let error = match attempt.catch_unwind().await {
+                        Ok(Ok(())) => return Some(batch),
+                        Ok(Err(error)) => Ok(error),
+                        Err(panic) => Err(panicked(panic.as_ref())),
+                    };
+                    // Commits that were answered on this connection may be gone: all of it again, from the first.
+                    session.discard();
+                    for work in &mut batch {
+                        work.outcome = None;
+                        work.left = false;
                     }
-                },
+                    match error {
+                        Ok(error) => error,
+                        Err(reject) => return Box::pin(self.apply_alone(batch, reject, stop)).await,
+                    }
+                }
                 Err(error) => error,
             };
             if !self.wait_for_postgres(error, delays.next(), stop).await {
                 return None;
             }
         }
+    }
+
+    /// After a panic over these entries: each alone, so that it costs only the one that it is over.
+    async fn apply_alone<'a>(
+        &self,
+        mut batch: Vec<Work<'a>>,
+        reject: Reject,
+        stop: &CancellationToken,
+    ) -> Option<Vec<Work<'a>>> {
+        if let [work] = batch.as_mut_slice() {
+            error!(entry = %work.entry.id, reason = reject.message, "an entry made the program panic: it is a dead letter");
+            work.reject_all(reject);
+            return Some(batch);
+        }
+        let mut done = Vec::with_capacity(batch.len());
+        for work in batch {
+            done.extend(self.apply(vec![work], false, stop).await?);
+        }
+        Some(done)
     }
 
     /// Waits for work in the database, and says so when it takes long. It is not given up: that is for the limit of the
@@ -587,6 +655,9 @@ impl Pipeline {
             }
             let events: Vec<&Event<'_>> =
                 open.iter().filter_map(|&index| batch[index].event.as_ref()).collect();
+            for &index in &open {
+                crash::panic_over("apply", &batch[index].entry.data);
+            }
             let results = session.apply(&events).await;
             let mut again = None;
             for (&index, result) in open.iter().zip(results) {
@@ -672,8 +743,7 @@ impl Pipeline {
                     finished += 1;
                     self.status.pipeline(self.index, |status| status.dead_letters += 1);
                     for letter in &work.rejected {
-                        ::metrics::counter!(metrics::DEAD_LETTERS, "reason" => letter.reject.reason.name())
-                            .increment(1);
+                        metrics::dead_letter(letter.reject.reason);
                     }
                 }
                 Buried::Already => finished += 1,
@@ -760,9 +830,12 @@ impl Pipeline {
                 );
             }
             State::Halted { reason } => {
-                error!(consumer, reason, "stopped reading: this needs a hand; trying again every {HALTED:?}");
+                error!(
+                    consumer,
+                    reason, "stopped reading: operator action needed; trying again every {HALTED:?}"
+                );
             }
-            State::Paused => info!(consumer, "paused by hand; what was in hand is acknowledged"),
+            State::Paused => info!(consumer, "paused manually; what was in hand is acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
                 // As loud as what it puts an end to.
                 warn!(consumer, "at work again");
@@ -781,6 +854,14 @@ impl Pipeline {
             count
         }
     }
+}
+
+/// What a panic says, as the reason for a dead letter.
+fn panicked(panic: &(dyn std::any::Any + Send)) -> Reject {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    let said = said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    let said: String = said.chars().take(500).collect();
+    Reject::new(Reason::Panic, format!("the program panicked: {said}; please report it with this entry"))
 }
 
 /// Stands for a URI: one that is taken for another is applied once more than it has to be.
@@ -809,20 +890,28 @@ fn by_operations(batch: &[Work<'_>], open: &[usize]) -> Vec<Vec<usize>> {
 }
 
 impl<'a> Work<'a> {
-    fn new(entry: &'a Entry) -> Self {
-        match interpret(entry) {
+    fn new(entry: &'a Entry, epochs: &Epochs) -> Self {
+        let read = catch_unwind(AssertUnwindSafe(|| {
+            crash::panic_over("interpret", &entry.data);
+            interpret(entry, Context::now(epochs))
+        }));
+        match read.unwrap_or_else(|panic| Err(panicked(panic.as_ref()))) {
             Ok(mut event) => {
                 let rejected = std::mem::take(&mut event.rejected);
                 Self { entry, event: Some(event), rejected, outcome: None, left: false }
             }
-            Err(reject) => Self {
-                entry,
-                event: None,
-                rejected: vec![Rejected { reject, op: entry.data.clone() }],
-                outcome: None,
-                left: false,
-            },
+            Err(reject) => {
+                let mut work = Self { entry, event: None, rejected: Vec::new(), outcome: None, left: false };
+                work.reject_all(reject);
+                work
+            }
         }
+    }
+
+    /// Nothing of the entry can be applied.
+    fn reject_all(&mut self, reject: Reject) {
+        self.rejected.push(Rejected { reject, op: self.entry.data.clone() });
+        self.event = None;
     }
 
     /// Whether the database has still to be asked. An event that nobody asked for has no repository and needs nothing.
@@ -833,7 +922,7 @@ impl<'a> Work<'a> {
     }
 
     /// Sets aside what the database refuses; the rest is tried again without it.
-    fn reject(&mut self, mut bad: Vec<(usize, crate::event::Reject)>) {
+    fn reject(&mut self, mut bad: Vec<(usize, Reject)>) {
         let Some(event) = &mut self.event else { return };
         bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
         for (index, reject) in bad {
@@ -843,8 +932,7 @@ impl<'a> Work<'a> {
                 self.rejected.push(Rejected { reject, op });
             } else {
                 // Not an operation: the event itself.
-                self.rejected.push(Rejected { reject, op: self.entry.data.clone() });
-                self.event = None;
+                self.reject_all(reject);
                 return;
             }
         }

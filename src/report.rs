@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, lock, now_ms};
 use crate::stream::Keys;
+use crate::stream::gap::{self, Missed};
 use crate::stream::group::{self, ConsumerInfo};
 use crate::stream::janitor::Look;
 
@@ -25,6 +26,8 @@ pub struct Report {
     pub consumers: Vec<ConsumerInfo>,
     /// Dead letters.
     pub dead_letters: u64,
+    /// What is known to be missing.
+    pub missing: Missed,
     /// What the process says that was asked; absent when Redis alone was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessReport>,
@@ -97,7 +100,9 @@ pub struct PoolReport {
 /// It cannot be reached.
 pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Report> {
     let look = crate::stream::janitor::look(connection, keys).await?;
-    let cursor = crate::stream::append::read_cursor(connection, keys).await?;
+    let (cursor, relay): (Option<String>, Option<String>) =
+        redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await?;
+    let missing = gap::read(connection, keys).await?;
     let consumers = if look.group { group::consumers(connection, keys).await? } else { Vec::new() };
     let dead_letters = redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await?;
     Ok(Report {
@@ -112,11 +117,12 @@ pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> Redi
             pending: look.pending,
             oldest_waiting_seconds: oldest_seconds(&look),
             trim_held_by: look.held_by,
-            cursor: cursor.position,
-            relay: cursor.relay,
+            cursor: cursor.and_then(|cursor| cursor.parse().ok()),
+            relay,
         },
         consumers,
         dead_letters,
+        missing,
         process: None,
     })
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use metrics_exporter_prometheus::PrometheusHandle;
+use redis::aio::MultiplexedConnection;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -22,10 +23,13 @@ use crate::pipeline::{InHand, Names, Pipeline};
 use crate::relay::reader::Reader;
 use crate::report;
 use crate::status::{Settings, State, Status, lock, now_ms};
+use crate::store::acknowledged::{Known, Noted};
 use crate::store::verdict::Verdict;
-use crate::store::{Store, StoreError, migrate, purge, takeover, tombstones};
+use crate::store::{Store, StoreError, acknowledged, migrate, purge, takeover, tombstones};
+use crate::stream::gap::Gap;
 use crate::stream::legacy::{self, Legacy};
-use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, is_oom, janitor, lease};
+use crate::stream::noted::Refill;
+use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, is_oom, janitor, lease, noted};
 
 /// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
 /// times a second.
@@ -200,6 +204,12 @@ pub fn start(
             Arc::clone(&control),
         ));
         running.helpers.spawn(purge_accounts(store.clone(), Arc::clone(&control)));
+        running.helpers.spawn(note_acknowledged(
+            Keys::new(&config),
+            redis.clone(),
+            store.clone(),
+            Arc::clone(&status),
+        ));
         let in_hand = InHand::default();
         let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
         let first = Pipeline::new(
@@ -228,7 +238,7 @@ pub fn start(
         }
     }
     if parts.reader() {
-        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status), control.reader());
+        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status), control.reader())?;
         running.readers.spawn(reader.run(running.stop_reader.clone()));
     }
     info!(
@@ -284,7 +294,7 @@ impl Running {
         self.keepers.shutdown().await;
         self.helpers.shutdown().await;
         if let Some(store) = &self.store {
-            store.close();
+            store.close().await;
         }
         drained
     }
@@ -331,6 +341,7 @@ async fn prepare_database(store: &Store, migrate: bool, names: &watch::Sender<Na
 }
 
 async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), StoreError> {
+    store.refuse_transaction_pooling().await?;
     let mut session = store.session().await?;
     let found = migrate::look(session.client()).await?;
     if !auto_migrate {
@@ -578,6 +589,108 @@ async fn forget_tombstones(
         }
         tokio::time::sleep(Duration::from_hours(1)).await;
     }
+}
+
+/// Notes in PostgreSQL, every second, what the group has acknowledged, and finds out when PostgreSQL knows less than it
+/// noted: then the reader goes back for what is missing.
+async fn note_acknowledged(keys: Keys, redis: Redis, store: Store, status: Arc<Status>) {
+    let mut last = None;
+    loop {
+        let work = async {
+            let mut connection = redis.connect().await?;
+            loop {
+                let state = noted::read(&mut connection, &keys).await?;
+                compare(&mut connection, &keys, &store, state, &mut last, &status).await?;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        // An outage is told by those who do the work; before the first migration there is nothing to note in.
+        let _: Result<std::convert::Infallible> = work.await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// One round of [`note_acknowledged`]. `last`: what was noted last.
+async fn compare(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    store: &Store,
+    state: noted::State,
+    last: &mut Option<Noted>,
+    status: &Status,
+) -> Result<()> {
+    let session = store.session().await?;
+    let known = match acknowledged::known(&session, &keys.stream, &keys.group).await {
+        Ok(known) => known,
+        Err(error) => {
+            session.discard();
+            return Err(error.into());
+        }
+    };
+    let known_ms = known.noted.as_ref().map_or(0, |noted| noted.ms);
+    let another = !state.server.is_empty() && !known.server.is_empty() && state.server != known.server;
+    if known_ms < state.noted_ms || (another && state.noted_ms > 0) {
+        *last = None;
+        return go_back(connection, keys, &state, &known, status).await;
+    }
+    let over = state.refill.filter(|refill| state.acked.is_some_and(|acked| acked >= refill.until));
+    if let Some(refill) = over {
+        noted::refilled(connection, keys).await?;
+        warn!(
+            from = refill.from,
+            until = refill.until,
+            seconds = state.now_ms.saturating_sub(refill.since_ms) / 1000,
+            "what PostgreSQL had lost has been read again"
+        );
+    }
+    *lock(&status.refill) = state.refill.filter(|_| over.is_none());
+    metrics::refilling(lock(&status.refill).is_some());
+    let new = Noted { ms: state.now_ms, relay: state.relay, epoch: state.epoch, position: state.acked };
+    let same = |last: &Noted| Noted { ms: new.ms, ..last.clone() } == new;
+    if last.as_ref().is_some_and(same) && known_ms > 0 {
+        return Ok(());
+    }
+    acknowledged::note(&session, &keys.stream, &keys.group, &new).await?;
+    noted::remember(connection, keys, new.ms, &known.server).await?;
+    *last = Some(new);
+    Ok(())
+}
+
+/// PostgreSQL knows less than it had noted: the reader goes back to where it stands.
+async fn go_back(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    state: &noted::State,
+    known: &Known,
+    status: &Status,
+) -> Result<()> {
+    let noted = known.noted.clone().unwrap_or_default();
+    // A position is of use only to the relay, and in the numbering, that it comes from.
+    let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
+    let gap = position.is_none().then(|| {
+        Gap::new(
+            "the database lacks what had been acknowledged, and does not know from where on; everything that the relay \
+             still has is read again",
+            None,
+        )
+    });
+    let from = position.unwrap_or(0);
+    if noted::refill(connection, keys, state, from, noted.ms, &known.server, gap.as_ref()).await? {
+        let until = state.acked.unwrap_or(from);
+        *lock(&status.refill) = Some(Refill { from, until, since_ms: state.now_ms });
+        metrics::refilling(true);
+        metrics::count(metrics::DATABASE_WENT_BACK, 1);
+        if gap.is_some() {
+            metrics::count(metrics::RELAY_GAPS, 1);
+        }
+        error!(
+            from,
+            acknowledged = state.acked,
+            "PostgreSQL has gone back in time, or is another database: it lacks what had been acknowledged; the reader goes \
+             back for it"
+        );
+    }
+    Ok(())
 }
 
 /// Removes what deleted accounts had written.

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::stream::janitor::Look;
 use crate::stream::legacy::Counts;
+use crate::stream::noted::Refill;
 
 /// One word for what a part is doing, with the reason where it is not what it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -129,6 +130,9 @@ pub struct ReaderStatus {
     pub last_frame_ms: Option<u64>,
     /// Gaps since the start: events that the relay no longer had.
     pub gaps: u64,
+    /// When the reader last took something in, or was steadily connected to a relay that had nothing to send, Unix
+    /// milliseconds; the start of the process before that.
+    pub taking_in_ms: u64,
 }
 
 /// Everything.
@@ -140,6 +144,8 @@ pub struct Status {
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// How the stream was at the last look, and when that was; `None` before the first.
     pub stream: Mutex<Option<(Look, u64)>>,
+    /// What is read again because PostgreSQL had lost it.
+    pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,
     /// How many of them per second in the last ten seconds; `None` in the first five.
@@ -264,6 +270,7 @@ impl Status {
                 Mutex::new(ReaderStatus {
                     relay,
                     connected_ms: now_ms(),
+                    taking_in_ms: now_ms(),
                     since_ms: now_ms(),
                     ..ReaderStatus::default()
                 })

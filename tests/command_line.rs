@@ -45,6 +45,10 @@ async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
         &["audit", "--help"],
         &["simulate", "--help"],
         &["demo", "--help"],
+        &["completions", "--help"],
+        &["completions", "bash"],
+        &["man", "--help"],
+        &["man"],
     ] {
         let finished = code(arguments).await;
         assert_eq!(finished.code, 0, "{arguments:?}: {finished:?}");
@@ -66,6 +70,8 @@ async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
         &["simulate", "--rate", "0"],
         &["simulate", "--listen", "nowhere"],
         &["demo", "--seed"],
+        &["completions"],
+        &["completions", "sh"],
     ] {
         let finished = code(arguments).await;
         assert_eq!(finished.code, 64, "{arguments:?}: {finished:?}");
@@ -422,7 +428,14 @@ async fn a_dead_letter_whose_reason_was_mended_is_applied_by_a_retry() {
     assert_eq!(before.len(), 2);
     let id = before.iter().find(|letter| letter["reason"] == "database").unwrap()["id"].as_str().unwrap();
     let (code, text) = letters(&["show", id]).await;
+    assert!(code == 0 && text.contains("SQLSTATE 22001") && !text.contains(&name), "{text}");
+    assert!(text.contains("at://did:plc:long/app.bsky.actor.profile/self"), "{text}");
+    let (code, text) = letters(&["show", id, "--json"]).await;
     assert!(code == 0 && text.contains("22001") && text.contains(&name), "{text}");
+    for (found, arguments) in [(1, ["--text", "PLC:LONG"]), (0, ["--text", "plc:short"])] {
+        let (code, text) = letters(&[&["list", "--json"], &arguments[..]].concat()).await;
+        assert!(code == 0 && text.lines().count() == found, "{arguments:?}: {text}");
+    }
 
     // Nothing is better yet, and nothing is lost by trying.
     let (_, text) = letters(&["retry", "--all"]).await;

@@ -168,7 +168,7 @@ fn no_way_of_printing_a_configuration_shows_a_password() {
         [
             ("RELAY_URL", "wss://reader:hunter2@relay.example"),
             ("REDIS_URL", "rediss://worker:hunter2@cache.example:6380/1"),
-            ("DATABASE_URL", "postgres://app:hunter2@db.example/app?sslmode=verify-full&sslpassword=hunter2"),
+            ("DATABASE_URL", "postgres://app:hunter2@db.example/app?sslmode=verify-full&password=hunter2"),
         ],
         Role::All,
     )

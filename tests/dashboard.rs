@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use standpipe::http::MAX_CONNECTIONS;
 use standpipe::http::live::MAX_WATCHERS;
+use standpipe::private::PostgresOptions;
 use support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, redis_command};
-use support::{Redis, Standpipe, execute, query_value, wait_for, wait_until};
+use support::{Postgres, Redis, Standpipe, execute, query_value, wait_for, wait_until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -171,6 +172,12 @@ async fn the_events_hold_everything_that_the_page_shows() {
     let (name, history) = watcher.next().await;
     assert_eq!(name, "history");
     assert_eq!(history["columns"].as_array().unwrap().len(), history["points"][0].as_array().unwrap().len());
+    // The day has the same columns, a point a minute, and the minute that is not over as it is so far.
+    let day = ask(program.http, "GET", "/history", "", "").await.json();
+    assert_eq!((&day["columns"], &day["step_seconds"]), (&history["columns"], &json!(60)));
+    let minutes = day["points"].as_array().unwrap();
+    assert!((1..=10).contains(&minutes.len()), "{day}");
+    assert!(minutes.last().unwrap()[0].as_f64() >= history["points"][0][0].as_f64(), "{day}");
     let snapshot = watcher
         .until("a rate and percentiles", |snapshot| {
             snapshot["events"]["per_second"].as_f64() > Some(0.0)
@@ -181,6 +188,7 @@ async fn the_events_hold_everything_that_the_page_shows() {
         .await;
     for path in [
         "/version",
+        "/repository",
         "/time_ms",
         "/process/memory_bytes",
         "/process/uptime_seconds",
@@ -316,7 +324,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     assert_eq!(chain.look().await.pending, 0);
     let (code, readiness) = program.readiness().await;
     assert_eq!(code, 503);
-    assert!(readiness.contains("paused by hand"), "{readiness}");
+    assert!(readiness.contains("paused manually"), "{readiness}");
     assert!(readiness.contains("\"only_paused\":true"), "{readiness}");
     assert_eq!(program.get("/livez").await.0, 200);
     // Whoever restarts what is not well would end the pause.
@@ -345,14 +353,14 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
 
     // Everything goes on where it was: the end is that of a run that was never paused.
     let resumed = Standpipe::run(&["control", "resume"], &asked, SOON).await;
-    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything goes on\n"), "{}", resumed.stderr);
+    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything continues\n"), "{}", resumed.stderr);
     chain.ends_like_an_undisturbed_run().await;
     assert_eq!(program.readiness().await.0, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_while_the_database_is_away_waits_for_what_is_in_hand() {
-    let mut postgres = support::Postgres::start().await;
+    let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(20_000), Some(1_500), database).await;
     let program = start(&chain).await;
@@ -388,9 +396,9 @@ async fn the_log_level_changes_while_it_runs() {
     assert_eq!(control(program.http, "/control/resume").await.code, 200);
     assert_eq!(program.lines().len(), lines, "{}", program.output());
     assert_eq!(set("debug").await.code, 0);
-    program.wait_for_line("the log level was changed by hand level=DEBUG", SOON).await;
+    program.wait_for_line("the log level was changed manually level=DEBUG", SOON).await;
     assert_eq!(control(program.http, "/control/pause").await.code, 200);
-    program.wait_for_line("paused by hand part=\"all\"", SOON).await;
+    program.wait_for_line("paused manually part=\"all\"", SOON).await;
     let mut watcher = Watcher::start(program.http).await.unwrap();
     watcher.until("the page to say so", |snapshot| snapshot["control"]["log_level"] == "DEBUG").await;
     assert_eq!(control(program.http, "/control/log-level?level=LOUD").await.code, 400);
@@ -471,6 +479,18 @@ async fn dead_letters_are_listed_retried_and_purged() {
     assert!(all.is_sorted_by_key(|id| std::cmp::Reverse(id.parse::<standpipe::event::EntryId>().unwrap())));
     let by_database = get("/dead-letters?reason=database").await.json();
     assert_eq!(by_database["letters"].as_array().unwrap().len(), 1, "{by_database}");
+    assert_eq!(by_database["looked_through"], 60);
+    // A text is looked for in all of them, wherever it stands and however it is written.
+    for (query, found) in [
+        ("text=PLC:BAD7%22", 1),
+        ("text=xxxxxx", 1),
+        ("text=xxxxxx&kind=app.bsky.feed.like", 0),
+        ("kind=app.bsky.feed.like&limit=10", 10),
+        ("text=nowhere", 0),
+    ] {
+        let page = get(&format!("/dead-letters?{query}")).await.json();
+        assert_eq!(page["letters"].as_array().unwrap().len(), found, "{query}: {page}");
+    }
     let letter = &by_database["letters"][0];
     assert_eq!(
         (&letter["sqlstate"], &letter["collection"]),
@@ -507,15 +527,61 @@ async fn dead_letters_are_listed_retried_and_purged() {
     assert_eq!((&applied["applied"], &applied["kept"]), (&json!(1), &json!(0)), "{applied}");
     let name = "SELECT length(display_name) FROM users WHERE did = 'did:plc:bad0'";
     assert_eq!(query_value(&chain.database, name).await, "300");
-    // Purged: some, then all.
+    // Purged: those with a text, some, then all.
+    let removed = post("/dead-letters/purge", json!({"all": true, "text": "did:plc:bad8\""})).await;
+    assert_eq!(removed["removed"], 1, "{removed}");
     let some: Vec<&String> = all.iter().filter(|other| *other != id).take(5).collect();
     let removed = post("/dead-letters/purge", json!({"ids": some})).await;
     assert_eq!(removed["removed"], 5, "{removed}");
     let removed = post("/dead-letters/purge", json!({"all": true})).await;
-    assert_eq!(removed["removed"], 54, "{removed}");
+    assert_eq!(removed["removed"], 53, "{removed}");
     assert_eq!(chain.look().await.dead_letters, 0);
     let unknown = ask(program.http, "POST", "/dead-letters/purge", &headers, "{\"everything\": true}").await;
     assert_eq!(unknown.code, 422, "a mistyped wish is no wish: {}", unknown.body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cost_of_statements_is_shown_where_postgresql_counts_it() {
+    let library = ("shared_preload_libraries".to_owned(), "pg_stat_statements".to_owned());
+    let postgres =
+        Postgres::start_with(PostgresOptions { settings: vec![library], ..Postgres::options() }).await;
+    let database = postgres.fresh_database().await;
+    let chain = Chain::with_database(&network(300), None, database).await;
+    let program = start(&chain).await;
+    let get = async |headers: &str| ask(program.http, "GET", "/statements", headers, "").await;
+    let answer = get("").await.json();
+    assert_eq!(answer["counted"], false, "{answer}");
+    assert!(answer["why"].as_str().unwrap().contains("CREATE EXTENSION pg_stat_statements"), "{answer}");
+    // Wherever it was put, and without the text of commands whose constants it keeps.
+    execute(&chain.database, "CREATE SCHEMA \"of mine\"").await;
+    execute(&chain.database, "CREATE EXTENSION pg_stat_statements SCHEMA \"of mine\"").await;
+    execute(&chain.database, "COMMENT ON SCHEMA \"of mine\" IS 'a-secret-of-mine'").await;
+    chain.finished().await;
+    let answer = get("").await;
+    assert!(!answer.body.contains("a-secret-of-mine"), "{}", answer.body);
+    let answer = answer.json();
+    assert_eq!(answer["counted"], true, "{answer}");
+    let statements = answer["statements"].as_array().unwrap();
+    assert!((1..=10).contains(&statements.len()), "{answer}");
+    let total = |statement: &Value| statement["total_ms"].as_f64().unwrap();
+    assert!(statements.is_sorted_by(|a, b| total(a) >= total(b)), "{answer}");
+    let shares: f64 = statements.iter().map(|statement| statement["share"].as_f64().unwrap()).sum();
+    assert!(shares > 0.0 && shares < 1.001, "{answer}");
+    assert!(
+        statements.iter().all(|s| s["calls"].as_u64() >= Some(1) && s["mean_ms"].is_number()),
+        "{answer}"
+    );
+    // As for dead letters: nobody else's page, and no wrong token.
+    assert_eq!(get("Origin: https://elsewhere.example\r\n").await.code, 401);
+    assert_eq!(get(&bearer("not-the-token-at-all")).await.code, 401);
+
+    // A process without pipelines says so.
+    let reader = Program::start("reader", &chain.variables().with("CONSUMER_ID", "reader")).await;
+    let answer = ask(reader.http, "GET", "/statements", "", "").await.json();
+    assert!(
+        answer["counted"] == false && answer["why"].as_str().unwrap().contains("no pipelines"),
+        "{answer}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -558,14 +624,33 @@ async fn watchers_and_connections_are_bounded_and_who_takes_nothing_is_dropped()
     assert!(read.is_ok(), "its connection is closed");
     drop(watchers);
 
-    // Connections on which nothing is asked are closed after a while, and hold up only so many.
-    let began = Instant::now();
+    // Connections on which nothing is asked make room for those on which something is, and so do polite ones that keep
+    // theirs open.
     let mut idle = Vec::new();
-    for _ in 0..MAX_CONNECTIONS {
+    for _ in 0..1_000 {
         idle.push(TcpStream::connect(program.http).await.unwrap());
     }
-    let (code, _) = program.get("/livez").await;
-    assert_eq!(code, 200);
-    assert!(began.elapsed() > Duration::from_secs(5), "it was answered beside {MAX_CONNECTIONS} others");
-    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    let mut polite = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        let mut stream = TcpStream::connect(program.http).await.unwrap();
+        stream.write_all(b"GET /livez HTTP/1.1\r\nHost: polite\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        polite.push(stream);
+    }
+    for path in ["/livez", "/readyz", "/metrics"] {
+        let began = Instant::now();
+        let (code, _) = program.get(path).await;
+        assert!(code == 200 || path == "/readyz", "{path}: {code}");
+        assert!(began.elapsed() < Duration::from_secs(3), "{path} took {:?}", began.elapsed());
+    }
+    // While all of them are busy, health and metrics have places of their own.
+    let mut busy = Vec::new();
+    while busy.len() < MAX_CONNECTIONS - MAX_WATCHERS {
+        let mut stream = TcpStream::connect(program.http).await.unwrap();
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: busy\r\n\r\n").await.unwrap();
+        busy.push(stream);
+    }
+    assert_eq!(program.get("/livez").await.0, 200);
 }

@@ -105,6 +105,30 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     page.press("Escape").await;
     page.evaluate("document.activeElement.blur()").await;
 
+    // The day, and what PostgreSQL's statements cost: asked for when somebody looks.
+    page.click("[data-range='86400']").await;
+    page.until("the minutes of the day", "day.length > 0 && span <= 86400").await;
+    assert!(page.text("#times-lead").await.starts_with("the last 24 hours"));
+    page.click("[data-range='600']").await;
+    page.click("#st-fold > summary").await;
+    page.until(
+        "PostgreSQL's answer",
+        "document.getElementById('st-why').innerText.includes('does not count them')",
+    )
+    .await;
+    page.click("#st-fold > summary").await;
+
+    // A telephone begins with what says how it is; a link opens the rest.
+    page.view(View { width: 390, dark: false }).await;
+    page.open(&format!("http://{}/?narrow", program.http)).await;
+    assert_eq!(page.evaluate("document.getElementById('times').open").await, json!(false));
+    let height = page.evaluate("document.documentElement.scrollHeight").await.as_f64().unwrap();
+    assert!(height < 2_200.0, "{height} px are too many for a telephone");
+    page.evaluate("document.querySelector('.nav a[href=\"#c-fold\"]').click()").await;
+    page.until("the part to unfold", "document.getElementById('c-fold').open").await;
+    page.view(WIDE).await;
+    page.open(&format!("http://{}/", program.http)).await;
+
     // Dead letters: one that can be mended, and others.
     push(&redis, "did:plc:a", "app.bsky.actor.profile/self", &json!({"displayName": "x".repeat(300)})).await;
     push(&redis, "did:plc:b", "app.bsky.feed.like/3kabc", &json!({"createdAt": "2026-01-01T00:00:00Z"}))
@@ -114,6 +138,15 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
         .await;
     tokio::time::sleep(Duration::from_secs(4)).await;
     page.screenshot(&picture("dead-letters")).await;
+    // The filter is that of the list and of the buttons below it.
+    page.evaluate("document.getElementById('dl-text').focus()").await;
+    page.write("GRAPH.follow").await;
+    page.until("the list to be filtered", "document.querySelectorAll('#letters tr').length === 1").await;
+    assert_eq!(page.text("#dl-purge").await, "Purge these");
+    assert_eq!(page.text("#dl-looked").await, "Looked through 3 of 3.");
+    page.click("#dl-clear").await;
+    page.until("the list to be whole", "document.querySelectorAll('#letters tr').length === 3").await;
+    assert_eq!(page.text("#dl-purge").await, "Purge all");
     execute(&database, "ALTER TABLE users ALTER display_name TYPE text").await;
 
     // Retry: without the token nothing happens, with a wrong one neither, with the right one it is applied.
@@ -123,6 +156,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     page.evaluate(mark).await;
     page.click("#mendable").await;
     page.until("the letter to open", "document.getElementById('letter-dialog').open").await;
+    assert_eq!(page.text("#letter-uri").await, "at://did:plc:a/app.bsky.actor.profile/self");
     page.screenshot_of_window(&picture("dead-letter")).await;
     page.click("#letter-retry").await;
     page.until("the token to be asked for", "document.getElementById('token-dialog').open").await;
@@ -153,7 +187,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
         "document.getElementById('health').dataset.level === 'paused'",
     )
     .await;
-    assert!(page.text("#sentence").await.starts_with("Paused by hand"));
+    assert!(page.text("#sentence").await.starts_with("Paused manually"));
     tokio::time::sleep(Duration::from_secs(12)).await;
     page.screenshot(&picture("paused")).await;
     page.click("#resume-now").await;

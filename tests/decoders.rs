@@ -5,9 +5,9 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use serde_json::Value;
-use standpipe::apply::interpret;
+use standpipe::apply::{Context, interpret};
 use standpipe::config::{self, Collections, Role};
-use standpipe::event::EntryId;
+use standpipe::event::{EntryId, Epochs, Reason};
 use standpipe::relay::decode::{Message, decode};
 use standpipe::relay::simulate::read_frames;
 use standpipe::stream::entry::Entry;
@@ -31,13 +31,13 @@ fn recorded_frames_decode_as_another_implementation_decoded_them() {
     let mut records = 0;
     for (frame, event) in frames.iter().zip(&events) {
         let body = &event["body"];
-        let Message::Event { event_type, seq, entries, bad_records } = decode(&frame.bytes, &wanted).unwrap()
+        let Message::Event { event_type, seq, entries, letters, .. } = decode(&frame.bytes, &wanted).unwrap()
         else {
             panic!("{event}");
         };
         assert_eq!(format!("#{event_type}"), event["header"]["t"].as_str().unwrap());
         assert_eq!(Some(seq), body["seq"].as_i64());
-        assert_eq!(bad_records, 0);
+        assert_eq!(letters, []);
         let data: Vec<Value> =
             entries.iter().map(|entry| serde_json::from_str(&entry.data).unwrap()).collect();
         if event_type != "commit" {
@@ -142,7 +142,10 @@ fn a_record_that_is_not_what_its_cid_says_loses_only_itself() {
         let mut bytes = frame.bytes.to_vec();
         // The last such text may be the frame's own time, which nothing hashes: only those inside blocks count.
         bytes[at] = b'3';
-        if let Ok(Message::Event { entries, bad_records: 1, .. }) = decode(&bytes, &wanted) {
+        if let Ok(Message::Event { entries, letters, .. }) = decode(&bytes, &wanted)
+            && let [letter] = &*letters
+        {
+            assert_eq!(letter.reject.reason, Reason::MissingBlock);
             tested += 1;
             assert_eq!(count(&entries) + 1, ops);
         }
@@ -197,7 +200,7 @@ fn large_commit(count: usize, size: usize) -> Vec<u8> {
 #[test]
 fn large_commits_are_split() {
     let frame = large_commit(200, 9_000);
-    let Message::Event { entries, bad_records: 0, .. } = decode(&frame, &collections("*")).unwrap() else {
+    let Message::Event { entries, .. } = decode(&frame, &collections("*")).unwrap() else {
         panic!("the commit should decode");
     };
     assert!(entries.len() > 10, "{} entries", entries.len());
@@ -250,13 +253,13 @@ proptest! {
                         data: entry.data.chars().take(length.index(entry.data.len() + 1)).collect(),
                         seq: entry.seq.to_string(),
                     };
-                    let _ = interpret(&entry);
+                    let _ = interpret(&entry, Context::now(&Epochs::UNNAMED));
                 }
             }
             bytes.truncate(length.index(bytes.len() + 1));
             let _ = decode(&bytes, &wanted);
         });
         let entry = Entry { id: EntryId::default(), event_type, data: json, seq: String::new() };
-        let _ = interpret(&entry);
+        let _ = interpret(&entry, Context::now(&Epochs::UNNAMED));
     }
 }

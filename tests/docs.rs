@@ -31,7 +31,7 @@ fn every_invariant_names_tests_that_exist() {
             section.extend(names);
         }
     }
-    assert_eq!(sections.len(), 8, "eight invariants");
+    assert_eq!(sections.len(), 10, "ten invariants");
     for (index, names) in sections.iter().enumerate() {
         assert!(!names.is_empty(), "invariant {} names no test", index + 1);
         for name in names {
@@ -88,4 +88,27 @@ fn every_metric_has_its_line_with_the_words_of_the_program() {
         assert!(page.contains(line), "docs/metrics.md lacks\n{line}");
     }
     assert_eq!(page.matches("| `standpipe_").count(), lines.len(), "it has more than there is");
+}
+
+#[test]
+fn every_paragraph_that_the_page_names_is_in_the_runbook() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let (page, health) = (read("src/http/dashboard.html"), read("src/http/health.rs"));
+    let runbook = read("docs/operations.md");
+    let titles: Vec<&str> =
+        runbook.lines().filter(|line| line.starts_with("**") || line.starts_with('#')).collect();
+    let list = page.split("const PARAGRAPHS = {").nth(1).unwrap().split("};").next().unwrap();
+    let mut seen = 0;
+    for (about, names) in list.lines().filter_map(|line| line.trim().split_once(": ")) {
+        // These two are the page's own.
+        let known = ["worker_lease", "dead"].contains(&about) || health.contains(&format!("\"{about}\""));
+        assert!(known, "no state is about {about}");
+        for name in names.trim_end_matches(',').trim_matches('"').split(", ") {
+            let name = name.replace("\\u201C", "").replace("\\u201D", "");
+            assert!(titles.iter().any(|title| title.contains(&name)), "docs/operations.md lacks {name:?}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 13, "{seen}");
 }

@@ -8,9 +8,9 @@ use std::fs;
 use std::time::Duration;
 
 use serde_json::json;
-use standpipe::apply::interpret;
+use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, from_env};
-use standpipe::event::{EntryId, Event};
+use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::private::{PostgresOptions, send_signal};
 use standpipe::store::{Outcome, Session, Store, migrate};
 use standpipe::stream::entry::Entry;
@@ -102,7 +102,10 @@ async fn the_flush_moves_the_wal_flush_position_past_the_batch() {
         for _ in 0..5 {
             let entries = likes(number, 20);
             number += 20;
-            let events: Vec<Event<'_>> = entries.iter().map(|entry| interpret(entry).unwrap()).collect();
+            let events: Vec<Event<'_>> = entries
+                .iter()
+                .map(|entry| interpret(entry, Context::now(&Epochs::UNNAMED)).unwrap())
+                .collect();
             let events: Vec<&Event<'_>> = events.iter().collect();
             apply(&session, &events).await;
             let applied = position("pg_current_wal_insert_lsn").await;

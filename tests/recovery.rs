@@ -643,7 +643,9 @@ async fn a_process_that_waits_for_its_servers_ends_when_it_is_told_to() {
 const REPO: &str = "did:plc:poison";
 
 fn commit(number: u64, ops: &[Value]) -> String {
-    json!({"repo": REPO, "rev": format!("3n2samfdihk{number:02}"), "ops": ops}).to_string()
+    // A letter for each digit: not all digits are in a TID.
+    let rev: String = format!("{number:02}").bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
+    json!({"repo": REPO, "rev": format!("3n2samfdihk{rev}"), "ops": ops}).to_string()
 }
 
 fn post(rkey: &str, text: &str) -> Value {
@@ -944,7 +946,7 @@ async fn what_is_locked_elsewhere_is_left_and_the_rest_of_the_batch_goes_on() {
     for number in 0..=OTHERS {
         let repo =
             if number == OTHERS / 2 { "did:plc:busy".to_owned() } else { format!("did:plc:other{number}") };
-        let data = json!({"repo": repo, "rev": "3n2samfdihk20", "ops": [post("1", "a post")]}).to_string();
+        let data = json!({"repo": repo, "rev": "3n2samfdihk2n", "ops": [post("1", "a post")]}).to_string();
         let fields = ["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", "1"];
         let _: String = redis_command(&redis, &fields).await;
     }

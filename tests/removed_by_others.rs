@@ -6,7 +6,7 @@ mod support;
 use std::collections::BTreeSet;
 
 use redis::aio::MultiplexedConnection;
-use standpipe::stream::append::{self, AppendError, NewEntry};
+use standpipe::stream::append::{self, AppendError, Appended, Appendix, Budget, Move, NewEntry};
 use standpipe::stream::entry::Entry;
 use standpipe::stream::{Keys, group, is_nogroup, janitor};
 use support::Redis;
@@ -17,6 +17,18 @@ struct ByHand {
     redis: Redis,
     connection: MultiplexedConnection,
     keys: Keys,
+}
+
+async fn append(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    believed: Option<i64>,
+    position: i64,
+    entries: Vec<NewEntry>,
+) -> Result<Appended, AppendError> {
+    let to = Move { token: ByHand::LEASE, relay: "a relay", epoch: 1, believed, position };
+    let budget = Budget { bytes: 1_000_000, per_account: 100 };
+    append::append(connection, keys, to, budget, &Appendix { entries, ..Appendix::default() }).await
 }
 
 impl ByHand {
@@ -32,6 +44,11 @@ impl ByHand {
             acked: key("acked"),
             start: key("start"),
             watch: key("watch"),
+            epoch: key("epoch"),
+            epochs: key("epochs"),
+            missed: key("missed"),
+            gaps: key("gaps"),
+            noted: key("noted"),
             lease: key("lease"),
             consumer_lease: key("consumer_lease"),
             trimmed: key("trimmed"),
@@ -57,9 +74,7 @@ impl ByHand {
         for seq in numbers {
             let believed = self.position(&self.keys.cursor).await;
             let entry = NewEntry { event_type: "commit", data: "{}".to_owned(), seq };
-            append::append(&mut self.connection, &self.keys, Self::LEASE, "a relay", believed, seq, &[entry])
-                .await
-                .unwrap();
+            append(&mut self.connection, &self.keys, believed, seq, vec![entry]).await.unwrap();
         }
     }
 
@@ -358,8 +373,7 @@ impl Simulated {
             .map(|seq| NewEntry { event_type: "commit", data: "{}".to_owned(), seq })
             .collect();
         let ByHand { connection, keys, .. } = &mut self.stream;
-        let appended =
-            append::append(connection, keys, ByHand::LEASE, "a relay", believed, position, &entries).await;
+        let appended = append(connection, keys, believed, position, entries).await;
         self.done.push(format!("append {next} to {last}: {appended:?}"));
         self.reader = match appended {
             Ok(_) => Some((Some(position), last + 1)),

@@ -36,7 +36,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
         &cursor,
         "dead letters  1: 1 undecodable",
         "reader        running, connected to 127.0.0.1",
-        "connections in use, 20 at the most",
+        "connections in use, at most 20",
         "process       up for",
         "PIPELINE",
         "test-4",

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use serde_json::{Value, json};
-use standpipe::apply::interpret;
+use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, from_env};
 use standpipe::crash::Point;
-use standpipe::event::{EntryId, Event};
+use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::{Outcome, Store};
 use standpipe::stream::entry::Entry;
 use support::chain::{Program, RUN, SOON, Variables, look, redis_command};
@@ -244,7 +244,8 @@ fn store(database: &str) -> Store {
 /// Applies entries as a pipeline does.
 async fn apply(store: &Store, entries: &[Entry]) {
     let session = store.session().await.unwrap();
-    let mut open: Vec<Event<'_>> = entries.iter().map(|entry| interpret(entry).unwrap()).collect();
+    let mut open: Vec<Event<'_>> =
+        entries.iter().map(|entry| interpret(entry, Context::now(&Epochs::UNNAMED)).unwrap()).collect();
     while !open.is_empty() {
         let results = session.apply(&open.iter().collect::<Vec<_>>()).await;
         let pairs = open.into_iter().zip(results);

@@ -255,3 +255,88 @@ async fn events_go_over_tls_from_end_to_end() {
     let mut worker = Program::start("worker", &lenient).await;
     worker.wait_for_line("the certificate of PostgreSQL is not trusted", SOON).await;
 }
+
+/// A TLS server in front of a port that speaks none.
+async fn with_tls(authority: &Authority, names: &str, behind: std::net::SocketAddr) -> u16 {
+    use rustls::pki_types::pem::PemObject as _;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let (certificate, key) = authority.server("relay", names);
+    let certificates = CertificateDer::pem_file_iter(certificate).unwrap().map(Result::unwrap).collect();
+    let key = PrivateKeyDer::from_pem_file(key).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(certificates, key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut outside) = acceptor.accept(stream).await else { return };
+                let mut inside = tokio::net::TcpStream::connect(behind).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut outside, &mut inside).await;
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_of_a_private_authority_is_read_over_wss() {
+    let authority = Authority::new();
+    let relay = Relay::start(&network(200), None).await;
+    let address = relay.name().parse().unwrap();
+    let port = with_tls(&authority, OURS, address).await;
+    let redis = Redis::start().await;
+    let url = format!("wss://127.0.0.1:{port}");
+    let variables = Variables::new().with("REDIS_URL", redis.url()).with("RELAY_URL", &url);
+    {
+        let mut untrusted = Program::start("reader", &variables).await;
+        untrusted.wait_for_line("RELAY_CA_FILE", SOON).await;
+    }
+    for (index, (name, value)) in
+        [("RELAY_CA_FILE", authority.ca()), ("SSL_CERT_FILE", authority.ca())].into_iter().enumerate()
+    {
+        let variables =
+            variables.clone().with(name, value).with("REDIS_CURSOR_KEY", format!("cursor{index}"));
+        let program = Program::start("reader", &variables).await;
+        program.metric_rises("standpipe_cursor", 0.0).await;
+    }
+}
+
+/// Debian's self-signed certificates of old, and those of many a script, are of X.509's first version.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_of_the_first_version_is_taken_where_any_is() {
+    let authority = Authority::new();
+    let (postgres, database) = postgres_with_tls(&authority, OURS).await;
+    let data = postgres.folder().join("data");
+    let owner = fs::metadata(&data).unwrap();
+    authority.openssl("req -newkey rsa:2048 -nodes -subj /CN=old -keyout old.key -out old.csr");
+    authority.openssl("x509 -req -in old.csr -signkey old.key -days 2 -out old.pem");
+    let text = Command::new("openssl")
+        .args(["x509", "-noout", "-text", "-in"])
+        .arg(authority.path("old.pem"))
+        .output();
+    let text = String::from_utf8(text.unwrap().stdout).unwrap();
+    assert!(text.contains("Version: 1 (0x0)"), "{text}");
+    for (from, name) in [("old.pem", "server.crt"), ("old.key", "server.key")] {
+        let to = data.join(name);
+        fs::copy(authority.path(from), &to).unwrap();
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(&to, Some(owner.uid()), Some(owner.gid())).unwrap();
+    }
+    execute(&database, "SELECT pg_reload_conf()").await;
+    let with = |mode: &str| Variables::new().with("DATABASE_URL", format!("{database}?sslmode={mode}"));
+    wait_until("the old certificate", SOON, async || {
+        let strict = Standpipe::run(&["migrate"], &with("require"), RUN).await;
+        strict.code != 0 && strict.stderr.contains("UnsupportedCertVersion")
+    })
+    .await;
+    let lenient = Standpipe::run(&["migrate"], &with("prefer"), RUN).await;
+    assert_eq!(lenient.code, 0, "{}", lenient.stderr);
+}

@@ -1,20 +1,61 @@
--- Which of two events about one record is newer: (rev, seq, ms, sq) of the one at hand against what the row or
--- the tombstone was written with. Both have a revision: revisions decide (a TID's string order is its time order).
--- Else, or where revisions are equal, both have the relay's sequence number: that decides. Else the id of the stream
--- entry, its sequence part included: hundreds of entries share a millisecond.
--- Equal in all that both have is the same event again, and changes nothing; but of several entries of one event the
--- first counts, so that a time that is taken from the entry's id is the same in whatever order they come.
--- A row that the old workers wrote has no revision and no number and loses to anything.
+-- A sequence number as something to compare: its epoch, then the number. '<number>' is of no named epoch, '<number>@<epoch>'
+-- of that one; what is neither comes before both.
+CREATE OR REPLACE FUNCTION standpipe.place(seq text) RETURNS bigint[] LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN seq ~ '^[0-9]{1,18}$' THEN ARRAY[0, seq::bigint]
+        WHEN seq ~ '^[0-9]{1,18}@[0-9]{1,13}$'
+            THEN ARRAY[split_part(seq, '@', 2)::bigint, split_part(seq, '@', 1)::bigint]
+        ELSE ARRAY[-1, -1]::bigint[]
+    END
+$$;
+
+-- Whether a version is of a named epoch.
+CREATE OR REPLACE FUNCTION standpipe.is_named(rev text, seq text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(position('@' IN seq) > 0, coalesce(rev, '') <> '')
+$$;
+
+-- Which of two versions of one record or register is newer: the one at hand against the one that the row, the tombstone or
+-- the register was written with. One strict total order.
+--
+-- An epoch is the time, by Redis's clock, at which the numbering of an origin began as far as we know; numbers of different
+-- epochs are never compared. What was written before epochs had names is older than everything since, and has only its
+-- numbers to go by, because the Python reader gives no revisions: by number, then by revision. Everything else, by
+-- revision (a TID's string order is its time order); what has none, by epoch and number. An entry of the Python reader
+-- beside ours gets a place between our revisions (src/event/epoch.rs), which many entries share: they, too, are ordered by
+-- epoch and number. A revision without a number is one that an origin without numbering made, and belongs to the latter.
+--
+-- One revision is one event, whichever relay sends it and however often, and comes again without changing anything; but of
+-- several entries of one event the first counts, so that a time taken from the entry's id does not depend on the order of
+-- arrival. Where there is neither revision nor number to tell events apart, the later entry is newer. A row of another
+-- program's has none of all this, and loses to anything.
 CREATE OR REPLACE FUNCTION standpipe.newer(
     rev text, seq text, ms bigint, sq bigint,
     than_rev text, than_seq text, than_ms bigint, than_sq bigint
 ) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
-        WHEN rev <> than_rev THEN rev COLLATE "C" > than_rev COLLATE "C"
-        WHEN seq ~ '^[0-9]{1,18}$' AND than_seq ~ '^[0-9]{1,18}$' AND seq <> than_seq
-            THEN seq::bigint > than_seq::bigint
-        WHEN rev = than_rev OR seq = than_seq THEN coalesce((ms, sq) < (than_ms, than_sq), false)
-        WHEN than_ms IS NULL THEN true
-        ELSE (ms, sq) > (than_ms, coalesce(than_sq, 0))
+        WHEN than_ms IS NULL OR ms IS NULL THEN than_ms IS NULL AND ms IS NOT NULL
+        WHEN standpipe.is_named(rev, seq) <> standpipe.is_named(than_rev, than_seq) THEN standpipe.is_named(rev, seq)
+        WHEN seq IS DISTINCT FROM than_seq AND NOT standpipe.is_named(rev, seq)
+                AND standpipe.place(seq) <> standpipe.place(than_seq)
+            THEN standpipe.place(seq) > standpipe.place(than_seq)
+        WHEN coalesce(rev, '') <> coalesce(than_rev, '')
+            THEN coalesce(rev, '') COLLATE "C" > coalesce(than_rev, '') COLLATE "C"
+        WHEN seq IS DISTINCT FROM than_seq AND (coalesce(rev, '') = '' OR right(rev, 1) = '.')
+                AND standpipe.place(seq) <> standpipe.place(than_seq)
+            THEN standpipe.place(seq) > standpipe.place(than_seq)
+        WHEN coalesce(rev, '') = '' AND standpipe.place(seq) = '{-1,-1}'
+            THEN (ms, coalesce(sq, 0)) > (than_ms, coalesce(than_sq, 0))
+        WHEN ms = than_ms AND coalesce(sq, 0) = coalesce(than_sq, 0)
+            THEN standpipe.place(seq) > standpipe.place(than_seq)
+        ELSE (ms, coalesce(sq, 0)) < (than_ms, coalesce(than_sq, 0))
     END
 $$;
+
+-- The number with the epoch that was in force when the entry came, for an entry that does not name it.
+CREATE OR REPLACE FUNCTION standpipe.placed(seq text, at_ms bigint) RETURNS text LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    in_force bigint;
+BEGIN
+    SELECT max(e.epoch) INTO in_force FROM standpipe.epochs e WHERE e.epoch <= at_ms;
+    RETURN seq || coalesce('@' || in_force, '');
+END $$;

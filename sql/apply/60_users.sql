@@ -180,22 +180,23 @@ BEGIN
     RETURN all_of;
 END $$;
 
--- Which of two statuses of an account is newer: by the relay's sequence number where both have it, by the event's time
--- otherwise.
+-- Which of two statuses of an account is newer: by the number and its epoch; where neither has one, by the event's time.
+-- With the same number it is the same event again.
 CREATE OR REPLACE FUNCTION standpipe.newer_status(
     seq text, "time" timestamp, ms bigint, sq bigint,
     than_seq text, than_time timestamp, than_ms bigint, than_sq bigint
 ) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
         WHEN than_time IS NULL THEN true
-        WHEN seq IS NOT NULL AND than_seq IS NOT NULL THEN seq::bigint > than_seq::bigint
-        ELSE ("time", ms, sq) > (than_time, than_ms, than_sq)
+        WHEN standpipe.place(seq) <> standpipe.place(than_seq) THEN standpipe.place(seq) > standpipe.place(than_seq)
+        WHEN standpipe.place(seq) = '{-1,-1}' THEN ("time", ms, sq) > (than_time, than_ms, than_sq)
+        ELSE false
     END
 $$;
 
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
--- Status is a register: see standpipe.newer_status. A deletion is a second register that only grows, in both its parts: it says from when on older records are dead,
--- whatever the status says later (80_purge.sql).
+-- Status is a register: see standpipe.newer_status. A deletion is a second register, and only grows: it says from when on
+-- older records are dead, whatever the status says later (80_purge.sql).
 CREATE OR REPLACE FUNCTION standpipe.put_account(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     changed boolean;
@@ -216,13 +217,12 @@ BEGIN
         INSERT INTO standpipe.tombstones (uri, stream_ms, stream_seq) VALUES (o.repo, 9223372036854775807, 0)
         ON CONFLICT (uri) DO NOTHING;
         UPDATE standpipe.accounts a SET
-            deleted_seq = CASE WHEN a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint
-                               THEN coalesce(o.seq, a.deleted_seq) ELSE a.deleted_seq END,
+            deleted_seq = standpipe.with_deletion(a.deleted_seq, a.deleted_time, o.seq, o.created_at),
             deleted_time = greatest(a.deleted_time, o.created_at),
             purge_pending = true
         WHERE a.did = o.repo
-          AND (a.deleted_time IS NULL OR o.created_at > a.deleted_time
-               OR o.seq IS NOT NULL AND (a.deleted_seq IS NULL OR o.seq::bigint > a.deleted_seq::bigint));
+          AND (a.deleted_time IS NULL OR a.deleted_seq IS DISTINCT FROM
+               standpipe.with_deletion(a.deleted_seq, a.deleted_time, o.seq, o.created_at));
     END IF;
     RETURN changed;
 END $$;

@@ -2,18 +2,63 @@
 -- (standpipe.put_account): what is older is dead (standpipe.is_dead), also where it comes late, and needs no tombstones;
 -- what is newer lives. The account's row in users stays, without its profile.
 
--- Whether something was written before the account's deletion: by the relay's sequence number where both have one, else
--- by time. What has neither is a row of the old workers, and older than anything.
+-- The deletions of an account, as `deleted_seq` holds them: by epoch the greatest number and the latest time (microseconds
+-- of Unix time) of its deletions in that epoch. '-1' stands for those without a number. A plain number, or none, is what
+-- version 0.1 wrote: one of no named epoch at `deleted_time`.
+CREATE OR REPLACE FUNCTION standpipe.deletions(deleted_seq text, deleted_time timestamp) RETURNS jsonb
+LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    place bigint[] := standpipe.place(deleted_seq);
+BEGIN
+    IF deleted_time IS NULL THEN
+        RETURN '{}';
+    ELSIF deleted_seq LIKE '{%' THEN
+        RETURN deleted_seq::jsonb;
+    END IF;
+    RETURN jsonb_build_object(place[1]::text,
+        jsonb_build_array(place[2], (extract(epoch FROM deleted_time) * 1000000)::bigint));
+END $$;
+
+-- The same with one more of them.
+CREATE OR REPLACE FUNCTION standpipe.with_deletion(
+    deleted_seq text, deleted_time timestamp, seq text, "time" timestamp
+) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    before jsonb := standpipe.deletions(deleted_seq, deleted_time);
+    place bigint[] := standpipe.place(seq);
+    epoch text := place[1]::text;
+BEGIN
+    RETURN (before || jsonb_build_object(epoch, jsonb_build_array(
+        greatest((before -> epoch ->> 0)::bigint, place[2]),
+        greatest((before -> epoch ->> 1)::bigint, (extract(epoch FROM "time") * 1000000)::bigint))))::text;
+END $$;
+
+-- Whether something was written before one of the account's deletions: by the relay's sequence number where both are of
+-- one epoch, else by time. What has neither is a row of the old workers, and older than anything.
 CREATE OR REPLACE FUNCTION standpipe.before_deletion(
     rev text, seq text, ms bigint, deleted_seq text, deleted_time timestamp
 ) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    committed bigint := (extract(epoch FROM standpipe.committed_at(rev, ms, NULL)) * 1000000)::bigint;
+    place bigint[] := standpipe.place(seq);
+    epoch text;
+    deletion jsonb;
 BEGIN
     IF deleted_time IS NULL THEN
         RETURN false;
-    ELSIF seq ~ '^[0-9]{1,18}$' AND deleted_seq ~ '^[0-9]{1,18}$' THEN
-        RETURN seq::bigint < deleted_seq::bigint;
+    ELSIF committed IS NULL AND place[2] < 0 THEN
+        RETURN true;
     END IF;
-    RETURN coalesce(standpipe.committed_at(rev, ms, NULL) <= deleted_time, true);
+    FOR epoch, deletion IN SELECT * FROM jsonb_each(standpipe.deletions(deleted_seq, deleted_time)) LOOP
+        IF epoch::bigint = place[1] AND place[2] >= 0 THEN
+            IF place[2] < (deletion ->> 0)::bigint THEN
+                RETURN true;
+            END IF;
+        ELSIF coalesce(committed <= (deletion ->> 1)::bigint, true) THEN
+            RETURN true;
+        END IF;
+    END LOOP;
+    RETURN false;
 END $$;
 
 -- Removes some rows of one kind that were written before the account was deleted, `most` at the most, and counts them

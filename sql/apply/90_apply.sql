@@ -49,6 +49,16 @@ BEGIN
        OR excluded.quote_count <> 0 OR excluded.bookmark_count <> 0;
 END $$;
 
+-- The operation with its number placed in the epoch in force at its entry, where it names none: version 0.1, which may
+-- still be at work beside us, knows no epochs.
+CREATE OR REPLACE FUNCTION standpipe.with_epoch(o standpipe.op) RETURNS standpipe.op LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF position('@' IN o.seq) = 0 THEN
+        o.seq := standpipe.placed(o.seq, o.ms);
+    END IF;
+    RETURN o;
+END $$;
+
 -- Begins a transaction that writes: takes its locks, in their order, and does not wait for the disk at its end.
 CREATE OR REPLACE FUNCTION standpipe.lock(locks text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -135,6 +145,11 @@ BEGIN
     END IF;
     ignored := standpipe.lock(locks);
 
+    IF coalesce((ops[1]).seq, (sets[1]).ops[1].seq) NOT LIKE '%@%' THEN
+        ops := ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(ops) p);
+        sets := ARRAY(SELECT ROW(q.kind, ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(q.ops) p))::standpipe.set
+                      FROM unnest(sets) q);
+    END IF;
     IF cardinality(dids) > 0 THEN
         ignored := standpipe.ensure_users(dids);
     END IF;
@@ -296,6 +311,9 @@ BEGIN
     END IF;
     IF dids IS NOT NULL THEN
         ignored := standpipe.ensure_users(dids);
+    END IF;
+    IF position('@' IN o.seq) = 0 THEN
+        o.seq := standpipe.placed(o.seq, o.ms);
     END IF;
     CASE kind
         WHEN 'like' THEN RETURN standpipe.new_like(o);

@@ -11,7 +11,9 @@ SELECT
     current_setting('full_page_writes')::boolean AS full_page_writes,
     current_setting('synchronous_commit') AS synchronous_commit,
     current_setting('synchronous_standby_names') <> '' AS has_standbys,
-    current_setting('default_transaction_read_only')::boolean AS read_only,
+    current_setting('synchronous_standby_names') AS standby_names,
+    -- Without pg_monitor their rows are there all the same, and say little.
+    (SELECT count(*)::int FROM pg_stat_replication) AS standbys,
     current_setting('autovacuum')::boolean AS autovacuum,
     extract(epoch FROM clock_timestamp())::float8 AS clock,
     coalesce((SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()), '') AS tls,

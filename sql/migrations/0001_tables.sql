@@ -43,14 +43,14 @@ CREATE TABLE IF NOT EXISTS user_settings (
 );
 
 CREATE TABLE IF NOT EXISTS posts (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     author_did varchar(255) COLLATE "C" NOT NULL,
     text text NOT NULL,
     langs jsonb,
-    parent_uri varchar(512) COLLATE "C",
+    parent_uri varchar(8192) COLLATE "C",
     parent_cid varchar(255),
-    root_uri varchar(512) COLLATE "C",
+    root_uri varchar(8192) COLLATE "C",
     root_cid varchar(255),
     embed jsonb,
     facets jsonb,
@@ -71,7 +71,7 @@ CREATE TABLE IF NOT EXISTS posts (
 -- Every like of a post updates its row here: no counter is indexed and pages keep room, so that the
 -- update stays on its page (HOT) and touches no index.
 CREATE TABLE IF NOT EXISTS post_aggregations (
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     like_count integer NOT NULL DEFAULT 0,
     repost_count integer NOT NULL DEFAULT 0,
     reply_count integer NOT NULL DEFAULT 0,
@@ -83,8 +83,8 @@ CREATE TABLE IF NOT EXISTS post_aggregations (
 ) WITH (fillfactor = 70);
 
 CREATE TABLE IF NOT EXISTS feed_items (
-    uri varchar(512) COLLATE "C" NOT NULL,
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     originator_did varchar(255) COLLATE "C" NOT NULL,
     type varchar(32) NOT NULL,
     sort_at timestamp NOT NULL,
@@ -95,9 +95,9 @@ CREATE TABLE IF NOT EXISTS feed_items (
 );
 
 CREATE TABLE IF NOT EXISTS likes (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     user_did varchar(255) COLLATE "C" NOT NULL,
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     subject_cid varchar(255),
     via jsonb,
     created_at timestamp NOT NULL,
@@ -109,9 +109,9 @@ CREATE TABLE IF NOT EXISTS likes (
 );
 
 CREATE TABLE IF NOT EXISTS reposts (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     user_did varchar(255) COLLATE "C" NOT NULL,
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     subject_cid varchar(255),
     via jsonb,
     created_at timestamp NOT NULL,
@@ -123,10 +123,10 @@ CREATE TABLE IF NOT EXISTS reposts (
 );
 
 CREATE TABLE IF NOT EXISTS quotes (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
-    post_uri varchar(512) COLLATE "C" NOT NULL,
-    quoted_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
+    quoted_uri varchar(8192) COLLATE "C" NOT NULL,
     quoted_cid varchar(255),
     created_at timestamp NOT NULL,
     indexed_at timestamp NOT NULL DEFAULT now(),
@@ -134,16 +134,16 @@ CREATE TABLE IF NOT EXISTS quotes (
 );
 
 CREATE TABLE IF NOT EXISTS bookmarks (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     user_did varchar(255) COLLATE "C" NOT NULL,
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL,
     indexed_at timestamp NOT NULL DEFAULT now(),
     PRIMARY KEY (uri)
 );
 
 CREATE TABLE IF NOT EXISTS follows (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     follower_did varchar(255) COLLATE "C" NOT NULL,
     following_did varchar(255) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL,
@@ -155,7 +155,7 @@ CREATE TABLE IF NOT EXISTS follows (
 );
 
 CREATE TABLE IF NOT EXISTS blocks (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     blocker_did varchar(255) COLLATE "C" NOT NULL,
     blocked_did varchar(255) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL,
@@ -167,7 +167,7 @@ CREATE TABLE IF NOT EXISTS blocks (
 );
 
 CREATE TABLE IF NOT EXISTS lists (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     creator_did varchar(255) COLLATE "C" NOT NULL,
     name varchar(255) NOT NULL,
@@ -180,9 +180,9 @@ CREATE TABLE IF NOT EXISTS lists (
 );
 
 CREATE TABLE IF NOT EXISTS list_items (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
-    list_uri varchar(512) COLLATE "C" NOT NULL,
+    list_uri varchar(8192) COLLATE "C" NOT NULL,
     subject_did varchar(255) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL,
     indexed_at timestamp NOT NULL DEFAULT now(),
@@ -190,16 +190,16 @@ CREATE TABLE IF NOT EXISTS list_items (
 );
 
 CREATE TABLE IF NOT EXISTS list_blocks (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     blocker_did varchar(255) COLLATE "C" NOT NULL,
-    list_uri varchar(512) COLLATE "C" NOT NULL,
+    list_uri varchar(8192) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL,
     indexed_at timestamp NOT NULL DEFAULT now(),
     PRIMARY KEY (uri)
 );
 
 CREATE TABLE IF NOT EXISTS feed_generators (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     creator_did varchar(255) COLLATE "C" NOT NULL,
     did varchar(255) COLLATE "C" NOT NULL,
@@ -213,12 +213,12 @@ CREATE TABLE IF NOT EXISTS feed_generators (
 );
 
 CREATE TABLE IF NOT EXISTS starter_packs (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     creator_did varchar(255) COLLATE "C" NOT NULL,
     name varchar(255) NOT NULL,
     description text,
-    list_uri varchar(512) COLLATE "C",
+    list_uri varchar(8192) COLLATE "C",
     feeds jsonb NOT NULL DEFAULT '[]'::jsonb,
     created_at timestamp NOT NULL,
     indexed_at timestamp NOT NULL DEFAULT now(),
@@ -226,7 +226,7 @@ CREATE TABLE IF NOT EXISTS starter_packs (
 );
 
 CREATE TABLE IF NOT EXISTS labeler_services (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     creator_did varchar(255) COLLATE "C" NOT NULL,
     policies jsonb NOT NULL,
@@ -237,9 +237,9 @@ CREATE TABLE IF NOT EXISTS labeler_services (
 );
 
 CREATE TABLE IF NOT EXISTS labels (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     src varchar(255) COLLATE "C" NOT NULL,
-    subject varchar(512) COLLATE "C" NOT NULL,
+    subject varchar(8192) COLLATE "C" NOT NULL,
     val varchar(128) NOT NULL,
     neg boolean NOT NULL DEFAULT false,
     created_at timestamp NOT NULL,
@@ -248,7 +248,7 @@ CREATE TABLE IF NOT EXISTS labels (
 );
 
 CREATE TABLE IF NOT EXISTS verifications (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     subject_did varchar(255) COLLATE "C" NOT NULL,
     handle varchar(255) COLLATE "C" NOT NULL,
@@ -259,14 +259,14 @@ CREATE TABLE IF NOT EXISTS verifications (
 );
 
 CREATE TABLE IF NOT EXISTS post_gates (
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     created_at timestamp NOT NULL DEFAULT now(),
     embedding_rules jsonb NOT NULL DEFAULT '{}'::jsonb,
     PRIMARY KEY (post_uri)
 );
 
 CREATE TABLE IF NOT EXISTS thread_gates (
-    post_uri varchar(512) COLLATE "C" NOT NULL,
+    post_uri varchar(8192) COLLATE "C" NOT NULL,
     owner_did varchar(255) COLLATE "C" NOT NULL,
     allow_mentions boolean NOT NULL DEFAULT true,
     allow_following boolean NOT NULL DEFAULT true,
@@ -279,11 +279,11 @@ CREATE TABLE IF NOT EXISTS thread_gates (
 
 CREATE TABLE IF NOT EXISTS notifications (
     id bigserial,
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     recipient_did varchar(255) COLLATE "C" NOT NULL,
     author_did varchar(255) COLLATE "C" NOT NULL,
     reason varchar(64) NOT NULL,
-    reason_subject varchar(512),
+    reason_subject varchar(8192),
     cid varchar(255),
     is_read boolean NOT NULL DEFAULT false,
     created_at timestamp NOT NULL,
@@ -293,7 +293,7 @@ CREATE TABLE IF NOT EXISTS notifications (
 );
 
 CREATE TABLE IF NOT EXISTS generic_records (
-    uri varchar(512) COLLATE "C" NOT NULL,
+    uri varchar(8192) COLLATE "C" NOT NULL,
     cid varchar(255) NOT NULL,
     author_did varchar(255) COLLATE "C" NOT NULL,
     record_type varchar(255) NOT NULL,

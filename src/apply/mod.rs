@@ -24,33 +24,50 @@ use serde_json::value::RawValue;
 
 #[cfg(test)]
 use crate::event::EntryId;
-use crate::event::{Event, Kind, Micros, Op, Reason, Reject, Rejected, Version};
+use crate::event::{Epochs, Event, Kind, Micros, Op, Reason, Reject, Rejected, Version, check_rev};
+use crate::status::now_ms;
 use crate::stream::entry::Entry;
 use json::Text;
 
+/// What the interpretation of an entry depends on, besides the entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// The epochs of the stream.
+    pub epochs: &'a Epochs,
+    /// The clock, Unix time in milliseconds: revisions ahead of it are refused.
+    pub now_ms: u64,
+}
+
+impl<'a> Context<'a> {
+    /// With the present time.
+    #[must_use]
+    pub fn now(epochs: &'a Epochs) -> Self {
+        Self { epochs, now_ms: now_ms() }
+    }
+}
+
 /// Reads what an entry says.
 ///
-/// A bad operation is set aside in [`Event::rejected`] and harms no other; an entry of a type that nobody asked for
-/// has no operations.
+/// A bad operation is set aside in [`Event::rejected`] and harms no other.
 ///
 /// # Errors
 ///
 /// The whole entry is unreadable: it says neither what it is about nor what to do.
-pub fn interpret(entry: &Entry) -> Result<Event<'_>, Reject> {
+pub fn interpret<'a>(entry: &'a Entry, context: Context<'_>) -> Result<Event<'a>, Reject> {
     let seq = match entry.seq.as_str() {
         "" => None,
         seq if seq.len() <= 18 && seq.bytes().all(|b| b.is_ascii_digit()) => Some(Cow::Borrowed(seq)),
         _ => return Err(Reject::new(Reason::Undecodable, "the field `seq` is not a number")),
     };
-    let version = Version { rev: None, seq, entry: entry.id };
+    let version = Version { rev: None, seq, entry: entry.id, epoch: 0 };
     match entry.event_type.as_str() {
-        "commit" => commit(entry, version),
-        "identity" => registers::identity(entry, version),
-        "account" => registers::account(entry, version),
+        "commit" => commit(entry, version, context),
+        "identity" => registers::identity(entry, version, context),
+        "account" => registers::account(entry, version, context),
         "" => Err(Reject::new(Reason::Undecodable, "the entry has no `type`")),
-        // #sync says that a repository changed without saying how; other words come from a newer protocol.
-        other => Ok(Event {
-            event_type: other,
+        // It says that a repository changed without saying how: there is nothing to apply.
+        "sync" => Ok(Event {
+            event_type: &entry.event_type,
             repo: Cow::Borrowed(""),
             version,
             ops: Vec::new(),
@@ -58,6 +75,10 @@ pub fn interpret(entry: &Entry) -> Result<Event<'_>, Reject> {
             mentions: Vec::new(),
             rejected: Vec::new(),
         }),
+        other => Err(Reject::new(
+            Reason::UnknownType,
+            format!("the type {} is none of commit, identity, account, sync", json::quote(&shorten(other))),
+        )),
     }
 }
 
@@ -69,6 +90,8 @@ struct Commit<'a> {
     ops: Vec<&'a RawValue>,
     #[serde(borrow, default)]
     rev: Option<Text<'a>>,
+    #[serde(default)]
+    epoch: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -84,7 +107,7 @@ struct CommitOp<'a> {
     record: Option<&'a RawValue>,
 }
 
-fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, Reject> {
+fn commit<'a>(entry: &'a Entry, mut version: Version<'a>, context: Context<'_>) -> Result<Event<'a>, Reject> {
     let commit: Commit<'_> = parse(&entry.data).map_err(|reject| Reject {
         reason: Reason::Undecodable,
         message: format!("the commit is unreadable: {}", reject.message),
@@ -92,9 +115,10 @@ fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, R
     })?;
     check_did(&commit.repo)?;
     version.rev = commit.rev.map(|rev| rev.0).filter(|rev| !rev.is_empty());
-    if version.rev.as_ref().is_some_and(|rev| rev.len() > 64) {
-        return Err(Reject::new(Reason::InvalidField, "`rev` is longer than 64 characters"));
+    if let Some(rev) = &version.rev {
+        check_rev(rev, context.now_ms).map_err(|message| Reject::new(Reason::InvalidField, message))?;
     }
+    context.epochs.place(&mut version, commit.epoch);
 
     let mut event = Event {
         event_type: &entry.event_type,
@@ -126,6 +150,9 @@ fn commit<'a>(entry: &'a Entry, mut version: Version<'a>) -> Result<Event<'a>, R
     }
     ops.sort_by_key(|(op, _)| (!op.delete, op.kind));
     (event.ops, event.sources) = ops.into_iter().unzip();
+    if event.version.rev.is_none() {
+        event.version.rev = context.epochs.rev_of(&event.version).map(Cow::Owned);
+    }
     Ok(event)
 }
 
@@ -254,8 +281,10 @@ fn into_owned(op: Op<'_>) -> Op<'static> {
     }
 }
 
-/// The longest URI and the longest DID, handle or CID that the tables hold.
-const MAX_URI: usize = 512;
+/// The longest URI (<https://atproto.com/specs/at-uri-scheme>). Tables of other programs may hold less; then the database
+/// says so.
+const MAX_URI: usize = 8192;
+/// The longest DID, handle or CID that the tables hold.
 const MAX_NAME: usize = 255;
 
 /// Sets both times from the record's `createdAt`: one that is no datetime, or none, is the time inside the revision
@@ -369,7 +398,13 @@ impl<'a> StrongRef<'a> {
     }
 }
 
-/// The version that an entry without revision has; for tests of the kinds.
+/// As [`interpret`], in a stream without named epochs and with the present time.
+#[cfg(test)]
+fn interpret_now(entry: &Entry) -> Result<Event<'_>, Reject> {
+    interpret(entry, Context::now(&Epochs::UNNAMED))
+}
+
+/// An entry; for tests of the kinds.
 #[cfg(test)]
 fn test_entry(event_type: &str, data: &str, seq: &str) -> Entry {
     Entry {
@@ -402,7 +437,7 @@ mod tests {
             r#"{LIKE},{{"action":"create","path":"app.bsky.feed.like/2","cid":"x","record":{{"subject":5}}}},
             {{"action":"delete","path":"app.bsky.feed.post/x"}},{{"action":"create","path":"nonsense"}}"#
         ));
-        let event = interpret(&entry).unwrap();
+        let event = interpret_now(&entry).unwrap();
         assert_eq!(
             event.ops.iter().map(|op| (op.delete, op.kind)).collect::<Vec<_>>(),
             [(true, Kind::Post), (false, Kind::Like)]
@@ -415,7 +450,7 @@ mod tests {
     fn within_one_commit_the_last_operation_on_a_path_wins() {
         let entry =
             commit_of(&format!(r#"{LIKE},{{"action":"delete","path":"app.bsky.feed.like/3n2samhxtok2n"}}"#));
-        let event = interpret(&entry).unwrap();
+        let event = interpret_now(&entry).unwrap();
         assert_eq!(event.ops.len(), 1);
         assert!(event.ops[0].delete);
     }
@@ -423,19 +458,20 @@ mod tests {
     #[test]
     fn missing_fields_and_foreign_types_have_their_own_verdicts() {
         let entry = commit_of(r#"{"action":"create","path":"app.bsky.feed.like/2","cid":"x","record":{}}"#);
-        let event = interpret(&entry).unwrap();
+        let event = interpret_now(&entry).unwrap();
         assert_eq!(event.rejected[0].reject.reason, Reason::MissingField);
-        assert_eq!(interpret(&test_entry("commit", "{", "1")).unwrap_err().reason, Reason::Undecodable);
-        assert_eq!(interpret(&test_entry("commit", "{}", "1")).unwrap_err().reason, Reason::Undecodable);
-        assert!(interpret(&test_entry("sync", "{}", "1")).unwrap().ops.is_empty());
-        assert!(interpret(&test_entry("commit", "{}", "one")).is_err());
+        assert_eq!(interpret_now(&test_entry("commit", "{", "1")).unwrap_err().reason, Reason::Undecodable);
+        assert_eq!(interpret_now(&test_entry("commit", "{}", "1")).unwrap_err().reason, Reason::Undecodable);
+        assert!(interpret_now(&test_entry("sync", "{}", "1")).unwrap().ops.is_empty());
+        assert_eq!(interpret_now(&test_entry("tree", "{}", "1")).unwrap_err().reason, Reason::UnknownType);
+        assert!(interpret_now(&test_entry("commit", "{}", "one")).is_err());
     }
 
     #[test]
     fn impossible_dates_come_from_the_revision_and_future_ones_are_not_sorted_by() {
         let with = |created: &str| {
             let entry = commit_of(&LIKE.replace("\"2026-11-21T04:17:51.287Z\"", created));
-            let event = interpret(&entry).unwrap();
+            let event = interpret_now(&entry).unwrap();
             (event.ops[0].created_at, event.ops[0].sort_at, event.version.time())
         };
         let (created, sort, rev) = with("\"yesterday\"");

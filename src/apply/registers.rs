@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use serde::Deserialize;
 
 use super::json::Text;
-use super::{MAX_NAME, check_did, datetime, parse};
+use super::{Context, MAX_NAME, check_did, datetime, parse};
 use crate::event::{Event, Json, Kind, Op, Reason, Reject, Version};
 use crate::stream::entry::Entry;
 
@@ -15,6 +15,8 @@ struct Identity<'a> {
     did: Cow<'a, str>,
     #[serde(borrow, default)]
     handle: Option<Text<'a>>,
+    #[serde(default)]
+    epoch: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -26,10 +28,17 @@ struct Account<'a> {
     status: Option<Text<'a>>,
     #[serde(borrow, default)]
     time: Option<Text<'a>>,
+    #[serde(default)]
+    epoch: Option<u64>,
 }
 
-pub(super) fn identity<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Event<'a>, Reject> {
+pub(super) fn identity<'a>(
+    entry: &'a Entry,
+    mut version: Version<'a>,
+    context: Context<'_>,
+) -> Result<Event<'a>, Reject> {
     let identity: Identity<'a> = parse(&entry.data)?;
+    context.epochs.place(&mut version, identity.epoch);
     // An event without a handle, or with one that is none, says that something changed but not what: it never
     // overwrites a good handle.
     let handle = identity.handle.map(|text| text.0.to_ascii_lowercase()).filter(|handle| is_handle(handle));
@@ -41,8 +50,13 @@ pub(super) fn identity<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Eve
     event(entry, version, identity.did, ops)
 }
 
-pub(super) fn account<'a>(entry: &'a Entry, version: Version<'a>) -> Result<Event<'a>, Reject> {
+pub(super) fn account<'a>(
+    entry: &'a Entry,
+    mut version: Version<'a>,
+    context: Context<'_>,
+) -> Result<Event<'a>, Reject> {
     let account: Account<'a> = parse(&entry.data)?;
+    context.epochs.place(&mut version, account.epoch);
     let mut op = register(Kind::Account, &account.did, &version);
     if let Some(time) = account.time.as_ref().and_then(|time| datetime::parse(&time.0)) {
         op.created_at = time;
@@ -120,7 +134,7 @@ mod tests {
             assert!(!is_handle(bad), "{bad}");
         }
         let entry = super::super::test_entry("identity", r#"{"did":"did:plc:a"}"#, "4");
-        let event = super::super::interpret(&entry).unwrap();
+        let event = super::super::interpret_now(&entry).unwrap();
         assert!(event.ops.is_empty());
         assert_eq!(event.repo, "did:plc:a");
     }

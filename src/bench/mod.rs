@@ -32,6 +32,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use crate::config::{self, Role};
+use crate::out;
 use floor::{Copying, Rows};
 use lab::{Cost, Lab};
 use machine::Machine;
@@ -120,10 +121,10 @@ struct Run {
 ///
 /// A server cannot be started, or something that is measured fails.
 pub async fn bench(options: &BenchOptions) -> Result<Report> {
-    eprintln!("starting a private Redis and a private PostgreSQL ...");
+    out::note("starting a private Redis and a private PostgreSQL ...");
     let mut lab = Lab::start(options).await?;
     lab.postgres.make_template(OWN, "").await?;
-    eprintln!("preparing {} events ...", options.events);
+    out::note(format_args!("preparing {} events ...", options.events));
     let network = stream::network(options.seed, options.accounts);
     let collections = lab.config.collections.clone();
     let prepared = lab.streams.prepare("prepared", &network, &collections, options.events).await?;
@@ -174,12 +175,12 @@ pub async fn bench(options: &BenchOptions) -> Result<Report> {
         }
     }
     if wants(Part::Latency) {
-        eprintln!("latency at {} events/s ...", options.rate);
+        out::note(format_args!("latency at {} events/s ...", options.rate));
         let postgres = latency::server(lab.folder().path(), options).await?;
         let mut rounds: Vec<Vec<latency::Round>> = modes.iter().map(|_| Vec::new()).collect();
         for number in 1..=options.rounds {
             for (rounds, mode) in rounds.iter_mut().zip(&modes) {
-                eprintln!("  {mode}, round {number}");
+                out::note(format_args!("  {mode}, round {number}"));
                 rounds.push(latency::round(&mut lab, &postgres, options, mode).await?);
             }
         }
@@ -187,11 +188,11 @@ pub async fn bench(options: &BenchOptions) -> Result<Report> {
         report.latency = figures.map(|(mode, rounds)| latency::figures(mode, rounds)).collect();
     }
     if wants(Part::Reader) {
-        eprintln!("the reader ...");
+        out::note("the reader ...");
         report.reader = Some(reader::measure(&mut lab, options).await?);
     }
     if let Some(events) = options.backlog {
-        eprintln!("preparing a backlog of {events} events ...");
+        out::note(format_args!("preparing a backlog of {events} events ..."));
         let long = lab.streams.prepare("backlog", &network, &collections, events).await?;
         for mode in &modes {
             report.backlog.push(backlog(&mut lab, &long, mode).await?);
@@ -219,7 +220,7 @@ async fn throughput(
     template: &'static str,
     notes: &mut Vec<String>,
 ) -> Result<Throughput> {
-    eprintln!("on {template} tables; once to take the rows and not to count ...");
+    out::note(format_args!("on {template} tables; once to take the rows and not to count ..."));
     let database = lab.postgres.fresh(template).await?;
     worker::drain(lab, prepared, &database, &[]).await?;
     let rows = floor::take_rows(&database, &lab.postgres.url(template)).await?;
@@ -241,7 +242,7 @@ async fn throughput(
             let place = (turn + round) % variants.len();
             let run = run(lab, prepared, &rows, variants[place], template).await?;
             let rate = prepared.entries as f64 / run.seconds;
-            eprintln!("  {}, round {}: {rate:.0} events/s", variants[place].name(), round + 1);
+            out::note(format_args!("  {}, round {}: {rate:.0} events/s", variants[place].name(), round + 1));
             runs[place].push(run);
         }
     }
@@ -342,7 +343,7 @@ async fn backlog(lab: &mut Lab, prepared: &Prepared, mode: &'static str) -> Resu
     let database = lab.postgres.fresh(OWN).await?;
     let (drained, _) = worker::drain(lab, prepared, &database, &[("TRANSACTION", mode)]).await?;
     let rate = prepared.entries as f64 / drained.seconds;
-    eprintln!("  {mode}: {rate:.0} events/s");
+    out::note(format_args!("  {mode}: {rate:.0} events/s"));
     Ok(Backlog {
         mode,
         events: prepared.entries,

@@ -17,6 +17,7 @@ use super::lab::Lab;
 use super::program::Program;
 use super::report::Stat;
 use super::{BenchOptions, machine, stream};
+use crate::out;
 use crate::relay::simulate::{self, Counters, Frame, Network, NetworkOptions, RelayOptions, Source};
 use crate::stream::append;
 
@@ -75,7 +76,7 @@ pub async fn measure(lab: &mut Lab, options: &BenchOptions) -> Result<ReaderFigu
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {
         let round = round(lab, &frames, last).await?;
-        eprintln!("  reader, round {number}: {:.0} frames/s", count / round.seconds);
+        out::note(format_args!("  reader, round {number}: {:.0} frames/s", count / round.seconds));
         rounds.push(round);
     }
     let each = |of: &dyn Fn(&Round) -> f64| rounds.iter().map(of).collect::<Stat>();

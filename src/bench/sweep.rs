@@ -11,6 +11,7 @@ use super::postgres::Connection;
 use super::report::Stat;
 use super::stream::Prepared;
 use super::{BenchOptions, OWN, worker};
+use crate::out;
 
 const FILL: &str = include_str!("../../sql/bench/fill.sql");
 /// Rows in all tables together before the run.
@@ -85,7 +86,7 @@ pub async fn sweep(
                     }
                     let (drained, _) = worker::drain(lab, prepared, &database, &special).await?;
                     let rate = prepared.entries as f64 / drained.seconds;
-                    eprintln!("  {factor} {value}, {mode}, round {round}: {rate:.0} events/s");
+                    out::note(format_args!("  {factor} {value}, {mode}, round {round}: {rate:.0} events/s"));
                     figures[place].push(rate);
                 }
             }
@@ -107,7 +108,7 @@ fn template(rows: u64) -> String {
 }
 
 async fn fill(lab: &Lab, rows: u64) -> Result<()> {
-    eprintln!("filling tables with {rows} rows ...");
+    out::note(format_args!("filling tables with {rows} rows ..."));
     let name = template(rows);
     lab.postgres.copy(&name, OWN).await?;
     let connection = Connection::open(&lab.postgres.url(&name)).await?;

@@ -1,6 +1,6 @@
 //! `standpipe status`: once, or again and again.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ use standpipe::report::table::{Beside, table};
 use standpipe::status::now_ms;
 use standpipe::store::{Store, migrate};
 use standpipe::stream::{Keys, Redis, dead_letters};
-use standpipe::{http, report};
+use standpipe::{http, out, report};
 
 use super::EX_UNAVAILABLE;
 
 /// How long the process and PostgreSQL may take to answer.
 const ANSWER: Duration = Duration::from_secs(3);
-/// Dead letters whose reasons are looked at, at the most: they are read whole.
+/// No more dead letters than this are read for their reasons: they are read whole.
 const REASONS: usize = 1000;
 
 /// What to print.
@@ -43,7 +43,7 @@ pub async fn status(config: Config, options: Options) -> Result<ExitCode> {
         Asker { keys: Keys::new(&config), redis: Redis::open(&config)?, connection: None, config };
     let Some(seconds) = options.watch else {
         let answer = asker.ask(options.json).await;
-        print(&answer, options.json)?;
+        out::unless_closed(print(&answer, options.json))?;
         return Ok(answer.code());
     };
     let in_place = std::io::stdout().is_terminal() && !options.json;
@@ -65,7 +65,7 @@ pub async fn status(config: Config, options: Options) -> Result<ExitCode> {
             redraw(&answer.page(), first)?;
         } else {
             if !first && !options.json {
-                println!();
+                out::line("")?;
             }
             print(&answer, options.json)?;
         }
@@ -75,13 +75,12 @@ pub async fn status(config: Config, options: Options) -> Result<ExitCode> {
 }
 
 fn print(answer: &Answer, json: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
     match (&answer.trouble, json) {
-        (Some(trouble), true) => eprintln!("standpipe: {trouble}"),
-        (None, true) => writeln!(out, "{}", answer.status)?,
-        (_, false) => write!(out, "{}", answer.page())?,
+        (Some(trouble), true) => out::note(format_args!("standpipe: {trouble}")),
+        (None, true) => out::line(out::safe_json(&answer.status.to_string()))?,
+        (_, false) => out::raw(&answer.page())?,
     }
-    Ok(out.flush()?)
+    Ok(())
 }
 
 /// Writes over what was there, line by line, so that nothing flickers.
@@ -92,9 +91,7 @@ fn redraw(page: &str, first: bool) -> Result<()> {
         text.push_str("\x1b[K\n");
     }
     text.push_str("\x1b[J");
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    Ok(out.flush()?)
+    out::raw(&text)
 }
 
 /// What came of asking.
@@ -110,7 +107,9 @@ impl Answer {
     fn page(&self) -> String {
         let page = table(&self.status, &self.beside, now_ms());
         match &self.trouble {
-            Some(trouble) if self.status.is_null() => format!("standpipe: {trouble}\n"),
+            Some(trouble) if self.status.is_null() => {
+                format!("standpipe: {}\n", out::safe(trouble, 10 * out::LINE))
+            }
             _ => page,
         }
     }

@@ -10,7 +10,7 @@ use crate::config::{Config, DatabaseUrl};
 use crate::store::migrate::{self, Found};
 use crate::store::tls::Strictness;
 use crate::store::verdict::Verdict;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, settings};
 
 /// Transactions that are open for longer hold vacuum back noticeably.
 const LONG: Duration = Duration::from_mins(10);
@@ -23,12 +23,26 @@ pub async fn check(config: &Config, processes: usize, findings: &mut Findings) {
     let session = async {
         let store =
             Store::new(config).map_err(|error| StoreError::new(Verdict::Halt, format!("{error:#}")))?;
-        tokio::time::timeout(Duration::from_secs(15), store.session())
+        let session = async {
+            store.refuse_transaction_pooling().await?;
+            store.session().await
+        };
+        tokio::time::timeout(Duration::from_secs(15), session)
             .await
             .map_err(|_| StoreError::new(Verdict::Reconnect, "no answer within 15 s"))?
     };
     let session = match session.await {
         Ok(session) => session,
+        // A server that answers, and cannot be worked with as it is set up.
+        Err(error) if error.verdict == Verdict::Halt && error.sqlstate.is_none() => {
+            findings.ok("connection", format!("{url} answers"));
+            findings.error(
+                "settings",
+                error.message,
+                "see docs/operations.md, \"PostgreSQL refuses to be worked with\"",
+            );
+            return;
+        }
         Err(error) => {
             let (found, remedy) = explain(&error, config);
             findings.unreachable(format!("{url} {found}"), remedy);
@@ -52,6 +66,7 @@ async fn look(
     client: &Client,
     findings: &mut Findings,
 ) -> Result<(), StoreError> {
+    settings(client, findings).await?;
     let asked = Instant::now();
     let row = client.query_one(include_str!("../../sql/check/settings.sql"), &[]).await?;
     let took = asked.elapsed();
@@ -79,6 +94,18 @@ async fn look(
         bloat(client, &tables, findings).await?;
     }
     transactions(client, findings).await
+}
+
+/// Whether the settings of our connections are those that we made, read back.
+async fn settings(client: &Client, findings: &mut Findings) -> Result<(), StoreError> {
+    for (name, is, wanted) in settings::different(client).await? {
+        findings.error(
+            "settings",
+            format!("{name} is {is} on our connections, where it was set to {wanted}"),
+            "see what changes it: a pooler, or an extension",
+        );
+    }
+    Ok(())
 }
 
 /// What is behind an error, and what to do.
@@ -153,12 +180,6 @@ fn server(row: &Row, findings: &mut Findings) {
             "it is a standby and takes no writes",
             "point DATABASE_URL at the primary",
         );
-    } else if row.get("read_only") {
-        findings.error(
-            "role of server",
-            "default_transaction_read_only is on: it takes no writes",
-            "turn it off for this role: ALTER ROLE ... SET default_transaction_read_only = off",
-        );
     }
     let encoding: String = row.get("encoding");
     if encoding != "UTF8" {
@@ -195,6 +216,15 @@ fn durability(row: &Row, findings: &mut Findings) {
             _ if standbys => "its disk and its synchronous standbys have it",
             _ => "its disk has it",
         };
+        if standbys && row.get::<_, i32>("standbys") == 0 {
+            let names: String = row.get("standby_names");
+            findings.error(
+                WHAT,
+                format!("synchronous_standby_names is {names}, and no standby is connected: every commit waits for it"),
+                "start the standby, or ALTER SYSTEM RESET synchronous_standby_names and reload",
+            );
+            return;
+        }
         let own = match commit.as_str() {
             "off" | "local" | "remote_write" => {
                 format!(

@@ -10,6 +10,7 @@ use super::{Findings, rough, size, some_of};
 use crate::config::{Config, MemoryMark};
 use crate::report::Report;
 use crate::stream::group::{self, Pending};
+use crate::stream::noted::{self, Refill};
 use crate::stream::{Keys, Redis, rights};
 
 /// Pending entries that are looked at, at the most.
@@ -55,6 +56,11 @@ async fn look(
     let info = permitted(redis::cmd("INFO").query_async::<String>(connection).await)?;
     if let Some(info) = &info {
         let info = Info(info);
+        let mode = info.text("redis_mode");
+        if let Some((what, remedy)) = not_a_server(mode) {
+            findings.error("mode", what, remedy);
+            return Ok(0);
+        }
         version(info, findings);
         eviction(info, findings);
         let settings = Settings::read(connection).await?;
@@ -73,6 +79,7 @@ async fn look(
     let report = crate::report::report(connection, keys).await?;
     stream(config, &report, findings);
     dead_letters(config, keys, &report, connection, findings).await?;
+    missing(&report, noted::read(connection, keys).await?.refill, findings);
     let ids: BTreeSet<&str> = report
         .consumers
         .iter()
@@ -92,6 +99,21 @@ async fn look(
     Ok(leased.len())
 }
 
+/// What answers there, where it is not a server that holds all keys.
+fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
+    match mode {
+        "sentinel" => Some((
+            "this is a Sentinel, which holds no data",
+            "name the master itself in REDIS_URL: redis-cli -p <this port> SENTINEL get-master-addr-by-name <name>",
+        )),
+        "cluster" => Some((
+            "this is a node of a Redis Cluster, which standpipe cannot use yet",
+            "name a single server in REDIS_URL (cluster-enabled no)",
+        )),
+        _ => None,
+    }
+}
+
 /// What was asked, unless our user may not ask it.
 fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
     match answer {
@@ -106,7 +128,11 @@ fn explain(error: &RedisError) -> (String, &'static str) {
     let text = error.to_string();
     let says = |part: &str| text.contains(part);
     let other_name = says("NotValidForName") || says("not valid for name");
-    let remedy = if says("invalid peer certificate") && !other_name {
+    let remedy = if says("MOVED") || says("CROSSSLOT") || says("CrossSlot") || says("CLUSTERDOWN") {
+        "this is a node of a Redis Cluster, which standpipe cannot use yet: name a single server in REDIS_URL"
+    } else if says("READONLY") {
+        "this is a replica: name its master in REDIS_URL"
+    } else if says("invalid peer certificate") && !other_name {
         "have a trusted authority sign its certificate, or set REDIS_CA_FILE to the file of the authority that did"
     } else if other_name {
         "write into REDIS_URL the host's name that stands in its certificate"
@@ -466,6 +492,50 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
             "none yet: the reader begins with what the relay sends then",
             "to take over from another reader set REDIS_CURSOR_KEY to its key",
         ),
+    }
+}
+
+/// What never came, or could not be used.
+fn missing(report: &Report, refill: Option<Refill>, findings: &mut Findings) {
+    const WHAT: &str = "missing";
+    let missing = &report.missing;
+    if let Some(refill) = refill {
+        findings.warning(
+            WHAT,
+            format!(
+                "PostgreSQL had lost what was acknowledged; it is read again from {} to {}",
+                refill.from, refill.until
+            ),
+            "let reader and worker run; the process is ready again when it is done",
+        );
+    }
+    if let Some(gap) = &missing.last_gap {
+        let size = gap.size().map(|size| format!(", up to {size} events")).unwrap_or_default();
+        findings.warning(
+            WHAT,
+            format!("{} gaps, the last at {}{size}: {}", missing.gaps, gap.time, gap.reason),
+            "what the relay no longer sends can only be read from the accounts' own servers",
+        );
+    }
+    let lost: Vec<String> = missing
+        .by_reason
+        .iter()
+        .filter(|(reason, count)| **count > 0 && *reason != "no_handle")
+        .map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")))
+        .collect();
+    if !lost.is_empty() {
+        findings.note(
+            WHAT,
+            format!("of the relay's events could not be used: {}", lost.join(", ")),
+            "records among them are dead letters: standpipe dead-letters list",
+        );
+    }
+    if let Some(count) = missing.by_reason.get("no_handle") {
+        findings.note(
+            "handles",
+            format!("{count} identities came without a handle: those accounts are shown as handle.invalid"),
+            "today's relays send no handles; they would have to be looked up",
+        );
     }
 }
 

@@ -26,7 +26,7 @@ use crate::stream::dead_letters::{self, Letter};
 const PAGE: usize = 50;
 /// Dead letters that are looked through for one answer.
 const LOOKED_THROUGH: usize = 2_000;
-/// How long one request may go on retrying or purging; the answer says when more is left.
+/// How long one request may keep retrying or purging; the answer says when more is left.
 const WORK: Duration = Duration::from_secs(15);
 /// What a list shows of a message or an address; the letter itself has all of it.
 const SHORT: usize = 300;
@@ -48,7 +48,7 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
     }
 }
 
-/// Lets pass who may look at dead letters: with the token from anywhere, without it only from this machine, asked by
+/// Lets pass who may look at dead letters and at PostgreSQL's statements: with the token from anywhere, without it only from this machine, asked by
 /// address. A name in the request means a proxy, or a page of somebody's that made its own name lead here.
 pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
@@ -62,11 +62,10 @@ pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Reque
         Token::Missing | Token::Unset if peer && names_an_address(headers) && !is_foreign(headers) => {
             next.run(request).await
         }
-        Token::Missing => unauthorized("from another machine, dead letters need the admin token"),
-        Token::Unset => refuse(
-            StatusCode::FORBIDDEN,
-            "dead letters are shown on this machine only: ADMIN_TOKEN is not set",
-        ),
+        Token::Missing => unauthorized("from another machine this needs the admin token"),
+        Token::Unset => {
+            refuse(StatusCode::FORBIDDEN, "this is shown on the machine itself only: ADMIN_TOKEN is not set")
+        }
     }
 }
 
@@ -163,14 +162,14 @@ fn set_pause(server: &Server, Peer(peer): Peer, which: &Which, pause: bool) -> R
         return refuse(StatusCode::CONFLICT, missing);
     }
     server.control.pause(part, pause);
-    info!(part = name, %peer, "{}", if pause { "paused by hand" } else { "resumed by hand" });
+    info!(part = name, %peer, "{}", if pause { "paused manually" } else { "resumed manually" });
     done(match (part, pause) {
         (Part::All, true) => "everything finishes what is in hand and rests until it is resumed",
-        (Part::All, false) => "everything goes on",
+        (Part::All, false) => "everything continues",
         (Part::Reader, true) => "the reader rests until it is resumed",
-        (Part::Reader, false) => "the reader goes on",
+        (Part::Reader, false) => "the reader continues",
         (Part::Pipelines, true) => "the pipelines finish what is in hand and rest until they are resumed",
-        (Part::Pipelines, false) => "the pipelines go on",
+        (Part::Pipelines, false) => "the pipelines continue",
     })
 }
 
@@ -193,7 +192,7 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
 
 /// POST /control/drain
 pub async fn drain(Shared(server): Shared<Arc<Server>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
-    info!(%peer, "drained by hand");
+    info!(%peer, "drained manually");
     server.control.drain();
     (StatusCode::ACCEPTED, Json(json!({ "done": "finishes what is in hand, then ends" }))).into_response()
 }
@@ -208,6 +207,7 @@ pub struct List {
     before: Option<String>,
     reason: Option<String>,
     kind: Option<String>,
+    text: Option<String>,
     limit: Option<usize>,
 }
 
@@ -217,7 +217,7 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
         return refuse(StatusCode::BAD_REQUEST, "before is the id of a dead letter");
     }
     let limit = list.limit.unwrap_or(PAGE).clamp(1, PAGE);
-    let filter = Filter { reason: list.reason, kind: list.kind, ..Filter::default() };
+    let filter = Filter { reason: list.reason, kind: list.kind, text: list.text, ..Filter::default() };
     let work = async {
         let mut connection = server.redis.connect().await?;
         let mut before = list.before;
@@ -226,27 +226,29 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
             let page =
                 dead_letters::page_before(&mut connection, &server.keys, before.as_deref(), PAGE).await?;
             let last = page.len() < PAGE;
-            looked += page.len();
             for letter in page {
                 before = Some(letter.id.clone());
+                looked += 1;
                 if filter.fits(&letter) {
                     letters.push(summary(&letter));
                 }
                 if letters.len() == limit {
-                    return Ok((letters, before));
+                    return Ok((letters, before, looked));
                 }
             }
             if last {
-                return Ok((letters, None));
+                return Ok((letters, None, looked));
             }
             if looked >= LOOKED_THROUGH {
-                return Ok((letters, before));
+                return Ok((letters, before, looked));
             }
         }
     };
-    let found: redis::RedisResult<(Vec<Value>, Option<String>)> = work.await;
+    let found: redis::RedisResult<(Vec<Value>, Option<String>, usize)> = work.await;
     match found {
-        Ok((letters, next)) => Json(json!({ "letters": letters, "next": next })).into_response(),
+        Ok((letters, next, looked)) => {
+            Json(json!({ "letters": letters, "next": next, "looked_through": looked })).into_response()
+        }
         Err(error) => refuse(StatusCode::SERVICE_UNAVAILABLE, format!("Redis: {error}")),
     }
 }
@@ -304,6 +306,7 @@ pub struct Chosen {
     all: bool,
     reason: Option<String>,
     kind: Option<String>,
+    text: Option<String>,
     /// Such as `1h`.
     since: Option<String>,
 }
@@ -311,11 +314,11 @@ pub struct Chosen {
 impl Chosen {
     fn filter(self) -> Result<Filter, &'static str> {
         if self.ids.is_empty() && !self.all {
-            return Err("give ids, or all (with reason, kind or since for some of them)");
+            return Err("give ids, or all (with reason, kind, text or since for some of them)");
         }
         let since = self.since.as_deref().map(humantime::parse_duration).transpose();
         let since = since.map_err(|_| "since is a time such as 1h or 2d")?;
-        Ok(Filter { ids: self.ids, reason: self.reason, kind: self.kind, since })
+        Ok(Filter { ids: self.ids, reason: self.reason, kind: self.kind, text: self.text, since })
     }
 }
 
@@ -347,7 +350,7 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if applied + kept > 0 {
-        info!(applied, kept, "dead letters were tried again by hand");
+        info!(applied, kept, "dead letters were tried again, as the operator wants");
     }
     match worked {
         Ok(more) => Json(json!({
@@ -379,7 +382,7 @@ pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if removed > 0 {
-        info!(removed, "dead letters were thrown away by hand");
+        info!(removed, "dead letters were thrown away, as the operator wants");
     }
     match worked {
         Ok(more) => {

@@ -1,14 +1,20 @@
 //! Accepting connections, with bounds on everything that a stranger decides: how many there are, how long a request takes
 //! to come, how long an answer may stay untaken.
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::future::Future as _;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse as _;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use hyper::server::conn::http1;
@@ -18,9 +24,14 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
 
-/// Connections at a time. Whoever comes when there are so many waits until one ends.
+/// Connections at a time. When there are more, those that wait for a request are closed, the longest idle first.
 pub const MAX_CONNECTIONS: usize = 64;
+/// So many more, for health and metrics, while all others are busy.
+const RESERVED: usize = 16;
+/// What is answered then.
+const RESERVED_PATHS: [&str; 4] = ["/livez", "/readyz", "/health", "/metrics"];
 /// How long the headers of a request may take to come; a connection without one is closed after it, too.
 const HEADER_READ: Duration = Duration::from_secs(10);
 /// How long a client may take nothing of what is written for it.
@@ -48,14 +59,36 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(128)
 }
 
+/// An open connection, as far as it can be closed for another one.
+#[derive(Default)]
+struct Slot {
+    /// Requests that are being answered.
+    busy: AtomicBool,
+    /// It is to end.
+    close: CancellationToken,
+}
+
 /// Answers for as long as it is polled.
 pub async fn serve(listener: TcpListener, routes: Router) {
     // All in one task: whoever awaits this owns them all.
     let mut open = FuturesUnordered::new();
+    // The longest open first.
+    let mut slots: VecDeque<Arc<Slot>> = VecDeque::new();
     loop {
         tokio::select! {
-            accepted = listener.accept(), if open.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, peer)) => open.push(answer(stream, peer, routes.clone())),
+            accepted = listener.accept(), if open.len() < MAX_CONNECTIONS + RESERVED => match accepted {
+                Ok((stream, peer)) => {
+                    slots.retain(|slot| !slot.close.is_cancelled());
+                    let full = slots.len() >= MAX_CONNECTIONS;
+                    let idle = slots.iter().position(|slot| !slot.busy.load(Ordering::Relaxed));
+                    if let Some(slot) = idle.filter(|_| full).and_then(|idle| slots.remove(idle)) {
+                        slot.close.cancel();
+                    }
+                    let slot = Arc::<Slot>::default();
+                    let reserved = full && idle.is_none();
+                    slots.push_back(Arc::clone(&slot));
+                    open.push(answer(stream, peer, routes.clone(), slot, reserved));
+                }
                 // Out of descriptors, perhaps: nothing that trying at once would mend.
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
@@ -64,18 +97,44 @@ pub async fn serve(listener: TcpListener, routes: Router) {
     }
 }
 
-async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router) {
-    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+/// `reserved`: only for health and metrics, and for one request.
+async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<Slot>, reserved: bool) {
+    let service = service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer));
-        TowerToHyperService::new(routes.clone()).call(request)
+        let refused = reserved && !RESERVED_PATHS.contains(&request.uri().path());
+        let (routes, slot) = (routes.clone(), Arc::clone(&slot));
+        async move {
+            if refused {
+                return Ok((StatusCode::SERVICE_UNAVAILABLE, "all connections are in use\n").into_response());
+            }
+            slot.busy.store(true, Ordering::Relaxed);
+            let response = TowerToHyperService::new(routes).call(request).await?;
+            // A stream of events goes on for as long as somebody listens.
+            let endless = response
+                .headers()
+                .get(header::CONTENT_TYPE)
+                .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+            slot.busy.store(endless, Ordering::Relaxed);
+            Ok::<_, Infallible>(response)
+        }
     });
-    // An error is the client's: it went away, or spoke no HTTP.
-    let _ = http1::Builder::new()
+    let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_READ)
         .max_buf_size(BUFFER)
-        .serve_connection(TokioIo::new(Impatient::new(stream)), service)
-        .await;
+        .keep_alive(!reserved)
+        .serve_connection(TokioIo::new(Impatient::new(stream)), service);
+    let mut connection = pin!(connection);
+    tokio::select! {
+        // An error is the client's: it went away, or spoke no HTTP.
+        _ = &mut connection => {}
+        () = slot.close.cancelled() => {
+            // What is being answered is still answered.
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+    }
+    slot.close.cancel();
 }
 
 /// A connection that ends when the other side takes nothing for [`STALLED`].

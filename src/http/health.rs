@@ -3,13 +3,18 @@
 use serde::Serialize;
 
 use crate::status::{PipelineStatus, ReaderStatus, State};
+use crate::stream::noted::Refill;
 
 /// Entries that wait less long than this are on their way, not waiting.
 const BEHIND_SECONDS: f64 = 5.0;
 /// Waiting work of which nothing was finished for so long is not going on.
 const NO_PROGRESS_MS: u64 = 30_000;
 /// The stream is looked at every second; when that stops, Redis is not answering.
-const LOOK_IS_OLD_MS: u64 = 8_000;
+const LOOK_IS_OLD_MS: u64 = 4_000;
+/// What is durable only so long after it came is not well.
+const SLOW_MS: f64 = 5_000.0;
+/// A reader that has taken nothing in for so long, and was not steadily connected either, is stuck.
+pub const NOTHING_IN_MS: u64 = 60_000;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -69,6 +74,8 @@ pub struct Facts<'a> {
     pub shrinking: f64,
     /// 99 of 100 events are durable within this, in milliseconds.
     pub p99_ms: Option<f64>,
+    /// What is read again because PostgreSQL had lost it.
+    pub refill: Option<Refill>,
 }
 
 /// The most important thing that is to be said.
@@ -97,12 +104,20 @@ pub fn health(facts: &Facts<'_>) -> Health {
     if let Some(halted) = first(facts, |state| matches!(state, State::Halted { .. })) {
         let reason = reason(halted.state);
         return if halted.is_reader {
-            say(Level::Bad, "reader_halted", "The reader has stopped and needs a hand.".to_owned(), reason)
+            say(
+                Level::Bad,
+                "reader_halted",
+                "The reader has stopped; operator action needed.".to_owned(),
+                reason,
+            )
         } else {
             say(
                 Level::Bad,
                 "halted",
-                format!("Stopped reading {} ago and needs a hand; nothing is lost.", since(halted.since_ms)),
+                format!(
+                    "Stopped reading {} ago; operator action needed, nothing is lost.",
+                    since(halted.since_ms)
+                ),
                 reason,
             )
         };
@@ -174,7 +189,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Paused,
             "paused",
-            format!("Paused by hand for {}: {who}.", since(part.since_ms)),
+            format!("Paused manually for {}: {who}.", since(part.since_ms)),
             detail,
         );
     }
@@ -195,6 +210,22 @@ pub fn health(facts: &Facts<'_>) -> Health {
             "no_progress",
             format!("No progress: work waits, and nothing was finished for {}.", since(idle_since)),
             format!("The oldest entry has waited for {}.", duration(facts.oldest_seconds)),
+        );
+    }
+    if let Some(reader) = facts.reader.filter(|reader| is_stuck(reader, facts.now_ms)) {
+        let detail = reason(&reader.state);
+        let sentence = format!("The reader has taken nothing in for {}.", since(reader.taking_in_ms));
+        return say(Level::Bad, "reader_stuck", sentence, detail);
+    }
+    if let Some(refill) = facts.refill {
+        return say(
+            Level::Waiting,
+            "refill",
+            format!("Reading again what PostgreSQL had lost, for {}.", since(refill.since_ms)),
+            format!(
+                "From position {} to {}; until then the tables lack some of it.",
+                refill.from, refill.until
+            ),
         );
     }
     if let Some(reader) = facts.reader
@@ -236,6 +267,12 @@ pub fn health(facts: &Facts<'_>) -> Health {
         );
     }
     match facts.p99_ms {
+        Some(p99) if facts.rate >= 0.5 && p99 > SLOW_MS => say(
+            Level::Busy,
+            "behind",
+            format!("Slow: {rate}, and they take long."),
+            format!("99 of 100 are safe in PostgreSQL within {}.", milliseconds(p99)),
+        ),
         Some(p99) if facts.rate >= 0.5 => say(
             Level::Well,
             "well",
@@ -260,6 +297,13 @@ pub fn health(facts: &Facts<'_>) -> Health {
             ),
         },
     }
+}
+
+/// Whether the reader takes nothing in while it should. Room, Redis and leases have states of their own.
+#[must_use]
+pub fn is_stuck(reader: &ReaderStatus, now_ms: u64) -> bool {
+    matches!(reader.state, State::Starting | State::Running | State::WaitingForRelay { .. })
+        && now_ms.saturating_sub(reader.taking_in_ms) > NOTHING_IN_MS
 }
 
 /// A part, as far as the sentence is concerned.
@@ -313,8 +357,8 @@ pub fn words(state: &State) -> &'static str {
         State::WaitingForRelay { .. } => "waiting for the relay",
         State::WaitingForRoom { .. } => "waiting for room",
         State::WaitingForLease { .. } => "waiting for the lease",
-        State::Paused => "paused by hand",
-        State::Halted { .. } => "needs a hand",
+        State::Paused => "paused manually",
+        State::Halted { .. } => "needs the operator",
         State::Stopped => "ended",
     }
 }
@@ -367,7 +411,8 @@ fn duration(seconds: f64) -> String {
         small => format!("{large} {unit} {small} {part}"),
     };
     match seconds {
-        0..60 => format!("{seconds} s"),
+        0 => "less than a second".to_owned(),
+        1..60 => format!("{seconds} s"),
         60..3600 => two(seconds / 60, "min", seconds % 60, "s"),
         3600..86_400 => two(seconds / 3600, "h", seconds % 3600 / 60, "min"),
         _ => two(seconds / 86_400, "d", seconds % 86_400 / 3600, "h"),
@@ -434,16 +479,17 @@ mod tests {
     fn a_pause_says_who_rests() {
         let rests = [pipeline(State::Paused, 40_000)];
         let works = [pipeline(State::Running, 40_000)];
-        let reader = |state| ReaderStatus { state, since_ms: 39_000, ..ReaderStatus::default() };
+        let reader =
+            |state| ReaderStatus { taking_in_ms: 99_000, state, since_ms: 39_000, ..ReaderStatus::default() };
         let (paused, running) = (reader(State::Paused), reader(State::Running));
         let both = health(&facts(&rests, Some(&paused)));
-        assert_eq!(both.sentence, "Paused by hand for 1 min 1 s: reader and pipelines rest.");
+        assert_eq!(both.sentence, "Paused manually for 1 min 1 s: reader and pipelines rest.");
         let pipelines = health(&facts(&rests, Some(&running)));
-        assert_eq!(pipelines.sentence, "Paused by hand for 1 min: the pipelines rest, the reader works.");
+        assert_eq!(pipelines.sentence, "Paused manually for 1 min: the pipelines rest, the reader works.");
         let only_reader = health(&facts(&works, Some(&paused)));
         assert_eq!(
             only_reader.sentence,
-            "Paused by hand for 1 min 1 s: the reader rests, the pipelines work."
+            "Paused manually for 1 min 1 s: the reader rests, the pipelines work."
         );
     }
 

@@ -1,5 +1,5 @@
-//! What the dashboard shows: one snapshot a second, made once for everybody who watches, and the last ten minutes for
-//! whoever begins to.
+//! What the dashboard shows: one snapshot a second, made once for everybody who watches, the last ten minutes for
+//! whoever begins to, and the last day minute by minute for whoever asks.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +25,8 @@ use crate::status::{PipelineStatus, ReaderStatus, lock, now_ms, percentile};
 pub const MAX_WATCHERS: usize = 16;
 /// Ten minutes.
 const HISTORY: usize = 600;
+/// A day.
+const MINUTES: usize = 1_440;
 /// Rates are those of so many seconds: batches make a single second jump.
 const RATE_SECONDS: usize = 3;
 /// Percentiles are those of so many seconds.
@@ -48,6 +50,54 @@ const COLUMNS: [&str; 10] = [
 
 type Point = [Option<f64>; COLUMNS.len()];
 
+/// Of these a minute has its mean; of the others its most: what was worst must not vanish in a day.
+const MEANS: [&str; 3] = ["events_per_second", "frames_per_second", "p50_ms"];
+
+/// The last day, a point a minute: at most 300 kB or so.
+#[derive(Debug, Default)]
+struct Day {
+    minutes: VecDeque<Point>,
+    /// The points of the minute that is not over.
+    minute: Vec<Point>,
+}
+
+impl Day {
+    fn add(&mut self, point: Point) {
+        let minute = |point: &Point| point[0].map(|ms| (ms / 60_000.0).floor());
+        if self.minute.first().is_some_and(|first| minute(first) != minute(&point)) {
+            if self.minutes.len() == MINUTES {
+                self.minutes.pop_front();
+            }
+            self.minutes.extend(one(&self.minute));
+            self.minute.clear();
+        }
+        // Should the clock stand still, a minute still has an end.
+        if self.minute.len() < 120 {
+            self.minute.push(point);
+        }
+    }
+
+    /// Every minute, the one that is not over as it is so far.
+    fn points(&self) -> Vec<Point> {
+        self.minutes.iter().copied().chain(one(&self.minute)).collect()
+    }
+}
+
+/// One point instead of several, at the time of the last.
+fn one(points: &[Point]) -> Option<Point> {
+    let mut whole = *points.last()?;
+    for (place, name) in COLUMNS.iter().enumerate().skip(1) {
+        let known = move || points.iter().filter_map(move |point| point[place]);
+        let most = known().reduce(f64::max);
+        whole[place] = if MEANS.contains(name) {
+            most.map(|_| tidy(known().sum::<f64>() / known().count() as f64))
+        } else {
+            most
+        };
+    }
+    Some(whole)
+}
+
 /// The counters at one moment.
 struct Sample {
     at: Instant,
@@ -65,6 +115,7 @@ pub struct Live {
     /// The latest, as an event of the stream.
     latest: watch::Sender<Bytes>,
     history: Mutex<VecDeque<Point>>,
+    day: Mutex<Day>,
     watchers: Arc<Semaphore>,
     dead_letters: AtomicU64,
 }
@@ -75,6 +126,7 @@ impl Default for Live {
         Self {
             latest: watch::Sender::new(Bytes::new()),
             history: Mutex::new(VecDeque::with_capacity(HISTORY)),
+            day: Mutex::default(),
             watchers: Arc::new(Semaphore::new(MAX_WATCHERS)),
             dead_letters: AtomicU64::new(UNKNOWN),
         }
@@ -113,6 +165,13 @@ impl Live {
         ];
         (headers, Body::from_stream(events)).into_response()
     }
+
+    /// The last day, minute by minute.
+    #[must_use]
+    pub fn day(&self) -> Value {
+        let points = lock(&self.day).points();
+        json!({ "columns": COLUMNS, "step_seconds": 60, "points": points })
+    }
 }
 
 fn event(name: &str, data: &Value) -> Bytes {
@@ -134,6 +193,7 @@ pub async fn look(server: &Server) {
             }
             history.push_back(point);
         }
+        lock(&server.live.day).add(point);
         server.live.latest.send_replace(event("snapshot", &snapshot));
     }
 }
@@ -211,6 +271,7 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         frames,
         shrinking,
         p99_ms: p99,
+        refill: *lock(&status.refill),
     });
 
     let per_pipeline: Vec<Value> = pipelines
@@ -271,6 +332,8 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
     let snapshot = json!({
         "time_ms": now,
         "version": env!("CARGO_PKG_VERSION"),
+        // Where the runbook can be read; empty where that is not known.
+        "repository": env!("CARGO_PKG_REPOSITORY"),
         "process": {
             "name": server.name,
             "transaction": status.settings.transaction,
@@ -390,6 +453,39 @@ impl<'a> Figures<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn point(second: u64, rate: f64, p99: Option<f64>) -> Point {
+        let mut point: Point = [None; COLUMNS.len()];
+        (point[0], point[1], point[4]) = (Some(second as f64 * 1000.0), Some(rate), p99);
+        point
+    }
+
+    #[test]
+    fn a_minute_has_its_mean_and_its_worst() {
+        let mut day = Day::default();
+        for second in 60..150 {
+            let p99 = (second == 70).then_some(900.0);
+            day.add(point(second, if second < 90 { 100.0 } else { 300.0 }, p99));
+        }
+        // The first minute is over, and the second is not.
+        assert_eq!(day.points(), [point(119, 200.0, Some(900.0)), point(149, 300.0, None)]);
+    }
+
+    #[test]
+    fn a_day_is_bounded() {
+        let mut day = Day::default();
+        for minute in 0..3_000 {
+            day.add(point(minute * 60, minute as f64, None));
+        }
+        let points = day.points();
+        assert_eq!(points.len(), MINUTES + 1);
+        assert_eq!(points.last(), Some(&point(2_999 * 60, 2_999.0, None)));
+        for _ in 0..1_000 {
+            day.add(point(3_000 * 60, 1.0, None));
+        }
+        assert!(day.minute.len() <= 120);
+        assert!(Day::default().points().is_empty());
+    }
 
     #[test]
     fn figures_are_found_by_name_and_labels() {

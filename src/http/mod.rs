@@ -5,6 +5,7 @@ pub mod client;
 mod connections;
 pub mod health;
 pub mod live;
+mod statements;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -119,10 +120,12 @@ impl Server {
         let letters = Router::new()
             .route("/dead-letters", get(admin::list))
             .route("/dead-letters/{id}", get(admin::show))
+            .route("/statements", get(statements::statements))
             .route_layer(nearby);
         let routes = Router::new()
             .route("/", get(page))
             .route("/events", get(events))
+            .route("/history", get(history))
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
             .route("/health", get(readyz))
@@ -189,7 +192,10 @@ impl Server {
                     reasons.push(format!("{} has stopped reading: {reason}", pipeline.consumer));
                 }
                 State::Starting => reasons.push(format!("{} is starting", pipeline.consumer)),
-                State::Paused => paused.push(format!("{} is paused by hand", pipeline.consumer)),
+                State::Paused => paused.push(format!("{} is paused manually", pipeline.consumer)),
+                State::WaitingForLease { reason } if waited(pipeline.since_ms) > NO_PROGRESS => {
+                    reasons.push(format!("{} waits: {reason}", pipeline.consumer));
+                }
                 _ => {}
             }
         }
@@ -204,6 +210,12 @@ impl Server {
                 ));
             }
         }
+        if let Some(refill) = *lock(&self.status.refill) {
+            reasons.push(format!(
+                "PostgreSQL had lost what was acknowledged: reading again from {} to {}",
+                refill.from, refill.until
+            ));
+        }
         if let Some(reader) = &self.status.reader {
             let reader = lock(reader);
             let away = Duration::from_millis(now_ms().saturating_sub(reader.connected_ms));
@@ -212,7 +224,18 @@ impl Server {
                 State::WaitingForRelay { reason } if !reader.connected && away > NO_PROGRESS => {
                     reasons.push(format!("no relay for {} s: {reason}", away.as_secs()));
                 }
-                State::Paused => paused.push("the reader is paused by hand".to_owned()),
+                State::Paused => paused.push("the reader is paused manually".to_owned()),
+                State::WaitingForLease { reason } if waited(reader.since_ms) > NO_PROGRESS => {
+                    reasons.push(format!("the reader waits: {reason}"));
+                }
+                _ if health::is_stuck(&reader, now_ms()) => reasons.push(format!(
+                    "the reader has taken nothing in for {} s{}",
+                    waited(reader.taking_in_ms).as_secs(),
+                    match &reader.state {
+                        State::WaitingForRelay { reason } => format!(": {reason}"),
+                        _ => String::new(),
+                    }
+                )),
                 _ => {}
             }
         }
@@ -227,6 +250,11 @@ impl Server {
             PoolReport { size, in_use, max: self.pool_max }
         })
     }
+}
+
+/// How long ago that is.
+fn waited(since_ms: u64) -> Duration {
+    Duration::from_millis(now_ms().saturating_sub(since_ms))
 }
 
 /// A bound on the time of every request, and the headers that every answer has.
@@ -287,6 +315,10 @@ async fn page() -> Response {
 
 async fn events(Shared(server): Shared<Arc<Server>>) -> Response {
     server.live.events()
+}
+
+async fn history(Shared(server): Shared<Arc<Server>>) -> Response {
+    Json(server.live.day()).into_response()
 }
 
 async fn readyz(Shared(server): Shared<Arc<Server>>) -> Response {

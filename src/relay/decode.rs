@@ -3,17 +3,34 @@
 //! A message is two CBOR values, a header and a body (<https://atproto.com/specs/event-stream>). A commit's records
 //! stand in a CAR archive inside its body; they become the protocol's JSON (<https://atproto.com/specs/data-model>).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use shrike::car::SliceReader;
 use shrike::cbor::json::drisl_to_json_into;
 use shrike::cbor::{Cid, Decoder, Value};
 
 use crate::config::Collections;
-use crate::stream::append::NewEntry;
+use crate::event::{Reason, Reject, tid_time};
+use crate::stream::append::{NewEntry, NewLetter};
 
 /// A commit's data beyond this is split over several entries, so that entries read together fit into memory.
 const SPLIT: usize = 128 * 1024;
+
+/// A frame has so many CBOR items outside of its blocks at most; a commit of 200 operations has two thousand.
+const MAX_ITEMS: usize = 20_000;
+/// Operations of one commit (<https://atproto.com/specs/sync>).
+const MAX_OPS: usize = 200;
+/// A record's block (<https://atproto.com/specs/repository>: a megabyte, and a little for those who count otherwise).
+const MAX_RECORD: usize = 1024 * 1024;
+/// A commit's records, written out. The protocol's two megabytes of blocks come to a few times that, unless many operations
+/// name the same block.
+const MAX_EXPANDED: usize = 16 * 1024 * 1024;
+/// The longest DID (<https://atproto.com/specs/did>).
+const MAX_DID: usize = 2048;
+/// The longest path: an NSID, a slash and a record key.
+const MAX_PATH: usize = 317 + 1 + 512;
+/// The longest other text: revisions, times, handles, states.
+const MAX_TEXT: usize = 512;
 
 /// What a message says.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,8 +43,12 @@ pub enum Message {
         seq: i64,
         /// What goes into the stream.
         entries: Vec<NewEntry>,
-        /// Records that could not be decoded, were missing, or were not what their CID says.
-        bad_records: u32,
+        /// What of it can never be applied: records that cannot be decoded, are missing, or are not what their CID says.
+        letters: Vec<NewLetter>,
+        /// What is missing in the database because of that and otherwise, by class.
+        missed: BTreeMap<&'static str, u64>,
+        /// The commit's revision, where it is one.
+        rev: String,
     },
     /// The relay says something about the connection.
     Info {
@@ -56,6 +77,12 @@ pub enum FrameError {
     /// A field is missing or has another type.
     #[error("the frame has no usable `{0}`")]
     Field(&'static str),
+    /// It would take far more memory than bytes.
+    #[error("the frame has more than {MAX_ITEMS} CBOR items")]
+    Items,
+    /// An identifier beyond what the protocol allows.
+    #[error("the frame's `{0}` is longer than the protocol allows")]
+    Long(&'static str),
 }
 
 type Map<'a> = Vec<(&'a str, Value<'a>)>;
@@ -66,6 +93,10 @@ type Map<'a> = Vec<(&'a str, Value<'a>)>;
 ///
 /// The message breaks the framing. A bad record is no error: it loses only itself and is counted.
 pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError> {
+    // Before anything is built: a byte of CBOR can become a value of fifty.
+    if !has_few_items(frame) {
+        return Err(FrameError::Items);
+    }
     let mut decoder = Decoder::new(frame);
     let Value::Map(header) = decoder.decode()? else {
         return Err(FrameError::Field("header"));
@@ -93,28 +124,90 @@ pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError>
         // Unknown types and operations are to be ignored; a place in the sequence they may have.
         _ => {
             return Ok(match integer(&body, "seq") {
-                Some(seq) => Message::Event { event_type: "other", seq, entries: Vec::new(), bad_records: 0 },
+                Some(seq) => Message::Event {
+                    event_type: "other",
+                    seq,
+                    entries: Vec::new(),
+                    letters: Vec::new(),
+                    missed: BTreeMap::new(),
+                    rev: String::new(),
+                },
                 None => Message::Unknown,
             });
         }
     };
     let seq = integer(&body, "seq").ok_or(FrameError::Field("seq"))?;
-    let mut bad_records = 0;
+    let mut missed = BTreeMap::new();
+    let mut letters = Vec::new();
+    let mut rev = String::new();
     let entries = match event_type {
-        "commit" => commit(&body, seq, wanted, &mut bad_records)?,
-        "identity" => vec![NewEntry { event_type, data: identity(&body)?, seq }],
+        "commit" => {
+            text(&body, "rev").filter(|rev| tid_time(rev).is_some()).unwrap_or_default().clone_into(&mut rev);
+            if matches!(get(&body, "tooBig"), Some(Value::Bool(true))) {
+                *missed.entry("too_large").or_default() += 1;
+            }
+            commit(&body, seq, wanted, &mut letters)?
+        }
+        "identity" => {
+            if text(&body, "handle").is_none() {
+                missed.insert("no_handle", 1);
+            }
+            vec![NewEntry { event_type, data: identity(&body)?, seq }]
+        }
         "account" => vec![NewEntry { event_type, data: account(&body)?, seq }],
-        _ => vec![NewEntry { event_type, data: sync(&body)?, seq }],
+        _ => {
+            missed.insert("sync", 1);
+            vec![NewEntry { event_type, data: sync(&body)?, seq }]
+        }
     };
-    Ok(Message::Event { event_type, seq, entries, bad_records })
+    for letter in &letters {
+        *missed.entry(letter.reject.reason.name()).or_default() += 1;
+    }
+    Ok(Message::Event { event_type, seq, entries, letters, missed, rev })
+}
+
+/// Whether a frame has no more CBOR items than [`MAX_ITEMS`]. Items stand one after the other, however they are nested, so
+/// that it is enough to read their heads; what is malformed is for the decoder to refuse.
+fn has_few_items(mut bytes: &[u8]) -> bool {
+    for _ in 0..MAX_ITEMS {
+        let Some((&head, rest)) = bytes.split_first() else { return true };
+        let (length, rest) = match head & 31 {
+            small @ 0..24 => (u64::from(small), rest),
+            size @ 24..28 => {
+                let Some((argument, rest)) = rest.split_at_checked(1 << (size - 24)) else { return true };
+                (argument.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)), rest)
+            }
+            _ => (0, rest),
+        };
+        // Bytes and texts: what follows is theirs.
+        bytes = if matches!(head >> 5, 2 | 3) {
+            let Some(rest) = usize::try_from(length).ok().and_then(|length| rest.get(length..)) else {
+                return true;
+            };
+            rest
+        } else {
+            rest
+        };
+    }
+    false
+}
+
+fn did<'a>(body: &Map<'a>, name: &'static str) -> Result<&'a str, FrameError> {
+    let did = text(body, name).ok_or(FrameError::Field(name))?;
+    if did.len() <= MAX_DID { Ok(did) } else { Err(FrameError::Long(name)) }
+}
+
+/// A text that is not needed: one that is too long is none.
+fn short<'a>(body: &Map<'a>, name: &str) -> Option<&'a str> {
+    text(body, name).filter(|text| text.len() <= MAX_TEXT)
 }
 
 fn identity(body: &Map<'_>) -> Result<String, FrameError> {
     let mut out = Object::new();
-    out.text("did", text(body, "did").ok_or(FrameError::Field("did"))?);
+    out.text("did", did(body, "did")?);
     // The Python reader writes null where there is none.
-    out.optional("handle", text(body, "handle"));
-    if let Some(time) = text(body, "time") {
+    out.optional("handle", short(body, "handle"));
+    if let Some(time) = short(body, "time") {
         out.text("time", time);
     }
     Ok(out.close())
@@ -122,13 +215,13 @@ fn identity(body: &Map<'_>) -> Result<String, FrameError> {
 
 fn account(body: &Map<'_>) -> Result<String, FrameError> {
     let mut out = Object::new();
-    out.text("did", text(body, "did").ok_or(FrameError::Field("did"))?);
+    out.text("did", did(body, "did")?);
     let Some(Value::Bool(active)) = get(body, "active") else {
         return Err(FrameError::Field("active"));
     };
     out.raw("active", if *active { "true" } else { "false" });
     for name in ["status", "time"] {
-        if let Some(value) = text(body, name) {
+        if let Some(value) = short(body, name) {
             out.text(name, value);
         }
     }
@@ -137,9 +230,9 @@ fn account(body: &Map<'_>) -> Result<String, FrameError> {
 
 fn sync(body: &Map<'_>) -> Result<String, FrameError> {
     let mut out = Object::new();
-    out.text("did", text(body, "did").ok_or(FrameError::Field("did"))?);
+    out.text("did", did(body, "did")?);
     for name in ["rev", "time"] {
-        if let Some(value) = text(body, name) {
+        if let Some(value) = short(body, name) {
             out.text(name, value);
         }
     }
@@ -156,9 +249,9 @@ fn commit(
     body: &Map<'_>,
     seq: i64,
     wanted: &Collections,
-    bad_records: &mut u32,
+    letters: &mut Vec<NewLetter>,
 ) -> Result<Vec<NewEntry>, FrameError> {
-    let repo = text(body, "repo").ok_or(FrameError::Field("repo"))?;
+    let repo = did(body, "repo")?;
     let Some(Value::Array(ops)) = get(body, "ops") else {
         return Err(FrameError::Field("ops"));
     };
@@ -170,6 +263,12 @@ fn commit(
         let (Some(action), Some(path)) = (text(op, "action"), text(op, "path")) else {
             return Err(FrameError::Field("ops"));
         };
+        if action.len() > MAX_TEXT {
+            return Err(FrameError::Long("action"));
+        }
+        if path.len() > MAX_PATH {
+            return Err(FrameError::Long("path"));
+        }
         if path.split_once('/').is_some_and(|(collection, _)| wanted.keeps(collection)) {
             let cid = match get(op, "cid") {
                 Some(Value::Cid(cid)) => Some(*cid),
@@ -196,12 +295,36 @@ fn commit(
     // What every entry of this commit ends with.
     let mut tail = Object::new();
     for name in ["rev", "since", "time"] {
-        tail.optional(name, text(body, name));
+        tail.optional(name, short(body, name));
     }
     if let Some(Value::Cid(cid)) = get(body, "commit") {
         tail.text("commit", &cid.to_string());
     }
     let tail = tail.close();
+    let mut refuse = |op: &RepoOp<'_>, reason: Reason, message: String| {
+        let mut out = Object::new();
+        out.text("action", op.action);
+        out.text("path", op.path);
+        let cid = op.cid.map(|cid| cid.to_string());
+        if let Some(cid) = &cid {
+            out.text("cid", cid);
+        }
+        letters.push(NewLetter {
+            account: repo.to_owned(),
+            key: format!("at://{repo}/{} {}", op.path, cid.unwrap_or_default()),
+            event_type: "commit",
+            seq,
+            reject: Reject::new(reason, message),
+            op: out.close(),
+            data: format!("{{\"repo\":{},{}", quoted(repo), &tail[1..]),
+        });
+    };
+    if kept.len() > MAX_OPS {
+        for op in kept.drain(MAX_OPS..) {
+            let message = format!("the commit has {} operations, and {MAX_OPS} are allowed", ops.len());
+            refuse(&op, Reason::TooLarge, message);
+        }
+    }
 
     let mut entries = Vec::with_capacity(1);
     let head = || {
@@ -213,6 +336,7 @@ fn commit(
     };
     let mut out = head();
     let mut empty = true;
+    let mut expanded = 0;
     let finish = |mut out: Object| {
         out.json.push(b']');
         // Everything after the first brace of the tail: the same object goes on.
@@ -225,11 +349,20 @@ fn commit(
         if !empty {
             out.json.push(b',');
         }
-        if write_op(&mut out.json, &op, &blocks) {
-            empty = false;
+        let written = if expanded > MAX_EXPANDED {
+            Err((Reason::TooLarge, format!("the commit's records are larger than {MAX_EXPANDED} bytes")))
         } else {
-            out.json.truncate(start);
-            *bad_records += 1;
+            write_op(&mut out.json, &op, &blocks)
+        };
+        match written {
+            Ok(()) => {
+                empty = false;
+                expanded += out.json.len() - start;
+            }
+            Err((reason, message)) => {
+                out.json.truncate(start);
+                refuse(&op, reason, message);
+            }
         }
         if out.json.len() > SPLIT {
             entries.push(finish(std::mem::replace(&mut out, head())));
@@ -254,26 +387,48 @@ fn blocks(car: &[u8]) -> HashMap<Cid, &[u8]> {
         .collect()
 }
 
-/// Writes an operation as the Python reader does; `false` when its record cannot be had.
-fn write_op(json: &mut Vec<u8>, op: &RepoOp<'_>, blocks: &HashMap<Cid, &[u8]>) -> bool {
+/// Writes an operation as the Python reader does.
+fn write_op(
+    json: &mut Vec<u8>,
+    op: &RepoOp<'_>,
+    blocks: &HashMap<Cid, &[u8]>,
+) -> Result<(), (Reason, String)> {
     let mut out = Object { json: std::mem::take(json), first: true };
     out.json.push(b'{');
     out.text("action", op.action);
     out.text("path", op.path);
-    let mut good = true;
+    let mut written = Ok(());
     if op.action != "delete" {
         match op.cid.and_then(|cid| Some((cid, blocks.get(&cid)?))) {
+            Some((_, block)) if block.len() > MAX_RECORD => {
+                let message = format!("the record has {} bytes, and {MAX_RECORD} are allowed", block.len());
+                written = Err((Reason::TooLarge, message));
+            }
             Some((cid, block)) => {
                 out.text("cid", &cid.to_string());
                 out.key("record");
-                good = drisl_to_json_into(block, &mut out.json).is_ok();
+                written = drisl_to_json_into(block, &mut out.json).map_err(|error| {
+                    (Reason::Undecodable, format!("the record is not DAG-CBOR that can be read: {error}"))
+                });
             }
-            None => good = false,
+            None if op.cid.is_none() => {
+                written = Err((Reason::MissingBlock, "the operation names no CID".to_owned()));
+            }
+            None => {
+                let message = "the commit's archive lacks the record, or its bytes are not what its CID says";
+                written = Err((Reason::MissingBlock, message.to_owned()));
+            }
         }
     }
     out.json.push(b'}');
     *json = out.json;
-    good
+    written
+}
+
+fn quoted(text: &str) -> String {
+    let mut out = Object { json: Vec::with_capacity(text.len() + 2), first: true };
+    write_string(&mut out.json, text);
+    out.into_string()
 }
 
 fn get<'m, 'a>(map: &'m Map<'a>, key: &str) -> Option<&'m Value<'a>> {

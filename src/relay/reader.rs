@@ -4,26 +4,34 @@
 //! next one starts from the cursor that Redis has: it may have lost its last second, stream and cursor together, and a
 //! reader that carried on from its own memory would leave a hole under a clean cursor.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use anyhow::Result as AnyResult;
 use futures_util::StreamExt as _;
 use redis::aio::MultiplexedConnection;
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
-use tokio_tungstenite::tungstenite::{self, Message as WsMessage};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_tungstenite::Connector;
+use tokio_tungstenite::tungstenite::error::CapacityError;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message as WsMessage};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use super::connect::{self, MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
 use super::decode::{Message, decode};
+use super::sequence::{Place, QUIET, Sequence};
 use crate::config::{Config, MemoryMark, OnFutureCursor};
 use crate::crash::{self, Point};
+use crate::event::check_rev;
 use crate::metrics;
 use crate::status::{State, Status, now_ms};
-use crate::stream::append::{self, AppendError, Cursor, NewEntry};
+use crate::stream::append::{
+    self, AppendError, Appendix, Budget, Cursor, CursorError, Move, NewEntry, NewLetter,
+};
+use crate::stream::gap::Gap;
 use crate::stream::{Keys, Redis, backoff, group, is_oom, lease};
 
 /// What may wait between the socket and Redis. A slow Redis then slows the socket.
@@ -32,14 +40,18 @@ const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
 /// memory limit, which it looks at before a script and not within.
 const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
-/// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
-const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
 /// How often the cursor, the lease and the marks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often an undecodable frame may cost the connection before it is passed over.
+/// How often a frame that cannot be used may cost the connection before it is passed over.
 const BAD_FRAME_TRIES: u32 = 3;
-/// The same trouble is told again after this time.
+/// The same trouble is reported again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
+/// What needs the operator is looked at again after this time.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// A connection that has lasted this long and brings nothing has nothing to bring.
+const STEADY: Duration = Duration::from_secs(30);
+/// Dead letters that the reader keeps of one account.
+const LETTERS_PER_ACCOUNT: u64 = 100;
 
 /// The reader and what it needs.
 pub struct Reader {
@@ -51,6 +63,7 @@ pub struct Reader {
     token: String,
     /// Whether the operator wants us to rest.
     pause: watch::Receiver<bool>,
+    tls: Connector,
 }
 
 /// Why a session ended.
@@ -60,10 +73,35 @@ enum End {
     Redis(#[from] redis::RedisError),
     #[error("{0}")]
     Append(#[from] AppendError),
-    #[error("relay: {0}")]
-    Relay(String),
+    #[error("relay: {reason}")]
+    Relay { reason: String, retry_after: Option<Duration> },
+    #[error("the relay's numbering began anew")]
+    Reset,
+    /// Only the operator can mend it.
+    #[error("{0}")]
+    Operator(String),
     #[error("{0}")]
     FutureCursor(String),
+}
+
+impl End {
+    fn relay(reason: impl Into<String>) -> Self {
+        Self::Relay { reason: reason.into(), retry_after: None }
+    }
+
+    /// What two lines about the same trouble have in common: digits, such as times and ports, may differ.
+    fn cause(&self) -> String {
+        self.to_string().replace(|c: char| c.is_ascii_digit(), "")
+    }
+}
+
+impl From<CursorError> for End {
+    fn from(error: CursorError) -> Self {
+        match error {
+            CursorError::Redis(error) => Self::Redis(error),
+            CursorError::Unreadable { .. } => Self::Operator(error.to_string()),
+        }
+    }
 }
 
 /// What the reader remembers from one session to the next.
@@ -71,35 +109,62 @@ enum End {
 struct Memory {
     /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
     acked: Option<i64>,
-    /// Where an undecodable frame was met, and how often.
+    /// After which position a frame was met that could not be used, and how often.
     bad_frame: Option<(Option<i64>, u32)>,
-    /// The operator's way out of a cursor that lies in the relay's future.
-    restart_at: Option<Restart>,
+    /// Where to begin with a new numbering, until something of it is in the stream.
+    restart: Option<Restart>,
+    /// The position for which the relay said that it no longer has what follows it.
+    outdated: Option<i64>,
+    /// When something that the relay says was last logged, and what was not logged since.
+    info: Option<(Instant, u64)>,
     /// The lease was ours.
     leased: bool,
 }
 
-#[derive(Clone, Copy)]
-enum Restart {
-    Live,
-    Oldest,
+/// A new numbering: from which position of it to read, and the gap in front of it.
+#[derive(Clone, Debug)]
+struct Restart {
+    from: Option<i64>,
+    gap: Gap,
 }
 
-/// What goes from the socket to the stream: the entries of one frame, with its place.
+/// What a session sets out from.
+struct Plan {
+    /// The position to ask the relay for; `None` is from now on.
+    from: Option<i64>,
+    epoch: u64,
+    /// In front of what comes first.
+    gap: Option<Gap>,
+    /// Whether something has been appended.
+    appended: AtomicBool,
+}
+
+/// What goes from the socket to the stream: what one frame holds, with its place.
 struct Item {
     seq: i64,
     entries: Vec<NewEntry>,
+    letters: Vec<NewLetter>,
+    missed: BTreeMap<&'static str, u64>,
+    rev: String,
+    gap: Option<Gap>,
     _room: OwnedSemaphorePermit,
 }
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
-
 impl Reader {
     /// A reader for the configured relay.
-    #[must_use]
-    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>, pause: watch::Receiver<bool>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// There is no authority that `wss://` could trust.
+    pub fn new(
+        config: Arc<Config>,
+        redis: Redis,
+        status: Arc<Status>,
+        pause: watch::Receiver<bool>,
+    ) -> AnyResult<Self> {
         let token = lease::token(&config.consumer_id);
-        Self { keys: Keys::new(&config), config, redis, status, token, pause }
+        let tls = connect::tls(&config)?;
+        Ok(Self { keys: Keys::new(&config), config, redis, status, token, pause, tls })
     }
 
     /// Reads until `stop`.
@@ -135,12 +200,15 @@ impl Reader {
             if began.elapsed() > Duration::from_secs(30) {
                 delays = backoff();
             }
+            if matches!(end, End::Reset) {
+                continue;
+            }
             let reason = end.to_string();
             self.status.reader(|reader| {
                 reader.enter(match &end {
                     End::Redis(_) | End::Append(_) => State::WaitingForRedis { reason: reason.clone() },
-                    End::Relay(_) => State::WaitingForRelay { reason: reason.clone() },
-                    End::FutureCursor(_) => State::Halted { reason: reason.clone() },
+                    End::Relay { .. } | End::Reset => State::WaitingForRelay { reason: reason.clone() },
+                    End::FutureCursor(_) | End::Operator(_) => State::Halted { reason: reason.clone() },
                 });
             });
             if let End::FutureCursor(_) = end {
@@ -151,11 +219,33 @@ impl Reader {
                 }
                 continue;
             }
-            let delay = delays.next().unwrap_or(Duration::from_secs(5));
+            let mut delay = delays.next().unwrap_or(Duration::from_secs(5));
+            let news =
+                said.as_ref().is_none_or(|(before, at)| *before != end.cause() || at.elapsed() > SAY_AGAIN);
+            if news {
+                said = Some((end.cause(), Instant::now()));
+            }
             // An outage is a line a minute, not one per attempt.
-            if said.as_ref().is_none_or(|(before, at)| *before != reason || at.elapsed() > SAY_AGAIN) {
-                warn!(reason, "the reader waits and starts again from the cursor in Redis; nothing is lost");
-                said = Some((reason, Instant::now()));
+            match &end {
+                End::Operator(_) => {
+                    delay = LOOK_AGAIN;
+                    if news {
+                        error!(reason, "the reader has stopped; operator action needed");
+                    }
+                }
+                End::Relay { retry_after: Some(wanted), .. } => {
+                    delay = delay.max(*wanted);
+                    if news {
+                        warn!(reason, wait = ?delay, "the relay asks to be left alone; nothing is lost meanwhile");
+                    }
+                }
+                _ if news => {
+                    warn!(
+                        reason,
+                        "the reader waits and starts again from the cursor in Redis; nothing is lost"
+                    );
+                }
+                _ => {}
             }
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
@@ -184,7 +274,7 @@ impl Reader {
 
     /// Waits until the operator wants it otherwise. A lease that was ours stays ours: nobody else is to read meanwhile.
     async fn rest(&self, leased: bool, stop: &CancellationToken) {
-        info!("the reader is paused by hand; the relay keeps what comes meanwhile");
+        info!("the reader is paused manually; the relay keeps what comes meanwhile");
         self.enter(State::Paused);
         let hold = async {
             if !leased {
@@ -215,11 +305,15 @@ impl Reader {
 
     /// Whether the operator wants to go on, and from where.
     fn future_cursor(&self, memory: &mut Memory) -> bool {
-        memory.restart_at = match self.config.on_future_cursor {
+        let (from, what) = match self.config.on_future_cursor {
             OnFutureCursor::Stop => return false,
-            OnFutureCursor::Live => Some(Restart::Live),
-            OnFutureCursor::Oldest => Some(Restart::Oldest),
+            OnFutureCursor::Live => (None, "continuing from now (ON_FUTURE_CURSOR=live)"),
+            OnFutureCursor::Oldest => (Some(0), "continuing from its oldest event (ON_FUTURE_CURSOR=oldest)"),
         };
+        memory.restart = Some(Restart {
+            from,
+            gap: Gap::new(format!("the cursor was in the relay's future; {what}"), None),
+        });
         true
     }
 
@@ -232,18 +326,21 @@ impl Reader {
             return Ok(());
         }
         let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
-        let from = self.resume_position(&mut cursor, memory);
+        let plan = self.plan(&mut cursor, memory);
         if cursor.position.is_none() && memory.acked.is_some() {
             warn!(
                 position = memory.acked,
                 "Redis lost the cursor: going back to what was last known to be applied"
             );
         }
-        memory.acked = cursor.acked.or(memory.acked);
+        if cursor.is_current {
+            memory.acked = cursor.acked.or(memory.acked);
+        }
 
-        let mut socket = self.open(from).await?;
+        let tries = memory.bad_frame.map_or(0, |(_, tries)| tries);
+        let mut socket = self.open(plan.from, tries).await?;
         metrics::count(metrics::RELAY_CONNECTS, 1);
-        info!(relay = self.config.relay_url.relay(), cursor = from, "connected to the relay");
+        info!(relay = self.config.relay_url.relay(), cursor = plan.from, "connected to the relay");
         self.status.reader(|reader| {
             reader.enter(State::Running);
             reader.connected = true;
@@ -253,8 +350,8 @@ impl Reader {
         let (sender, receiver) = mpsc::channel(4096);
         let room = Arc::new(Semaphore::new(QUEUE_BYTES as usize));
         let ended = {
-            let frames = self.frames(&mut socket, sender, room, from, memory, stop);
-            let stream = self.append(&mut connection, receiver, &mut cursor, from, stop);
+            let frames = self.frames(&mut socket, sender, room, &plan, memory, stop);
+            let stream = self.append(&mut connection, receiver, &mut cursor, &plan, stop);
             tokio::pin!(frames, stream);
             // The stream's error ends the session at once; after the socket's, what is queued is still appended.
             tokio::select! {
@@ -265,7 +362,12 @@ impl Reader {
         if ended.is_ok() {
             let _ = tokio::time::timeout(Duration::from_secs(1), socket.close(None)).await;
         }
-        memory.acked = cursor.acked.or(memory.acked);
+        if plan.appended.load(Ordering::Relaxed) && !matches!(ended, Err(End::Reset)) {
+            memory.restart = None;
+        }
+        if cursor.is_current {
+            memory.acked = cursor.acked.or(memory.acked);
+        }
         ended
     }
 
@@ -290,64 +392,78 @@ impl Reader {
         Ok(true)
     }
 
-    /// The position to ask the relay for. `None` is from now on.
-    fn resume_position(&self, cursor: &mut Cursor, memory: &mut Memory) -> Option<i64> {
-        match memory.restart_at.take() {
-            Some(Restart::Live) => {
-                self.gap(
-                    "the cursor lies in the relay's future and ON_FUTURE_CURSOR=live: going on from now",
-                );
-                return None;
-            }
-            Some(Restart::Oldest) => {
-                self.gap("the cursor lies in the relay's future and ON_FUTURE_CURSOR=oldest: going on from its oldest");
-                return Some(0);
-            }
-            None => {}
-        }
+    /// Where to begin, and in which epoch. A new one begins where the numbering does, as far as we know: at a first start,
+    /// after a reset, at another relay, and where Redis lost the cursor.
+    fn plan(&self, cursor: &mut Cursor, memory: &mut Memory) -> Plan {
         let relay = self.config.relay_url.relay();
+        let begin =
+            |from, gap| Plan { from, epoch: cursor.next_epoch, gap, appended: AtomicBool::new(false) };
+        if let Some(restart) = &memory.restart {
+            return begin(restart.from, Some(restart.gap.clone()));
+        }
         match &cursor.relay {
             // Sequence numbers mean nothing at another relay.
             Some(before) if *before != relay && cursor.position.is_some() => {
-                self.gap(&format!(
-                    "the cursor belongs to {before}, not to {relay}: events between the two are not known; \
-                     going on from now"
-                ));
-                cursor.acked = None;
                 memory.acked = None;
-                None
+                let reason = format!(
+                    "the cursor belongs to {before}, not to {relay}: what came between the two is not known; continuing \
+                     from now"
+                );
+                return begin(None, Some(Gap::new(reason, None)));
             }
-            _ => cursor.position.or(memory.acked),
+            _ => {}
+        }
+        match (cursor.position, cursor.epoch) {
+            (Some(position), Some(epoch)) => {
+                cursor.is_current = true;
+                Plan { from: Some(position), epoch, gap: None, appended: AtomicBool::new(false) }
+            }
+            // From a reader that knew no epochs, and of the numbering that is read.
+            (Some(position), None) => {
+                cursor.is_current = true;
+                begin(Some(position), None)
+            }
+            (None, _) if memory.acked.is_some() => begin(memory.acked, None),
+            (None, Some(_)) => begin(
+                None,
+                Some(Gap::new(
+                    "the cursor is gone from Redis; continuing from what the relay sends now",
+                    None,
+                )),
+            ),
+            (None, None) => begin(None, None),
         }
     }
 
-    fn gap(&self, what: &str) {
-        warn!(what, "gap");
+    fn note_gap(&self, gap: &Gap) {
+        warn!(
+            reason = gap.reason,
+            after = gap.after,
+            until = gap.until,
+            events = gap.size(),
+            "gap: events are missing that the relay no longer sends"
+        );
         metrics::count(metrics::RELAY_GAPS, 1);
         self.status.reader(|reader| reader.gaps += 1);
     }
 
-    async fn open(&self, from: Option<i64>) -> Result<Socket, End> {
+    /// `tries`: how often a frame behind this position could not be used.
+    async fn open(&self, from: Option<i64>, tries: u32) -> Result<Socket, End> {
         let mut url = self.config.relay_url.expose().to_owned();
         if let Some(cursor) = from {
+            // A frame too large even to be passed over is gone round, in growing steps.
+            let step = match tries.checked_sub(2 * BAD_FRAME_TRIES) {
+                Some(times) => 1 << times.min(20),
+                None => 0,
+            };
             url.push(if url.contains('?') { '&' } else { '?' });
             url.push_str("cursor=");
-            url.push_str(&cursor.to_string());
+            url.push_str(&(cursor + step).to_string());
         }
-        let limits = WebSocketConfig::default()
-            .max_message_size(Some(MESSAGE_BYTES))
-            .max_frame_size(Some(MESSAGE_BYTES));
-        let connect = tokio_tungstenite::connect_async_with_config(url, Some(limits), true);
-        match tokio::time::timeout(Duration::from_secs(15), connect).await {
-            Ok(Ok((socket, _))) => Ok(socket),
-            Ok(Err(tungstenite::Error::Http(response))) => Err(End::Relay(format!(
-                "{} answered HTTP {}",
-                self.config.relay_url.relay(),
-                response.status()
-            ))),
-            Ok(Err(error)) => Err(End::Relay(error.to_string())),
-            Err(_) => Err(End::Relay("no connection within 15 s".to_owned())),
-        }
+        let limit = if tries >= BAD_FRAME_TRIES { PASSED_OVER_BYTES } else { MESSAGE_BYTES };
+        connect::open(url, &self.config.relay_url.relay(), self.tls.clone(), limit)
+            .await
+            .map_err(|refused| End::Relay { reason: refused.reason, retry_after: refused.retry_after })
     }
 
     /// Socket -> queue, until the relay ends it or `stop`.
@@ -356,53 +472,106 @@ impl Reader {
         socket: &mut Socket,
         queue: mpsc::Sender<Item>,
         room: Arc<Semaphore>,
-        from: Option<i64>,
+        plan: &Plan,
         memory: &mut Memory,
         stop: &CancellationToken,
     ) -> Result<(), End> {
-        let mut last_data = Instant::now();
+        let from = plan.from;
+        let connected = Instant::now();
+        let mut last_data = connected;
         let mut last_seq = from;
+        let mut sequence = Sequence::new(from);
+        // In front of the next frame that goes into the stream.
+        let mut gap = plan.gap.clone();
+        let mut missed: BTreeMap<&'static str, u64> = BTreeMap::new();
+        let mut outdated = false;
         loop {
             let idle = self.config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
+            let quiet = if sequence.set_aside() > 0 { QUIET } else { idle };
             let message = tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 message = socket.next() => message,
+                () = sleep_until(last_data, quiet), if sequence.set_aside() > 0 => {
+                    return Err(self.reset(&sequence, memory));
+                }
                 // Only data counts: a dead feed can go on answering pings.
                 () = sleep_until(last_data, idle) => {
-                    return Err(End::Relay(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
+                    return Err(End::relay(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
                 }
             };
+            if connected.elapsed() > STEADY {
+                self.status.reader(|reader| reader.taking_in_ms = now_ms());
+            }
             let frame = match message {
                 Some(Ok(WsMessage::Binary(frame))) => frame,
+                Some(Ok(WsMessage::Text(_))) => {
+                    return Err(End::Operator(format!(
+                        "{} sends text, which no relay does: is it a Jetstream? RELAY_URL has to name a relay",
+                        self.config.relay_url.relay()
+                    )));
+                }
                 Some(Ok(WsMessage::Close(reason))) => {
                     let reason = reason.map(|r| format!(": {} {}", r.code, shorten(&r.reason)));
-                    return Err(End::Relay(format!("closed by the relay{}", reason.unwrap_or_default())));
+                    return Err(End::relay(format!("closed by the relay{}", reason.unwrap_or_default())));
                 }
                 Some(Ok(_)) => continue,
-                Some(Err(error)) => return Err(End::Relay(error.to_string())),
-                None => return Err(End::Relay("the connection ended".to_owned())),
+                Some(Err(WsError::Capacity(CapacityError::MessageTooLong { size, max_size }))) => {
+                    let what = format!("a frame of {size} bytes; {max_size} are read");
+                    memory.failed_after(last_seq);
+                    metrics::count(metrics::RELAY_BAD_FRAMES, 1);
+                    return Err(End::relay(what));
+                }
+                Some(Err(error)) => return Err(End::relay(error.to_string())),
+                None => return Err(End::relay("the connection ended")),
             };
             last_data = Instant::now();
             self.status.reader(|reader| {
                 reader.frames += 1;
                 reader.last_frame_ms = Some(now_ms());
             });
-            let item = match decode(&frame, &self.config.collections) {
-                Ok(Message::Event { event_type, seq, entries, bad_records }) => {
+            let decoded = if frame.len() > MESSAGE_BYTES {
+                Err(format!("a frame of {} bytes; {MESSAGE_BYTES} are read", frame.len()))
+            } else {
+                decode(&frame, &self.config.collections).map_err(|error| error.to_string())
+            };
+            let mut item = match decoded {
+                Ok(Message::Event { event_type, seq, entries, letters, missed, rev }) => {
                     metrics::frame(event_type);
-                    if bad_records > 0 {
-                        metrics::count(metrics::RELAY_BAD_RECORDS, bad_records.into());
+                    match sequence.judge(seq, last_data) {
+                        Place::Follows => {}
+                        Place::Elsewhere => continue,
+                        Place::Reset => return Err(self.reset(&sequence, memory)),
+                        Place::Impossible => {
+                            passed_over(&mut gap, last_seq, &format!("its sequence number is {seq}"));
+                            metrics::count(metrics::RELAY_BAD_FRAMES, 1);
+                            continue;
+                        }
                     }
                     last_seq = Some(seq);
                     let bytes: usize = entries.iter().map(|entry| entry.data.len() + 64).sum();
                     let bytes = u32::try_from(bytes).unwrap_or(QUEUE_BYTES).clamp(64, QUEUE_BYTES);
                     let Ok(permit) = Arc::clone(&room).acquire_many_owned(bytes).await else { return Ok(()) };
-                    Item { seq, entries, _room: permit }
+                    // What is ahead of the clock is refused where it is applied, and must not stand for a time here.
+                    let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
+                    Item { seq, entries, letters, missed, rev, gap: None, _room: permit }
                 }
                 Ok(Message::Info { name, message }) => {
                     metrics::frame("info");
-                    self.gap_or_info(&name, &message);
+                    if name != "OutdatedCursor" {
+                        memory.say_info(&name, &message);
+                    } else if !std::mem::replace(&mut outdated, true)
+                        && from != Some(0)
+                        && (from.is_none() || memory.outdated != from)
+                    {
+                        // However often it is repeated.
+                        memory.outdated = from;
+                        let reason = format!(
+                            "the relay no longer has what was asked for (OutdatedCursor): {}",
+                            shorten(&message)
+                        );
+                        gap.get_or_insert(Gap::new(reason, from));
+                    }
                     continue;
                 }
                 Ok(Message::Error { error, message }) => return Err(self.relay_error(&error, &message, from)),
@@ -414,36 +583,38 @@ impl Reader {
                     metrics::count(metrics::RELAY_BAD_FRAMES, 1);
                     // The specification has the connection dropped. The same frame comes again after the same
                     // place; when it has cost enough connections it is passed over.
-                    let tries = match memory.bad_frame {
-                        Some((at, tries)) if at == last_seq => tries + 1,
-                        _ => 1,
-                    };
-                    if tries >= BAD_FRAME_TRIES {
-                        memory.bad_frame = None;
-                        self.gap(&format!(
-                            "passing over a frame that stays undecodable after {last_seq:?}: {error}"
-                        ));
-                        continue;
+                    if memory.failed_after(last_seq) < BAD_FRAME_TRIES {
+                        return Err(End::relay(error));
                     }
-                    memory.bad_frame = Some((last_seq, tries));
-                    return Err(End::Relay(error.to_string()));
+                    memory.bad_frame = None;
+                    *missed.entry("frame").or_default() += 1;
+                    passed_over(&mut gap, last_seq, &error);
+                    continue;
                 }
             };
+            if let Some(mut gap) = gap.take() {
+                gap.until = (gap.after.is_some() && plan.gap.is_none()).then_some(item.seq);
+                item.gap = Some(gap);
+            }
+            for (class, count) in std::mem::take(&mut missed) {
+                *item.missed.entry(class).or_default() += count;
+            }
             if queue.send(item).await.is_err() {
                 return Ok(());
             }
         }
     }
 
-    fn gap_or_info(&self, name: &str, message: &str) {
-        if name == "OutdatedCursor" {
-            self.gap(&format!(
-                "the relay no longer has what was asked for (OutdatedCursor): {}",
-                shorten(message)
-            ));
-        } else {
-            info!(name = shorten(name), message = shorten(message), "the relay says");
-        }
+    /// The numbering begins anew: from the oldest that the relay has, in an epoch of its own.
+    fn reset(&self, sequence: &Sequence, memory: &mut Memory) -> End {
+        let reason = format!(
+            "{} began to number anew: its numbers are far from {}; reading from its oldest event",
+            self.config.relay_url.relay(),
+            sequence.high().unwrap_or_default()
+        );
+        memory.restart = Some(Restart { from: Some(0), gap: Gap::new(reason, None) });
+        memory.acked = None;
+        End::Reset
     }
 
     fn relay_error(&self, error: &str, message: &str, from: Option<i64>) -> End {
@@ -456,7 +627,7 @@ impl Reader {
                 self.keys.cursor,
             ));
         }
-        End::Relay(format!("the relay ended the connection: {} {}", shorten(error), shorten(message)))
+        End::relay(format!("the relay ended the connection: {} {}", shorten(error), shorten(message)))
     }
 
     /// Queue -> stream, until the queue is closed and empty.
@@ -465,15 +636,16 @@ impl Reader {
         connection: &mut MultiplexedConnection,
         mut queue: mpsc::Receiver<Item>,
         cursor: &mut Cursor,
-        from: Option<i64>,
+        plan: &Plan,
         stop: &CancellationToken,
     ) -> Result<(), End> {
         let relay = self.config.relay_url.relay();
+        let budget = Budget { bytes: self.config.dead_letter_max_bytes, per_account: LETTERS_PER_ACCOUNT };
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut run_id = None;
         // Repeats of what is in the stream already do not set the cursor back.
-        let mut position = from;
+        let mut position = plan.from;
         let mut items = Vec::new();
         loop {
             tokio::select! {
@@ -493,23 +665,19 @@ impl Reader {
                 bytes += size(&item);
                 items.push(item);
             }
-            let entries: Vec<NewEntry> = items.iter_mut().flat_map(|item| item.entries.drain(..)).collect();
             let last = items.iter().map(|item| item.seq).max().unwrap_or_default();
             position = Some(position.map_or(last, |before| before.max(last)));
-            let length = loop {
-                let target = position.unwrap_or(last);
-                match append::append(
-                    connection,
-                    &self.keys,
-                    &self.token,
-                    &relay,
-                    cursor.position,
-                    target,
-                    &entries,
-                )
-                .await
-                {
-                    Ok(length) => break length,
+            let what = gather(&mut items, plan.epoch);
+            let appended = loop {
+                let to = Move {
+                    token: &self.token,
+                    relay: &relay,
+                    epoch: plan.epoch,
+                    believed: cursor.position,
+                    position: position.unwrap_or(last),
+                };
+                match append::append(connection, &self.keys, to, budget, &what).await {
+                    Ok(appended) => break appended,
                     Err(AppendError::Redis(error)) if is_oom(&error) => {
                         // Refused before anything was written.
                         if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
@@ -522,17 +690,40 @@ impl Reader {
             };
             crash::at(Point::AfterAppend);
             cursor.position = position;
+            cursor.is_current = true;
+            plan.appended.store(true, Ordering::Relaxed);
             items.clear();
             ::metrics::gauge!(metrics::CURSOR).set(position.unwrap_or_default() as f64);
             self.status.reader(|reader| {
                 reader.cursor = position;
+                reader.taking_in_ms = now_ms();
                 if reader.state != State::Running {
                     reader.enter(State::Running);
                 }
             });
-            if length >= self.config.max_stream_len {
+            self.note(&what, appended);
+            if appended.length >= self.config.max_stream_len {
                 self.look(connection, cursor, &mut run_id, stop).await?;
             }
+        }
+    }
+
+    /// Counts what was appended besides entries.
+    fn note(&self, what: &Appendix, appended: append::Appended) {
+        if let Some(gap) = &what.gap {
+            self.note_gap(gap);
+        }
+        for (class, count) in &what.missed {
+            metrics::missed(class, *count);
+        }
+        metrics::count(metrics::RELAY_BAD_RECORDS, what.letters.len() as u64);
+        if appended.letters > 0 {
+            for letter in &what.letters {
+                metrics::dead_letter(letter.reject.reason);
+            }
+        }
+        if appended.refused > 0 {
+            metrics::missed("no_room", appended.refused);
         }
     }
 
@@ -553,11 +744,13 @@ impl Reader {
             if !gauge.lease {
                 return Err(AppendError::LeaseLost.into());
             }
-            if gauge.cursor.as_deref().and_then(|text| text.parse().ok()) != cursor.position {
+            if gauge.cursor != cursor.position.map(|position| position.to_string()) {
                 return Err(AppendError::CursorMoved.into());
             }
-            // Another relay's numbers mean nothing here.
-            if gauge.relay.as_ref().is_none_or(|relay| *relay == self.config.relay_url.relay()) {
+            // Another numbering's positions mean nothing here.
+            if cursor.is_current
+                && gauge.relay.as_ref().is_none_or(|relay| *relay == self.config.relay_url.relay())
+            {
                 cursor.acked = gauge.acked.or(cursor.acked);
             }
             let Some(reason) = self.full(&gauge, waiting) else {
@@ -615,6 +808,59 @@ impl Reader {
         metrics::backpressure(began.elapsed());
         go_on
     }
+}
+
+impl Memory {
+    /// Notes that the frame behind this position could not be used; how often that was so by now.
+    fn failed_after(&mut self, position: Option<i64>) -> u32 {
+        let tries = match self.bad_frame {
+            Some((at, tries)) if at == position => tries + 1,
+            _ => 1,
+        };
+        self.bad_frame = Some((position, tries));
+        tries
+    }
+
+    /// Logs what a relay says, once a minute however much it says.
+    fn say_info(&mut self, name: &str, message: &str) {
+        match &mut self.info {
+            Some((at, unsaid)) if at.elapsed() < SAY_AGAIN => *unsaid += 1,
+            before => {
+                let unsaid = before.map_or(0, |(_, unsaid)| unsaid);
+                info!(name = shorten(name), message = shorten(message), unsaid, "the relay says");
+                *before = Some((Instant::now(), 0));
+            }
+        }
+    }
+}
+
+/// Begins a gap with a frame that is passed over, unless there is one already.
+fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
+    gap.get_or_insert(Gap::new(format!("passed over a frame that cannot be used: {why}"), after));
+}
+
+/// What the items hold together, in their order; with the epoch in every entry.
+fn gather(items: &mut [Item], epoch: u64) -> Appendix {
+    let mut what = Appendix::default();
+    for item in items {
+        for mut entry in item.entries.drain(..) {
+            // An object always ends with a brace. Last, where the pipelines look for it.
+            entry.data.pop();
+            entry.data.push_str(",\"epoch\":");
+            entry.data.push_str(&epoch.to_string());
+            entry.data.push('}');
+            what.entries.push(entry);
+        }
+        what.letters.append(&mut item.letters);
+        for (class, count) in &item.missed {
+            *what.missed.entry(class).or_default() += count;
+        }
+        if item.rev > what.rev {
+            what.rev = std::mem::take(&mut item.rev);
+        }
+        what.gap = what.gap.take().or(item.gap.take());
+    }
+    what
 }
 
 async fn sleep_until(since: Instant, limit: Duration) {

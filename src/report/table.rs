@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
+use crate::out;
+
 /// What the command line finds out beside the report.
 #[derive(Clone, Debug, Default)]
 pub struct Beside {
@@ -15,6 +17,30 @@ pub struct Beside {
     pub database: Option<String>,
 }
 
+/// Gaps, and what of the relay's events could not be used; nothing where nothing is.
+fn missing(missing: &Value) -> Option<String> {
+    let mut parts = Vec::new();
+    let gaps = number(&missing["gaps"]);
+    if gaps > 0 {
+        let last = &missing["last_gap"];
+        let size = match (last["after"].as_i64(), last["until"].as_i64()) {
+            (Some(after), Some(until)) if until > after + 1 => {
+                format!(", up to {} events", grouped(u64::try_from(until - after - 1).unwrap_or(0)))
+            }
+            _ => String::new(),
+        };
+        let (time, reason) =
+            (text(&last["time"]).unwrap_or_default(), text(&last["reason"]).unwrap_or_default());
+        parts.push(format!("{} gaps, the last at {time}{size}: {reason}", grouped(gaps)));
+    }
+    if let Some(reasons) = missing["by_reason"].as_object() {
+        for (reason, count) in reasons {
+            parts.push(format!("{} {}", grouped(number(count)), reason.replace('_', " ")));
+        }
+    }
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
 /// The page. `status` is what `/status` gives and [`super::Report`] becomes; what is not there is left out.
 #[must_use]
 pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
@@ -22,21 +48,22 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     let stream = &status["stream"];
     let process = &status["process"];
     if let Some(error) = text(&status["error"]) {
-        lines.push(("trouble", error.to_owned()));
+        lines.push(("trouble", sentence(error)));
     }
     if stream.is_object() {
         lines.extend(stream_lines(stream, process.is_object()));
         lines.push(("dead letters", dead_letters(status, beside)));
+        lines.extend(missing(&status["missing"]).map(|line| ("missing", line)));
     }
     if let Some(reader) = process.get("reader") {
         lines.push(("reader", reader_line(reader, now_ms)));
     }
     if let Some(pool) = process.get("pool") {
         let (size, used, max) = (number(&pool["size"]), number(&pool["in_use"]), number(&pool["max"]));
-        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, {max} at the most")));
+        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, at most {max}")));
     }
     if let Some(database) = &beside.database {
-        lines.push(("PostgreSQL", database.clone()));
+        lines.push(("PostgreSQL", sentence(database)));
     }
     lines.push(("process", process_line(process)));
     if let (Some(transaction), Some(batch), count @ 1..) =
@@ -97,14 +124,14 @@ fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
             && !holder.is_empty()
             && holder != group
         {
-            lines.push(("trim", format!("held back by the group {holder}")));
+            lines.push(("trim", format!("held back by the group {}", plain(holder))));
         }
     }
     let cursor = stream["cursor"].as_i64().map_or_else(
         || if running { "none yet".to_owned() } else { "none".to_owned() },
         |cursor| cursor.to_string(),
     );
-    let relay = text(&stream["relay"]).map_or_else(String::new, |relay| format!(" at {relay}"));
+    let relay = text(&stream["relay"]).map_or_else(String::new, |relay| format!(" at {}", plain(relay)));
     lines.push(("cursor", format!("{cursor}{relay}")));
     lines
 }
@@ -158,7 +185,7 @@ fn state(part: &Value) -> String {
     let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
     let words = words.replace("postgres", "PostgreSQL").replace("redis", "Redis");
     match text(&part["reason"]) {
-        Some(reason) => format!("{words}: {reason}"),
+        Some(reason) => format!("{words}: {}", sentence(reason)),
         None => words,
     }
 }
@@ -197,13 +224,18 @@ fn text(value: &Value) -> Option<&str> {
     value.as_str()
 }
 
-/// A name from elsewhere, without what would move the cursor of a terminal.
+/// A name from elsewhere, without what would control a terminal.
 fn name(value: &Value) -> String {
     plain(text(value).unwrap_or_default())
 }
 
 fn plain(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).collect()
+    out::safe(text, out::CELL)
+}
+
+/// As `plain`, for what explains something.
+fn sentence(text: &str) -> String {
+    out::safe(text, out::LINE)
 }
 
 fn since(ms: &Value, now_ms: u64) -> String {
@@ -249,7 +281,7 @@ mod tests {
                        "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
                        "cursor": 42, "relay": "bsky.network"},
             "consumers": [{"name": "a-0", "pending": 3, "idle_seconds": 0.5},
-                          {"name": "dead\u{1b}[2J-0", "pending": 2, "idle_seconds": 86_400.0}],
+                          {"name": "dead\u{1b}-0", "pending": 2, "idle_seconds": 86_400.0}],
             "dead_letters": 3,
             "process": {"uptime_seconds": 7300.0, "entries": 1000, "entries_per_second": 12.3,
                         "transaction": "event", "batch_size": 200,
@@ -271,15 +303,15 @@ trim          held back by the group other
 cursor        42 at bsky.network
 dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
-PostgreSQL    2 of 5 connections in use, 20 at the most
+PostgreSQL    2 of 5 connections in use, at most 20
 process       up for 2 h, 1,000 entries finished, 12 per second now
 pipelines     1, 200 entries at a time, one transaction per event
 
 PIPELINE  IN HAND  FINISHED       LAST  STATE
 a-0           200     1,000  1.0 s ago  waiting for PostgreSQL: refused
 
-CONSUMER   PENDING  IDLE
-dead[2J-0        2  24 h
+CONSUMER      PENDING  IDLE
+dead\\u{1b}-0        2  24 h
 ";
         assert_eq!(table(&status, &beside, 10_000), expected);
     }

@@ -10,6 +10,7 @@ use tokio_postgres::{Client, IsolationLevel};
 use super::StoreError;
 use super::migrate::Say;
 use super::verdict::Verdict;
+use crate::out;
 
 /// Keys that are looked at with one statement.
 const CHUNK: i64 = 1_000;
@@ -260,15 +261,6 @@ impl Rule {
         say: &mut Say<'_>,
     ) -> Result<Finding, StoreError> {
         let mut finding = Finding { rule: self.name, count: 0, examples: Vec::new() };
-        let tables: Vec<&str> = self.walks.iter().map(|walk| walk.table).collect();
-        let about: f64 = client
-            .query_one(
-                "SELECT coalesce(sum(greatest(c.reltuples, 0)), 0)::float8
-                 FROM unnest($1::text[]) AS t (name) JOIN pg_class c ON c.oid = to_regclass(t.name)",
-                &[&tables],
-            )
-            .await?
-            .get(0);
         let check = client.prepare(self.check).await?;
         let (mut looked_at, mut said) = (0_i64, Instant::now());
         for walk in self.walks {
@@ -285,12 +277,33 @@ impl Rule {
                     self.judge(client, &check, suspects, repair, &mut finding).await?;
                 }
                 if said.elapsed() > SAY_EVERY {
+                    // Asked again each time: tables grow, and statistics may be made meanwhile.
+                    let about = self.rows(client).await?;
+                    say(&format!("  {}: {}", self.name, progress(looked_at, about)));
                     said = Instant::now();
-                    say(&format!("  {}: {looked_at} of about {about:.0} rows", self.name));
                 }
             }
         }
         Ok(finding)
+    }
+
+    /// How many rows its tables have, as the planner estimates it: the rows of a page, as counted by the last vacuum or
+    /// analyze, times the pages that there are now. `None` where a table was never counted.
+    async fn rows(&self, client: &Client) -> Result<Option<f64>, StoreError> {
+        let tables: Vec<&str> = self.walks.iter().map(|walk| walk.table).collect();
+        let rows = client
+            .query_one(
+                "SELECT CASE WHEN bool_and(pages = 0 OR reltuples >= 0 AND relpages > 0)
+                             THEN sum(CASE WHEN pages = 0 THEN 0 ELSE reltuples / nullif(relpages, 0) * pages END) END::float8
+                 FROM (
+                     SELECT c.reltuples::float8, c.relpages::float8,
+                            pg_relation_size(c.oid) / current_setting('block_size')::float8 AS pages
+                     FROM unnest($1::text[]) AS t (name) JOIN pg_class c ON c.oid = to_regclass(t.name)
+                 ) counted",
+                &[&tables],
+            )
+            .await?;
+        Ok(rows.get(0))
     }
 
     async fn judge(
@@ -344,6 +357,17 @@ impl Rule {
     }
 }
 
+/// How far a walk is. An estimate that it has passed is not shown: it would promise an end that was before.
+fn progress(looked_at: i64, about: Option<f64>) -> String {
+    match about {
+        Some(about) if about > looked_at as f64 => {
+            let share = (looked_at as f64 / about * 100.0).min(99.0);
+            format!("{looked_at} of about {about:.0} rows ({share:.0} %)")
+        }
+        _ => format!("{looked_at} rows so far"),
+    }
+}
+
 impl Walk {
     /// The next keys after `$1`: the last one of `$2`, those to look at, and how many rows that were.
     fn page(&self) -> String {
@@ -372,8 +396,13 @@ struct Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".to_owned());
-        write!(f, "{}: {}, should be {}", self.key, text(&self.found), text(&self.expected))
+        // Keys and values come from the network.
+        let text = |value: &Option<String>| {
+            value.as_ref().map_or_else(|| "nothing".to_owned(), |value| out::safe(value, out::CELL))
+        };
+        let (key, found, expected) =
+            (out::safe(&self.key, out::LINE), text(&self.found), text(&self.expected));
+        write!(f, "{key}: {found}, should be {expected}")
     }
 }
 
@@ -387,4 +416,30 @@ async fn violations(
         .iter()
         .map(|row| Violation { key: row.get(0), found: row.get(1), expected: row.get(2) })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_never_passes_its_estimate() {
+        assert_eq!(progress(1_000, Some(4_000.0)), "1000 of about 4000 rows (25 %)");
+        assert_eq!(progress(3_999, Some(4_000.0)), "3999 of about 4000 rows (99 %)");
+        assert_eq!(progress(4_000, Some(4_000.0)), "4000 rows so far");
+        assert_eq!(progress(180_582, Some(114_978.0)), "180582 rows so far");
+        assert_eq!(progress(5, None), "5 rows so far");
+    }
+
+    #[test]
+    fn an_example_is_bounded_and_harmless() {
+        let violation = Violation {
+            key: format!("at://did:plc:a\u{1b}[2J/{}", "x".repeat(900_000)),
+            found: Some("\u{202e}".to_owned()),
+            expected: None,
+        };
+        let text = violation.to_string();
+        assert!(text.starts_with("at://did:plc:a\\u{1b}[2J/xxx"), "{text}");
+        assert!(text.ends_with("...: \\u{202e}, should be nothing") && text.len() < 400, "{text}");
+    }
 }

@@ -15,6 +15,8 @@ const GENERATION: usize = 100_000;
 pub(super) struct KnownAccounts {
     hasher: RandomState,
     generations: Mutex<(Hashes, Hashes)>,
+    /// Epochs that the database knows.
+    epochs: Mutex<HashSet<u64>>,
 }
 
 type Hashes = HashSet<u64, BuildHasherDefault<Hashed>>;
@@ -65,6 +67,21 @@ impl KnownAccounts {
     /// After a connection broke it may be another server that answers.
     pub(super) fn clear(&self) {
         *lock(&self.generations) = Default::default();
+        lock(&self.epochs).clear();
+    }
+
+    /// Of these, those that the database may not know.
+    pub(super) fn new_epochs(&self, epochs: impl IntoIterator<Item = u64>) -> Vec<u64> {
+        let known = lock(&self.epochs);
+        let mut new: Vec<u64> =
+            epochs.into_iter().filter(|epoch| *epoch > 0 && !known.contains(epoch)).collect();
+        new.sort_unstable();
+        new.dedup();
+        new
+    }
+
+    pub(super) fn insert_epochs(&self, epochs: &[u64]) {
+        lock(&self.epochs).extend(epochs);
     }
 }
 

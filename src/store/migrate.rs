@@ -28,6 +28,7 @@ use step::{Lock, Run, Step};
 const MIGRATIONS: &[(i32, &str, &str)] = &[
     (1, "tables", include_str!("../../sql/migrations/0001_tables.sql")),
     (2, "every_kind", include_str!("../../sql/migrations/0002_every_kind.sql")),
+    (3, "epochs", include_str!("../../sql/migrations/0003_epochs.sql")),
 ];
 
 /// The functions: written anew whenever they differ from what the database has.
@@ -258,6 +259,32 @@ fn is_empty(catalogue: &Catalogue) -> bool {
     statements.into_iter().all(|statement| match &statement.kind {
         Kind::Table(table) => !catalogue.relations.contains_key(table),
         _ => true,
+    })
+}
+
+/// Whether a column of a table is one that our migrations know.
+#[must_use]
+pub(super) fn is_ours(table: &str, column: &str) -> bool {
+    let statements = MIGRATIONS.iter().flat_map(|(.., file)| statement::split(file));
+    statements.into_iter().any(|statement| match &statement.kind {
+        Kind::Table(name) if name.trim_start_matches("standpipe.") == table => {
+            statement.sql.lines().any(|line| line.split_whitespace().next() == Some(column))
+        }
+        Kind::Columns { table: name, columns } if name == table => columns.iter().any(|name| name == column),
+        _ => false,
+    })
+}
+
+/// Whether a function is one of ours. Their schema does not tell: what a role named standpipe creates is there as well.
+#[must_use]
+pub(super) fn is_our_function(name: &str) -> bool {
+    name.strip_prefix("standpipe.").is_some_and(|name| {
+        // Those of sql/apply/41_lists.sql are made from a template.
+        let made = ["put_", "delete_"].iter().any(|prefix| {
+            name.strip_prefix(prefix)
+                .is_some_and(|kind| crate::event::Kind::ALL.iter().any(|one| one.name() == kind))
+        });
+        made || FUNCTIONS.iter().any(|sql| sql.contains(&format!(" standpipe.{name}(")))
     })
 }
 

@@ -1,9 +1,11 @@
 //! The only place that knows PostgreSQL: connections, the apply call, the flush, migrations, and what an error means.
 
+pub mod acknowledged;
 pub mod audit;
 mod known;
 pub mod migrate;
 pub mod purge;
+pub mod settings;
 pub mod takeover;
 pub mod tls;
 pub mod tombstones;
@@ -12,7 +14,9 @@ pub mod verdict;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
@@ -22,7 +26,9 @@ use deadpool_postgres::{
 use futures_util::StreamExt as _;
 use futures_util::future::join;
 use futures_util::stream::FuturesOrdered;
+use tokio::sync::watch;
 use tokio_postgres::{Error, Row, Statement};
+use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::config::Config;
 use crate::crash::{self, Point};
@@ -36,18 +42,16 @@ use verdict::{Verdict, describe, judge};
 /// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
+/// How long a server may take to stop what is cancelled.
+const CANCEL: Duration = Duration::from_secs(5);
+
 const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7)";
 const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
 const TRY_LOCK: &str = "SELECT standpipe.try_lock($1)";
+const NOTE_EPOCHS: &str = "INSERT INTO standpipe.epochs SELECT unnest($1::bigint[]) ON CONFLICT DO NOTHING";
 const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
         WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
     pg_logical_emit_message(true, 'standpipe', '')";
-
-/// A role named standpipe has our own schema of that name first on its default search path ("$user", public): the
-/// application's tables are elsewhere.
-const SEARCH_PATH: &str = "SELECT set_config('search_path', coalesce(
-    (SELECT string_agg(quote_ident(s), ', ') FROM unnest(current_schemas(false)) s WHERE s <> 'standpipe'),
-    'public'), false)";
 
 /// The bounded pool.
 #[derive(Clone)]
@@ -55,6 +59,8 @@ pub struct Store {
     pool: Pool,
     known: Arc<KnownAccounts>,
     answer_limit: Duration,
+    /// Ends what a connection that is given up was doing.
+    cancel: Arc<Cancel>,
 }
 
 /// What applying an event came to.
@@ -76,18 +82,26 @@ pub struct StoreError {
     pub message: String,
     /// What PostgreSQL calls it, when it was PostgreSQL that said so.
     pub sqlstate: Option<String>,
+    /// The function of the operator's that it comes from, a trigger's for example.
+    pub function: Option<String>,
 }
 
 impl StoreError {
     /// Something that PostgreSQL did not say.
     #[must_use]
     pub fn new(verdict: Verdict, message: impl Into<String>) -> Self {
-        Self { verdict, message: message.into(), sqlstate: None }
+        Self { verdict, message: message.into(), sqlstate: None, function: None }
     }
 
     /// The event's side of a refusal.
     fn reject(&self) -> Reject {
-        Reject { reason: Reason::Database, message: self.message.clone(), sqlstate: self.sqlstate.clone() }
+        let (reason, message) = match &self.function {
+            Some(function) => {
+                (Reason::Trigger, format!("the function {function} refused it: {}", self.message))
+            }
+            None => (Reason::Database, self.message.clone()),
+        };
+        Reject { reason, message, sqlstate: self.sqlstate.clone() }
     }
 }
 
@@ -97,6 +111,7 @@ impl From<&Error> for StoreError {
             verdict: judge(error),
             message: describe(error),
             sqlstate: error.code().map(|code| code.code().to_owned()),
+            function: verdict::operators_function(error),
         }
     }
 }
@@ -120,6 +135,10 @@ impl From<PoolError> for StoreError {
             PoolError::Timeout(_) => {
                 Self::new(Verdict::Reconnect, "no answer to an attempt to connect, for 10 s")
             }
+            PoolError::PostCreateHook(HookError::Message(message)) => match message.strip_prefix(HALT) {
+                Some(message) => Self::new(Verdict::Halt, message),
+                None => Self::new(Verdict::Reconnect, message),
+            },
             other => Self::new(Verdict::Reconnect, other.to_string()),
         }
     }
@@ -133,11 +152,13 @@ impl Store {
     /// `DATABASE_URL` cannot be parsed.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let url = config.database_url.as_ref().ok_or_else(|| anyhow::anyhow!("DATABASE_URL is not set"))?;
-        let statement_timeout = config.db_statement_timeout.as_millis();
-        let options = connect_options(&url.for_driver(), statement_timeout, config.notifications)?;
+        let options = connect_options(&url.for_driver())?;
+        let settings: Arc<str> = settings::of(config, url).into();
+        let connector = tls::connector(config)?;
+        let cancel = Arc::new(Cancel::new(connector.clone()));
         let manager = Manager::from_config(
             options,
-            tls::connector(config)?,
+            connector,
             ManagerConfig {
                 // A connection in doubt is never given back, so that nothing has to be asked of one that is.
                 recycling_method: RecyclingMethod::Fast,
@@ -145,8 +166,11 @@ impl Store {
         );
         let pool = Pool::builder(manager)
             .max_size(config.db_pool_size)
-            .post_create(Hook::async_fn(|client, _| {
-                Box::pin(async move { client.batch_execute(SEARCH_PATH).await.map_err(HookError::Backend) })
+            .post_create(Hook::async_fn(move |client, _| {
+                let settings = Arc::clone(&settings);
+                Box::pin(async move {
+                    settings::apply(client, &settings).await.map_err(|error| hook_error(&error))
+                })
             }))
             .runtime(Runtime::Tokio1)
             .timeouts(Timeouts {
@@ -155,7 +179,12 @@ impl Store {
                 recycle: Some(Duration::from_secs(5)),
             })
             .build()?;
-        Ok(Self { pool, known: Arc::default(), answer_limit: config.db_statement_timeout + ANSWER_MARGIN })
+        Ok(Self {
+            pool,
+            known: Arc::default(),
+            answer_limit: config.db_statement_timeout + ANSWER_MARGIN,
+            cancel,
+        })
     }
 
     /// A connection out of the pool.
@@ -172,7 +201,16 @@ impl Store {
             // Plans are kept, and those that were made while a table was empty are often the wrong ones a second later.
             client.batch_execute("DISCARD PLANS").await?;
         }
-        Ok(Session { client, known: Arc::clone(&self.known), answer_limit: self.answer_limit })
+        Ok(Session {
+            client: Lent {
+                object: Some(client),
+                unanswered: AtomicUsize::new(0),
+                discarded: false,
+                cancel: Arc::clone(&self.cancel),
+            },
+            known: Arc::clone(&self.known),
+            answer_limit: self.answer_limit,
+        })
     }
 
     /// Whether the server answers, within `limit`.
@@ -187,7 +225,7 @@ impl Store {
             Ok(answer) => Ok(answer.map(drop)?),
             Err(elapsed) => {
                 // Given back, it would be the next one's to wait for.
-                session.discard();
+                session.give_up();
                 Err(late(elapsed))
             }
         }
@@ -200,15 +238,39 @@ impl Store {
         (status.size, status.size.saturating_sub(status.available))
     }
 
-    /// Closes every connection.
-    pub fn close(&self) {
+    /// Whether a pooler between here and the server gives each transaction another server process, which nothing of ours
+    /// survives.
+    ///
+    /// # Errors
+    ///
+    /// It does, with [`Verdict::Halt`]; or the server cannot be reached.
+    pub async fn refuse_transaction_pooling(&self) -> Result<(), StoreError> {
+        if self.pool.status().max_size < 2 {
+            return Ok(());
+        }
+        let (one, other) = (self.session().await?, self.session().await?);
+        let limit = Duration::from_secs(10);
+        let asked = settings::refuse_transaction_pooling(one.client(), other.client());
+        let late = |_| StoreError::new(Verdict::Reconnect, format!("no answer within {limit:?}"));
+        let answer = tokio::time::timeout(limit, asked).await.map_err(late).flatten();
+        if answer.is_err() {
+            one.give_up();
+            other.give_up();
+        }
+        answer
+    }
+
+    /// Closes every connection. What the server is still doing for one of them is cancelled: it would not notice that we
+    /// are gone.
+    pub async fn close(&self) {
         self.pool.close();
+        self.cancel.ended().await;
     }
 }
 
 /// One connection, held for one batch: what is applied on it is flushed on it.
 pub struct Session {
-    client: Object,
+    client: Lent,
     known: Arc<KnownAccounts>,
     answer_limit: Duration,
 }
@@ -226,15 +288,40 @@ impl Session {
     }
 
     /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
-    pub fn discard(self) {
+    ///
+    /// What the server is still doing for it is cancelled first, and the connection keeps its place in the pool until that is
+    /// done: a server process that waits, for a standby for example, does not notice that its client is gone, and there
+    /// would be one more with each attempt.
+    pub fn discard(mut self) {
         self.known.clear();
-        drop(Object::take(self.client));
+        self.client.discarded = true;
+    }
+
+    /// As [`Session::discard`], where an answer has not come.
+    pub fn give_up(self) {
+        self.client.unanswered.fetch_add(1, Ordering::Relaxed);
+        self.discard();
+    }
+
+    /// Makes sure that the database knows the epochs of these events.
+    async fn note_epochs(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
+        let new = self.known.new_epochs(events.iter().map(|event| event.version.epoch));
+        if new.is_empty() {
+            return Ok(());
+        }
+        let epochs: Vec<i64> = new.iter().filter_map(|epoch| i64::try_from(*epoch).ok()).collect();
+        self.in_time(self.client.execute(NOTE_EPOCHS, &[&epochs])).await?;
+        self.known.insert_epochs(&new);
+        Ok(())
     }
 
     /// Applies events, each in a transaction of its own. The results stand in the order of the events.
     ///
     /// Nothing is durable before [`Session::flush`] has answered on this same connection.
     pub async fn apply(&self, events: &[&Event<'_>]) -> Vec<Result<Outcome, StoreError>> {
+        if let Err(error) = self.note_epochs(events).await {
+            return vec![Err(error); events.len().max(1)];
+        }
         let statement = match self.in_time(self.client.prepare_cached(APPLY)).await {
             Ok(statement) => statement,
             Err(error) => return vec![Err(error); events.len().max(1)],
@@ -340,6 +427,7 @@ impl Session {
         events: &[&Event<'_>],
         may_leave: bool,
     ) -> Result<Vec<Option<Outcome>>, StoreError> {
+        self.note_epochs(events).await?;
         let mut outcomes: Vec<Option<Outcome>> = vec![None; events.len()];
         let mut take = |indexes: Vec<usize>, done: Vec<Outcome>| {
             for (index, outcome) in indexes.into_iter().zip(done) {
@@ -372,6 +460,7 @@ impl Session {
     ///
     /// None of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
     pub async fn apply_claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
+        self.note_epochs(events).await?;
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         Ok(self.apply_at_once(&statement, events, false).await?.into_iter().map(Some).collect())
     }
@@ -425,8 +514,12 @@ impl Session {
 
     /// Waits for an answer, but not for ever.
     async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
+        self.client.unanswered.fetch_add(1, Ordering::Relaxed);
         match tokio::time::timeout(self.answer_limit, answer).await {
-            Ok(answer) => Ok(answer?),
+            Ok(answer) => {
+                self.client.unanswered.fetch_sub(1, Ordering::Relaxed);
+                Ok(answer?)
+            }
             Err(_) => Err(self.no_answer()),
         }
     }
@@ -511,31 +604,14 @@ fn outcome(event: &Event<'_>, changed: &[bool]) -> Outcome {
     Outcome::Applied(kinds)
 }
 
-/// The driver's options from the operator's URL.
-fn connect_options(
-    url: &str,
-    statement_timeout: u128,
-    notifications: bool,
-) -> anyhow::Result<tokio_postgres::Config> {
+/// The driver's options from the operator's URL. Nothing of ours is among them: poolers refuse or drop what they do not know,
+/// so that our settings are made on the connection (settings.rs).
+fn connect_options(url: &str) -> anyhow::Result<tokio_postgres::Config> {
     // The parser's error may quote what it could not read, a password among it.
     let mut options: tokio_postgres::Config = url.parse().map_err(|_| {
         anyhow::anyhow!("DATABASE_URL is not a connection string that the driver understands")
     })?;
-    // Plans are made once and kept (generic); on young tables without statistics the planner would choose sequential
-    // scans and hash joins and keep them too, when every access here is by key.
-    let ours = format!(
-        "-c statement_timeout={statement_timeout} -c lock_timeout=10000 \
-         -c idle_in_transaction_session_timeout=60000 -c jit=off \
-         -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off \
-         -c standpipe.notifications={}",
-        if notifications { "on" } else { "off" }
-    );
-    let all = match options.get_options() {
-        Some(theirs) => format!("{ours} {theirs}"),
-        None => ours,
-    };
     options
-        .options(all)
         .application_name("standpipe")
         .connect_timeout(Duration::from_secs(5))
         .tcp_user_timeout(Duration::from_secs(20))
@@ -543,4 +619,95 @@ fn connect_options(
         .keepalives_interval(Duration::from_secs(5))
         .keepalives_retries(3);
     Ok(options)
+}
+
+fn hook_error(error: &StoreError) -> HookError {
+    // The pool's error carries text alone: the verdict goes in front of it, for `From<PoolError>`.
+    let verdict = if error.verdict == Verdict::Halt { HALT } else { "" };
+    HookError::message(format!("{verdict}{}", error.message))
+}
+
+/// In front of a message about what only the operator can mend.
+const HALT: &str = "halt: ";
+
+/// A connection out of the pool. It goes back unless something that was asked on it has not been answered, whoever dropped
+/// it and why: then it ends.
+struct Lent {
+    /// There until the drop.
+    object: Option<Object>,
+    unanswered: AtomicUsize,
+    discarded: bool,
+    cancel: Arc<Cancel>,
+}
+
+impl Deref for Lent {
+    type Target = Object;
+
+    fn deref(&self) -> &Object {
+        match &self.object {
+            Some(object) => object,
+            None => unreachable!("only the drop takes it"),
+        }
+    }
+}
+
+impl DerefMut for Lent {
+    fn deref_mut(&mut self) -> &mut Object {
+        match &mut self.object {
+            Some(object) => object,
+            None => unreachable!("only the drop takes it"),
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else { return };
+        if self.unanswered.load(Ordering::Relaxed) > 0 {
+            self.cancel.end(object);
+        } else if self.discarded {
+            drop(Object::take(object));
+        }
+    }
+}
+
+/// Ends connections on which the server is still busy. Only those: a cancellation that has nothing to cancel may meet what
+/// is asked next, and poolers have been seen to fall over it.
+struct Cancel {
+    tls: MakeRustlsConnect,
+    /// How many are being ended.
+    ending: watch::Sender<usize>,
+}
+
+impl Cancel {
+    fn new(tls: MakeRustlsConnect) -> Self {
+        Self { tls, ending: watch::channel(0).0 }
+    }
+
+    /// Waits until those that are being ended have ended, but not for long.
+    async fn ended(&self) {
+        let mut ending = self.ending.subscribe();
+        let _ = tokio::time::timeout(Duration::from_secs(3), ending.wait_for(|ending| *ending == 0)).await;
+    }
+
+    /// Has the server stop what it does for a connection, and closes that. Until then it counts as one of the pool's.
+    fn end(self: &Arc<Self>, client: Object) {
+        let runtime = tokio::runtime::Handle::try_current();
+        let (Ok(runtime), false) = (runtime, client.is_closed()) else {
+            drop(Object::take(client));
+            return;
+        };
+        let cancel = Arc::clone(self);
+        cancel.ending.send_modify(|ending| *ending += 1);
+        runtime.spawn(async move {
+            let cancelled = async {
+                // The answer to whatever is asked next comes after that to what was cancelled.
+                client.cancel_token().cancel_query(cancel.tls.clone()).await.ok()?;
+                client.simple_query("SELECT 1").await.ok()
+            };
+            let _ = tokio::time::timeout(CANCEL, cancelled).await;
+            drop(Object::take(client));
+            cancel.ending.send_modify(|ending| *ending -= 1);
+        });
+    }
 }

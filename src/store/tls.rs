@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::verify_tls13_signature_with_raw_key;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::warn;
@@ -83,6 +84,35 @@ fn roots(pem: Option<&[u8]>) -> RootCertStore {
     roots
 }
 
+/// The subject's public key of a certificate of any version (RFC 5280, 4.1): within the first part, behind the version
+/// where there is one, serial number, algorithm, issuer, validity and subject.
+fn public_key<'a>(certificate: &'a CertificateDer<'_>) -> Option<SubjectPublicKeyInfoDer<'a>> {
+    let (_, certificate, _) = element(certificate)?;
+    let (_, mut rest, _) = element(certificate)?;
+    if rest.first() == Some(&0xa0) {
+        rest = element(rest)?.2;
+    }
+    for _ in 0..5 {
+        rest = element(rest)?.2;
+    }
+    Some(SubjectPublicKeyInfoDer::from(element(rest)?.0))
+}
+
+/// The first element of DER: all of it, its content, and what follows it.
+fn element(der: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let (&length, after) = der.get(1..)?.split_first()?;
+    let (length, header) = match length {
+        0..=0x7f => (usize::from(length), 2),
+        0x81..=0x84 => {
+            let bytes = after.get(..usize::from(length & 0x7f))?;
+            (bytes.iter().fold(0, |number, byte| number << 8 | usize::from(*byte)), 2 + bytes.len())
+        }
+        _ => return None,
+    };
+    let (whole, rest) = der.split_at_checked(header.checked_add(length)?)?;
+    Some((whole, &whole[header..], rest))
+}
+
 #[derive(Debug)]
 struct Verifier {
     inner: Arc<WebPkiServerVerifier>,
@@ -129,7 +159,16 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.inner.verify_tls13_signature(message, cert, dss)
+        match self.inner.verify_tls13_signature(message, cert, dss) {
+            // Where any certificate is taken, one of X.509's first version is, too, as libpq takes it: that the other side
+            // has its key can be verified all the same.
+            Err(Error::InvalidCertificate(_)) if self.strictness == Strictness::Lenient => {
+                let key = public_key(cert).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
+                let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
+                verify_tls13_signature_with_raw_key(message, &key, dss, &algorithms)
+            }
+            answer => answer,
+        }
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

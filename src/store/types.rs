@@ -369,8 +369,8 @@ fn kind_name(delete: bool, kind: Kind) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::apply::interpret;
-    use crate::event::EntryId;
+    use crate::apply::{Context, interpret};
+    use crate::event::{EntryId, Epochs};
     use crate::stream::entry::Entry;
 
     fn like(rkey: &str, post: &str) -> String {
@@ -392,7 +392,7 @@ mod tests {
         ops.push(like("again", "7"));
         ops.push(r#"{"action":"delete","path":"app.bsky.feed.like/gone"}"#.to_owned());
         let entry = entry(&ops);
-        let event = interpret(&entry).unwrap();
+        let event = interpret(&entry, Context::now(&Epochs::UNNAMED)).unwrap();
         let plan = Planned::fast(&event, &KnownAccounts::default());
         assert_eq!(plan.call.kind, None, "it is more than one record");
         let sizes: Vec<_> = plan.call.sets.0.iter().map(|set| set.ops.len()).collect();
@@ -408,7 +408,7 @@ mod tests {
     #[test]
     fn one_new_record_takes_the_short_cut() {
         let entry = entry(&[like("1", "1")]);
-        let event = interpret(&entry).unwrap();
+        let event = interpret(&entry, Context::now(&Epochs::UNNAMED)).unwrap();
         let plan = Planned::fast(&event, &KnownAccounts::default());
         assert_eq!(plan.call.kind, Some("like"));
         assert!(plan.call.record.is_some() && plan.call.ops.0.is_empty() && plan.call.locks.0.is_empty());

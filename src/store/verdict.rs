@@ -21,6 +21,14 @@ pub enum Verdict {
 #[must_use]
 pub fn judge(error: &Error) -> Verdict {
     match error.code() {
+        // Whatever it is: it comes from there, and the values that it refuses are these.
+        Some(code)
+            if !matches!(judge_code(code), Verdict::Reconnect | Verdict::Retry) && is_operators(error) =>
+        {
+            Verdict::Reject
+        }
+        // A column that must not be NULL and that we never write was added by the operator; every row would be refused.
+        Some(&SqlState::NOT_NULL_VIOLATION) if is_foreign_column(error) => Verdict::Halt,
         Some(code) => judge_code(code),
         // A value that does not fit its parameter never left this process: it is our own fault. Everything else
         // without a code is a connection that broke or was never made.
@@ -34,6 +42,8 @@ fn judge_code(code: &SqlState) -> Verdict {
     match code {
         // serialization_failure, deadlock_detected, lock_not_available, query_canceled (statement_timeout)
         "40001" | "40P01" | "55P03" | "57014" => Verdict::Retry,
+        // untranslatable_character: the database has another encoding than UTF8, and holds no other text either
+        "22P05" => Verdict::Halt,
         // read_only_sql_transaction (a standby after a failover), in_failed_sql_transaction,
         // invalid_sql_statement_name (a pooler gave us another session), feature_not_supported (a cached plan whose
         // tables changed)
@@ -50,6 +60,28 @@ fn judge_code(code: &SqlState) -> Verdict {
             _ => Verdict::Halt,
         },
     }
+}
+
+/// The function that is none of ours that the error comes from, where there is one: a trigger of the operator's.
+#[must_use]
+pub fn operators_function(error: &Error) -> Option<String> {
+    let context = error.as_db_error()?.where_()?;
+    // "PL/pgSQL function name(arguments) line 3 at RAISE", "SQL function "name" statement 1", innermost first.
+    context.lines().find_map(|line| {
+        let rest = line.strip_prefix("PL/pgSQL function ").or_else(|| line.strip_prefix("SQL function "))?;
+        let name = rest.split(['(', ' ']).next()?.trim_matches('"');
+        (!name.is_empty() && !super::migrate::is_our_function(name) && name != "inline_code_block")
+            .then(|| name.to_owned())
+    })
+}
+
+fn is_operators(error: &Error) -> bool {
+    operators_function(error).is_some()
+}
+
+fn is_foreign_column(error: &Error) -> bool {
+    let column = error.as_db_error().and_then(|error| Some((error.table()?, error.column()?)));
+    column.is_some_and(|(table, column)| !super::migrate::is_ours(table, column))
 }
 
 fn is_conversion(error: &Error) -> bool {
@@ -88,10 +120,10 @@ mod tests {
         {
             assert_eq!(verdict(code), Verdict::Reconnect, "{code}");
         }
-        for code in ["21000", "22001", "22P05", "22021", "23502", "23505", "23514", "54000"] {
+        for code in ["21000", "22001", "22021", "23502", "23505", "23514", "54000"] {
             assert_eq!(verdict(code), Verdict::Reject, "{code}");
         }
-        for code in ["42P01", "42501", "28P01", "3D000", "XX000", "20000", "P0001"] {
+        for code in ["22P05", "42P01", "42501", "28P01", "3D000", "XX000", "20000", "P0001"] {
             assert_eq!(verdict(code), Verdict::Halt, "{code}");
         }
     }

@@ -1,13 +1,22 @@
--- Appends entries and moves the cursor, both or neither.
+-- Appends entries and moves the cursor, both or neither; with them, what of their frames is no entry: dead letters, counts
+-- of what is missing, a gap.
 --
--- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both).
+-- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both), epoch, epochs, dead letters,
+--       their size in bytes, their keys, their accounts, missed, gaps.
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
---       milliseconds, then type, data, seq for each entry.
--- Returns the stream's length.
+--       milliseconds, the epoch, the newest revision of these entries ('' for none), the dead letters' budget in bytes and
+--       that of one account in letters, the number of entries; then type, data, seq for each entry; the number of dead
+--       letters, and for each its account, its key, the number of its names and values, and these; then names and
+--       numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as JSON.
+-- Returns the stream's length and the number of dead letters kept, of those known already, and of those that there was no
+-- room for.
 --
 -- A script and not MULTI/EXEC, because it can look before it writes: whether the lease is still ours, whether
 -- the cursor is where we left it, and whether the stream is there. Where one of them is not so, Redis lost something
 -- or somebody else reads the relay, and carrying on from memory would leave a hole under a clean cursor.
+--
+-- The hash `epoch` holds the epoch (`id`), our last entry (`last`) and the newest revision that we ever appended (`rev`);
+-- the list `epochs`, from which entry on which epoch is in force, and the newest revision before it.
 if redis.call('GET', KEYS[5]) ~= ARGV[4] then
     return redis.error_reply('LEASELOST another reader holds the lease, or Redis lost it')
 end
@@ -17,13 +26,23 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return redis.error_reply('STREAMGONE the stream does not exist')
 end
-local relay = redis.call('GET', KEYS[3])
-local first = nil
+local relay, epoch = redis.call('GET', KEYS[3]), redis.call('HGET', KEYS[9], 'id')
+local began = epoch ~= ARGV[6]
+local count = tonumber(ARGV[10])
+local first, last = nil, nil
+-- An epoch is a time, and its entries are not older. The clock may have been set back.
+local id = '*'
+if began then
+    local time = redis.call('TIME')
+    if time[1] * 1000 + math.floor(time[2] / 1000) < tonumber(ARGV[6]) then
+        id = ARGV[6] .. '-0'
+    end
+end
 -- The first write must be one that Redis refuses when its memory is full: it lets a script that has written anything
 -- finish.
-for i = 6, #ARGV, 3 do
-    local id = redis.call('XADD', KEYS[1], '*', 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
-    first = first or id
+for i = 11, 10 + 3 * count, 3 do
+    last = redis.call('XADD', KEYS[1], id, 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
+    first, id = first or last, '*'
 end
 redis.call('SET', KEYS[2], ARGV[2])
 redis.call('SET', KEYS[3], ARGV[3])
@@ -35,19 +54,33 @@ local function stream()
     end
     return info
 end
--- Where to go back to for all of these: some relays send what comes after the cursor, others the event itself, too.
-local lowest = first and string.format('%d', ARGV[8] - 1) or ARGV[2]
-if relay and relay ~= ARGV[3] then
-    -- What stands in the stream from before has another relay's numbers. Without an entry: any that comes now is behind the last.
+local function next_id()
     local ms, sequence = string.match(stream()['last-generated-id'], '^(%d+)-(%d+)$')
-    redis.call('SET', KEYS[6], first or (ms .. '-' .. string.format('%d', sequence + 1)))
+    return ms .. '-' .. string.format('%d', sequence + 1)
+end
+-- Where to go back to for all of these: some relays send what comes after the cursor, others the event itself, too.
+local lowest = first and string.format('%d', ARGV[13] - 1) or ARGV[2]
+if (relay and relay ~= ARGV[3]) or (epoch and began) then
+    -- What stands in the stream from before has other numbers. Without an entry: any that comes now is behind the last.
+    redis.call('SET', KEYS[6], first or next_id())
     redis.call('SET', KEYS[4], lowest)
+end
+if began then
+    redis.call('RPUSH', KEYS[10], string.format('%s %s %s', first or next_id(), ARGV[6],
+        redis.call('HGET', KEYS[9], 'rev') or ''))
+    redis.call('LTRIM', KEYS[10], -1000, -1)
+    redis.call('HSET', KEYS[9], 'id', ARGV[6])
 end
 if first then
     -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
     redis.call('SET', KEYS[6], first, 'NX')
     redis.call('SET', KEYS[4], lowest, 'NX')
-    local appended = redis.call('HINCRBY', KEYS[7], 'appended', (#ARGV - 5) / 3)
+    redis.call('HSET', KEYS[9], 'last', last)
+    local newest = redis.call('HGET', KEYS[9], 'rev')
+    if ARGV[7] ~= '' and (not newest or newest < ARGV[7]) then
+        redis.call('HSET', KEYS[9], 'rev', ARGV[7])
+    end
+    local appended = redis.call('HINCRBY', KEYS[7], 'appended', count)
     if redis.call('HEXISTS', KEYS[7], 'added') == 0 then
         -- The janitor compares with this at its first look: somebody may have trimmed before it.
         local info = stream()
@@ -56,5 +89,49 @@ if first then
         redis.call('HSET', KEYS[7], 'unacked', first, 'last', first, 'added', added, 'removed', removed, 'seen', appended)
     end
 end
+
+-- What can never be applied. It is small, and a letter is kept once, however often its frame comes; when there is no room
+-- for it that is counted, and holds nobody up: one bad account must not stop all others.
+local kept, known, refused = 0, 0, 0
+local at = 11 + 3 * count
+local letters = tonumber(ARGV[at])
+at = at + 1
+for _ = 1, letters do
+    local account, key, fields = ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2])
+    -- As replace_dead_letter.lua counts it.
+    local size = 0
+    for i = at + 3, at + 2 + fields do
+        size = size + #ARGV[i]
+    end
+    local letter = redis.call('HGET', KEYS[13], key)
+    if letter and #redis.call('XRANGE', KEYS[11], letter, letter) > 0 then
+        known = known + 1
+    elseif tonumber(redis.call('HGET', KEYS[14], account) or '0') >= tonumber(ARGV[9])
+            or tonumber(redis.call('GET', KEYS[12]) or '0') + size > tonumber(ARGV[8]) then
+        refused = refused + 1
+    else
+        local source = first or stream()['last-generated-id']
+        size = size + #'source_id' + #source + #'key' + #key + #'account' + #account
+        letter = redis.call('XADD', KEYS[11], '*', 'source_id', source, 'key', key, 'account', account,
+            unpack(ARGV, at + 3, at + 2 + fields))
+        redis.call('HSET', KEYS[13], key, letter)
+        redis.call('HINCRBY', KEYS[14], account, 1)
+        redis.call('INCRBY', KEYS[12], size)
+        kept = kept + 1
+    end
+    at = at + 3 + fields
+end
+for i = at, #ARGV, 2 do
+    if ARGV[i] == 'gap' then
+        redis.call('HINCRBY', KEYS[15], 'gap', 1)
+        redis.call('LPUSH', KEYS[16], ARGV[i + 1])
+        redis.call('LTRIM', KEYS[16], 0, 99)
+    else
+        redis.call('HINCRBY', KEYS[15], ARGV[i], ARGV[i + 1])
+    end
+end
+if refused > 0 then
+    redis.call('HINCRBY', KEYS[15], 'no_room', refused)
+end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])
-return redis.call('XLEN', KEYS[1])
+return {redis.call('XLEN', KEYS[1]), kept, known, refused}

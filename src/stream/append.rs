@@ -1,11 +1,14 @@
 //! Appending to the stream, with the cursor in the same transaction, under a lease: one reader at a time.
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisError, RedisResult, Script};
 
-use super::{Keys, lease};
+use super::gap::Gap;
+use super::{Keys, dead_letters, lease};
+use crate::event::Reject;
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append.lua")));
 
@@ -20,6 +23,60 @@ pub struct NewEntry {
     pub seq: i64,
 }
 
+/// What of a frame can never be applied, for the dead letters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewLetter {
+    /// The account that it is about.
+    pub account: String,
+    /// Which record and version, so that it is kept once.
+    pub key: String,
+    /// commit, identity, account.
+    pub event_type: &'static str,
+    /// The relay's sequence number.
+    pub seq: i64,
+    /// Why.
+    pub reject: Reject,
+    /// The operation without its record.
+    pub op: String,
+    /// The commit without its operations.
+    pub data: String,
+}
+
+/// What is appended together.
+#[derive(Debug, Default)]
+pub struct Appendix {
+    /// The entries.
+    pub entries: Vec<NewEntry>,
+    /// Dead letters.
+    pub letters: Vec<NewLetter>,
+    /// What is missing, by class; see [`super::gap::MISSED`].
+    pub missed: BTreeMap<&'static str, u64>,
+    /// A gap before all of this.
+    pub gap: Option<Gap>,
+    /// The newest revision of the entries; empty for none.
+    pub rev: String,
+}
+
+/// What an append came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appended {
+    /// Entries in the stream.
+    pub length: u64,
+    /// Dead letters that are new.
+    pub letters: u64,
+    /// Dead letters for which there was no room.
+    pub refused: u64,
+}
+
+/// The room for the reader's dead letters.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Of all of them, in bytes.
+    pub bytes: u64,
+    /// Of one account, in letters.
+    pub per_account: u64,
+}
+
 /// The position from which a reader resumes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
@@ -29,6 +86,31 @@ pub struct Cursor {
     pub relay: Option<String>,
     /// The position before the lowest that the group has not acknowledged.
     pub acked: Option<i64>,
+    /// The epoch that the position belongs to; `None` before our reader named one.
+    pub epoch: Option<u64>,
+    /// The earliest time at which a new epoch can begin: now, by Redis's clock, and behind all entries.
+    pub next_epoch: u64,
+    /// Whether `acked` is of the numbering that is read.
+    pub is_current: bool,
+}
+
+/// Why there is no position.
+#[derive(Debug, thiserror::Error)]
+pub enum CursorError {
+    /// Redis could not be reached or refused.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
+    /// Somebody wrote something else there.
+    #[error(
+        "the cursor in Redis, {key}, holds {text}, which is not a sequence number: SET it to a whole number, or DEL it to \
+         begin with what the relay sends now"
+    )]
+    Unreadable {
+        /// The key.
+        key: String,
+        /// What it holds, quoted and shortened.
+        text: String,
+    },
 }
 
 /// Why an append changed nothing.
@@ -59,20 +141,46 @@ impl From<RedisError> for AppendError {
     }
 }
 
-/// Reads where to resume.
+/// Reads where to resume, and notes where another program's reader appended since ours did.
 ///
 /// # Errors
 ///
-/// Redis cannot be reached.
-pub async fn read_cursor(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Cursor> {
-    let (position, relay, acked): (Option<String>, Option<String>, Option<String>) = redis::cmd("MGET")
-        .arg(&keys.cursor)
-        .arg(&keys.relay)
-        .arg(&keys.acked)
-        .query_async(connection)
+/// Redis cannot be reached, or the cursor holds something else than a number.
+pub async fn read_cursor(connection: &mut MultiplexedConnection, keys: &Keys) -> Result<Cursor, CursorError> {
+    static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("open.lua")));
+    type Answers = (Vec<u8>, String, String, String, u64);
+    let (cursor, relay, acked, epoch, next_epoch): Answers = SCRIPT
+        .key(&keys.stream)
+        .key(&keys.cursor)
+        .key(&keys.relay)
+        .key(&keys.acked)
+        .key(&keys.epoch)
+        .key(&keys.epochs)
+        .invoke_async(connection)
         .await?;
-    let number = |text: Option<String>| text.and_then(|text| text.trim().parse().ok());
-    Ok(Cursor { position: number(position), relay, acked: number(acked) })
+    Ok(Cursor {
+        position: position(&cursor, &keys.cursor)?,
+        relay: Some(relay).filter(|relay| !relay.is_empty()),
+        acked: acked.parse().ok(),
+        epoch: epoch.parse().ok(),
+        next_epoch,
+        is_current: false,
+    })
+}
+
+/// The number in the cursor's text. Strict: what is not exactly as we would write it, no append would find again.
+fn position(text: &[u8], key: &str) -> Result<Option<i64>, CursorError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let number = std::str::from_utf8(text).ok().and_then(|text| {
+        let number: i64 = text.parse().ok()?;
+        (number >= 0 && number.to_string() == text).then_some(number)
+    });
+    number.map(Some).ok_or_else(|| {
+        let text: String = String::from_utf8_lossy(text).chars().take(40).collect();
+        CursorError::Unreadable { key: key.to_owned(), text: format!("{text:?}") }
+    })
 }
 
 /// The cursor as it stands in Redis, to be compared with what this reader wrote; and what is needed to slow down.
@@ -138,9 +246,22 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
     })
 }
 
+/// Where an append leaves the cursor.
+#[derive(Clone, Copy, Debug)]
+pub struct Move<'a> {
+    /// Who we are to the lease.
+    pub token: &'a str,
+    /// The relay's name.
+    pub relay: &'a str,
+    /// The epoch of the new position.
+    pub epoch: u64,
+    /// The cursor as this reader left it.
+    pub believed: Option<i64>,
+    /// The new one.
+    pub position: i64,
+}
+
 /// Appends entries and sets the cursor, in one transaction.
-///
-/// `believed` is the cursor as this reader left it. Returns the length of the stream.
 ///
 /// # Errors
 ///
@@ -148,12 +269,10 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
 pub async fn append(
     connection: &mut MultiplexedConnection,
     keys: &Keys,
-    token: &str,
-    relay: &str,
-    believed: Option<i64>,
-    position: i64,
-    entries: &[NewEntry],
-) -> Result<u64, AppendError> {
+    to: Move<'_>,
+    budget: Budget,
+    what: &Appendix,
+) -> Result<Appended, AppendError> {
     let mut invocation = SCRIPT.prepare_invoke();
     invocation
         .key(&keys.stream)
@@ -164,13 +283,58 @@ pub async fn append(
         .key(&keys.start)
         .key(&keys.watch)
         .key(&keys.trimmed)
-        .arg(believed.map_or_else(String::new, |cursor| cursor.to_string()))
-        .arg(position)
-        .arg(relay)
-        .arg(token)
-        .arg(lease::LIFE.as_millis() as u64);
-    for entry in entries {
+        .key(&keys.epoch)
+        .key(&keys.epochs)
+        .key(&keys.dead)
+        .key(keys.dead_bytes())
+        .key(keys.dead_keys())
+        .key(keys.dead_accounts())
+        .key(&keys.missed)
+        .key(&keys.gaps)
+        .arg(to.believed.map_or_else(String::new, |cursor| cursor.to_string()))
+        .arg(to.position)
+        .arg(to.relay)
+        .arg(to.token)
+        .arg(lease::LIFE.as_millis() as u64)
+        .arg(to.epoch)
+        .arg(&what.rev)
+        .arg(budget.bytes)
+        .arg(budget.per_account)
+        .arg(what.entries.len());
+    for entry in &what.entries {
         invocation.arg(entry.event_type).arg(&entry.data).arg(entry.seq);
     }
-    Ok(invocation.invoke_async(connection).await?)
+    invocation.arg(what.letters.len());
+    for letter in &what.letters {
+        let fields = dead_letters::fields_of(letter);
+        invocation.arg(&letter.account).arg(&letter.key).arg(fields.len() * 2);
+        for (name, value) in fields {
+            invocation.arg(name).arg(value);
+        }
+    }
+    for (name, count) in &what.missed {
+        invocation.arg(*name).arg(*count);
+    }
+    if let Some(gap) = &what.gap {
+        // Text and numbers always have a form in JSON.
+        invocation.arg("gap").arg(serde_json::to_string(gap).unwrap_or_default());
+    }
+    let (length, letters, _, refused): (u64, u64, u64, u64) = invocation.invoke_async(connection).await?;
+    Ok(Appended { length, letters, refused })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_is_a_number_and_nothing_else() {
+        let read = |text: &str| position(text.as_bytes(), "firehose:cursor");
+        assert_eq!(read("").unwrap(), None);
+        assert_eq!(read("12345").unwrap(), Some(12345));
+        for text in ["7\n", "12345.0", "\"12345\"", "-1", "+5", "007", "1e5", " 5"] {
+            let said = read(text).unwrap_err().to_string();
+            assert!(said.contains("firehose:cursor") && said.contains("not a sequence number"), "{said}");
+        }
+    }
 }

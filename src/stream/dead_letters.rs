@@ -9,6 +9,7 @@ use redis::{RedisResult, Script};
 use serde::Serialize;
 
 use super::Keys;
+use super::append::NewLetter;
 use super::entry::Entry;
 use crate::event::{EntryId, InvalidEntryId, Reject, Rejected};
 
@@ -56,6 +57,26 @@ pub struct Letter {
     pub last_time: String,
     /// The version of the program that tried it last.
     pub version: String,
+    /// Of a letter from the reader: which record and version it is about.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub key: String,
+    /// Of a letter from the reader: whose it is.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub account: String,
+}
+
+/// The fields of a letter that the reader writes, without those that it is found by; see append.lua.
+pub(super) fn fields_of(new: &NewLetter) -> Vec<(&'static str, String)> {
+    let now = jiff::Timestamp::now().to_string();
+    let letter = Letter {
+        event_type: new.event_type.to_owned(),
+        seq: new.seq.to_string(),
+        op: new.op.clone(),
+        data: new.data.clone(),
+        first_time: now.clone(),
+        ..Letter::default()
+    };
+    letter.tried(&new.reject, now).fields().into_iter().filter(|(name, _)| *name != "source_id").collect()
 }
 
 impl Letter {
@@ -85,8 +106,8 @@ impl Letter {
         self
     }
 
-    fn fields(&self) -> [(&'static str, String); 12] {
-        [
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        let mut fields = vec![
             ("source_id", self.source_id.clone()),
             ("type", self.event_type.clone()),
             ("seq", self.seq.clone()),
@@ -99,7 +120,13 @@ impl Letter {
             ("first_time", self.first_time.clone()),
             ("last_time", self.last_time.clone()),
             ("version", self.version.clone()),
-        ]
+        ];
+        for (name, value) in [("key", &self.key), ("account", &self.account)] {
+            if !value.is_empty() {
+                fields.push((name, value.clone()));
+            }
+        }
+        fields
     }
 
     fn from_stream(entry: &StreamId) -> Self {
@@ -118,6 +145,8 @@ impl Letter {
             first_time: field("first_time"),
             last_time: field("last_time"),
             version: field("version"),
+            key: field("key"),
+            account: field("account"),
         }
     }
 
@@ -268,7 +297,14 @@ pub async fn remove(
     keys: &Keys,
     letter: &Letter,
 ) -> RedisResult<bool> {
-    REPLACE.key(&keys.dead).key(keys.dead_bytes()).arg(&letter.id).invoke_async(connection).await
+    REPLACE
+        .key(&keys.dead)
+        .key(keys.dead_bytes())
+        .key(keys.dead_keys())
+        .key(keys.dead_accounts())
+        .arg(&letter.id)
+        .invoke_async(connection)
+        .await
 }
 
 /// Notes that another attempt at a letter failed, and why.
@@ -283,7 +319,12 @@ pub async fn tried_again(
     reject: &Reject,
 ) -> RedisResult<bool> {
     let mut invocation = REPLACE.prepare_invoke();
-    invocation.key(&keys.dead).key(keys.dead_bytes()).arg(&letter.id);
+    invocation
+        .key(&keys.dead)
+        .key(keys.dead_bytes())
+        .key(keys.dead_keys())
+        .key(keys.dead_accounts())
+        .arg(&letter.id);
     for (name, value) in letter.tried(reject, jiff::Timestamp::now().to_string()).fields() {
         invocation.arg(name).arg(value);
     }

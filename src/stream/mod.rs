@@ -3,10 +3,13 @@
 pub mod append;
 pub mod dead_letters;
 pub mod entry;
+pub mod epochs;
+pub mod gap;
 pub mod group;
 pub mod janitor;
 pub mod lease;
 pub mod legacy;
+pub mod noted;
 pub mod rights;
 
 use std::time::Duration;
@@ -37,6 +40,16 @@ pub struct Keys {
     pub start: String,
     /// What one call of the janitor tells the next.
     pub watch: String,
+    /// The epoch, our reader's last entry, and the newest revision that it appended; see append.lua.
+    pub epoch: String,
+    /// From which entry on which epoch is in force.
+    pub epochs: String,
+    /// What is known to be missing, by reason.
+    pub missed: String,
+    /// The last gaps.
+    pub gaps: String,
+    /// What PostgreSQL noted last of what the group acknowledged.
+    pub noted: String,
     /// Who reads the relay at the moment.
     pub lease: String,
     /// Which process has the consumer names that begin with our `CONSUMER_ID`.
@@ -62,6 +75,11 @@ impl Keys {
             acked: format!("{}:acked", config.cursor_key),
             start: format!("{}:start", config.cursor_key),
             watch: format!("{}:watch", config.cursor_key),
+            epoch: format!("{}:epoch", config.cursor_key),
+            epochs: format!("{}:epochs", config.cursor_key),
+            missed: format!("{}:missed", config.stream_key),
+            gaps: format!("{}:gaps", config.stream_key),
+            noted: format!("{}:{}:noted", config.stream_key, config.consumer_group),
             lease: format!("{}:lease", config.cursor_key),
             consumer_lease: lease_key(&config.stream_key, &config.consumer_group, &config.consumer_id),
             trimmed: format!("{}:trimmed", config.stream_key),
@@ -77,6 +95,18 @@ impl Keys {
         format!("{}:bytes", self.dead)
     }
 
+    /// The dead letters by what they are about, so that none is kept twice.
+    #[must_use]
+    pub fn dead_keys(&self) -> String {
+        format!("{}:keys", self.dead)
+    }
+
+    /// How many dead letters the reader kept of each account.
+    #[must_use]
+    pub fn dead_accounts(&self) -> String {
+        format!("{}:accounts", self.dead)
+    }
+
     /// All of them.
     #[must_use]
     pub fn all(&self) -> Vec<String> {
@@ -87,13 +117,22 @@ impl Keys {
             &self.acked,
             &self.start,
             &self.watch,
+            &self.epoch,
+            &self.epochs,
+            &self.missed,
+            &self.gaps,
+            &self.noted,
             &self.lease,
             &self.consumer_lease,
             &self.trimmed,
             &self.lost,
             &self.dead,
         ];
-        named.into_iter().cloned().chain([self.dead_bytes()]).collect()
+        named
+            .into_iter()
+            .cloned()
+            .chain([self.dead_bytes(), self.dead_keys(), self.dead_accounts()])
+            .collect()
     }
 
     /// The lease on the consumer names of a process with this `CONSUMER_ID`.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
@@ -190,7 +191,15 @@ pub struct Program {
 impl Program {
     /// Starts `standpipe <command>`; returns when it has said where its HTTP server is.
     pub async fn start(command: &str, variables: &Variables) -> Self {
-        let mut standpipe = Standpipe::start(&[command], variables);
+        Self::started(Standpipe::start(&[command], variables)).await
+    }
+
+    /// The same of another binary, one of another release.
+    pub async fn start_binary(binary: &Path, command: &str, variables: &Variables) -> Self {
+        Self::started(Standpipe::start_binary(binary, &[command], variables)).await
+    }
+
+    async fn started(mut standpipe: Standpipe) -> Self {
         let line = standpipe.wait_for_line("HTTP address=", SOON).await;
         let http = line.rsplit_once("address=").unwrap().1.trim().parse().unwrap();
         Self { standpipe, http }
@@ -340,7 +349,7 @@ pub async fn purged(database: &str) {
 }
 
 /// What a database holds, apart from what depends on the time of arrival: columns that the clock or a sequence fills,
-/// and the ids of stream entries.
+/// the ids of stream entries, and the epochs of numbers.
 #[derive(Clone, Debug, Default)]
 pub struct EndState(BTreeMap<String, Vec<String>>);
 
@@ -353,8 +362,8 @@ impl EndState {
               JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
               LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
               WHERE c.relkind = 'r' AND c.relnamespace IN ('public'::regnamespace, 'standpipe'::regnamespace)
-                AND c.relname NOT IN ('migrations', 'tables_before')
-                AND a.attname !~ '^(stream_(ms|seq)|((handle|profile|status|deleted)_)?(ms|sq))$'
+                AND c.relname NOT IN ('migrations', 'tables_before', 'epochs', 'acknowledged')
+                AND a.attname !~ '^(stream_(ms|seq)|((handle|profile|status)_)?(ms|sq)|deleted_seq)$'
                 AND coalesce(pg_get_expr(d.adbin, d.adrelid), '') !~* 'now\(\)|timestamp|nextval'
               GROUP BY c.oid",
         )
@@ -363,7 +372,10 @@ impl EndState {
         let mut state = BTreeMap::new();
         for table in tables {
             let [Some(name), Some(columns)] = &table[..] else { panic!("{table:?}") };
-            let rows = query_rows(database, &format!("SELECT ROW({columns})::text FROM {name}")).await;
+            // Without the epoch of a number, which is a time.
+            let sql =
+                format!("SELECT regexp_replace(ROW({columns})::text, '@[0-9]{{13}}', '', 'g') FROM {name}");
+            let rows = query_rows(database, &sql).await;
             let mut rows: Vec<String> = rows.into_iter().map(|mut row| row.remove(0).unwrap()).collect();
             rows.sort();
             state.insert(format!("{name} ({columns})"), rows);

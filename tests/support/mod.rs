@@ -12,6 +12,7 @@ pub mod old_database;
 pub mod old_worker;
 mod program;
 mod proxy;
+pub mod scripted;
 mod servers;
 mod sql;
 pub mod traffic;

@@ -466,13 +466,11 @@ pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
     tables
 }
 
-/// Which of two versions is newer; neither, when they are the same.
+/// Which of two versions is newer; neither, when they are the same. By number, then by revision, then by the entry's id;
+/// what lacks one is older than what has it. (Within named epochs it is the revision that comes first; of events that come
+/// from one relay that is the same order.)
 fn newer(one: &Version, other: &Version) -> bool {
-    match (&one.rev, &other.rev, one.seq, other.seq) {
-        (Some(one), Some(other), _, _) => one > other,
-        (_, _, Some(one), Some(other)) => one > other,
-        _ => one.id > other.id,
-    }
+    (one.seq, &one.rev, one.id) > (other.seq, &other.rev, other.id)
 }
 
 /// The item that no other one is newer than.
@@ -910,7 +908,7 @@ fn label_self(tables: &mut Tables, write: &Write<'_>, put: &Put) {
     let mut values = Vec::new();
     for value in items(&labels["values"]).iter().filter_map(|label| label["val"].as_str()) {
         let length = value.chars().count();
-        let fits = length > 0 && length <= 128 && write.uri.len() + 7 + length <= 512;
+        let fits = length > 0 && length <= 128 && write.uri.len() + 7 + length <= 8192;
         if known && fits && !values.contains(&value) && values.len() < 10 {
             values.push(value);
         }
@@ -1100,8 +1098,8 @@ fn is_handle(handle: &str) -> bool {
         && !labels[labels.len() - 1].starts_with(|c: char| c.is_ascii_digit())
 }
 
-/// The newest status of each account. By the relay's numbers where both events have one, else by the time that the
-/// events give; by the stream where that is the same. What a deletion purges is not here yet: neither is it in the
+/// The newest status of each account. By the relay's numbers, where an event without one is older than any; among those
+/// without, by the time that the events give, and by the stream where that is the same. What a deletion purges is not here yet: neither is it in the
 /// program.
 fn statuses<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, (bool, Option<String>)> {
     type Status<'a> = (Option<i64>, (i64, (u64, u64)), bool, Option<&'a str>);
@@ -1114,10 +1112,7 @@ fn statuses<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, (bool, Option<String>
             all.entry(did).or_default().push((event.version.seq, (time, event.version.id), *active, status));
         }
     }
-    let newer = |one: &Status<'_>, other: &Status<'_>| match (one.0, other.0) {
-        (Some(one), Some(other)) => one > other,
-        _ => one.1 > other.1,
-    };
+    let newer = |one: &Status<'_>, other: &Status<'_>| (one.0, one.1) > (other.0, other.1);
     all.into_iter()
         .map(|(did, all)| {
             let (_, _, active, status) = newest(&all, newer);
@@ -1299,6 +1294,8 @@ pub async fn read(client: &Client) -> Tables {
             .iter()
             .map(|(column, kind)| match kind {
                 Time => format!("to_char({column}, 'YYYY-MM-DD HH24:MI:SS.US')"),
+                // Without the epoch that the number belongs to, which is the reader's to name.
+                _ if *column == "commit_seq" => format!("split_part({column}, '@', 1)"),
                 _ => format!("{column}::text"),
             })
             .collect();

@@ -35,10 +35,19 @@ impl Standpipe {
     /// Starts `standpipe <arguments>` with these variables and nothing else in its environment
     /// but PATH.
     pub fn start<K: AsRef<str>, V: AsRef<str>>(arguments: &[&str], variables: &[(K, V)]) -> Self {
+        Self::start_binary(Path::new(env!("CARGO_BIN_EXE_standpipe")), arguments, variables)
+    }
+
+    /// The same of another binary, one of another release.
+    pub fn start_binary<K: AsRef<str>, V: AsRef<str>>(
+        binary: &Path,
+        arguments: &[&str],
+        variables: &[(K, V)],
+    ) -> Self {
         let folder = tempfile::Builder::new().prefix("standpipe-test-run-").tempdir().unwrap();
         let output =
             |name: &str| File::options().create(true).append(true).open(folder.path().join(name)).unwrap();
-        let mut command = command_for_life(Path::new(env!("CARGO_BIN_EXE_standpipe"))).unwrap();
+        let mut command = command_for_life(binary).unwrap();
         command
             .args(arguments)
             .env_clear()

@@ -8,6 +8,10 @@ pub async fn connect(url: &str) -> Client {
         .await
         .unwrap_or_else(|error| panic!("connecting to {url}: {error}"));
     tokio::spawn(connection);
+    // Whatever the database prescribes.
+    let ours = "SET statement_timeout = 0; SET lock_timeout = 0; SET default_transaction_isolation = 'read committed';
+                SET DateStyle = 'ISO'; SET TimeZone = 'UTC'; SET default_transaction_read_only = off";
+    client.batch_execute(ours).await.unwrap();
     client
 }
 

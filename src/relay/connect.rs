@@ -1,0 +1,117 @@
+//! Opening the websocket to the relay, and what to say when that fails.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::http::{Response, StatusCode, header};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{self};
+use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
+
+use crate::config::{CaFile, Config};
+
+/// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
+pub const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
+/// A message up to this size is read to be passed over, when it has cost enough connections.
+pub const PASSED_OVER_BYTES: usize = 64 * 1024 * 1024;
+/// What may wait to be written: pongs, for the most part. A relay that sends pings and reads nothing gets no more.
+const WRITE_BYTES: usize = 1024 * 1024;
+/// A relay that asks for more patience than this gets so much.
+const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
+
+/// An open connection.
+pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// Why there is none.
+#[derive(Debug)]
+pub struct Refused {
+    /// In words.
+    pub reason: String,
+    /// How long the relay wants to be left alone.
+    pub retry_after: Option<Duration>,
+}
+
+impl From<String> for Refused {
+    fn from(reason: String) -> Self {
+        Self { reason, retry_after: None }
+    }
+}
+
+/// What encrypted connections trust: `RELAY_CA_FILE` alone; else the machine's own authorities (`SSL_CERT_FILE` and
+/// `SSL_CERT_DIR` say where they are), else Mozilla's.
+///
+/// # Errors
+///
+/// There is no authority to trust.
+pub fn tls(config: &Config) -> Result<Connector> {
+    let mut roots = RootCertStore::empty();
+    if let Some(pem) = config.relay_ca.as_ref().map(CaFile::pem) {
+        roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
+    } else {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        }
+    }
+    anyhow::ensure!(!roots.is_empty(), "no certificate authority for the relay");
+    let provider = rustls::crypto::ring::default_provider();
+    let tls = ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_safe_default_protocol_versions()
+        .context("TLS")?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Connector::Rustls(Arc::new(tls)))
+}
+
+/// Connects to `url` (with its cursor), for messages of at most `message_bytes`. `relay` is what the relay is called.
+///
+/// # Errors
+///
+/// The relay cannot be reached or refuses.
+pub async fn open(url: String, relay: &str, tls: Connector, message_bytes: usize) -> Result<Socket, Refused> {
+    let encrypted = url.starts_with("wss:");
+    let limits = WebSocketConfig::default()
+        .max_message_size(Some(message_bytes))
+        .max_frame_size(Some(message_bytes))
+        .max_write_buffer_size(WRITE_BYTES);
+    let connect = tokio_tungstenite::connect_async_tls_with_config(url, Some(limits), true, Some(tls));
+    match tokio::time::timeout(Duration::from_secs(15), connect).await {
+        Ok(Ok((socket, _))) => Ok(socket),
+        Ok(Err(tungstenite::Error::Http(response))) => Err(answered(relay, &response)),
+        Ok(Err(error)) => Err(explain(&error.to_string(), encrypted).into()),
+        Err(_) => Err("no connection within 15 s".to_owned().into()),
+    }
+}
+
+fn answered(relay: &str, response: &Response<Option<Vec<u8>>>) -> Refused {
+    let asked = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+    let retry_after = asked.and_then(|value| {
+        let seconds = value.trim().parse().ok().map(Duration::from_secs);
+        seconds.map(|seconds| seconds.min(MAX_RETRY_AFTER))
+    });
+    let status = response.status();
+    let hint = match status {
+        StatusCode::NOT_FOUND => ": it serves no com.atproto.sync.subscribeRepos",
+        StatusCode::BAD_REQUEST => ": if it expects TLS, write wss:// in RELAY_URL",
+        _ => "",
+    };
+    Refused { reason: format!("{relay} answered HTTP {status}{hint}"), retry_after }
+}
+
+/// The library's words where they say little.
+fn explain(error: &str, encrypted: bool) -> String {
+    if encrypted && error.contains("InvalidContentType") {
+        return format!("this port does not speak TLS; did you mean ws:// in RELAY_URL? ({error})");
+    }
+    if error.contains("UnknownIssuer") {
+        return format!(
+            "its certificate is signed by nobody that is trusted here; name the authority in RELAY_CA_FILE ({error})"
+        );
+    }
+    error.to_owned()
+}

@@ -1,0 +1,70 @@
+//! What PostgreSQL knows of what the group has acknowledged. Redis keeps the same: when PostgreSQL knows less, it has gone
+//! back in time (a restored backup, a standby promoted without its last second), or is another database.
+
+use super::{Session, StoreError};
+
+/// The position that everything up to is in the tables.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Noted {
+    /// When it was noted, by Redis's clock, Unix milliseconds: a later note has a greater number.
+    pub ms: u64,
+    /// The relay that the position belongs to.
+    pub relay: Option<String>,
+    /// The epoch that it belongs to.
+    pub epoch: u64,
+    /// The position; `None` before the first acknowledgement.
+    pub position: Option<i64>,
+}
+
+/// What PostgreSQL is and knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// The server's identity and timeline; empty where we may not ask.
+    pub server: String,
+    /// What was noted last; `None` for nothing.
+    pub noted: Option<Noted>,
+}
+
+/// Asks what PostgreSQL knows.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn known(session: &Session, stream: &str, group: &str) -> Result<Known, StoreError> {
+    let sql = "SELECT noted_ms, relay, epoch, position FROM standpipe.acknowledged
+               WHERE stream = $1 AND consumer_group = $2";
+    let row = session.in_time(session.client.query_opt(sql, &[&stream, &group])).await?;
+    let noted = row.map(|row| {
+        let number = |column: usize| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
+        Noted { ms: number(0), relay: row.get(1), epoch: number(2), position: row.get(3) }
+    });
+    // Managed servers may keep these functions to themselves.
+    let sql =
+        "SELECT (pg_control_system()).system_identifier::text || '/' || (pg_control_checkpoint()).timeline_id
+                   || '/' || (SELECT oid FROM pg_database WHERE datname = current_database())
+               WHERE has_function_privilege('pg_control_system()', 'EXECUTE')
+                 AND has_function_privilege('pg_control_checkpoint()', 'EXECUTE')";
+    let row = session.in_time(session.client.query_opt(sql, &[])).await?;
+    Ok(Known { server: row.map(|row| row.get(0)).unwrap_or_default(), noted })
+}
+
+/// Notes a position durably, unless something later is noted.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn note(session: &Session, stream: &str, group: &str, new: &Noted) -> Result<(), StoreError> {
+    let sql = "WITH durable AS MATERIALIZED (SELECT set_config('synchronous_commit', 'on', true))
+               INSERT INTO standpipe.acknowledged AS a (stream, consumer_group, noted_ms, relay, epoch, position)
+               SELECT $1, $2, $3, $4, $5, $6 FROM durable
+               ON CONFLICT (stream, consumer_group) DO UPDATE SET
+                   noted_ms = excluded.noted_ms, relay = excluded.relay, epoch = excluded.epoch,
+                   position = excluded.position
+               WHERE a.noted_ms < excluded.noted_ms";
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    let (ms, epoch) = (number(new.ms), number(new.epoch));
+    session
+        .in_time(session.client.execute(sql, &[&stream, &group, &ms, &new.relay, &epoch, &new.position]))
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! What is known to be missing: gaps that an origin left, and what of its frames could not be used. Kept in Redis, so that
+//! every process and `standpipe check` can report it.
+
+use std::collections::BTreeMap;
+
+use redis::RedisResult;
+use redis::aio::MultiplexedConnection;
+use serde::{Deserialize, Serialize};
+
+use super::Keys;
+
+/// A stretch of events that never came.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    /// When it was found.
+    pub time: String,
+    /// Why, in words.
+    pub reason: String,
+    /// The last position before it, where that is known.
+    pub after: Option<i64>,
+    /// The first position behind it.
+    pub until: Option<i64>,
+}
+
+impl Gap {
+    /// A gap found now.
+    #[must_use]
+    pub fn new(reason: impl Into<String>, after: Option<i64>) -> Self {
+        Self { time: jiff::Timestamp::now().to_string(), reason: reason.into(), after, until: None }
+    }
+
+    /// How many positions it spans, where both ends are known and of one numbering.
+    #[must_use]
+    pub fn size(&self) -> Option<u64> {
+        let (after, until) = (self.after?, self.until?);
+        u64::try_from(until.checked_sub(after)?.checked_sub(1)?).ok()
+    }
+}
+
+/// The classes of what is missing besides gaps, as metrics and the status call them.
+pub const MISSED: [&str; 7] =
+    ["undecodable", "missing_block", "too_large", "sync", "frame", "no_handle", "no_room"];
+
+/// What is known to be missing.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Missed {
+    /// Gaps so far.
+    pub gaps: u64,
+    /// The last of them.
+    pub last_gap: Option<Gap>,
+    /// What of the origin's events could not be used, by class; see [`MISSED`].
+    pub by_reason: BTreeMap<String, u64>,
+}
+
+/// Reads what is known to be missing.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn read(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Missed> {
+    let (mut by_reason, last): (BTreeMap<String, u64>, Vec<String>) = redis::pipe()
+        .cmd("HGETALL")
+        .arg(&keys.missed)
+        .cmd("LRANGE")
+        .arg(&keys.gaps)
+        .arg(0)
+        .arg(0)
+        .query_async(connection)
+        .await?;
+    let gaps = by_reason.remove("gap").unwrap_or(0);
+    let last_gap = last.first().and_then(|text| serde_json::from_str(text).ok());
+    Ok(Missed { gaps, last_gap, by_reason })
+}

@@ -1,0 +1,29 @@
+-- Sends the reader back for what PostgreSQL has lost.
+--
+-- KEYS: noted, cursor, acked, relay, watch (see janitor.lua), missed, gaps.
+-- ARGV: when PostgreSQL noted something last and which server that was, as the caller read it here; the position to go back
+--       to; when PostgreSQL says that it noted something last, which server it is now; now, in milliseconds; a gap as JSON,
+--       or ''.
+-- Returns 1, or 0 when somebody else was faster.
+--
+-- The janitor does the rest: it sets the cursor back to `acked`, and leaves that alone until the group has passed what
+-- stands in the stream now.
+if (redis.call('HGET', KEYS[1], 'ms') or '0') ~= ARGV[1] or (redis.call('HGET', KEYS[1], 'server') or '') ~= ARGV[2] then
+    return 0
+end
+redis.call('HSET', KEYS[1], 'ms', ARGV[4], 'server', ARGV[5])
+local cursor = redis.call('GET', KEYS[2])
+if cursor and redis.call('EXISTS', KEYS[4]) == 1 then
+    -- A refill that goes on already ends where it would have ended.
+    redis.call('HSETNX', KEYS[1], 'refill_until', cursor)
+    redis.call('HSET', KEYS[1], 'refill_from', ARGV[3], 'refill_ms', ARGV[6])
+    redis.call('SET', KEYS[3], ARGV[3])
+    redis.call('HSET', KEYS[5], 'due', 1)
+    redis.call('HDEL', KEYS[5], 'back_ms', 'pause', 'back_to')
+end
+if ARGV[7] ~= '' then
+    redis.call('HINCRBY', KEYS[6], 'gap', 1)
+    redis.call('LPUSH', KEYS[7], ARGV[7])
+    redis.call('LTRIM', KEYS[7], 0, 99)
+end
+return 1
