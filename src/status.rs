@@ -187,7 +187,21 @@ impl PipelineStatus {
 impl ReaderStatus {
     /// Changes the state; returns the one before.
     pub fn enter(&mut self, state: State) -> State {
-        enter(&mut self.state, &mut self.since_ms, state)
+        let before = enter(&mut self.state, &mut self.since_ms, state);
+        let held_up = |state: &State| {
+            matches!(
+                state,
+                State::Paused
+                    | State::WaitingForRedis { .. }
+                    | State::WaitingForRoom { .. }
+                    | State::WaitingForLease { .. }
+            )
+        };
+        // It could take nothing in until now.
+        if held_up(&before) && !held_up(&self.state) {
+            self.taking_in_ms = now_ms();
+        }
+        before
     }
 }
 
