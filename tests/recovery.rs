@@ -757,8 +757,11 @@ async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
             ],
             vec![("missing_field", "active")],
         ),
-        // A kind that nobody knows, and one that says nothing, are no mistakes.
-        (vec![("type", "label".into()), ("data", "?".into()), ("seq", "12".into())], vec![]),
+        // A type that nobody knows may hold anything; one that says nothing is no mistake.
+        (
+            vec![("type", "label".into()), ("data", "?".into()), ("seq", "12".into())],
+            vec![("unknown_type", "label")],
+        ),
         (vec![("type", "sync".into()), ("data", "{}".into()), ("seq", "13".into())], vec![]),
         (
             vec![

@@ -687,7 +687,8 @@ impl Cancel {
     /// Waits until those that are being ended have ended, but not for long.
     async fn ended(&self) {
         let mut ending = self.ending.subscribe();
-        let _ = tokio::time::timeout(Duration::from_secs(3), ending.wait_for(|ending| *ending == 0)).await;
+        let _ =
+            tokio::time::timeout(Duration::from_millis(1500), ending.wait_for(|ending| *ending == 0)).await;
     }
 
     /// Has the server stop what it does for a connection, and closes that. Until then it counts as one of the pool's.
