@@ -29,6 +29,8 @@ use crate::stream::{Keys, Redis, backoff, epochs, group, is_nogroup};
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// A batch larger than this halves the next read: entries are of any size, memory is not.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// What is claimed at a time: more than a batch, because what another program did after it is looked for once for all of it.
+const CLAIM_BYTES: usize = 16 * 1024 * 1024;
 /// Operations that share a transaction at the most: five pipelines of them use less than half of the locks that a server
 /// with PostgreSQL's defaults can hold.
 const TRANSACTION_OPERATIONS: usize = 400;
@@ -292,7 +294,7 @@ impl Pipeline {
             // For each page it would be all of the stream, again and again.
             let mut batch = Batch::default();
             let mut bytes = 0;
-            while bytes < BATCH_BYTES
+            while bytes < CLAIM_BYTES
                 && let Some(from) = start.take()
             {
                 if self.store.ping(Duration::from_secs(2)).await.is_err() {
