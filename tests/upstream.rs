@@ -237,6 +237,24 @@ async fn reasons(program: &Program) -> String {
     if code == 200 { String::new() } else { body }
 }
 
+/// The first of the snapshots that the page is drawn from, as text.
+async fn shown_on_the_page(program: &Program) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = tokio::net::TcpStream::connect(program.http).await.unwrap();
+    stream.write_all(b"GET /events HTTP/1.1\r\nHost: page\r\n\r\n").await.unwrap();
+    let mut text = String::new();
+    let whole = async {
+        let mut bytes = [0; 16 * 1024];
+        while !text.contains("\"sentence\"") || !text.ends_with("\n\n\r\n") {
+            let count = stream.read(&mut bytes).await.unwrap();
+            assert!(count > 0, "{text}");
+            text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    };
+    tokio::time::timeout(SOON, whole).await.expect("a snapshot");
+    text
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frame_that_is_too_large_is_passed_over_at_the_third_time_and_counted_as_a_gap() {
     let mut frames: Vec<(i64, Vec<u8>)> = (1..=10)
@@ -277,8 +295,9 @@ async fn a_reader_that_takes_nothing_in_while_it_reconnects_is_not_ready_and_the
     })
     .await;
     assert!(relay.connections() > 3);
-    let sentence = support::http_get(program.http, "/").await;
-    assert!(sentence.is_ok());
+    let shown = shown_on_the_page(&program).await;
+    assert!(shown.contains("The reader has taken nothing in for"), "{shown}");
+    assert!(shown.contains("ConsumerTooSlow"), "{shown}");
     let lines = program.stderr().lines().count();
     assert!(lines < 25, "{lines} lines:\n{}", program.stderr());
 }
