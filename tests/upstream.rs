@@ -244,7 +244,7 @@ async fn shown_on_the_page(program: &Program) -> String {
     stream.write_all(b"GET /events HTTP/1.1\r\nHost: page\r\n\r\n").await.unwrap();
     let mut text = String::new();
     let whole = async {
-        let mut bytes = [0; 16 * 1024];
+        let mut bytes = vec![0; 16 * 1024];
         while !text.contains("\"sentence\"") || !text.ends_with("\n\n\r\n") {
             let count = stream.read(&mut bytes).await.unwrap();
             assert!(count > 0, "{text}");
