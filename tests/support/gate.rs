@@ -1,7 +1,7 @@
 //! A proxy in front of PostgreSQL that knows as much of its protocol as it takes to stop a connection at a chosen
 //! moment: before a flush reaches the server, or after a commit and before its answer reaches the client.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -13,15 +13,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// What tells the flush from every other statement.
+/// What tells a pipeline's flush from every other statement.
 const FLUSH: &[u8] = b"pg_logical_emit_message";
+/// The other statement that flushes the server's log: once a second, what was acknowledged is noted durably.
+const NOTE: &[u8] = b"INSERT INTO standpipe.acknowledged";
 /// Not a version of the protocol but a request before it: `SSLRequest`, `GSSENCRequest`.
 const REQUESTS: [u32; 2] = [80_877_103, 80_877_104];
 
 /// What is held at the moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hold {
-    /// Flushes do not reach the server.
+    /// Flushes do not reach the server, nor does anything else that flushes its log.
     pub flushes: bool,
     /// Nothing that the server says reaches the client.
     pub answers: bool,
@@ -93,7 +95,7 @@ impl Gate {
         self.shared.silenced.store(self.shared.connections.load(SeqCst), SeqCst);
     }
 
-    /// Flushes that were held, so far.
+    /// Flushes of pipelines that were held, so far.
     pub fn flushes_held(&self) -> u64 {
         self.shared.flushes_held.load(SeqCst)
     }
@@ -178,35 +180,35 @@ async fn answers(
 /// Message by message, so that what stands before a flush in the same packet is not held with it.
 async fn questions(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) -> io::Result<()> {
     // The statements of this connection that flush, by the names that the client gave them.
-    let mut flushes = HashSet::new();
+    let mut flushing = HashMap::new();
     let mut greeted = false;
     loop {
         let kind = if greeted { Some(from.read_u8().await?) } else { None };
         let length = from.read_u32().await?;
         let mut body = vec![0; length as usize - 4];
         from.read_exact(&mut body).await?;
-        let is_flush = match kind {
+        let flush = match kind {
             None => {
                 greeted = !REQUESTS.iter().any(|request| body.starts_with(&request.to_be_bytes()));
-                false
+                None
             }
             Some(b'P') => {
                 let (name, rest) = text(&body);
-                let query = text(rest).0;
-                if query.windows(FLUSH.len()).any(|part| part == FLUSH) {
-                    flushes.insert(name.to_vec());
-                } else {
-                    flushes.remove(name);
-                }
-                false
+                match Flush::of(text(rest).0) {
+                    Some(flush) => flushing.insert(name.to_vec(), flush),
+                    None => flushing.remove(name),
+                };
+                None
             }
             // A portal's name, then the statement's.
-            Some(b'B') => flushes.contains(text(text(&body).1).0),
-            Some(b'Q') => body.windows(FLUSH.len()).any(|part| part == FLUSH),
-            Some(_) => false,
+            Some(b'B') => flushing.get(text(text(&body).1).0).copied(),
+            Some(b'Q') => Flush::of(&body),
+            Some(_) => None,
         };
-        if is_flush && shared.hold.borrow().flushes {
-            shared.flushes_held.fetch_add(1, SeqCst);
+        if let Some(flush) = flush
+            && shared.hold.borrow().flushes
+        {
+            shared.flushes_held.fetch_add(u64::from(flush == Flush::Pipeline), SeqCst);
             shared.open(|hold| !hold.flushes).await;
         }
         let mut message = Vec::with_capacity(body.len() + 5);
@@ -214,6 +216,26 @@ async fn questions(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Sha
         message.extend(length.to_be_bytes());
         message.extend(body);
         to.write_all(&message).await?;
+    }
+}
+
+/// Whose flush a statement is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Flush {
+    Pipeline,
+    Note,
+}
+
+impl Flush {
+    fn of(query: &[u8]) -> Option<Self> {
+        let has = |what: &[u8]| query.windows(what.len()).any(|part| part == what);
+        if has(FLUSH) {
+            Some(Self::Pipeline)
+        } else if has(NOTE) {
+            Some(Self::Note)
+        } else {
+            None
+        }
     }
 }
 
