@@ -685,6 +685,12 @@ impl Config {
         format!("{}-{pipeline}", self.consumer_id)
     }
 
+    /// The names of all pipelines.
+    #[must_use]
+    pub fn consumer_names(&self) -> Vec<String> {
+        (0..self.parallel_consumers).map(|pipeline| self.consumer_name(pipeline)).collect()
+    }
+
     /// The stream of dead letters.
     #[must_use]
     pub fn dead_letter_key(&self) -> String {

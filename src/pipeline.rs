@@ -23,6 +23,7 @@ use crate::store::verdict::Verdict;
 use crate::store::{Outcome, Session, Store, StoreError};
 use crate::stream::dead_letters::{Buried, bury};
 use crate::stream::entry::{Batch, Entry};
+use crate::stream::group::LeaveOut;
 use crate::stream::{Keys, Redis, backoff, epochs, group, is_nogroup};
 
 /// Entries in hand are kept fresh this often: the Node.js workers claim what is idle for ten seconds.
@@ -45,6 +46,8 @@ const NO_ANSWER: Duration = Duration::from_secs(5);
 pub struct Pipeline {
     index: usize,
     consumer: String,
+    /// All names of this process.
+    consumers: Vec<String>,
     keys: Keys,
     redis: Redis,
     store: Store,
@@ -85,6 +88,25 @@ struct Work<'a> {
     left: bool,
 }
 
+/// What is applied again although it was delivered already.
+#[derive(Default)]
+struct Replay {
+    /// Hashes of the URIs of records and accounts: what is about one of them.
+    touched: HashSet<u64>,
+    /// Also everything that was acknowledged, and then whatever came after it about the same.
+    acknowledged: bool,
+}
+
+impl Replay {
+    fn wants(&mut self, op: &Op<'_>, pending: bool) -> bool {
+        let uri = hash(&op.uri);
+        if self.acknowledged && !pending {
+            self.touched.insert(uri);
+        }
+        self.touched.contains(&uri)
+    }
+}
+
 impl Pipeline {
     /// The pipeline with this number.
     #[must_use]
@@ -105,6 +127,7 @@ impl Pipeline {
             pause: watch::channel(false).1,
             index,
             consumer: config.consumer_name(index),
+            consumers: config.consumer_names(),
             keys: Keys::new(config),
             redis,
             store,
@@ -473,14 +496,15 @@ impl Pipeline {
             .flat_map(|event| event.ops.iter().map(|op| hash(&op.uri)))
             .collect();
         let Some(first) = done.iter().map(|work| work.entry.id).min() else { return Ok(true) };
-        Ok(self.replay_delivered(&mut connection, first, Some(touched), stop).await?.is_some())
+        let replay = Replay { touched, acknowledged: false };
+        Ok(self.replay_delivered(&mut connection, first, replay, stop).await?.is_some())
     }
 
-    /// Before the first entry: applies everything between the first entry that is pending and the last that was
-    /// delivered, when another program has worked in the group. What it acknowledged may be newer than what it left
-    /// pending, and it left nothing by which we could know.
+    /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
+    /// delivered, when another program has worked in the group. It may be newer than what is pending, and the other program
+    /// left nothing by which we could know. What is pending is applied when it is claimed, or read again.
     ///
-    /// `None` when it is time to stop.
+    /// Returns how many entries were looked at; `None` when it is time to stop.
     ///
     /// # Errors
     ///
@@ -490,77 +514,54 @@ impl Pipeline {
         let first = group::first_pending(&mut connection, &self.keys).await?;
         let Some(first) = first else { return Ok(Some(0)) };
         info!(%first, "applying again what another program has done after entries that are still pending");
-        self.replay_delivered(&mut connection, first.before(), None, stop).await
+        let replay = Replay { acknowledged: true, ..Replay::default() };
+        self.replay_delivered(&mut connection, first.before(), replay, stop).await
     }
 
-    /// Applies what was delivered after `after`, whoever got it, and is about these records and accounts (their hashes;
-    /// `None` for all). Then the same with what was delivered meanwhile: the other program may have removed again what
-    /// this has just brought back. Until there is nothing more; what is delivered after that finds our rows.
+    /// Applies what was delivered after `after`, whoever got it, and is part of the replay; acknowledges nothing. Then the
+    /// same with what was delivered meanwhile: the other program may have removed again what this has just brought back.
+    /// Until there is nothing more; what is delivered after that finds our rows. What is pending with this process is left
+    /// out: it is applied anyway, and leaves what shows how old it is.
     ///
-    /// Returns how many entries there were at first; `None` when it is time to stop.
+    /// Returns how many entries were looked at; `None` when it is time to stop.
     async fn replay_delivered(
         &self,
         connection: &mut MultiplexedConnection,
         mut after: EntryId,
-        touched: Option<HashSet<u64>>,
+        mut replay: Replay,
         stop: &CancellationToken,
     ) -> RedisResult<Option<u64>> {
-        let mut everything = touched.is_none();
-        let mut touched = touched.unwrap_or_default();
-        let mut at_first = None;
+        let mut looked_at = 0;
         loop {
             let until = group::last_delivered(connection, &self.keys).await?;
             let mut found = false;
-            let wanted = |op: &Op<'_>| {
-                let uri = hash(&op.uri);
-                if everything {
-                    touched.insert(uri);
+            while after < until {
+                let leave_out =
+                    LeaveOut { consumers: &self.consumers, pending_at_first: replay.touched.is_empty() };
+                let page = group::delivered(connection, &self.keys, after, until, self.batch_size, leave_out)
+                    .await?;
+                let Some(last) = page.last else { break };
+                after = last;
+                looked_at += page.looked_at;
+                let (entries, pending): (Vec<_>, Vec<_>) = page.entries.into_iter().unzip();
+                let epochs = self.epochs_of(connection, &entries).await?;
+                let mut batch = Vec::new();
+                for (entry, pending) in entries.iter().zip(pending) {
+                    let mut work = Work::new(entry, &epochs);
+                    if work.event.as_mut().is_some_and(|event| event.keep(|op| replay.wants(op, pending))) {
+                        batch.push(work);
+                    }
                 }
-                let wanted = touched.contains(&uri);
-                found |= wanted;
-                wanted
-            };
-            let Some(entries) = self.replay(connection, after, until, wanted, stop).await? else {
-                return Ok(None);
-            };
-            let at_first = *at_first.get_or_insert(entries);
+                found |= !batch.is_empty();
+                if !batch.is_empty() && self.apply(batch, false, stop).await.is_none() {
+                    return Ok(None);
+                }
+            }
             if !found {
-                return Ok(Some(at_first));
+                return Ok(Some(looked_at));
             }
-            everything = false;
-            after = until;
+            replay.acknowledged = false;
         }
-    }
-
-    /// Applies operations of entries after `after`, up to and with `until`, whoever got them; acknowledges nothing.
-    /// Returns how many entries there were; `None` when it is time to stop.
-    async fn replay(
-        &self,
-        connection: &mut MultiplexedConnection,
-        mut after: EntryId,
-        until: EntryId,
-        mut wanted: impl FnMut(&Op<'_>) -> bool,
-        stop: &CancellationToken,
-    ) -> RedisResult<Option<u64>> {
-        let mut count = 0;
-        while after < until {
-            let mut entries = group::range(connection, &self.keys, after, until, self.batch_size).await?;
-            let Some(last) = entries.last() else { break };
-            after = last.id;
-            count += entries.len() as u64;
-            {
-                // What this process holds it applies anyway.
-                let ours = lock(&self.in_hand);
-                entries.retain(|entry| !ours.contains(&entry.id));
-            }
-            let epochs = self.epochs_of(connection, &entries).await?;
-            let mut batch: Vec<Work<'_>> = entries.iter().map(|entry| Work::new(entry, &epochs)).collect();
-            batch.retain_mut(|work| work.event.as_mut().is_some_and(|event| event.keep(&mut wanted)));
-            if !batch.is_empty() && self.apply(batch, false, stop).await.is_none() {
-                return Ok(None);
-            }
-        }
-        Ok(Some(count))
     }
 
     /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.

@@ -411,7 +411,7 @@ async fn take_over(
 /// active under them without one.
 async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>, token: &str) {
     let keys = Keys::new(config);
-    let ours: Vec<String> = (0..config.parallel_consumers).map(|index| config.consumer_name(index)).collect();
+    let ours = config.consumer_names();
     let mut delays = backoff();
     loop {
         let held = async {

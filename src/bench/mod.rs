@@ -16,7 +16,7 @@ mod distance;
 mod floor;
 mod lab;
 mod latency;
-mod machine;
+pub mod machine;
 mod postgres;
 mod program;
 mod reader;

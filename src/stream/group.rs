@@ -18,6 +18,7 @@ const OTHERS_IDLE: Duration = Duration::from_mins(10);
 static KEEP_FRESH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("keep_fresh.lua")));
 static GONE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("gone.lua")));
 static CLAIM: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("claim.lua")));
+static DELIVERED: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("delivered.lua")));
 
 /// What [`ensure`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -412,29 +413,53 @@ pub async fn pending(
     Ok(reply.into_iter().map(entry).collect())
 }
 
-/// Entries of the stream, whoever got them: those after `after`, up to and with `until`.
+/// A page of what was delivered.
+#[derive(Clone, Debug, Default)]
+pub struct Delivered {
+    /// The last entry that was looked at; `None` at the end.
+    pub last: Option<EntryId>,
+    /// How many were looked at.
+    pub looked_at: u64,
+    /// Those of them that were asked for, each with whether it is pending.
+    pub entries: Vec<(Entry, bool)>,
+}
+
+/// Which entries [`delivered`] leaves out.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaveOut<'a> {
+    /// What is pending with these consumers.
+    pub consumers: &'a [String],
+    /// What is pending with anybody, up to the first entry that is not.
+    pub pending_at_first: bool,
+}
+
+/// Entries of the stream, whoever got them: a page of those after `after`, up to and with `until`.
 ///
 /// # Errors
 ///
 /// Redis cannot be reached or refuses.
-pub async fn range(
+pub async fn delivered(
     connection: &mut MultiplexedConnection,
     keys: &Keys,
     after: EntryId,
     until: EntryId,
     count: usize,
-) -> RedisResult<Vec<Entry>> {
-    let reply: Value = redis::cmd("XRANGE")
-        .arg(&keys.stream)
-        .arg(format!("({after}"))
+    leave_out: LeaveOut<'_>,
+) -> RedisResult<Delivered> {
+    let (last, looked_at, entries, pending): (String, u64, Value, Vec<u8>) = DELIVERED
+        .key(&keys.stream)
+        .arg(&keys.group)
+        .arg(after.to_string())
         .arg(until.to_string())
-        .arg("COUNT")
         .arg(count)
-        .query_async(connection)
+        .arg(u8::from(leave_out.pending_at_first))
+        .arg(leave_out.consumers)
+        .invoke_async(connection)
         .await?;
     let mut batch = Batch::default();
-    batch.extend(reply)?;
-    Ok(batch.entries)
+    batch.extend(entries)?;
+    let entries = batch.entries.into_iter().zip(pending.into_iter().map(|pending| pending == 1)).collect();
+    Ok(Delivered { last: last.parse().ok(), looked_at, entries })
 }
 
 #[cfg(test)]
