@@ -20,7 +20,8 @@ use standpipe::store::verdict::Verdict;
 use standpipe::store::{Outcome, Store, audit, migrate, purge};
 use standpipe::stream::entry::Entry;
 use support::model::{self, Kind, Op, Tables, Version};
-use support::{Postgres, connect, old_database, wait_until};
+use support::pooler::PgBouncer;
+use support::{HOSTILE_DEFAULTS, Postgres, connect, old_database, wait_until};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -55,7 +56,12 @@ impl Database {
     }
 
     async fn migrated(url: String) -> Self {
-        let (config, _) = from_env([("DATABASE_URL", url.as_str())], Role::Worker).unwrap();
+        Self::migrated_through(&url.clone(), url).await
+    }
+
+    /// One that the store gets to through another URL than the test.
+    async fn migrated_through(through: &str, url: String) -> Self {
+        let (config, _) = from_env([("DATABASE_URL", through)], Role::Worker).unwrap();
         let store = Store::new(&config).unwrap();
         migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
         let (client, auditor) = (connect(&url).await, connect(&url).await.into());
@@ -977,6 +983,25 @@ fn iso(ms: u64) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_order_repetition_batching_and_parallelism_gives_the_tables_of_the_model() {
     hold(&Database::create().await, CASES).await;
+}
+
+/// What a database prescribes to whoever connects does not reach us.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_every_hostile_default_the_tables_are_those_of_the_model() {
+    for (setting, value) in HOSTILE_DEFAULTS {
+        let database = Postgres::shared().await.fresh_database_with(setting, value).await;
+        hold(&Database::migrated(database).await, CASES / 15).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_pgbouncer_the_tables_are_those_of_the_model() {
+    let postgres = Postgres::shared().await;
+    for more in ["", "ignore_startup_parameters = options,extra_float_digits"] {
+        let database = postgres.fresh_database().await;
+        let pooler = PgBouncer::start(postgres, "session", more).await;
+        hold(&Database::migrated_through(&pooler.url(&database), database).await, CASES / 10).await;
+    }
 }
 
 fn number(name: &str) -> Option<u64> {

@@ -10,8 +10,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use standpipe::private::PostgresOptions;
 use support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, redis_command};
+use support::pooler::PgBouncer;
 use support::{
-    Finished, Postgres, Redis, Standpipe, connect, execute, free_port, query_value, wait_for, wait_until,
+    Finished, HOSTILE_DEFAULTS, Postgres, Redis, Standpipe, connect, execute, query_value, wait_for,
+    wait_until,
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -132,46 +134,12 @@ async fn passes(database: String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_of_the_database_do_not_reach_our_connections() {
     let postgres = Postgres::shared().await;
-    for (setting, value) in [
-        ("default_transaction_isolation", "'repeatable read'"),
-        ("default_transaction_isolation", "serializable"),
-        ("default_transaction_read_only", "on"),
-        ("statement_timeout", "'50ms'"),
-        ("lock_timeout", "'1ms'"),
-        ("search_path", "'nowhere'"),
-        ("DateStyle", "'SQL, DMY'"),
-        ("TimeZone", "'Asia/Kathmandu'"),
-        ("synchronous_commit", "off"),
-        ("row_security", "on"),
-        ("plan_cache_mode", "force_custom_plan"),
-    ] {
-        let database = postgres.fresh_database().await;
-        let name = database.rsplit('/').next().unwrap();
-        let sql = format!("ALTER DATABASE {name} SET {setting} = {value}");
-        println!("{sql}");
-        execute(&database.replace(name, "postgres"), &sql).await;
+    for (setting, value) in HOSTILE_DEFAULTS {
+        let database = postgres.fresh_database_with(setting, value).await;
         let variables = Variables::new().with("DATABASE_URL", &database);
         let migrated = Standpipe::run(&["migrate"], &variables, SOON).await;
-        assert_eq!(migrated.code, 0, "{sql}: {}", migrated.stderr);
-        let prescribed = "SELECT array_to_string(setconfig, ' ') FROM pg_db_role_setting s, pg_database d
-                          WHERE d.oid = setdatabase AND datname = current_database()";
-        let prescribed = query_value(&database, prescribed).await;
-        assert!(prescribed.starts_with(setting), "{prescribed}");
-        if setting == "search_path" {
-            // The helpers of these tests inherit it.
-            let redis = Redis::start().await;
-            let program = Program::start(
-                "worker",
-                &Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database),
-            )
-            .await;
-            add_like(&redis, "1").await;
-            finishes(&program, 1.0).await;
-            let count = query_value(&database, "SELECT count(*) FROM public.likes").await;
-            assert_eq!(count, "1", "{sql}");
-        } else {
-            passes(database).await;
-        }
+        assert_eq!(migrated.code, 0, "{setting}: {}", migrated.stderr);
+        passes(database).await;
     }
 }
 
@@ -404,66 +372,6 @@ async fn a_panic_over_an_entry_costs_that_entry_alone() {
 
 // ---------------------------------------------------------------------------------------------
 // Poolers
-
-/// A private `PgBouncer` in front of a database.
-struct PgBouncer {
-    child: std::process::Child,
-    port: u16,
-    folder: tempfile::TempDir,
-}
-
-impl PgBouncer {
-    async fn start(postgres: &Postgres, mode: &str, more: &str) -> Self {
-        let folder = tempfile::Builder::new().prefix("standpipe-test-pgbouncer-").tempdir().unwrap();
-        let port = free_port().unwrap();
-        let file = folder.path().join("pgbouncer.ini");
-        let ini = format!(
-            "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-             unix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 40\n{more}\n",
-            postgres.port()
-        );
-        // With auth_type = any the server is entered as the user of the database's line.
-        std::fs::write(&file, ini.replace("* = host", "* = user=standpipe host")).unwrap();
-        // Debian has it where not every user looks.
-        let debian = Path::new("/usr/sbin/pgbouncer");
-        let mut command = Command::new(if debian.exists() { debian } else { Path::new("pgbouncer") });
-        if is_root() {
-            // It refuses to run as root.
-            let chown = Command::new("chown").args(["-R", "nobody"]).arg(folder.path()).status().unwrap();
-            assert!(chown.success());
-            command.args(["-u", "nobody"]);
-        }
-        let child = command
-            .arg(&file)
-            .stderr(std::fs::File::create(folder.path().join("log")).unwrap())
-            .spawn()
-            .expect("pgbouncer");
-        wait_until("PgBouncer to listen", SOON, async || {
-            tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
-        })
-        .await;
-        Self { child, port, folder }
-    }
-
-    fn url(&self, database: &str) -> String {
-        let name = database.rsplit('/').next().unwrap();
-        format!("postgres://standpipe@127.0.0.1:{}/{name}?sslmode=disable", self.port)
-    }
-}
-
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn is_root() -> bool {
-    String::from_utf8_lossy(&Command::new("id").arg("-u").output().unwrap().stdout).trim() == "0"
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_pgbouncer_in_session_mode_everything_works_with_its_default_settings() {

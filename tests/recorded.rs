@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::model::{self, Event, Kind, Op, Tables, Version};
+use support::pooler::PgBouncer;
 use support::{
     Postgres, Redis, Signal, Standpipe, connect, execute, query_rows, query_value, wait_for, wait_until,
 };
@@ -165,26 +166,41 @@ impl Relay {
     }
 }
 
+/// How the program gets to PostgreSQL.
+#[derive(Clone, Copy)]
+enum Way {
+    Directly,
+    /// Through a `PgBouncer` in session mode with its default configuration.
+    Pooled,
+}
+
 struct Servers {
     redis: Redis,
     database: String,
+    pooler: Option<PgBouncer>,
 }
 
 impl Servers {
-    async fn fresh() -> Self {
-        Self::on(Postgres::shared().await.fresh_database().await).await
+    async fn fresh(way: Way) -> Self {
+        Self::on(way, Postgres::shared().await.fresh_database().await).await
     }
 
     /// A Redis that knows nothing, for this database.
-    async fn on(database: String) -> Self {
-        Self { redis: Redis::start().await, database }
+    async fn on(way: Way, database: String) -> Self {
+        let pooler = match way {
+            Way::Directly => None,
+            Way::Pooled => Some(PgBouncer::start(Postgres::shared().await, "session", "").await),
+        };
+        Self { redis: Redis::start().await, database, pooler }
     }
 
     fn start(&self, command: &str, relay: Option<&Relay>, settings: &[(&str, &str)]) -> Standpipe {
         let redis = self.redis.url();
+        let database =
+            self.pooler.as_ref().map_or_else(|| self.database.clone(), |pooler| pooler.url(&self.database));
         let mut variables = vec![
             ("REDIS_URL", redis.as_str()),
-            ("DATABASE_URL", &self.database),
+            ("DATABASE_URL", &database),
             ("COLLECTIONS", "*"),
             ("HTTP_ADDR", "off"),
             ("CONSUMER_ID", "recorded"),
@@ -308,11 +324,10 @@ fn assert_same_dump(
 // ---------------------------------------------------------------------------------------------
 // The tests
 
-#[tokio::test]
-async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_else_has() {
+async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_else_has(way: Way) {
     let events = recording();
     let relay = Relay::start().await;
-    let servers = Servers::fresh().await;
+    let servers = Servers::fresh(way).await;
     servers.run(&relay, &[]).await;
     assert_eq!(servers.dead_letters().await, 0);
     servers.assert_audited().await;
@@ -401,14 +416,13 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
     assert_eq!(handle("did:plc:b5uxbetoc3trmnxl2dlmqxoa"), json!("bob.test"));
 }
 
-#[tokio::test]
-async fn the_python_readers_entries_give_the_same_rows() {
+async fn the_python_readers_entries_give_the_same_rows(way: Way) {
     /// After the recording. All entries come in this one millisecond.
     const ENTRY_MS: i64 = 1_795_235_000_000;
 
     let events = recording();
     let relay = Relay::start().await;
-    let frames = Servers::fresh().await;
+    let frames = Servers::fresh(way).await;
     frames.run(&relay, &[]).await;
     let frames = frames.tables().await;
 
@@ -498,7 +512,7 @@ async fn the_python_readers_entries_give_the_same_rows() {
                 [event_type.clone(), data.clone(), seq]
             })
             .collect();
-        let servers = Servers::fresh().await;
+        let servers = Servers::fresh(way).await;
         servers.push(&entries, |index| format!("{ENTRY_MS}-{index}")).await;
         servers.work(&[]).await;
         assert_eq!(servers.dead_letters().await, 0);
@@ -556,10 +570,9 @@ fn strip_types_of(value: &mut Value, like: &Value) -> usize {
     }
 }
 
-#[tokio::test]
-async fn replaying_the_recording_changes_nothing() {
+async fn replaying_the_recording_changes_nothing(way: Way) {
     let relay = Relay::start().await;
-    let servers = Servers::fresh().await;
+    let servers = Servers::fresh(way).await;
     servers.run(&relay, &[("PARALLEL_CONSUMERS", "1"), ("BATCH_SIZE", "7")]).await;
     let before = servers.dump(CIRCUMSTANCES).await;
     assert!(before["posts"].len() > 100, "{:?}", before.keys());
@@ -578,7 +591,7 @@ async fn replaying_the_recording_changes_nothing() {
         [CIRCUMSTANCES, &["handle_ms", "handle_sq", "status_ms", "status_sq", "ms", "sq", "deleted_seq"]]
             .concat();
     let before = servers.dump(&anew).await;
-    let servers = Servers::on(servers.database).await;
+    let servers = Servers::on(way, servers.database).await;
     servers.run(&relay, &[("PARALLEL_CONSUMERS", "4"), ("BATCH_SIZE", "1")]).await;
     // Everything comes again in a later epoch, and what has no revision is written anew.
     let without_epochs = |mut dump: BTreeMap<String, Vec<String>>| {
@@ -595,10 +608,9 @@ async fn replaying_the_recording_changes_nothing() {
     servers.assert_audited().await;
 }
 
-#[tokio::test]
-async fn a_shuffled_recording_changes_nothing() {
+async fn a_shuffled_recording_changes_nothing(way: Way) {
     let relay = Relay::start().await;
-    let servers = Servers::fresh().await;
+    let servers = Servers::fresh(way).await;
     // The reader alone, so that the whole recording stands in the stream.
     let mut reader = servers.start("reader", Some(&relay), &[]);
     wait_until("the last frame to be in the stream", SOON, async || servers.cursor().await == LAST).await;
@@ -636,7 +648,7 @@ async fn a_shuffled_recording_changes_nothing() {
         rng.shuffle(&mut entries);
         let what = format!("seed {seed}, {settings:?}");
 
-        let again = Servers::on(servers.database.clone()).await;
+        let again = Servers::on(way, servers.database.clone()).await;
         again.push(&entries, |_| "*".to_owned()).await;
         again.work(&settings).await;
         if in_order.is_none() {
@@ -647,7 +659,7 @@ async fn a_shuffled_recording_changes_nothing() {
         let in_order = in_order.as_ref().unwrap();
         assert_same_dump(&format!("{what}, applied again"), in_order, &again.dump(&anew).await);
 
-        let empty = Servers::fresh().await;
+        let empty = Servers::fresh(way).await;
         empty.push(&entries, |_| "*".to_owned()).await;
         empty.work(&settings).await;
         assert_eq!(empty.dead_letters().await, 0);
@@ -661,4 +673,29 @@ async fn a_shuffled_recording_changes_nothing() {
             .await,
         "0"
     );
+}
+
+macro_rules! both_ways {
+    ($($test:ident,)+) => {
+        mod directly {
+            $(#[tokio::test]
+            async fn $test() {
+                super::$test(super::Way::Directly).await;
+            })+
+        }
+
+        mod behind_pgbouncer {
+            $(#[tokio::test]
+            async fn $test() {
+                super::$test(super::Way::Pooled).await;
+            })+
+        }
+    };
+}
+
+both_ways! {
+    every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_else_has,
+    the_python_readers_entries_give_the_same_rows,
+    replaying_the_recording_changes_nothing,
+    a_shuffled_recording_changes_nothing,
 }

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use standpipe::private::{PostgresOptions, PrivateFolder, PrivatePostgres, PrivateRedis, RedisOptions};
 use tokio::sync::OnceCell;
 
+use super::{execute, query_value};
+
 /// A Redis of the test's own, in a folder that goes with it. Everything that
 /// [`PrivateRedis`] can do, it can.
 pub struct Redis {
@@ -57,6 +59,21 @@ pub struct Postgres {
     databases: AtomicU32,
 }
 
+/// Settings under which a database is not what we take it for, as SQL literals. `session_replication_role` is refused.
+pub const HOSTILE_DEFAULTS: [(&str, &str); 11] = [
+    ("default_transaction_isolation", "'repeatable read'"),
+    ("default_transaction_isolation", "serializable"),
+    ("default_transaction_read_only", "on"),
+    ("statement_timeout", "'50ms'"),
+    ("lock_timeout", "'1ms'"),
+    ("search_path", "'nowhere'"),
+    ("DateStyle", "'SQL, DMY'"),
+    ("TimeZone", "'Asia/Kathmandu'"),
+    ("synchronous_commit", "off"),
+    ("row_security", "on"),
+    ("plan_cache_mode", "force_custom_plan"),
+];
+
 impl Postgres {
     /// The server that all tests of this binary share. Never kill or pause it.
     ///
@@ -95,6 +112,20 @@ impl Postgres {
     /// Creates an empty database and returns its URL.
     pub async fn fresh_database(&self) -> String {
         self.server.create_database(&self.fresh_name()).await.unwrap()
+    }
+
+    /// Creates an empty database that prescribes a setting to whoever connects, and returns its URL.
+    pub async fn fresh_database_with(&self, setting: &str, value: &str) -> String {
+        let database = self.fresh_database().await;
+        let name = database.rsplit('/').next().unwrap();
+        let sql = format!("ALTER DATABASE {name} SET {setting} = {value}");
+        println!("{sql}");
+        execute(&self.url("postgres"), &sql).await;
+        let prescribed = "SELECT array_to_string(setconfig, ' ') FROM pg_db_role_setting s, pg_database d
+                          WHERE d.oid = setdatabase AND datname = current_database()";
+        let prescribed = query_value(&database, prescribed).await;
+        assert!(prescribed.starts_with(setting), "{prescribed}");
+        database
     }
 
     /// Creates a database as a copy of another one, to which nobody may be connected, and

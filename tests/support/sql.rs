@@ -10,7 +10,9 @@ pub async fn connect(url: &str) -> Client {
     tokio::spawn(connection);
     // Whatever the database prescribes.
     let ours = "SET statement_timeout = 0; SET lock_timeout = 0; SET default_transaction_isolation = 'read committed';
-                SET DateStyle = 'ISO'; SET TimeZone = 'UTC'; SET default_transaction_read_only = off";
+                SET DateStyle = 'ISO'; SET TimeZone = 'UTC'; SET default_transaction_read_only = off;
+                SELECT set_config('search_path', '\"$user\", public', false)
+                WHERE current_setting('search_path') = 'nowhere'";
     client.batch_execute(ours).await.unwrap();
     client
 }
