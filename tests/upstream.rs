@@ -5,10 +5,10 @@ mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
-use shrike::cbor::Value;
+use shrike::cbor::{Value, encode_value};
 use support::chain::{CURSOR, Chain, DEAD, Program, RUN, SOON, STREAM, network, redis_command};
 use support::scripted::{
     self, ScriptedRelay, account, commit, create, create_bytes, frame, identity, info, post, rev,
@@ -457,6 +457,178 @@ async fn no_frame_takes_more_than_a_bounded_amount_of_memory() {
         let peak = memory_for(vec![(1, bytes)]).await;
         assert!(peak < MOST, "many values took {} MiB", peak >> 20);
     }
+}
+
+/// Frames that multiply what a frame may hold: operations, identifiers, nesting, repetition, and the bytes themselves.
+struct Fuzzer(fastrand::Rng);
+
+impl Fuzzer {
+    const LONGEST: usize = 5_000_000;
+
+    fn times(&mut self) -> usize {
+        *self.0.choice(&[0, 1, 2, 10, 60, 64, 65, 200, 201, 2_000, 20_001, 100_000, 1_000_000]).unwrap()
+    }
+
+    fn text(&mut self, longest: usize) -> String {
+        let unit = *self.0.choice(&["a", "\u{1}", "\"", "\\", "é", "😀", "\0", "\u{200b}"]).unwrap();
+        unit.repeat(self.times().min(longest / unit.len()))
+    }
+
+    /// DAG-CBOR of something that grows when it is written out.
+    fn record(&mut self) -> Vec<u8> {
+        let count = self.times();
+        let head = |major: u8, count: usize| {
+            let mut bytes = vec![major << 5 | 0x1a];
+            bytes.extend(u32::try_from(count).unwrap().to_be_bytes());
+            bytes
+        };
+        let fill = |what: &[u8]| -> Vec<u8> { what.repeat(count.min(1_040_000 / what.len())) };
+        let value = match self.0.u8(..8) {
+            // Nested lists, and nested maps.
+            0 => [fill(&[0x81]), vec![0x80]].concat(),
+            1 => [fill(&[0xa1, 0x60]), vec![0x80]].concat(),
+            // A long list: of empty maps, of numbers, of links.
+            2 => [head(4, count.min(1_000_000)), fill(&[0xa0])].concat(),
+            3 => [head(4, count.min(100_000)), fill(&[0xfb, 0x3f, 0xb9, 0x99, 0x99, 0x99, 0x99, 0x99, 0x9a])]
+                .concat(),
+            4 => {
+                let link = encode_value(&Value::Cid(scripted::cid(b"x"))).unwrap();
+                [head(4, count.min(1_040_000 / link.len())), fill(&link)].concat()
+            }
+            // Bytes become base64.
+            5 => [head(2, count.min(1_000_000)), fill(b"x")].concat(),
+            // More is said to come than comes.
+            6 => head(self.0.u8(2..6), 0xffff_ffff),
+            _ => encode_value(&Value::Text(&self.text(1_000_000))).unwrap(),
+        };
+        let mut bytes = vec![0xa2, 0x61, b'a'];
+        bytes.extend(value);
+        bytes.extend(encode_value(&Value::Text("$type")).unwrap());
+        bytes.extend(encode_value(&Value::Text("app.bsky.feed.post")).unwrap());
+        bytes
+    }
+
+    fn frame(&mut self, seq: i64) -> Vec<u8> {
+        let did = if self.0.bool() { DID.to_owned() } else { format!("did:plc:{}", self.text(2_000_000)) };
+        let mut bytes = match self.0.u8(..8) {
+            0 => account(seq, &did, self.0.bool().then_some(self.text(1_000_000)).as_deref()),
+            1 => identity(seq, &did, Some(&self.text(2_000_000))),
+            2 => info(&self.text(2_000_000)),
+            3 => frame(&format!("#{}", self.text(1_000_000)), vec![("seq", Value::Signed(seq))]),
+            _ => {
+                let (record, same) = (self.record(), self.0.bool());
+                // That many CIDs have to be computed.
+                let count = self.times().min(if record.len() > 10_000 { 201 } else { 20_001 });
+                let mut ops = Vec::new();
+                let mut size = 0;
+                for number in 0..count {
+                    let mut op = create_bytes(&format!("app.bsky.feed.post/{number}"), record.clone());
+                    if self.0.u8(..50) == 0 {
+                        op.path.push_str(&self.text(500_000));
+                    }
+                    if !same {
+                        op.record = Some(self.record());
+                    }
+                    op.in_archive = number == 0 || !same;
+                    size += op.path.len()
+                        + 60
+                        + if op.in_archive { op.record.as_ref().unwrap().len() } else { 0 };
+                    if size > Self::LONGEST {
+                        break;
+                    }
+                    ops.push(op);
+                }
+                let rev = if self.0.u8(..4) == 0 { self.text(1_000_000) } else { rev(seq.unsigned_abs()) };
+                commit(seq, &did, &rev, &ops)
+            }
+        };
+        // Some of it several times, some of it cut off, some of it another byte.
+        match self.0.u8(..8) {
+            0 if !bytes.is_empty() => {
+                let part = self.0.usize(..bytes.len());
+                let part = bytes[part..(part + self.0.usize(1..10_000)).min(bytes.len())].to_vec();
+                let at = self.0.usize(..bytes.len());
+                let part = part
+                    .repeat(self.times().min((Self::LONGEST - bytes.len().min(Self::LONGEST)) / part.len()));
+                bytes.splice(at..at, part);
+            }
+            1 => bytes.truncate(self.0.usize(..=bytes.len())),
+            2 => {
+                for _ in 0..self.0.usize(1..5) {
+                    let at = self.0.usize(..bytes.len());
+                    // The first bytes of lists, maps and texts with a length of up to eight bytes among them.
+                    bytes[at] =
+                        *self.0.choice(&[0x5b, 0x7b, 0x9b, 0xbb, 0x9f, 0xbf, 0xff, 0x81, 0xd8]).unwrap();
+                }
+            }
+            _ => {}
+        }
+        bytes.truncate(Self::LONGEST);
+        bytes
+    }
+}
+
+/// `STANDPIPE_SEED` chooses the frames.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_frame_multiplies_takes_a_bounded_amount_of_memory() {
+    const READERS: u64 = 8;
+    let frames = if std::env::var("STANDPIPE_LONG").is_ok() { 100 } else { 6 };
+    let seed = std::env::var("STANDPIPE_SEED")
+        .map_or_else(|_| fastrand::u64(..1 << 32), |seed| seed.parse().unwrap());
+    println!("STANDPIPE_SEED={seed}");
+    // Most of the time a reader waits before it tries a frame again.
+    let readers = (0..READERS).map(|reader| survives_fuzzed_frames(seed + reader * 1_000_000, frames));
+    let gaps: f64 = futures_util::future::join_all(readers).await.into_iter().sum();
+    assert!(gaps > 0.0, "no frame was refused");
+}
+
+/// Has a reader read so many frames under a limit; returns how many it refused.
+async fn survives_fuzzed_frames(seed: u64, count: i64) -> f64 {
+    let relay = ScriptedRelay::start(move |mut connection| async move {
+        // Made on the way, so that they need not all be kept.
+        let passed = connection.cursor.unwrap_or(0);
+        for number in 0..count {
+            // An event that is all right stands before each: of a frame that has no number it is known where it was.
+            let seq = 2 * number + 1;
+            if seq > passed && !connection.send(&account(seq, DID, None)).await {
+                return;
+            }
+            if seq + 1 > passed {
+                let made = move || Fuzzer(fastrand::Rng::with_seed(seed + seq.unsigned_abs())).frame(seq + 1);
+                let made = tokio::task::spawn_blocking(made).await.unwrap();
+                if !connection.send(&made).await {
+                    return;
+                }
+            }
+        }
+        connection.send(&account(2 * count + 1, DID, None)).await;
+        connection.stay().await;
+    })
+    .await;
+    let (chain, variables) = chain_of(&relay).await;
+    let mut program = Program::start("reader", &variables).await;
+    limit_memory(program.pid(), 512 << 20);
+    let mut last = (None, Instant::now());
+    wait_for("all frames to be passed", Duration::from_hours(1), async || {
+        assert!(program.is_running(), "seed {seed}, after {last:?}: {}", program.output());
+        let cursor: Option<String> = redis_command(&chain.redis, &["GET", CURSOR]).await;
+        let cursor = cursor.and_then(|cursor| cursor.parse::<i64>().ok());
+        if cursor != last.0 {
+            last = (cursor, Instant::now());
+        }
+        assert!(last.1.elapsed() < RUN, "seed {seed}: it stands after {cursor:?}:\n{}", program.output());
+        let peak = peak_memory(program.pid());
+        assert!(peak < 256 << 20, "seed {seed}: {} MiB after {cursor:?}", peak >> 20);
+        if cursor == Some(2 * count + 1) { Ok(()) } else { Err(format!("{cursor:?}")) }
+    })
+    .await;
+    let gaps = program.metric("standpipe_relay_gaps_total").await;
+    println!(
+        "{} MiB at most, {gaps} gaps, {} connections",
+        peak_memory(program.pid()) >> 20,
+        relay.connections()
+    );
+    gaps
 }
 
 #[tokio::test(flavor = "multi_thread")]
