@@ -466,7 +466,11 @@ impl Fuzzer {
     const LONGEST: usize = 5_000_000;
 
     fn times(&mut self) -> usize {
-        *self.0.choice(&[0, 1, 2, 10, 60, 64, 65, 200, 201, 2_000, 20_001, 100_000, 1_000_000]).unwrap()
+        // Below, at and beyond the limits; most often far beyond.
+        if self.0.bool() {
+            return 4_000_000;
+        }
+        *self.0.choice(&[0, 1, 20, 64, 65, 200, 201, 2_000, 20_001, 1_000_000]).unwrap()
     }
 
     fn text(&mut self, longest: usize) -> String {
@@ -474,35 +478,35 @@ impl Fuzzer {
         unit.repeat(self.times().min(longest / unit.len()))
     }
 
-    /// DAG-CBOR of something that grows when it is written out.
-    fn record(&mut self) -> Vec<u8> {
+    /// DAG-CBOR of something that grows when it is read or written out.
+    fn value(&mut self, longest: usize) -> Vec<u8> {
         let count = self.times();
         let head = |major: u8, count: usize| {
             let mut bytes = vec![major << 5 | 0x1a];
             bytes.extend(u32::try_from(count).unwrap().to_be_bytes());
             bytes
         };
-        let fill = |what: &[u8]| -> Vec<u8> { what.repeat(count.min(1_040_000 / what.len())) };
-        let value = match self.0.u8(..8) {
+        let fill = |what: &[u8]| -> Vec<u8> { what.repeat(count.min(longest / what.len())) };
+        let list = |what: &[u8]| [head(4, count.min(longest / what.len())), fill(what)].concat();
+        match self.0.u8(..8) {
             // Nested lists, and nested maps.
             0 => [fill(&[0x81]), vec![0x80]].concat(),
             1 => [fill(&[0xa1, 0x60]), vec![0x80]].concat(),
             // A long list: of empty maps, of numbers, of links.
-            2 => [head(4, count.min(1_000_000)), fill(&[0xa0])].concat(),
-            3 => [head(4, count.min(100_000)), fill(&[0xfb, 0x3f, 0xb9, 0x99, 0x99, 0x99, 0x99, 0x99, 0x9a])]
-                .concat(),
-            4 => {
-                let link = encode_value(&Value::Cid(scripted::cid(b"x"))).unwrap();
-                [head(4, count.min(1_040_000 / link.len())), fill(&link)].concat()
-            }
+            2 => list(&[0xa0]),
+            3 => list(&[0xfb, 0x3f, 0xb9, 0x99, 0x99, 0x99, 0x99, 0x99, 0x9a]),
+            4 => list(&encode_value(&Value::Cid(scripted::cid(b"x"))).unwrap()),
             // Bytes become base64.
-            5 => [head(2, count.min(1_000_000)), fill(b"x")].concat(),
+            5 => [head(2, count.min(longest)), fill(b"x")].concat(),
             // More is said to come than comes.
             6 => head(self.0.u8(2..6), 0xffff_ffff),
-            _ => encode_value(&Value::Text(&self.text(1_000_000))).unwrap(),
-        };
+            _ => encode_value(&Value::Text(&self.text(longest))).unwrap(),
+        }
+    }
+
+    fn record(&mut self) -> Vec<u8> {
         let mut bytes = vec![0xa2, 0x61, b'a'];
-        bytes.extend(value);
+        bytes.extend(self.value(1_040_000));
         bytes.extend(encode_value(&Value::Text("$type")).unwrap());
         bytes.extend(encode_value(&Value::Text("app.bsky.feed.post")).unwrap());
         bytes
@@ -513,25 +517,33 @@ impl Fuzzer {
         let mut bytes = match self.0.u8(..8) {
             0 => account(seq, &did, self.0.bool().then_some(self.text(1_000_000)).as_deref()),
             1 => identity(seq, &did, Some(&self.text(2_000_000))),
-            2 => info(&self.text(2_000_000)),
+            2 if self.0.bool() => info(&self.text(2_000_000)),
+            2 => {
+                // A field that nobody knows.
+                let mut bytes = frame("#commit", vec![]);
+                bytes.pop();
+                bytes.extend([0xa1, 0x61, b'x']);
+                bytes.extend(self.value(Self::LONGEST));
+                bytes
+            }
             3 => frame(&format!("#{}", self.text(1_000_000)), vec![("seq", Value::Signed(seq))]),
             _ => {
-                let (record, same) = (self.record(), self.0.bool());
-                // That many CIDs have to be computed.
-                let count = self.times().min(if record.len() > 10_000 { 201 } else { 20_001 });
+                // All of them name one record, which stands there once; or each has its own.
+                let (record, same) = (Arc::new(self.record()), self.0.bool());
+                let long_path = self.0.usize(..1_000);
                 let mut ops = Vec::new();
                 let mut size = 0;
-                for number in 0..count {
-                    let mut op = create_bytes(&format!("app.bsky.feed.post/{number}"), record.clone());
-                    if self.0.u8(..50) == 0 {
+                for number in 0..self.times() {
+                    let mut op = create_bytes(&format!("app.bsky.feed.post/{number}"), Arc::clone(&record));
+                    if number == long_path {
                         op.path.push_str(&self.text(500_000));
                     }
                     if !same {
-                        op.record = Some(self.record());
+                        op.record = Some(self.record().into());
                     }
                     op.in_archive = number == 0 || !same;
                     size += op.path.len()
-                        + 60
+                        + 80
                         + if op.in_archive { op.record.as_ref().unwrap().len() } else { 0 };
                     if size > Self::LONGEST {
                         break;
@@ -543,7 +555,7 @@ impl Fuzzer {
             }
         };
         // Some of it several times, some of it cut off, some of it another byte.
-        match self.0.u8(..8) {
+        match self.0.u8(..16) {
             0 if !bytes.is_empty() => {
                 let part = self.0.usize(..bytes.len());
                 let part = bytes[part..(part + self.0.usize(1..10_000)).min(bytes.len())].to_vec();

@@ -1,5 +1,6 @@
 //! A relay that does what a test tells it, well-behaved or not.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -119,7 +120,7 @@ pub struct Op {
     pub action: &'static str,
     pub path: String,
     /// The record's bytes, good or bad; `None` for a delete.
-    pub record: Option<Vec<u8>>,
+    pub record: Option<Arc<Vec<u8>>>,
     /// Whether the archive holds them.
     pub in_archive: bool,
 }
@@ -130,8 +131,8 @@ pub fn create(path: &str, record: &Value<'_>) -> Op {
 }
 
 /// Creates a record of these bytes, whatever they are.
-pub fn create_bytes(path: &str, record: Vec<u8>) -> Op {
-    Op { action: "create", path: path.to_owned(), record: Some(record), in_archive: true }
+pub fn create_bytes(path: &str, record: impl Into<Arc<Vec<u8>>>) -> Op {
+    Op { action: "create", path: path.to_owned(), record: Some(record.into()), in_archive: true }
 }
 
 /// Deletes a record.
@@ -162,11 +163,14 @@ pub fn rev(micros: u64) -> String {
 
 /// A `#commit` frame.
 pub fn commit(seq: i64, did: &str, rev: &str, ops: &[Op]) -> Vec<u8> {
+    // Many operations may name one large record.
+    let mut cids: HashMap<*const Vec<u8>, Cid> = HashMap::new();
+    let mut cid_of = |record: &Arc<Vec<u8>>| *cids.entry(Arc::as_ptr(record)).or_insert_with(|| cid(record));
     let blocks: Vec<Block> = ops
         .iter()
         .filter(|op| op.in_archive)
         .filter_map(|op| op.record.as_ref())
-        .map(|record| Block { cid: cid(record), data: record.clone() })
+        .map(|record| Block { cid: cid_of(record), data: record.to_vec() })
         .collect();
     let root = blocks.first().map_or_else(|| cid(b"none"), |block| block.cid);
     let car = write_all(&[root], &blocks).unwrap();
@@ -174,7 +178,7 @@ pub fn commit(seq: i64, did: &str, rev: &str, ops: &[Op]) -> Vec<u8> {
         .iter()
         .map(|op| {
             Value::Map(vec![
-                ("cid", op.record.as_ref().map_or(Value::Null, |record| Value::Cid(cid(record)))),
+                ("cid", op.record.as_ref().map_or(Value::Null, |record| Value::Cid(cid_of(record)))),
                 ("path", Value::Text(&op.path)),
                 ("action", Value::Text(op.action)),
             ])
