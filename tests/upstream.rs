@@ -459,6 +459,45 @@ async fn no_frame_takes_more_than_a_bounded_amount_of_memory() {
     }
 }
 
+/// A large commit is appended in several scripts, so that none holds Redis up for long. A reader that dies between two of
+/// them has the whole commit sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_commit_is_appended_in_pieces_and_none_is_missing_after_a_crash_between_them() {
+    let text = "x".repeat(70_000);
+    let count = 180;
+    let mut ops: Vec<scripted::Op> =
+        (0..count).map(|n| create(&format!("app.bsky.feed.post/{n}"), &post(&text))).collect();
+    for op in &mut ops[1..] {
+        op.in_archive = false;
+    }
+    let relay = sending(vec![(7, account(7, DID, None)), (8, commit(8, DID, &rev(1), &ops))]).await;
+    let (chain, variables) = chain_of(&relay).await;
+    // The first append is of what comes before it.
+    let mut program =
+        Program::start("reader", &variables.clone().with("STANDPIPE_CRASH_AT", "after-append:4")).await;
+    assert_ne!(program.wait_exit(SOON).await, 0, "it did not die: {}", program.output());
+    let cursor: Option<String> = redis_command(&chain.redis, &["GET", CURSOR]).await;
+    assert!(cursor.is_none_or(|cursor| cursor == "7"), "the cursor is behind what was not appended");
+    let paths = async || -> Vec<String> {
+        let entries: Vec<(String, Vec<(String, String)>)> =
+            redis_command(&chain.redis, &["XRANGE", STREAM, "-", "+"]).await;
+        let data = entries.into_iter().map(|(_, fields)| fields[1].1.clone());
+        let data = data.map(|data| serde_json::from_str::<Json>(&data).unwrap());
+        let ops = data.flat_map(|data| data["ops"].as_array().cloned().unwrap_or_default());
+        ops.map(|op| op["path"].as_str().unwrap().to_owned()).collect()
+    };
+    let some = paths().await.len();
+    assert!((1..count).contains(&some), "{some} of {count} operations are in the stream");
+
+    let _program = Program::start("reader", &variables).await;
+    cursor_is(&chain, 8).await;
+    let paths = paths().await;
+    assert_eq!(paths.len(), some + count);
+    for n in 0..count {
+        assert!(paths.contains(&format!("app.bsky.feed.post/{n}")), "{n} is missing");
+    }
+}
+
 /// Frames that multiply what a frame may hold: operations, identifiers, nesting, repetition, and the bytes themselves.
 struct Fuzzer(fastrand::Rng);
 

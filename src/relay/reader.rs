@@ -40,6 +40,8 @@ const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
 /// memory limit, which it looks at before a script and not within.
 const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
+/// Beyond this an append is cut into pieces: what was gathered, and then one commit that is larger than all of it.
+const PIECE_BYTES: usize = 2 * APPEND_BYTES;
 /// How often the cursor, the lease and the marks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often a frame that cannot be used may cost the connection before it is passed over.
@@ -667,31 +669,43 @@ impl Reader {
             }
             let last = items.iter().map(|item| item.seq).max().unwrap_or_default();
             position = Some(position.map_or(last, |before| before.max(last)));
-            let what = gather(&mut items, plan.epoch);
-            let appended = loop {
-                let to = Move {
-                    token: &self.token,
-                    relay: &relay,
-                    epoch: plan.epoch,
-                    believed: cursor.position,
-                    position: position.unwrap_or(last),
+            let mut length = 0;
+            let pieces = in_pieces(gather(&mut items, plan.epoch));
+            let count = pieces.len();
+            for (number, what) in pieces.into_iter().enumerate() {
+                let to = if number + 1 == count {
+                    position.unwrap_or(last)
+                } else {
+                    // Until the last piece is there, all of them have to come again. Another relay's numbers mean nothing.
+                    cursor.position.filter(|_| cursor.is_current).unwrap_or(what.entries[0].seq - 1)
                 };
-                match append::append(connection, &self.keys, to, budget, &what).await {
-                    Ok(appended) => break appended,
-                    Err(AppendError::Redis(error)) if is_oom(&error) => {
-                        // Refused before anything was written.
-                        if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
-                            return Ok(());
+                let appended = loop {
+                    let to = Move {
+                        token: &self.token,
+                        relay: &relay,
+                        epoch: plan.epoch,
+                        believed: cursor.position,
+                        position: to,
+                    };
+                    match append::append(connection, &self.keys, to, budget, &what).await {
+                        Ok(appended) => break appended,
+                        Err(AppendError::Redis(error)) if is_oom(&error) => {
+                            // Refused before anything was written.
+                            if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
+                                return Ok(());
+                            }
+                            self.look(connection, cursor, &mut run_id, stop).await?;
                         }
-                        self.look(connection, cursor, &mut run_id, stop).await?;
+                        Err(error) => return Err(error.into()),
                     }
-                    Err(error) => return Err(error.into()),
-                }
-            };
-            crash::at(Point::AfterAppend);
-            cursor.position = position;
-            cursor.is_current = true;
-            plan.appended.store(true, Ordering::Relaxed);
+                };
+                crash::at(Point::AfterAppend);
+                cursor.position = Some(to);
+                cursor.is_current = true;
+                plan.appended.store(true, Ordering::Relaxed);
+                self.note(&what, appended);
+                length = appended.length;
+            }
             items.clear();
             ::metrics::gauge!(metrics::CURSOR).set(position.unwrap_or_default() as f64);
             self.status.reader(|reader| {
@@ -701,8 +715,7 @@ impl Reader {
                     reader.enter(State::Running);
                 }
             });
-            self.note(&what, appended);
-            if appended.length >= self.config.max_stream_len {
+            if length >= self.config.max_stream_len {
                 self.look(connection, cursor, &mut run_id, stop).await?;
             }
         }
@@ -861,6 +874,25 @@ fn gather(items: &mut [Item], epoch: u64) -> Appendix {
         what.gap = what.gap.take().or(item.gap.take());
     }
     what
+}
+
+/// Cuts what one append would carry too much of. A gap goes with the first piece, which may begin an epoch; what is counted,
+/// and must not be twice, with the last, which moves the cursor.
+fn in_pieces(mut what: Appendix) -> Vec<Appendix> {
+    let mut pieces = Vec::new();
+    let mut bytes = 0;
+    let mut entries = Vec::new();
+    for entry in std::mem::take(&mut what.entries) {
+        if !entries.is_empty() && bytes + entry.data.len() > PIECE_BYTES {
+            let (rev, gap) = (what.rev.clone(), what.gap.take());
+            pieces.push(Appendix { entries: std::mem::take(&mut entries), rev, gap, ..Appendix::default() });
+            bytes = 0;
+        }
+        bytes += entry.data.len();
+        entries.push(entry);
+    }
+    pieces.push(Appendix { entries, ..what });
+    pieces
 }
 
 async fn sleep_until(since: Instant, limit: Duration) {
