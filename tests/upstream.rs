@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
@@ -685,37 +685,50 @@ async fn survives_fuzzed_frames(seed: u64, count: i64) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn floods_take_no_memory_and_few_lines() {
     let long = std::env::var("STANDPIPE_LONG").is_ok();
-    let lasts = Duration::from_secs(if long { 60 } else { 5 });
     for flood in ["ping", "info", "outdated"] {
-        let relay = ScriptedRelay::start(move |mut connection| async move {
-            use futures_util::SinkExt as _;
-            use tokio_tungstenite::tungstenite::Message;
-            let end = tokio::time::Instant::now() + lasts;
-            connection.send(&account(5, DID, None)).await;
-            let (info, outdated) = (info("Something"), info("OutdatedCursor"));
-            while tokio::time::Instant::now() < end {
-                for _ in 0..200 {
-                    // Nothing is read: pongs pile up.
-                    let message = match flood {
-                        "ping" => Message::Ping(vec![7; 125].into()),
-                        "info" => Message::Binary(info.clone().into()),
-                        _ => Message::Binary(outdated.clone().into()),
-                    };
-                    if connection.socket.feed(message).await.is_err() {
+        // One of them for longer than a lease lives.
+        let lasts = Duration::from_secs(match flood {
+            _ if long => 60,
+            "outdated" => 15,
+            _ => 5,
+        });
+        let over = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&over);
+        let relay = ScriptedRelay::start(move |mut connection| {
+            let over = Arc::clone(&is_over);
+            async move {
+                use futures_util::SinkExt as _;
+                use tokio_tungstenite::tungstenite::Message;
+                let end = tokio::time::Instant::now() + lasts;
+                connection.send(&account(5, DID, None)).await;
+                let (info, outdated) = (info("Something"), info("OutdatedCursor"));
+                while tokio::time::Instant::now() < end {
+                    for _ in 0..200 {
+                        // Nothing is read: pongs pile up.
+                        let message = match flood {
+                            "ping" => Message::Ping(vec![7; 125].into()),
+                            "info" => Message::Binary(info.clone().into()),
+                            _ => Message::Binary(outdated.clone().into()),
+                        };
+                        if connection.socket.feed(message).await.is_err() {
+                            return;
+                        }
+                    }
+                    if connection.socket.flush().await.is_err() {
                         return;
                     }
+                    tokio::task::yield_now().await;
                 }
-                if connection.socket.flush().await.is_err() {
-                    return;
-                }
-                tokio::task::yield_now().await;
+                over.store(true, Ordering::SeqCst);
+                connection.send(&account(6, DID, None)).await;
+                connection.stay().await;
             }
-            connection.send(&account(6, DID, None)).await;
-            connection.stay().await;
         })
         .await;
         let (chain, variables) = chain_of(&relay).await;
         let program = Program::start("reader", &variables).await;
+        cursor_is(&chain, 5).await;
+        assert!(!over.load(Ordering::SeqCst), "{flood}: what came before the flood waited for its end");
         wait_until("the flood to begin", SOON, async || relay.connections() > 0).await;
         let began = tokio::time::Instant::now();
         let mut peak = 0;
@@ -726,7 +739,9 @@ async fn floods_take_no_memory_and_few_lines() {
         })
         .await;
         assert!(peak < 128 << 20, "{flood}: {} MiB", peak >> 20);
-        let lines = program.stderr().lines().count();
+        assert_eq!(relay.connections(), 1, "{flood}: the flood cost the connection:\n{}", program.stderr());
+        // The progress line is for every ten seconds, whatever the relay sends.
+        let lines = program.stderr().lines().filter(|line| !line.contains(" INFO progress ")).count();
         assert!(lines <= 20, "{flood}: {lines} lines:\n{}", program.stderr());
         let gaps = program.metric("standpipe_relay_gaps_total").await;
         assert_eq!(gaps, if flood == "outdated" { 1.0 } else { 0.0 }, "{flood}");

@@ -19,7 +19,7 @@ use super::health::{Facts, Level, health, words};
 use crate::event::{Kind, Reason};
 use crate::metrics;
 use crate::report;
-use crate::status::{PipelineStatus, ReaderStatus, lock, now_ms, percentile};
+use crate::status::{PipelineStatus, ReaderStatus, State, lock, now_ms, percentile};
 
 /// Who may watch at a time: connections that stay, and others must have room beside them.
 pub const MAX_WATCHERS: usize = 16;
@@ -104,6 +104,8 @@ struct Sample {
     entries: u64,
     frames: u64,
     waiting: Option<u64>,
+    /// Whether a pipeline is at work: what grows while none is does not show that they are too slow.
+    at_work: bool,
     pipelines: Vec<u64>,
     kinds: Vec<f64>,
     latency: Vec<u64>,
@@ -213,6 +215,17 @@ pub async fn count_dead_letters(server: &Server) {
     }
 }
 
+/// By how much the backlog shrinks in a second, negative where it grows; 0 where that cannot be told, or nobody is at work.
+fn shrinking(samples: &VecDeque<Sample>, now: &Sample) -> f64 {
+    let at_work = samples.iter().rev().take(RATE_SECONDS).take_while(|sample| sample.at_work && now.at_work);
+    let Some(base) = at_work.last() else { return 0.0 };
+    let seconds = now.at.duration_since(base.at).as_secs_f64();
+    match (base.waiting, now.waiting) {
+        (Some(before), Some(now)) if seconds > 0.0 => tidy((before as f64 - now as f64) / seconds),
+        _ => 0.0,
+    }
+}
+
 fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
     let status = &server.status;
     let now = now_ms();
@@ -232,6 +245,7 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         entries: status.entries.load(Ordering::Relaxed),
         frames: reader.as_ref().map_or(0, |reader| reader.frames),
         waiting,
+        at_work: pipelines.iter().any(|pipeline| pipeline.state == State::Running),
         pipelines: pipelines.iter().map(|pipeline| pipeline.entries).collect(),
         kinds: Kind::ALL
             .iter()
@@ -248,10 +262,7 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
     let per_second = |more: f64| if seconds > 0.0 { tidy(more / seconds) } else { 0.0 };
     let rate = per_second((sample.entries - base.entries) as f64);
     let frames = per_second(sample.frames.saturating_sub(base.frames) as f64);
-    let shrinking = match (base.waiting, sample.waiting) {
-        (Some(before), Some(now)) => per_second(before as f64 - now as f64),
-        _ => 0.0,
-    };
+    let shrinking = shrinking(samples, &sample);
     let cpu = per_second((sample.cpu_seconds - base.cpu_seconds) * 100.0);
     let latency = &before(LATENCY_SECONDS).unwrap_or(&sample).latency;
     let share = |share: f64| percentile(latency, &sample.latency, share).map(tidy);
@@ -469,6 +480,28 @@ mod tests {
         }
         // The first minute is over, and the second is not.
         assert_eq!(day.points(), [point(119, 200.0, Some(900.0)), point(149, 300.0, None)]);
+    }
+
+    #[test]
+    fn what_grew_during_a_pause_is_no_falling_behind() {
+        let began = Instant::now();
+        let sample = |second, waiting, at_work| Sample {
+            at: began + Duration::from_secs(second),
+            entries: 0,
+            frames: 0,
+            waiting: Some(waiting),
+            at_work,
+            pipelines: Vec::new(),
+            kinds: Vec::new(),
+            latency: Vec::new(),
+            cpu_seconds: 0.0,
+        };
+        let paused = VecDeque::from([sample(0, 100, true), sample(1, 1_000, false), sample(2, 2_000, false)]);
+        assert_eq!(shrinking(&paused, &sample(3, 2_500, true)), 0.0);
+        let resumed: VecDeque<_> = paused.into_iter().chain([sample(3, 2_500, true)]).collect();
+        assert_eq!(shrinking(&resumed, &sample(4, 1_500, true)), 1_000.0);
+        assert_eq!(shrinking(&resumed, &sample(4, 2_900, true)), -400.0);
+        assert_eq!(shrinking(&resumed, &sample(4, 2_900, false)), 0.0);
     }
 
     #[test]

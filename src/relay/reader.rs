@@ -488,6 +488,8 @@ impl Reader {
         let mut missed: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut outdated = false;
         loop {
+            // A relay that always has something must not keep the lease and what is queued waiting.
+            tokio::task::coop::consume_budget().await;
             let idle = self.config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
             let quiet = if sequence.set_aside() > 0 { QUIET } else { idle };
             let message = tokio::select! {
