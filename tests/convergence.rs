@@ -8,6 +8,7 @@ mod support;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -94,10 +95,11 @@ impl Database {
             })
             .collect();
         // Deleted accounts are purged meanwhile, as in a worker.
+        let done = Arc::new(AtomicBool::new(false));
         let purging = tokio::spawn({
-            let store = self.store.clone();
+            let (store, done) = (self.store.clone(), Arc::clone(&done));
             async move {
-                loop {
+                while !done.load(Ordering::SeqCst) {
                     purge_all(&store).await;
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
@@ -106,8 +108,9 @@ impl Database {
         for task in tasks {
             task.await.unwrap();
         }
-        purging.abort();
-        assert!(purging.await.unwrap_err().is_cancelled(), "the purge failed");
+        // A purge that is broken off would go on in the server, and meet what the test does next.
+        done.store(true, Ordering::SeqCst);
+        purging.await.unwrap();
     }
 
     async fn tables(&self) -> Tables {
