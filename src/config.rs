@@ -104,7 +104,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable("PARALLEL_CONSUMERS", "5", "how many pipelines work side by side, 1 to 1024"),
     variable("BATCH_SIZE", "200", "entries that a pipeline reads at a time, 1 to 10000"),
-    variable("DB_POOL_SIZE", "20", "the most connections to PostgreSQL, 1 to 1000"),
+    variable("DB_POOL_SIZE", "20", "maximum connections to PostgreSQL, 1 to 1000"),
     variable(
         "DB_STATEMENT_TIMEOUT",
         "30s",
@@ -135,16 +135,16 @@ pub const VARIABLES: &[Variable] = &[
         "25s",
         "how long a stop waits for work in progress; keep stop_grace_period larger",
     ),
-    variable("TOMBSTONE_RETENTION", "30d", "how long the mark of a deleted record is kept at least"),
+    variable("TOMBSTONE_RETENTION", "30d", "minimum time to keep the tombstone of a deleted record"),
     variable(
         "RELAY_IDLE_TIMEOUT",
         "60s",
-        "reconnect after so long without a frame from the relay; off disables",
+        "reconnect after this long without a frame from the relay; off disables",
     ),
     variable(
         "ON_FUTURE_CURSOR",
         "stop",
-        "when the relay says that the cursor is in its future: stop, go on live, or from the oldest event",
+        "when the relay reports a cursor in its future: stop, resume live, or from the oldest event",
     ),
     variable("AUTO_MIGRATE", "true", "create or upgrade the tables at start"),
     variable("NOTIFICATIONS", "true", "keep the table notifications; false leaves it alone"),
@@ -166,7 +166,7 @@ pub const VARIABLES: &[Variable] = &[
     secret(
         "ADMIN_TOKEN",
         "",
-        "what pausing, draining, retrying and purging over HTTP need, 16 characters or more; unset: they are off",
+        "token for pausing, draining, retrying and purging over HTTP, 16 characters or more; unset disables them",
     ),
     variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     variable("LOG_FORMAT", "text", "text or json"),
@@ -892,7 +892,7 @@ impl DatabaseUrl {
             "connection_limit" | "pool_max_conns" | "pool_size" | "max_connections" | "pool_timeout" => {
                 "remove it: DB_POOL_SIZE limits the connections"
             }
-            "statement_timeout" => "remove it: DB_STATEMENT_TIMEOUT says how long a statement may take",
+            "statement_timeout" => "remove it: DB_STATEMENT_TIMEOUT limits each statement",
             "sslcert" | "sslkey" | "sslpassword" | "sslidentity" => {
                 "remove it: client certificates are not supported; use a password"
             }
@@ -1188,7 +1188,7 @@ impl MemoryMark {
         match percent.trim().parse::<u8>() {
             Ok(percent @ 1..=Self::MAX_PERCENT) => Ok(Self::Percent(percent)),
             Ok(81..=100) => Err(Wrong::new(
-                "is more than 80%: the pipelines need the rest of Redis's memory to go on when the reader stops",
+                "is more than 80%: the pipelines need the rest of Redis's memory to continue when the reader stops",
                 "write 75%",
             )),
             _ => Err(Wrong::new("is not a percentage from 1% to 80%", "write 75%, or a size such as 512MiB")),
@@ -1240,7 +1240,7 @@ impl Collections {
                 }
                 None if is_nsid(name) => Wanted::Exactly(name.to_owned()),
                 _ => {
-                    return Err(Wrong::new(format!("has {}, which is no collection", shown(name)), right));
+                    return Err(Wrong::new(format!("has {}, which is not a collection", shown(name)), right));
                 }
             });
         }
@@ -1312,7 +1312,7 @@ macro_rules! words {
                     return Ok(Self::$variant);
                 })*
                 let words = [$($word),*].join(", ");
-                Err(Wrong::new("is none of the known words", format!("write one of {words}")))
+                Err(Wrong::new("is not a known value", format!("write one of {words}")))
             }
         }
 
@@ -1717,12 +1717,12 @@ mod tests {
             (
                 "TRANSACTION",
                 "batches",
-                "TRANSACTION: \"batches\" is none of the known words; write one of event, batch",
+                "TRANSACTION: \"batches\" is not a known value; write one of event, batch",
             ),
             (
                 "LOG_LEVEL",
                 "TRACE",
-                "LOG_LEVEL: \"TRACE\" is none of the known words; write one of DEBUG, INFO, WARNING, ERROR",
+                "LOG_LEVEL: \"TRACE\" is not a known value; write one of DEBUG, INFO, WARNING, ERROR",
             ),
             ("AUTO_MIGRATE", "maybe", "AUTO_MIGRATE: \"maybe\" is neither yes nor no; write true or false"),
         ] {
