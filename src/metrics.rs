@@ -182,7 +182,7 @@ pub fn note_ensured(ensured: Ensured) {
     }
     if ensured.group_created {
         count(GROUP_RECREATED, 1);
-        tracing::info!("the consumer group was not there and has been created");
+        tracing::info!("created the missing consumer group");
     }
 }
 
@@ -230,7 +230,7 @@ fn describe() {
     );
     describe_counter!(
         SET_BACK,
-        "Times that the reader was set back to read entries again that somebody else removed"
+        "Times the reader was set back to re-read entries that somebody else removed"
     );
     describe_counter!(PURGED_ACCOUNTS, "Deleted accounts whose records have been removed");
     describe_counter!(PURGED_RECORDS, "Records of deleted accounts that have been removed");
@@ -240,7 +240,7 @@ fn describe() {
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
     describe_gauge!(
         WAITING,
-        "Entries that no consumer got yet; absent from truth where standpipe_lag_known is 0"
+        "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"
     );
     describe_gauge!(LAG_KNOWN, "1 when Redis knows how many entries wait");
     describe_gauge!(PENDING, "Entries delivered and not acknowledged");
@@ -250,7 +250,7 @@ fn describe() {
     describe_gauge!(PAUSED, "1 while a part is paused manually: reader or pipelines");
     describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
     describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
-    describe_histogram!(POOL_WAIT, Unit::Seconds, "Waiting for a connection out of the pool");
+    describe_histogram!(POOL_WAIT, Unit::Seconds, "Time spent waiting for a connection from the pool");
     describe_counter!(REDIS_RECONNECTS, "Connections to Redis given up after an error");
     describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
     describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
