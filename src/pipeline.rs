@@ -513,7 +513,7 @@ impl Pipeline {
         let mut connection = self.redis.connect().await?;
         let first = group::first_pending(&mut connection, &self.keys).await?;
         let Some(first) = first else { return Ok(Some(0)) };
-        info!(%first, "applying again what another program has done after entries that are still pending");
+        info!(%first, "replaying what another program did after entries that are still pending");
         let replay = Replay { acknowledged: true, ..Replay::default() };
         self.replay_delivered(&mut connection, first.before(), replay, stop).await
     }
@@ -833,15 +833,12 @@ impl Pipeline {
                 );
             }
             State::Halted { reason } => {
-                error!(
-                    consumer,
-                    reason, "stopped reading: operator action needed; trying again every {HALTED:?}"
-                );
+                error!(consumer, reason, "halted: operator action needed; retrying every {HALTED:?}");
             }
-            State::Paused => info!(consumer, "paused manually; what was in hand is acknowledged"),
+            State::Paused => info!(consumer, "paused manually; entries in hand are acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
                 // As loud as what it puts an end to.
-                warn!(consumer, "at work again");
+                warn!(consumer, "running again");
             }
             _ => {}
         }

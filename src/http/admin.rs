@@ -41,7 +41,7 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
         Token::Right => next.run(request).await,
         Token::Unset => refuse(
             StatusCode::FORBIDDEN,
-            "control is off: set ADMIN_TOKEN (16 characters or more) in the environment of this process and start it again",
+            "control is off: set ADMIN_TOKEN (16 characters or more) in the environment of this process and restart it",
         ),
         Token::Missing => unauthorized("this needs the admin token: Authorization: Bearer <ADMIN_TOKEN>"),
         Token::Wrong => unauthorized("this is not the admin token"),
@@ -164,12 +164,12 @@ fn set_pause(server: &Server, Peer(peer): Peer, which: &Which, pause: bool) -> R
     server.control.pause(part, pause);
     info!(part = name, %peer, "{}", if pause { "paused manually" } else { "resumed manually" });
     done(match (part, pause) {
-        (Part::All, true) => "everything finishes what is in hand and rests until it is resumed",
-        (Part::All, false) => "everything continues",
-        (Part::Reader, true) => "the reader rests until it is resumed",
-        (Part::Reader, false) => "the reader continues",
-        (Part::Pipelines, true) => "the pipelines finish what is in hand and rest until they are resumed",
-        (Part::Pipelines, false) => "the pipelines continue",
+        (Part::All, true) => "everything finishes the work in hand and pauses until resumed",
+        (Part::All, false) => "everything resumes",
+        (Part::Reader, true) => "the reader is paused until resumed",
+        (Part::Reader, false) => "the reader resumes",
+        (Part::Pipelines, true) => "the pipelines finish the work in hand and pause until resumed",
+        (Part::Pipelines, false) => "the pipelines resume",
     })
 }
 
@@ -185,7 +185,7 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
         return refuse(StatusCode::BAD_REQUEST, "level is DEBUG, INFO, WARNING or ERROR");
     };
     match server.control.set_level(level) {
-        Ok(()) => done(format!("logs from {level} on, until the next start")),
+        Ok(()) => done(format!("log level {level} until the next start")),
         Err(error) => refuse(StatusCode::CONFLICT, error),
     }
 }
@@ -194,7 +194,7 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
 pub async fn drain(Shared(server): Shared<Arc<Server>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
     info!(%peer, "drained manually");
     server.control.drain();
-    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes what is in hand, then ends" }))).into_response()
+    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes the work in hand, then exits" }))).into_response()
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
 /// GET /dead-letters/{id}
 pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -> Response {
     if id.parse::<EntryId>().is_err() {
-        return refuse(StatusCode::BAD_REQUEST, "this is no id of a dead letter");
+        return refuse(StatusCode::BAD_REQUEST, "this is not the id of a dead letter");
     }
     let found = async {
         let mut connection = server.redis.connect().await?;
@@ -350,7 +350,7 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if applied + kept > 0 {
-        info!(applied, kept, "dead letters were tried again, as the operator wants");
+        info!(applied, kept, "dead letters retried by an operator");
     }
     match worked {
         Ok(more) => Json(json!({
@@ -382,11 +382,11 @@ pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if removed > 0 {
-        info!(removed, "dead letters were thrown away, as the operator wants");
+        info!(removed, "dead letters purged by an operator");
     }
     match worked {
         Ok(more) => {
-            let done = format!("{removed} thrown away");
+            let done = format!("purged {removed}");
             Json(json!({ "done": done, "removed": removed, "more": more })).into_response()
         }
         Err(error) => unavailable(&error),

@@ -95,7 +95,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Paused,
             "draining",
-            "Draining: finishes what is in hand, then ends.".to_owned(),
+            "Draining: finishes the work in hand, then exits.".to_owned(),
             detail,
         );
     }
@@ -114,10 +114,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
             say(
                 Level::Bad,
                 "halted",
-                format!(
-                    "Stopped reading {} ago; operator action needed, nothing is lost.",
-                    since(halted.since_ms)
-                ),
+                format!("Halted {} ago: operator action needed. Nothing is lost.", since(halted.since_ms)),
                 reason,
             )
         };
@@ -176,11 +173,11 @@ pub fn health(facts: &Facts<'_>) -> Health {
     let resting = facts.pipelines.iter().filter(|pipeline| paused(&pipeline.state)).count();
     if let Some(part) = first(facts, paused) {
         let who = match (reader_rests, resting > 0) {
-            (true, true) => "reader and pipelines rest",
-            (true, false) if pipelines > 0 => "the reader rests, the pipelines work",
-            (true, false) => "the reader rests",
-            (false, _) if facts.reader.is_some() => "the pipelines rest, the reader works",
-            (false, _) => "the pipelines rest",
+            (true, true) => "reader and pipelines idle",
+            (true, false) if pipelines > 0 => "the reader is idle, the pipelines work",
+            (true, false) => "the reader is idle",
+            (false, _) if facts.reader.is_some() => "the pipelines are idle, the reader works",
+            (false, _) => "the pipelines are idle",
         };
         let detail = match facts.waiting {
             Some(0) | None => "Nothing is lost meanwhile.".to_owned(),
@@ -189,7 +186,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Paused,
             "paused",
-            format!("Paused manually for {}: {who}.", since(part.since_ms)),
+            format!("Paused by an operator {} ago: {who}.", since(part.since_ms)),
             detail,
         );
     }
@@ -208,7 +205,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Bad,
             "no_progress",
-            format!("No progress: work waits, and nothing was finished for {}.", since(idle_since)),
+            format!("No progress: entries wait, and nothing was finished for {}.", since(idle_since)),
             format!("The oldest entry has waited for {}.", duration(facts.oldest_seconds)),
         );
     }
@@ -231,7 +228,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
     if let Some(reader) = facts.reader
         && let State::WaitingForRelay { reason } = &reader.state
     {
-        let sentence = format!("No relay for {}; what has come is safe.", since(reader.since_ms));
+        let sentence = format!("No relay for {}; received events are safe.", since(reader.since_ms));
         return say(Level::Waiting, "relay", sentence, reason.clone());
     }
     let rate = format!("{} events/s", thousands(facts.rate));
@@ -270,7 +267,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         Some(p99) if facts.rate >= 0.5 && p99 > SLOW_MS => say(
             Level::Busy,
             "behind",
-            format!("Slow: {rate}, and they take long."),
+            format!("Slow: {rate}, with high latency."),
             format!("99 of 100 are safe in PostgreSQL within {}.", milliseconds(p99)),
         ),
         Some(p99) if facts.rate >= 0.5 => say(
@@ -289,12 +286,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
                 format!("Nothing was finished in the last second; {}.", entries_wait(count)),
                 format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
             ),
-            _ => say(
-                Level::Well,
-                "well",
-                "Well: nothing comes at the moment, nothing waits.".to_owned(),
-                none(),
-            ),
+            _ => say(Level::Well, "well", "Well: no incoming events, nothing waits.".to_owned(), none()),
         },
     }
 }
@@ -483,13 +475,16 @@ mod tests {
             |state| ReaderStatus { taking_in_ms: 99_000, state, since_ms: 39_000, ..ReaderStatus::default() };
         let (paused, running) = (reader(State::Paused), reader(State::Running));
         let both = health(&facts(&rests, Some(&paused)));
-        assert_eq!(both.sentence, "Paused manually for 1 min 1 s: reader and pipelines rest.");
+        assert_eq!(both.sentence, "Paused by an operator 1 min 1 s ago: reader and pipelines idle.");
         let pipelines = health(&facts(&rests, Some(&running)));
-        assert_eq!(pipelines.sentence, "Paused manually for 1 min: the pipelines rest, the reader works.");
+        assert_eq!(
+            pipelines.sentence,
+            "Paused by an operator 1 min ago: the pipelines are idle, the reader works."
+        );
         let only_reader = health(&facts(&works, Some(&paused)));
         assert_eq!(
             only_reader.sentence,
-            "Paused manually for 1 min 1 s: the reader rests, the pipelines work."
+            "Paused by an operator 1 min 1 s ago: the reader is idle, the pipelines work."
         );
     }
 

@@ -189,7 +189,7 @@ impl Server {
             let pipeline = lock(pipeline);
             match &pipeline.state {
                 State::Halted { reason } => {
-                    reasons.push(format!("{} has stopped reading: {reason}", pipeline.consumer));
+                    reasons.push(format!("{} is halted: {reason}", pipeline.consumer));
                 }
                 State::Starting => reasons.push(format!("{} is starting", pipeline.consumer)),
                 State::Paused => paused.push(format!("{} is paused manually", pipeline.consumer)),
@@ -212,7 +212,7 @@ impl Server {
         }
         if let Some(refill) = *lock(&self.status.refill) {
             reasons.push(format!(
-                "PostgreSQL had lost what was acknowledged: reading again from {} to {}",
+                "PostgreSQL had lost acknowledged events: reading again from {} to {}",
                 refill.from, refill.until
             ));
         }

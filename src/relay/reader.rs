@@ -238,7 +238,7 @@ impl Reader {
                 End::Relay { retry_after: Some(wanted), .. } => {
                     delay = delay.max(*wanted);
                     if news {
-                        warn!(reason, wait = ?delay, "the relay asks to be left alone; nothing is lost meanwhile");
+                        warn!(reason, wait = ?delay, "the relay asks us to back off; nothing is lost meanwhile");
                     }
                 }
                 _ if news => {
@@ -294,7 +294,7 @@ impl Reader {
         let mut pause = self.pause.clone();
         tokio::select! {
             () = hold => {}
-            _ = pause.wait_for(|paused| !paused) => info!("the reader goes on"),
+            _ = pause.wait_for(|paused| !paused) => info!("the reader resumes"),
             () = stop.cancelled() => {}
         }
     }
@@ -610,7 +610,7 @@ impl Reader {
     /// The numbering begins anew: from the oldest that the relay has, in an epoch of its own.
     fn reset(&self, sequence: &Sequence, memory: &mut Memory) -> End {
         let reason = format!(
-            "{} began to number anew: its numbers are far from {}; reading from its oldest event",
+            "{} restarted its numbering: its numbers are far from {}; reading from its oldest event",
             self.config.relay_url.relay(),
             sequence.high().unwrap_or_default()
         );
@@ -840,7 +840,7 @@ impl Memory {
             Some((at, unsaid)) if at.elapsed() < SAY_AGAIN => *unsaid += 1,
             before => {
                 let unsaid = before.map_or(0, |(_, unsaid)| unsaid);
-                info!(name = shorten(name), message = shorten(message), unsaid, "the relay says");
+                info!(name = shorten(name), message = shorten(message), unsaid, "message from the relay");
                 *before = Some((Instant::now(), 0));
             }
         }
