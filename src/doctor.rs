@@ -199,7 +199,7 @@ impl Findings {
             self.warning(
                 "clock",
                 format!(
-                    "the server's is {:.1} s {way} this machine's: ages and waiting times mislead",
+                    "the server's is {:.1} s {way} this machine's: ages and waiting times are misleading",
                     skew.abs()
                 ),
                 "set both by NTP (timedatectl set-ntp true)",

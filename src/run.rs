@@ -103,10 +103,14 @@ pub async fn run(
     let mut running = start(config, parts, metrics, control, &stop)?;
     let control = Arc::clone(&running.control);
     tokio::select! {
-        name = next_signal() => info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal ends at once"),
-        () = control.drain_begun() => info!(limit = ?running.config.drain_timeout, "draining, as the operator wants; a signal ends at once"),
+        name = next_signal() => {
+            info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal exits immediately");
+        }
+        () = control.drain_begun() => {
+            info!(limit = ?running.config.drain_timeout, "draining on request; a signal exits immediately");
+        }
         () = running.failed() => {
-            error!("a part of the process ended that should not have: stopping");
+            error!("a part of the process ended unexpectedly: stopping");
             running.drain().await;
             return Ok(ExitCode::FAILURE);
         }
@@ -118,12 +122,12 @@ pub async fn run(
                 info!(seconds = began.elapsed().as_secs_f64(), "drained");
                 Ok(ExitCode::SUCCESS)
             } else {
-                error!("not drained within DRAIN_TIMEOUT; what was in hand stays pending and is applied at the next start");
+                error!("not drained within DRAIN_TIMEOUT; entries in hand stay pending for the next start");
                 Ok(ExitCode::FAILURE)
             }
         }
         name = next_signal() => {
-            warn!(signal = name, "a signal while draining: ending at once; what was in hand stays pending");
+            warn!(signal = name, "a signal while draining: exiting immediately; entries in hand stay pending");
             // Immediately: tasks in the middle of a call are not waited for.
             std::process::exit(130);
         }
@@ -389,7 +393,7 @@ async fn take_over(
             if (due || others)
                 && let Some(count @ 1..) = first.take_over(stop).await?
             {
-                info!(entries = count, "what another program left has been seen to");
+                info!(entries = count, "replayed entries that another program left pending");
             }
             if due {
                 takeover::done(store.session().await?.client()).await?;
@@ -479,7 +483,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
                 Err(error) => {
                     // An outage is told by those who wait for it; what the script itself runs into is told here.
                     if error.code() == Some("ERR") && !std::mem::replace(&mut said, true) {
-                        error!(%error, "the janitor cannot look at the stream: nothing is trimmed");
+                        error!(%error, "the janitor cannot read the stream: nothing is trimmed");
                     }
                     tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
                     break;
@@ -507,7 +511,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
                 match group::remove_idle_consumers(&mut connection, &keys, FORGET_CONSUMERS, None).await {
                     Ok(0) => {}
                     Ok(count) => {
-                        info!(count, "consumers that were idle for an hour have been removed from the group");
+                        info!(count, "removed consumers that were idle for an hour");
                     }
                     Err(_) => break,
                 }
@@ -585,7 +589,7 @@ async fn forget_tombstones(
         };
         // When a server is away the next hour will do.
         if let Some(count @ 1..) = swept.await {
-            info!(count, "tombstones older than the retention have been forgotten");
+            info!(count, "deleted tombstones older than the retention");
         }
         tokio::time::sleep(Duration::from_hours(1)).await;
     }
@@ -640,7 +644,7 @@ async fn compare(
             from = refill.from,
             until = refill.until,
             seconds = state.now_ms.saturating_sub(refill.since_ms) / 1000,
-            "what PostgreSQL had lost has been read again"
+            "events that PostgreSQL had lost have been read again"
         );
     }
     *lock(&status.refill) = state.refill.filter(|_| over.is_none());
@@ -716,7 +720,7 @@ async fn purge_accounts(store: Store, control: Arc<Control>) {
                 delays = backoff();
                 metrics::count(metrics::PURGED_ACCOUNTS, 1);
                 metrics::count(metrics::PURGED_RECORDS, records);
-                debug!(did, records, "what a deleted account had written has been removed");
+                debug!(did, records, "removed the records of a deleted account");
             }
             Ok(None) => tokio::time::sleep(Duration::from_secs(1)).await,
             // An outage is told by the pipelines; before the first migration there is nothing to look at.

@@ -588,7 +588,7 @@ async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
         repaired.stdout
     );
     assert_eq!(repaired.code, 0, "{}{}", repaired.stdout, repaired.stderr);
-    assert!(repaired.stdout.contains("put right: counters agree with the rows"), "{}", repaired.stdout);
+    assert!(repaired.stdout.contains("repaired: counters agree with the rows"), "{}", repaired.stdout);
     assert!(place.load(Ordering::Relaxed) > at_start + 100, "nothing was applied meanwhile");
     // Nothing false while everything moves.
     let moving = run(&["audit"], &database).await;

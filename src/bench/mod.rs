@@ -64,7 +64,7 @@ pub struct BenchOptions {
     pub seed: u64,
     /// Of the simulated network.
     pub accounts: u32,
-    /// Events per second while the latency is taken.
+    /// Events per second while latency is measured.
     pub rate: u32,
     /// Drain a stream of so many entries as well.
     pub backlog: Option<u64>,
