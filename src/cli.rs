@@ -36,7 +36,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Bad command line or configuration (sysexits.h).
 pub const EX_USAGE: u8 = 64;
-/// A service that is needed cannot be reached (sysexits.h).
+/// A required service cannot be reached (sysexits.h).
 pub const EX_UNAVAILABLE: u8 = 69;
 
 /// The AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL: one
@@ -309,11 +309,11 @@ fn parse_rate(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Does what the command line says.
+/// Runs the command.
 ///
 /// # Errors
 ///
-/// The command failed at its work; bad configurations and absent services have exit codes of their own.
+/// The command failed; configuration errors and unreachable services have exit codes of their own.
 pub async fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run => serve(Parts::All, Role::All).await,
@@ -348,12 +348,12 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
     }
 }
 
-/// Reads the environment; on mistakes, says them all.
+/// Reads the environment; reports every mistake.
 fn load(role: Role) -> Result<(Config, Vec<String>), ExitCode> {
     standpipe::config::from_env(std::env::vars_os(), role).map_err(|error| unusable(&error))
 }
 
-/// Says what is wrong with the configuration.
+/// Reports what is wrong with the configuration.
 fn unusable(error: &standpipe::config::ConfigError) -> ExitCode {
     out::note("standpipe: the configuration cannot be used:");
     for line in error.to_string().lines() {
@@ -394,10 +394,9 @@ async fn serve(parts: Parts, role: Role) -> Result<ExitCode> {
     run::run(config, parts, handle, Control::new(Some(set_level))).await
 }
 
-/// Begins to log; returns what changes the level.
+/// Starts logging; returns the handle that changes the level.
 fn init_logging(config: &Config) -> Result<SetLevel> {
-    // The libraries speak of their own affairs; only ours are of interest below a warning.
-    // What the pool has to say of broken connections, the pipelines say better.
+    // Below a warning only our own messages are of interest. The pipelines report broken connections better than the pool.
     let at = |level: LogLevel| {
         EnvFilter::new(format!("warn,deadpool.postgres=error,standpipe={}", level.as_filter()))
     };
@@ -407,7 +406,7 @@ fn init_logging(config: &Config) -> Result<SetLevel> {
     };
     let (filter, reload) = tracing_subscriber::reload::Layer::new(filter);
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr);
-    // A log that nobody reads any more is no reason to end: complaining about it on the same output would panic.
+    // A closed log is not a reason to exit: reporting it on the same output would panic.
     let layer = layer.log_internal_errors(false);
     match config.log_format {
         LogFormat::Json => {
@@ -619,7 +618,7 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
     // The exit code is the answer, whether or not anybody reads this.
     let _ = out::line(out::safe_json(&body));
-    // Who restarts what is not well must not end a pause that somebody wants.
+    // An orchestrator restarts unhealthy containers; a deliberate pause must not look unhealthy.
     let paused = || {
         let answer: Option<serde_json::Value> = serde_json::from_str(&body).ok();
         answer.is_some_and(|answer| answer["only_paused"] == true)
@@ -627,7 +626,7 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     Ok(if code == 200 || paused() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Tells the running process what the operator wants.
+/// Sends the operator's command to the running process.
 async fn control(config: Config, action: &ControlAction) -> Result<ExitCode> {
     let Some(address) = config.http_addr else {
         out::note("standpipe: HTTP_ADDR is off: the process has no address to connect to");
@@ -764,7 +763,7 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
         postgres_settings: postgres,
     };
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    // What it has started goes with it.
+    // Everything it started ends with it.
     let report = tokio::select! {
         report = bench::bench(&options) => report?,
         _ = tokio::signal::ctrl_c() => return Ok(interrupted("SIGINT")),

@@ -1409,7 +1409,7 @@ where
     }
 }
 
-/// Longer than anybody means, and far from where adding it to a clock would overflow.
+/// Upper bound for any duration: implausibly long, yet safe to add to an `Instant`.
 const LONGEST: Duration = Duration::from_hours(24 * 3650);
 
 /// Zero needs no unit; every caller decides what it means.

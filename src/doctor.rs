@@ -93,9 +93,9 @@ pub struct Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Nothing stands in the way.
+    /// No errors.
     Healthy,
-    /// Something has to be put right.
+    /// Something has to be fixed.
     Unhealthy,
     /// A service cannot be reached, or does not let us in.
     Unreachable,

@@ -56,7 +56,7 @@ pub const OLDEST: &str = "standpipe_oldest_waiting_seconds";
 pub const TRIMMED: &str = "standpipe_trimmed_entries_total";
 /// Pipelines in each state.
 pub const PIPELINES: &str = "standpipe_pipelines";
-/// Whether a part rests because somebody paused it.
+/// Whether an operator paused a part.
 pub const PAUSED: &str = "standpipe_paused";
 /// Connections in the pool.
 pub const POOL_SIZE: &str = "standpipe_pool_connections";
@@ -72,7 +72,7 @@ pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
 pub const RELAY_BAD_FRAMES: &str = "standpipe_relay_undecodable_frames_total";
 /// Records that could not be decoded.
 pub const RELAY_BAD_RECORDS: &str = "standpipe_relay_undecodable_records_total";
-/// What is missing because the relay's events could not be used, by reason.
+/// Missing data because events from the relay could not be used, by reason.
 pub const RELAY_MISSED: &str = "standpipe_relay_missed_total";
 /// Connections to the relay.
 pub const RELAY_CONNECTS: &str = "standpipe_relay_connects_total";
@@ -112,7 +112,7 @@ pub fn dead_letter(reason: Reason) {
     metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).increment(1);
 }
 
-/// Says whether what PostgreSQL had lost is being read again.
+/// Sets whether events that PostgreSQL lost are being read again.
 pub fn refilling(refilling: bool) {
     metrics::gauge!(REFILLING).set(if refilling { 1.0 } else { 0.0 });
 }
@@ -130,7 +130,7 @@ pub fn operations(kind: Kind, total: u32, applied: u32) {
         .increment(total.saturating_sub(applied).into());
 }
 
-/// Takes over how the stream is doing.
+/// Exports the state of the stream.
 pub fn look(look: &Look) {
     let waiting = crate::report::waiting(look);
     metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
@@ -148,7 +148,7 @@ pub fn look(look: &Look) {
     }
 }
 
-/// Counts and tells that somebody else removed entries that may not have been acknowledged.
+/// Counts and logs that somebody else removed entries that may not have been acknowledged.
 pub fn note_removed(entries: u64) {
     if entries > 0 {
         count(LOST, entries);
@@ -172,7 +172,7 @@ pub fn backpressure(waited: Duration) {
     metrics::counter!(BACKPRESSURE).absolute(total / 1000);
 }
 
-/// Counts and tells what of stream and group had to be made anew.
+/// Counts and logs that the stream or the group had to be created again.
 pub fn note_ensured(ensured: Ensured) {
     if ensured.stream_lost {
         count(STREAM_LOST, 1);

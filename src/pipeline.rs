@@ -30,16 +30,16 @@ use crate::stream::{Keys, Redis, backoff, epochs, group, is_nogroup};
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// A batch larger than this halves the next read: entries are of any size, memory is not.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
-/// What is claimed at a time: more than a batch, because what another program did after it is looked for once for all of it.
+/// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
 const CLAIM_BYTES: usize = 16 * 1024 * 1024;
-/// Operations that share a transaction at the most: five pipelines of them use less than half of the locks that a server
-/// with PostgreSQL's defaults can hold.
+/// Maximum operations per transaction: five pipelines then use less than half of the locks that a server with PostgreSQL's
+/// defaults can hold.
 const TRANSACTION_OPERATIONS: usize = 400;
-/// How many batches in a row may leave something to the next one; then it is waited for.
+/// How many batches in a row may defer events to the next one; after that the pipeline waits for the locks.
 const LEAVE_ROUNDS: u32 = 4;
-/// How long to wait before asking again whether the operator mended what halted us.
+/// How long a halted pipeline waits before it tries again.
 const HALTED: Duration = Duration::from_secs(10);
-/// A database that has been asked for so long without an answer is worth a word.
+/// Report PostgreSQL as unresponsive after this long.
 const NO_ANSWER: Duration = Duration::from_secs(5);
 
 /// One of N: a consumer of the group with a connection to Redis of its own.
@@ -60,7 +60,7 @@ pub struct Pipeline {
     in_hand: InHand,
     /// Whether our consumer names are ours.
     names: watch::Receiver<Names>,
-    /// Whether the operator wants us to rest.
+    /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
 }
 
@@ -138,7 +138,7 @@ impl Pipeline {
         }
     }
 
-    /// Rests while this says so.
+    /// Pauses while this is true.
     #[must_use]
     pub fn paused_by(mut self, pause: watch::Receiver<bool>) -> Self {
         self.pause = pause;
@@ -154,7 +154,7 @@ impl Pipeline {
             }
             let began = Instant::now();
             let Err(error) = self.session(&stop).await else { continue };
-            // A connection in doubt is dropped: a read whose answer nobody took has still moved entries to us.
+            // A connection in doubt is dropped: a read whose answer was lost has still moved entries to us.
             metrics::count(metrics::REDIS_RECONNECTS, 1);
             if began.elapsed() > Duration::from_secs(30) {
                 delays = backoff();
@@ -172,7 +172,7 @@ impl Pipeline {
             let names = self.names.borrow_and_update().clone();
             match names {
                 Names::Ours => return true,
-                // It is the same for all of them: one says it.
+                // It is the same for all pipelines: one reports it.
                 Names::Waiting(state) if self.index > 0 => {
                     self.status.pipeline(self.index, |status| {
                         status.enter(state);
@@ -190,8 +190,8 @@ impl Pipeline {
         }
     }
 
-    /// Takes our name out of the group when nothing is pending under it: whoever starts under it next need not wonder
-    /// whether we are still there.
+    /// Removes our consumer from the group when nothing is pending under it, so that the next start under this name need not
+    /// wait to see whether we are still running.
     async fn leave(&self) {
         if let Ok(mut connection) = self.redis.connect().await {
             let name = Some(self.consumer.as_str());
@@ -211,8 +211,8 @@ impl Pipeline {
         ended
     }
 
-    /// First what we got earlier and never acknowledged, then what is new. `left`: what a batch leaves to the next, because
-    /// others are at work on the same accounts; they have more to do than to wait for each other.
+    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries that a batch defers to
+    /// the next, because other pipelines hold locks on the same accounts.
     async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> RedisResult<()> {
         let mut rounds = 0;
         let mut connection = self.redis.connect().await?;
@@ -243,7 +243,7 @@ impl Pipeline {
                 Ok(batch) => batch,
                 Err(error) if is_nogroup(&error) => {
                     metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
-                    // Without a pause a group that somebody keeps destroying would cost a processor.
+                    // Without a pause, a group that is destroyed again and again would keep a processor busy.
                     self.sleep(missing.next(), stop).await;
                     continue;
                 }
@@ -277,7 +277,7 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Works on what was left until it is done, however long others are at work on the same accounts.
+    /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
     async fn finish_left(
         &self,
         connection: &mut MultiplexedConnection,
@@ -288,12 +288,12 @@ impl Pipeline {
         self.work(connection, batch, false, stop).await.map(drop)
     }
 
-    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    /// True while an operator has paused us. If the control side is gone, we count as running: nobody could resume us.
     fn is_paused(&self) -> bool {
         *self.pause.borrow() && self.pause.has_changed().is_ok()
     }
 
-    /// Waits until the operator wants it otherwise. Everything in hand is acknowledged; the names stay ours.
+    /// Waits until resumed. Everything in hand is acknowledged; the names stay ours.
     async fn rest(&self, stop: &CancellationToken) {
         let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
         self.say(State::Paused);
@@ -304,8 +304,8 @@ impl Pipeline {
         }
     }
 
-    /// Takes over what consumers left that are gone. Not while PostgreSQL is away: whoever holds entries is waiting for
-    /// it too, and to take them from each other would help nobody.
+    /// Takes over entries of consumers that are gone. Not while PostgreSQL is down: every holder is waiting for it too, and
+    /// taking entries from each other would not help.
     async fn claim(
         &self,
         connection: &mut MultiplexedConnection,
@@ -313,8 +313,8 @@ impl Pipeline {
     ) -> RedisResult<()> {
         let mut start = Some("0-0".to_owned());
         while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
-            // As much as fits into memory: what another program did after these entries is looked for once for all of them.
-            // For each page it would be all of the stream, again and again.
+            // As many as fit into memory: one search for another program's later work covers all of them. A search per page
+            // would read the whole stream each time.
             let mut batch = Batch::default();
             let mut bytes = 0;
             while bytes < CLAIM_BYTES
@@ -346,7 +346,7 @@ impl Pipeline {
                 crash::at(Point::WhileClaiming);
             }
             {
-                // What another pipeline of this process holds is being worked on, whoever it belongs to by now.
+                // Entries held by another pipeline of this process are being worked on, whichever consumer owns them by now.
                 let in_hand = lock(&self.in_hand);
                 batch.entries.retain(|entry| !in_hand.contains(&entry.id));
             }
@@ -363,8 +363,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Works on entries that were delivered before. One that was delivered often is worked on alone: should it be what
-    /// brought the process down, its neighbours get through. The number alone makes no dead letter.
+    /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
+    /// process, its neighbours get through. The count alone never makes a dead letter.
     async fn work_again(
         &self,
         connection: &mut MultiplexedConnection,
@@ -430,7 +430,7 @@ impl Pipeline {
         Ok(batch.entries.into_iter().filter(|entry| left.contains(&entry.id)).collect())
     }
 
-    /// Holds on to entries while they are being applied. A failure is not ours to handle: the acknowledgement meets it.
+    /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
     async fn keep_fresh<T>(&self, mut connection: MultiplexedConnection, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
@@ -441,7 +441,7 @@ impl Pipeline {
     /// Applies entries, and where another program works beside us, what it has made of the same records since. Returns
     /// what is done, and which are left.
     ///
-    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    /// `None` when it is time to stop and the database is down: the entries stay pending.
     async fn finish<'a>(
         &self,
         mut connection: MultiplexedConnection,
@@ -566,7 +566,7 @@ impl Pipeline {
 
     /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.
     ///
-    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    /// `None` when it is time to stop and the database is down: the entries stay pending.
     async fn apply<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
@@ -622,8 +622,7 @@ impl Pipeline {
         Some(done)
     }
 
-    /// Waits for work in the database, and says so when it takes long. It is not given up: that is for the limit of the
-    /// statement to decide.
+    /// Waits for the database, and reports when it takes long. It never gives up: the statement timeout decides that.
     async fn answered<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         tokio::select! {
@@ -651,7 +650,7 @@ impl Pipeline {
                 break;
             }
             if together && open.len() > 1 {
-                // Once. What does not go together, for whatever reason, goes one by one.
+                // Once. Events that fail together are applied one by one.
                 together = false;
                 self.attempt_together(session, batch, open, may_leave).await?;
                 continue;
@@ -755,7 +754,7 @@ impl Pipeline {
         }
         let now = now_ms();
         let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
-        // To find a counter by its labels costs more than to count.
+        // Looking up a counter by its labels costs more than counting.
         let mut types: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut operations: BTreeMap<Kind, (u32, u32)> = BTreeMap::new();
         for work in done {
@@ -781,7 +780,7 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Says what is wrong and waits; `false` when it is time to stop instead.
+    /// Reports the problem and waits; `false` when it is time to stop instead.
     async fn wait_for_postgres(
         &self,
         error: StoreError,
@@ -799,7 +798,7 @@ impl Pipeline {
         };
         ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
         self.status.pipeline(self.index, |status| status.retries += 1);
-        // To lose against another transaction now and then is no outage.
+        // Losing to another transaction now and then is not an outage.
         if verdict != Verdict::Retry || delay.is_none_or(|delay| delay > Duration::from_millis(500)) {
             self.say(state);
         }
@@ -837,7 +836,7 @@ impl Pipeline {
             }
             State::Paused => info!(consumer, "paused manually; entries in hand are acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
-                // As loud as what it puts an end to.
+                // At the same level as the outage that it ends.
                 warn!(consumer, "running again");
             }
             _ => {}
@@ -856,7 +855,7 @@ impl Pipeline {
     }
 }
 
-/// What a panic says, as the reason for a dead letter.
+/// A panic's message, as the reason for a dead letter.
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Reject {
     let said = panic.downcast_ref::<String>().map(String::as_str);
     let said = said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -914,14 +913,14 @@ impl<'a> Work<'a> {
         self.event = None;
     }
 
-    /// Whether the database has still to be asked. An event that nobody asked for has no repository and needs nothing.
+    /// Whether the database still has work to do. An event of no interest has no repository and needs none.
     fn is_open(&self) -> bool {
         self.outcome.is_none()
             && !self.left
             && self.event.as_ref().is_some_and(|event| !event.repo.is_empty())
     }
 
-    /// Sets aside what the database refuses; the rest is tried again without it.
+    /// Sets aside the operations that the database refuses; the others are retried without them.
     fn reject(&mut self, mut bad: Vec<(usize, Reject)>) {
         let Some(event) = &mut self.event else { return };
         bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));

@@ -120,7 +120,7 @@ BEGIN
     END IF;
 END $$;
 
--- One alone. False when something is known of it or its account, or a gate has to do with it: nothing is done then.
+-- Fast path: one post. Returns false and writes nothing if a row or tombstone already exists, or a gate is involved.
 CREATE OR REPLACE FUNCTION standpipe.new_post(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     ignored text;

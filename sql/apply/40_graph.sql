@@ -23,7 +23,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- One alone. False when something is known of it or its account: nothing is done then.
+-- Fast path: one record. Returns false and writes nothing if a row or tombstone already exists.
 CREATE OR REPLACE FUNCTION standpipe.new_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     ignored text;

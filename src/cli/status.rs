@@ -160,7 +160,7 @@ impl Asker {
         Answer { status, beside, trouble }
     }
 
-    /// What the process at `HTTP_ADDR` says, also when it says that Redis is away.
+    /// What the process at `HTTP_ADDR` says, also when it says that Redis is down.
     async fn ask_process(&self) -> Option<Value> {
         let address = self.config.http_addr?;
         let (_, body) = http::client::get(address, "/status", ANSWER).await.ok()?;

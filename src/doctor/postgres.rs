@@ -108,7 +108,7 @@ async fn settings(client: &Client, findings: &mut Findings) -> Result<(), StoreE
     Ok(())
 }
 
-/// What is behind an error, and what to do.
+/// The cause of an error, and the remedy.
 fn explain(error: &StoreError, config: &Config) -> (String, String) {
     let text = &error.message;
     let says = |part: &str| text.contains(part);
@@ -295,7 +295,7 @@ fn connections(config: &Config, processes: usize, row: &Row, findings: &mut Find
     }
 }
 
-/// Says what the role may not do; whether there was anything.
+/// Reports the role's missing rights; returns whether there were any.
 fn missing_rights(role: &str, rows: &[Row], findings: &mut Findings) -> bool {
     const WHAT: &str = "rights";
     let mut by_object: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -432,7 +432,7 @@ enum Condition {
     /// Nobody reads it.
     Unused,
     BeingBuilt,
-    /// Its building was broken off.
+    /// Its build was interrupted.
     Invalid,
 }
 

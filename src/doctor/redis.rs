@@ -13,7 +13,7 @@ use crate::stream::group::{self, Pending};
 use crate::stream::noted::{self, Refill};
 use crate::stream::{Keys, Redis, rights};
 
-/// Pending entries that are looked at, at the most.
+/// Maximum number of pending entries to check.
 const PENDING_SEEN: usize = 1000;
 
 /// Returns how many processes have pipelines at work.
@@ -52,7 +52,7 @@ async fn look(
     connection: &mut MultiplexedConnection,
     findings: &mut Findings,
 ) -> RedisResult<usize> {
-    // What we may not ask is said with the rights.
+    // Missing permissions are reported by the rights check.
     let info = permitted(redis::cmd("INFO").query_async::<String>(connection).await)?;
     if let Some(info) = &info {
         let info = Info(info);
@@ -114,7 +114,7 @@ fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
     }
 }
 
-/// What was asked, unless our user may not ask it.
+/// The answer, unless our user lacks the permission.
 fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -123,7 +123,7 @@ fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
     }
 }
 
-/// What is behind an error, and what to do.
+/// The cause of an error, and the remedy.
 fn explain(error: &RedisError) -> (String, &'static str) {
     let text = error.to_string();
     let says = |part: &str| text.contains(part);
@@ -177,7 +177,7 @@ impl<'a> Info<'a> {
     }
 }
 
-/// What stands in the configuration of the server; `None` where our user may not ask.
+/// The server's configuration; `None` where our user lacks the permission.
 struct Settings {
     append_fsync: Option<String>,
     save: Option<String>,
@@ -493,7 +493,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
     }
 }
 
-/// What never came, or could not be used.
+/// Gaps, and events that could not be used.
 fn missing(report: &Report, refill: Option<Refill>, findings: &mut Findings) {
     const WHAT: &str = "missing";
     let missing = &report.missing;
@@ -570,7 +570,7 @@ async fn dead_letters(
     Ok(())
 }
 
-/// Consumers whose entries nobody has touched for long.
+/// Consumers whose entries have been idle for long.
 fn consumers(
     config: &Config,
     report: &Report,
@@ -618,7 +618,7 @@ fn consumers(
     );
 }
 
-/// Pending entries that are in the stream no more.
+/// Pending entries that are no longer in the stream.
 async fn dangling(
     keys: &Keys,
     pending: &[Pending],

@@ -1,4 +1,4 @@
-//! What changes something, and the dead letters: who may ask, and what is done.
+//! Control and dead letters: who may ask, and what is done.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,14 +24,14 @@ use crate::stream::dead_letters::{self, Letter};
 
 /// Dead letters in one answer.
 const PAGE: usize = 50;
-/// Dead letters that are looked through for one answer.
+/// Dead letters searched for one answer.
 const LOOKED_THROUGH: usize = 2_000;
 /// How long one request may keep retrying or purging; the answer says when more is left.
 const WORK: Duration = Duration::from_secs(15);
 /// What a list shows of a message or an address; the letter itself has all of it.
 const SHORT: usize = 300;
 
-/// Lets pass who knows the token and comes from nowhere else than our own page.
+/// Admits a request that has the token and does not come from another site's page.
 pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     if is_foreign(headers) {
@@ -48,8 +48,8 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
     }
 }
 
-/// Lets pass who may look at dead letters and at PostgreSQL's statements: with the token from anywhere, without it only from this machine, asked by
-/// address. A name in the request means a proxy, or a page of somebody's that made its own name lead here.
+/// Admits a request for dead letters or for PostgreSQL's statements: with the token from anywhere, without it only from this
+/// machine and by address. A name in the request means a proxy, or a foreign page that made its own name resolve to us.
 pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let peer = request
@@ -69,7 +69,7 @@ pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Reque
     }
 }
 
-/// What a request says of the token.
+/// The token in a request.
 enum Token {
     Right,
     Wrong,
@@ -93,7 +93,7 @@ impl Server {
     }
 }
 
-/// Whether a browser says that the request comes from a page that is not ours.
+/// Whether a browser reports that the request comes from another site's page.
 fn is_foreign(headers: &HeaderMap) -> bool {
     let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
     let elsewhere = text("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none"));

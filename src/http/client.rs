@@ -1,4 +1,4 @@
-//! The few lines of HTTP with which the command line asks a running process.
+//! A minimal HTTP client for the command line to talk to a running process.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;

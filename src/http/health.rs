@@ -1,4 +1,4 @@
-//! How the process is, in one sentence that a person understands who has never seen it.
+//! The state of the process in one sentence, for a reader who has never seen it.
 
 use serde::Serialize;
 
@@ -7,13 +7,13 @@ use crate::stream::noted::Refill;
 
 /// Entries that wait less long than this are on their way, not waiting.
 const BEHIND_SECONDS: f64 = 5.0;
-/// Waiting work of which nothing was finished for so long is not going on.
+/// A backlog with no acknowledgement for this long counts as stalled.
 const NO_PROGRESS_MS: u64 = 30_000;
 /// The stream is looked at every second; when that stops, Redis is not answering.
 const LOOK_IS_OLD_MS: u64 = 4_000;
-/// What is durable only so long after it came is not well.
+/// An event that takes longer than this to become durable is late.
 const SLOW_MS: f64 = 5_000.0;
-/// A reader that has taken nothing in for so long, and was not steadily connected either, is stuck.
+/// A reader that has received nothing for this long, and was not steadily connected either, is stuck.
 pub const NOTHING_IN_MS: u64 = 60_000;
 
 /// How bad it is.
@@ -22,13 +22,13 @@ pub const NOTHING_IN_MS: u64 = 60_000;
 pub enum Level {
     /// As it should be.
     Well,
-    /// At work with more to do than is done.
+    /// Running, but not keeping up.
     Busy,
-    /// The operator wants it so.
+    /// Paused by an operator.
     Paused,
-    /// Something is away; it goes on by itself.
+    /// A server is down; work resumes by itself.
     Waiting,
-    /// A person has to do something.
+    /// Operator action needed.
     Bad,
 }
 
@@ -78,7 +78,7 @@ pub struct Facts<'a> {
     pub refill: Option<Refill>,
 }
 
-/// The most important thing that is to be said.
+/// The most important statement to make.
 #[must_use]
 pub fn health(facts: &Facts<'_>) -> Health {
     let say = |level, about, sentence: String, detail: String| Health { level, about, sentence, detail };
@@ -100,7 +100,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         );
     }
 
-    // What only a person can mend.
+    // Needs operator action.
     if let Some(halted) = first(facts, |state| matches!(state, State::Halted { .. })) {
         let reason = reason(halted.state);
         return if halted.is_reader {
@@ -120,7 +120,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         };
     }
 
-    // What comes back by itself, and is the pipelines'.
+    // Recovers by itself: the pipelines.
     let pipelines = facts.pipelines.len();
     let of_pipelines = |count: usize| match count {
         count if count == pipelines => none(),
@@ -167,7 +167,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         );
     }
 
-    // What the operator wants.
+    // Paused by an operator.
     let paused = |state: &State| *state == State::Paused;
     let reader_rests = facts.reader.is_some_and(|reader| paused(&reader.state));
     let resting = facts.pipelines.iter().filter(|pipeline| paused(&pipeline.state)).count();
@@ -291,7 +291,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
     }
 }
 
-/// Whether the reader takes nothing in while it should. Room, Redis and leases have states of their own.
+/// Whether the reader receives nothing although it should. Room, Redis and leases have states of their own.
 #[must_use]
 pub fn is_stuck(reader: &ReaderStatus, now_ms: u64) -> bool {
     matches!(reader.state, State::Starting | State::Running | State::WaitingForRelay { .. })

@@ -1,5 +1,5 @@
-//! What the dashboard shows: one snapshot a second, made once for everybody who watches, the last ten minutes for
-//! whoever begins to, and the last day minute by minute for whoever asks.
+//! The dashboard's data: one snapshot a second, made once for all viewers; the last ten minutes for a new viewer; and the last
+//! day, minute by minute, on request.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,17 +21,17 @@ use crate::metrics;
 use crate::report;
 use crate::status::{PipelineStatus, ReaderStatus, lock, now_ms, percentile};
 
-/// Who may watch at a time: connections that stay, and others must have room beside them.
+/// Maximum concurrent viewers: their connections stay open, and other requests need room.
 pub const MAX_WATCHERS: usize = 16;
 /// Ten minutes.
 const HISTORY: usize = 600;
 /// A day.
 const MINUTES: usize = 1_440;
-/// Rates are those of so many seconds: batches make a single second jump.
+/// Seconds over which rates are taken: batches make a single second jump.
 const RATE_SECONDS: usize = 3;
-/// Percentiles are those of so many seconds.
+/// Seconds over which percentiles are taken.
 const LATENCY_SECONDS: usize = 10;
-/// Nobody knows how many dead letters there are.
+/// The number of dead letters is unknown.
 const UNKNOWN: u64 = u64::MAX;
 
 /// What a point of the history holds, in this order.
@@ -50,7 +50,7 @@ const COLUMNS: [&str; 10] = [
 
 type Point = [Option<f64>; COLUMNS.len()];
 
-/// Of these a minute has its mean; of the others its most: what was worst must not vanish in a day.
+/// Columns whose minute is a mean. For the others it is the maximum: the worst must not vanish in a day.
 const MEANS: [&str; 3] = ["events_per_second", "frames_per_second", "p50_ms"];
 
 /// The last day, a point a minute: at most 300 kB or so.
@@ -134,7 +134,7 @@ impl Default for Live {
 }
 
 impl Live {
-    /// The history, then a snapshot a second. Whoever is slow misses some; whoever takes nothing loses the connection.
+    /// The history, then a snapshot a second. A slow viewer misses some; one that reads nothing loses the connection.
     pub fn events(&self) -> Response {
         let Ok(place) = Arc::clone(&self.watchers).try_acquire_owned() else {
             let body = format!("{MAX_WATCHERS} pages watch already; try again when one is closed\n");

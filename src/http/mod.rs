@@ -34,7 +34,7 @@ use crate::status::{State, Status, lock, now_ms};
 use crate::store::Store;
 use crate::stream::{Keys, Redis};
 
-/// Waiting work and no progress for this long means not ready.
+/// A backlog without progress for this long means not ready.
 const NO_PROGRESS: Duration = Duration::from_secs(30);
 /// How long a server may take to answer us.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -64,11 +64,11 @@ pub struct Server {
     live: Live,
 }
 
-/// What readiness says.
+/// The result of the readiness check.
 #[derive(Debug, Serialize)]
 pub struct Readiness {
     ready: bool,
-    /// Not ready, and for no other reason than that the operator wants it so.
+    /// Not ready only because an operator paused it.
     only_paused: bool,
     /// Everything that is wrong, for people.
     reasons: Vec<String>,
@@ -177,7 +177,7 @@ impl Server {
             }
         };
         if let Some(store) = &self.store {
-            // All connections being in use is no sign of illness while work goes on.
+            // All connections being in use is not a fault while work progresses.
             let (_, in_use) = store.pool_status();
             if in_use < self.pool_max
                 && let Err(error) = store.ping(ANSWER).await
@@ -273,7 +273,7 @@ async fn guard(request: Request, next: Next) -> Response {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    // Everything here is of this second.
+    // Responses are live; never cache them.
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }

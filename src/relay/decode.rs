@@ -16,7 +16,7 @@ use crate::stream::append::{NewEntry, NewLetter};
 /// A commit's data beyond this is split over several entries, so that entries read together fit into memory.
 const SPLIT: usize = 128 * 1024;
 
-/// A frame has so many CBOR items outside of its blocks at most; a commit of 200 operations has two thousand.
+/// Maximum CBOR items in a frame outside of its blocks; a commit of 200 operations has two thousand.
 const MAX_ITEMS: usize = 20_000;
 /// Operations of one commit (<https://atproto.com/specs/sync>).
 const MAX_OPS: usize = 200;
@@ -32,7 +32,7 @@ const MAX_PATH: usize = 317 + 1 + 512;
 /// The longest other text: revisions, times, handles, states.
 const MAX_TEXT: usize = 512;
 
-/// What a message says.
+/// A decoded message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
     /// Something that has a place in the sequence; `entries` is empty where nothing of it is kept.
@@ -64,11 +64,11 @@ pub enum Message {
         /// For people.
         message: String,
     },
-    /// A type without a place in the sequence that nobody here knows.
+    /// An unknown type without a place in the sequence.
     Unknown,
 }
 
-/// The message is not what the protocol says; the connection is to be dropped.
+/// The message breaks the protocol; the connection is to be dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// No CBOR.
@@ -91,7 +91,7 @@ type Map<'a> = Vec<(&'a str, Value<'a>)>;
 ///
 /// # Errors
 ///
-/// The message breaks the framing. A bad record is no error: it loses only itself and is counted.
+/// The message breaks the framing. A bad record is not an error: only that record is lost, and it is counted.
 pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError> {
     // Before anything is built: a byte of CBOR can become a value of fifty.
     if !has_few_items(frame) {

@@ -34,23 +34,23 @@ use crate::stream::append::{
 use crate::stream::gap::Gap;
 use crate::stream::{Keys, Redis, backoff, group, is_oom, lease};
 
-/// What may wait between the socket and Redis. A slow Redis then slows the socket.
+/// Queue between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
-/// What one append carries at the most: a longer script would hold up the server, and by so much Redis may go beyond its
-/// memory limit, which it looks at before a script and not within.
+/// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this much,
+/// because it checks the limit before a script and not within.
 const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
 /// Beyond this an append is cut into pieces: what was gathered, and then one commit that is larger than all of it.
 const PIECE_BYTES: usize = 2 * APPEND_BYTES;
 /// How often the cursor, the lease and the marks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often a frame that cannot be used may cost the connection before it is passed over.
+/// How often an unusable frame may cost the connection before it is skipped.
 const BAD_FRAME_TRIES: u32 = 3;
 /// The same trouble is reported again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// What needs the operator is looked at again after this time.
+/// A condition that needs operator action is checked again after this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// A connection that has lasted this long and brings nothing has nothing to bring.
+/// A connection that has lasted this long without a frame counts as idle, not as stuck.
 const STEADY: Duration = Duration::from_secs(30);
 /// Dead letters that the reader keeps of one account.
 const LETTERS_PER_ACCOUNT: u64 = 100;
@@ -63,7 +63,7 @@ pub struct Reader {
     status: Arc<Status>,
     /// Who we are to the lease.
     token: String,
-    /// Whether the operator wants us to rest.
+    /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
     tls: Connector,
 }
@@ -79,7 +79,7 @@ enum End {
     Relay { reason: String, retry_after: Option<Duration> },
     #[error("the relay's numbering began anew")]
     Reset,
-    /// Only the operator can mend it.
+    /// Operator action needed.
     #[error("{0}")]
     Operator(String),
     #[error("{0}")]
@@ -106,7 +106,7 @@ impl From<CursorError> for End {
     }
 }
 
-/// What the reader remembers from one session to the next.
+/// State that the reader keeps between sessions.
 #[derive(Default)]
 struct Memory {
     /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
@@ -117,7 +117,7 @@ struct Memory {
     restart: Option<Restart>,
     /// The position for which the relay said that it no longer has what follows it.
     outdated: Option<i64>,
-    /// When something that the relay says was last logged, and what was not logged since.
+    /// When a message from the relay was last logged, and how many were suppressed since.
     info: Option<(Instant, u64)>,
     /// The lease was ours.
     leased: bool,
@@ -130,7 +130,7 @@ struct Restart {
     gap: Gap,
 }
 
-/// What a session sets out from.
+/// A session's starting point.
 struct Plan {
     /// The position to ask the relay for; `None` is from now on.
     from: Option<i64>,
@@ -141,7 +141,7 @@ struct Plan {
     appended: AtomicBool,
 }
 
-/// What goes from the socket to the stream: what one frame holds, with its place.
+/// One frame's contents and position, on the way from the socket to the stream.
 struct Item {
     seq: i64,
     entries: Vec<NewEntry>,
@@ -262,19 +262,19 @@ impl Reader {
         self.enter(State::Stopped);
     }
 
-    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    /// True while an operator has paused us. If the control side is gone, we count as running: nobody could resume us.
     fn is_paused(&self) -> bool {
         *self.pause.borrow() && self.pause.has_changed().is_ok()
     }
 
-    /// Resolves when the operator wants us to rest.
+    /// Resolves when an operator pauses us.
     async fn pause_begins(&self) {
         if self.pause.clone().wait_for(|paused| *paused).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// Waits until the operator wants it otherwise. A lease that was ours stays ours: nobody else is to read meanwhile.
+    /// Waits until resumed. We keep our lease: nobody else may read meanwhile.
     async fn rest(&self, leased: bool, stop: &CancellationToken) {
         info!("the reader is paused manually; the relay keeps what comes meanwhile");
         self.enter(State::Paused);
@@ -305,7 +305,7 @@ impl Reader {
         });
     }
 
-    /// Whether the operator wants to go on, and from where.
+    /// Whether the configuration lets us resume, and from where.
     fn future_cursor(&self, memory: &mut Memory) -> bool {
         let (from, what) = match self.config.on_future_cursor {
             OnFutureCursor::Stop => return false,
@@ -453,7 +453,7 @@ impl Reader {
     async fn open(&self, from: Option<i64>, tries: u32) -> Result<Socket, End> {
         let mut url = self.config.relay_url.expose().to_owned();
         if let Some(cursor) = from {
-            // A frame too large even to be passed over is gone round, in growing steps.
+            // A frame too large even to be skipped is bypassed, in growing steps.
             let step = match tries.checked_sub(2 * BAD_FRAME_TRIES) {
                 Some(times) => 1 << times.min(20),
                 None => 0,
@@ -497,7 +497,7 @@ impl Reader {
                 () = sleep_until(last_data, quiet), if sequence.set_aside() > 0 => {
                     return Err(self.reset(&sequence, memory));
                 }
-                // Only data counts: a dead feed can go on answering pings.
+                // Only data counts: a dead feed can still answer pings.
                 () = sleep_until(last_data, idle) => {
                     return Err(End::relay(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
                 }
@@ -607,7 +607,7 @@ impl Reader {
         }
     }
 
-    /// The numbering begins anew: from the oldest that the relay has, in an epoch of its own.
+    /// The numbering restarts: read from the relay's oldest event, in a new epoch.
     fn reset(&self, sequence: &Sequence, memory: &mut Memory) -> End {
         let reason = format!(
             "{} restarted its numbering: its numbers are far from {}; reading from its oldest event",
@@ -646,7 +646,7 @@ impl Reader {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut run_id = None;
-        // Repeats of what is in the stream already do not set the cursor back.
+        // Repeats of events already in the stream do not set the cursor back.
         let mut position = plan.from;
         let mut items = Vec::new();
         loop {
@@ -740,7 +740,7 @@ impl Reader {
         }
     }
 
-    /// Checks that Redis is the Redis that we know, and waits while the stream or the memory is at its mark.
+    /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
     async fn look(
         &self,
         connection: &mut MultiplexedConnection,
@@ -824,7 +824,7 @@ impl Reader {
 }
 
 impl Memory {
-    /// Notes that the frame behind this position could not be used; how often that was so by now.
+    /// Records that the frame behind this position could not be used; returns how often by now.
     fn failed_after(&mut self, position: Option<i64>) -> u32 {
         let tries = match self.bad_frame {
             Some((at, tries)) if at == position => tries + 1,
@@ -834,7 +834,7 @@ impl Memory {
         tries
     }
 
-    /// Logs what a relay says, once a minute however much it says.
+    /// Logs messages from the relay, at most once a minute.
     fn say_info(&mut self, name: &str, message: &str) {
         match &mut self.info {
             Some((at, unsaid)) if at.elapsed() < SAY_AGAIN => *unsaid += 1,
@@ -847,7 +847,7 @@ impl Memory {
     }
 }
 
-/// Begins a gap with a frame that is passed over, unless there is one already.
+/// Begins a gap at a skipped frame, unless there is one already.
 fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
     gap.get_or_insert(Gap::new(format!("passed over a frame that cannot be used: {why}"), after));
 }
@@ -902,7 +902,7 @@ async fn sleep_until(since: Instant, limit: Duration) {
     }
 }
 
-/// What a relay says may be of any length.
+/// Text from a relay may be of any length.
 fn shorten(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(200).collect()
 }

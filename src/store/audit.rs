@@ -206,7 +206,7 @@ pub async fn audit(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     audit_and_say(client, &mut |_| {}).await
 }
 
-/// As [`audit`], saying now and then how far it is.
+/// As [`audit`], reporting progress now and then.
 ///
 /// # Errors
 ///
@@ -225,7 +225,7 @@ pub async fn repair(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     repair_and_say(client, &mut |_| {}).await
 }
 
-/// As [`repair`], saying now and then how far it is.
+/// As [`repair`], reporting progress now and then.
 ///
 /// # Errors
 ///

@@ -174,7 +174,7 @@ pub struct Claimed {
 
 /// Takes over entries that nobody has touched for `idle`, from `start` ("0-0" for the beginning).
 ///
-/// The server scans ten times `count` entries at the most, so that an empty page is not the end.
+/// The server scans at most ten times `count` entries, so an empty page is not the end.
 ///
 /// # Errors
 ///

@@ -2,7 +2,7 @@
 -- removed before that, and reports.
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
--- ARGV: our group, how many entries to trim at the most (0 to look and change nothing), Unix milliseconds, how long to
+-- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
 --       wait between two times of setting the reader back, in milliseconds.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back}, or {} without a stream.

@@ -10,7 +10,7 @@ use super::Keys;
 use crate::event::EntryId;
 use crate::status::now_ms;
 
-/// Entries trimmed by one call, at the most; more would hold up the server.
+/// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
 
 /// The reader is not set back more often than this, should somebody go on removing entries.

@@ -38,7 +38,7 @@ pub struct Keys {
     pub acked: String,
     /// The first entry that has the present relay's numbers.
     pub start: String,
-    /// What one call of the janitor tells the next.
+    /// State the janitor keeps between runs.
     pub watch: String,
     /// The epoch, our reader's last entry, and the newest revision that it appended; see append.lua.
     pub epoch: String,
