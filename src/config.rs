@@ -173,7 +173,7 @@ pub const VARIABLES: &[Variable] = &[
     variable("RUST_LOG", "", "a tracing filter such as standpipe=debug,redis=info; wins over LOG_LEVEL"),
 ];
 
-/// What a process is going to do: it decides which variables are required.
+/// The role of a process: it decides which variables are required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// `run`: the reader and the pipelines.
@@ -271,7 +271,7 @@ pub struct Config {
 pub struct ConfigError {
     /// In the order of [`VARIABLES`]; never empty.
     pub problems: Vec<Problem>,
-    /// What would only be warned of, such as a name that looks like one of ours: it may be the cause.
+    /// Warnings, such as a name that looks like one of ours: one may be the cause.
     pub warnings: Vec<String>,
 }
 
@@ -588,7 +588,7 @@ impl Reading {
         }
     }
 
-    /// What works, but probably not as its operator wishes.
+    /// Settings that work, but probably not as intended.
     fn warn_of_combinations(&mut self, config: &Config, role: Role) {
         if config.relay_ca.is_some() && !config.relay_url.is_tls() {
             self.warnings
@@ -963,7 +963,7 @@ impl DatabaseUrl {
     }
 }
 
-/// What whoever controls the process over HTTP must know. `Display` and `Debug` hide it.
+/// The secret for control over HTTP. `Display` and `Debug` hide it.
 #[derive(Clone)]
 pub struct AdminToken(String);
 
@@ -1154,8 +1154,8 @@ fn hides(parameter: &str) -> bool {
     ["pass", "secret", "token", "key", "%"].iter().any(|part| name.contains(part))
 }
 
-/// A value of a variable that is no secret, quoted, on one line and short. What looks as if a secret had been
-/// put into the wrong variable is not shown.
+/// A value of a variable that is not secret, quoted, on one line and short. A value that looks like a secret in the wrong
+/// variable is not shown.
 fn shown(value: &str) -> String {
     if value.contains("://") || value.contains('@') || value.to_ascii_lowercase().contains("password") {
         return "(value not shown)".to_owned();
@@ -1176,8 +1176,7 @@ pub enum MemoryMark {
 }
 
 impl MemoryMark {
-    /// Redis refuses the keys that everything else needs when memory is full; the rest must keep room to
-    /// proceed.
+    /// Redis refuses the keys that everything else needs when memory is full; everything else must keep room to proceed.
     const MAX_PERCENT: u8 = 80;
 
     fn parse(text: &str) -> Result<Self, Wrong> {
@@ -1370,11 +1369,11 @@ words! {
 words! {
     /// `ON_FUTURE_CURSOR`: what the reader does when the relay says that the stored cursor is in its future.
     OnFutureCursor {
-        /// Stop and say so: a person decides what the gap means.
+        /// Stop and report it: an operator decides about the gap.
         Stop = "stop",
-        /// Go on with what the relay sends now.
+        /// Resume with what the relay sends now.
         Live = "live",
-        /// Go on with the oldest event that the relay still has.
+        /// Resume with the oldest event that the relay still has.
         Oldest = "oldest",
     }
 }
@@ -1384,7 +1383,7 @@ words! {
     TransactionMode {
         /// Each event has its own.
         Event = "event",
-        /// A batch shares one, or a few; what does not go together goes one by one.
+        /// A batch shares one, or a few; events that fail together are applied one by one.
         Batch = "batch",
     }
 }

@@ -35,7 +35,7 @@ impl fmt::Display for EntryId {
     }
 }
 
-/// The text is no `<ms>-<seq>`.
+/// The text is not `<ms>-<seq>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a stream entry id (<milliseconds>-<sequence>)")]
 pub struct InvalidEntryId;
@@ -271,7 +271,7 @@ impl Reject {
 /// The classes of dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// The entry is not what the contract says, or the record's bytes are no DAG-CBOR.
+    /// The entry is not what the contract says, or the record's bytes are not DAG-CBOR.
     Undecodable,
     /// The record lacks a field without which its row cannot be.
     MissingField,
@@ -334,7 +334,7 @@ pub struct Rejected {
 /// What one stream entry says.
 #[derive(Clone, Debug)]
 pub struct Event<'a> {
-    /// commit, identity, account, sync or a word nobody knows.
+    /// commit, identity, account, sync or an unknown word.
     pub event_type: &'a str,
     /// The repository that it is about; empty where there is nothing to do.
     pub repo: Cow<'a, str>,

@@ -64,7 +64,7 @@ pub const POOL_SIZE: &str = "standpipe_pool_connections";
 pub const POOL_IN_USE: &str = "standpipe_pool_in_use_connections";
 /// Time spent waiting for a connection.
 pub const POOL_WAIT: &str = "standpipe_pool_wait_seconds";
-/// Redis connections opened anew after an error.
+/// Redis connections reopened after an error.
 pub const REDIS_RECONNECTS: &str = "standpipe_redis_reconnects_total";
 /// Frames by type.
 pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
@@ -86,7 +86,7 @@ pub const CURSOR: &str = "standpipe_cursor";
 pub const BACKPRESSURE: &str = "standpipe_backpressure_seconds_total";
 /// Times that PostgreSQL knew less than it had acknowledged.
 pub const DATABASE_WENT_BACK: &str = "standpipe_database_went_back_total";
-/// Whether what PostgreSQL had lost is being read again.
+/// Whether events that PostgreSQL lost are being read again.
 pub const REFILLING: &str = "standpipe_refilling";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";

@@ -72,7 +72,7 @@ pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
 pub enum Names {
     /// It has.
     Ours,
-    /// Not yet, or not any more: what it is waiting for.
+    /// Not yet, or no longer: the reason for waiting.
     Waiting(State),
 }
 
@@ -82,16 +82,16 @@ struct Work<'a> {
     /// `None` when the whole entry is unreadable.
     event: Option<Event<'a>>,
     rejected: Vec<Rejected>,
-    /// What the database made of it; `None` until it is committed.
+    /// The database's outcome; `None` until it is committed.
     outcome: Option<Outcome>,
     /// Whether it is left to the next batch.
     left: bool,
 }
 
-/// What is applied again although it was delivered already.
+/// The scope of a replay of delivered entries.
 #[derive(Default)]
 struct Replay {
-    /// Hashes of the URIs of records and accounts: what is about one of them.
+    /// Hashes of URIs of records and accounts: entries about one of them.
     touched: HashSet<u64>,
     /// Also everything that was acknowledged, and then whatever came after it about the same.
     acknowledged: bool,
@@ -200,7 +200,7 @@ impl Pipeline {
         }
     }
 
-    /// One connection to Redis. What is still left when it breaks is pending, and the next one begins with it.
+    /// One connection to Redis. Entries unfinished when it breaks are pending, and the next one starts with them.
     async fn session(&self, stop: &CancellationToken) -> RedisResult<()> {
         let mut left = Vec::new();
         let ended = self.read_and_work(&mut left, stop).await;
@@ -458,7 +458,8 @@ impl Pipeline {
         }
         let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(|work| work.left);
         let left = left.iter().map(|work| work.entry.id).collect();
-        // Asked after the commit: what another program is given from now on finds our rows, even if it comes only now.
+        // Asked after the commit: entries delivered to another program from now on find our rows, even if it has only just
+        // started.
         let others = match group::has_others(&mut connection, &self.keys).await {
             Err(error) if is_nogroup(&error) => false,
             others => others?,
@@ -502,7 +503,7 @@ impl Pipeline {
 
     /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
     /// delivered, when another program has worked in the group. It may be newer than what is pending, and the other program
-    /// left nothing by which we could know. What is pending is applied when it is claimed, or read again.
+    /// left nothing by which we could know. Pending entries are applied when they are claimed or read again.
     ///
     /// Returns how many entries were looked at; `None` when it is time to stop.
     ///
@@ -518,10 +519,10 @@ impl Pipeline {
         self.replay_delivered(&mut connection, first.before(), replay, stop).await
     }
 
-    /// Applies what was delivered after `after`, whoever got it, and is part of the replay; acknowledges nothing. Then the
-    /// same with what was delivered meanwhile: the other program may have removed again what this has just brought back.
-    /// Until there is nothing more; what is delivered after that finds our rows. What is pending with this process is left
-    /// out: it is applied anyway, and leaves what shows how old it is.
+    /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing. Repeats
+    /// this with entries delivered meanwhile, because the other program may have removed again what the replay restored, until
+    /// there are no more; later deliveries find our rows. Entries pending with this process are left out: they are applied
+    /// anyway, and leave what shows how old they are.
     ///
     /// Returns how many entries were looked at; `None` when it is time to stop.
     async fn replay_delivered(

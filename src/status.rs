@@ -261,7 +261,7 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
     None
 }
 
-/// The lock's content, whoever panicked while holding it: every write leaves it whole.
+/// The lock's content, even after a panic: every write leaves it whole.
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

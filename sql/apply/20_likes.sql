@@ -56,8 +56,8 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: what nothing is
--- known of yet is written at once, the rest one by one.
+-- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: records without a
+-- row or tombstone are written at once, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_likes(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;

@@ -39,7 +39,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, no two of the same record: what nothing is known of yet is written at once, the rest one by one.
+-- Several at a time, no two of the same record: records without a row or tombstone are written at once, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_follows(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;

@@ -137,7 +137,7 @@ impl Copying {
     }
 }
 
-/// Divides the tables among the sessions: the largest first, always to whoever has the least.
+/// Divides the tables among the sessions: the largest first, always to the session with the least.
 fn share(tables: &[Table]) -> Vec<Vec<&Table>> {
     let mut sorted: Vec<&Table> = tables.iter().collect();
     sorted.sort_by_key(|table| std::cmp::Reverse(table.size));

@@ -25,7 +25,7 @@ use crate::stream::append::NewEntry;
 
 /// How long entries are appended and not counted: connections are opened and plans made.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// How long is measured, at the most.
+/// Maximum time of a measurement.
 const MEASURED: Duration = Duration::from_secs(10);
 /// Rows that keep the id of their entry. Posts with a flag may have been written again for the sake of a gate.
 const COMMITS: &str = "

@@ -335,7 +335,7 @@ impl fmt::Display for ReaderFigures {
     }
 }
 
-/// A figure with its range, to so many places.
+/// A figure with its range, to this many places.
 struct Shown(Stat, usize);
 
 impl fmt::Display for Shown {

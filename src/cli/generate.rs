@@ -115,7 +115,7 @@ fn print(text: &[u8]) -> Result<ExitCode> {
     let mut out = io::stdout().lock();
     match out.write_all(text).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("standard output"),
-        // A reader that has seen enough, such as head, is no mistake.
+        // A reader that has seen enough, such as head, is not an error.
         _ => Ok(ExitCode::SUCCESS),
     }
 }

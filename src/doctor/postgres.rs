@@ -80,7 +80,7 @@ async fn look(
 
     let mut tables: Vec<&str> = migrate::KEYS.iter().map(|(table, _)| *table).collect();
     tables.dedup();
-    // First what the role may do: without it the rest can hardly be asked.
+    // Rights first: without them the other checks can hardly run.
     let rights = client.query(include_str!("../../sql/check/rights.sql"), &[&tables]).await?;
     let lacks = missing_rights(&role, &rights, findings);
     let found = match migrate::look(client).await {
@@ -429,7 +429,7 @@ struct Index {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Condition {
     Good,
-    /// Nobody reads it.
+    /// No query uses it.
     Unused,
     BeingBuilt,
     /// Its build was interrupted.

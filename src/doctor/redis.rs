@@ -99,7 +99,7 @@ async fn look(
     Ok(leased.len())
 }
 
-/// What answers there, where it is not a server that holds all keys.
+/// The kind of server, where it is not one that holds all keys.
 fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
     match mode {
         "sentinel" => Some((
@@ -440,7 +440,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
         findings.warning(
             WHAT,
             format!(
-                "{} holds {} entries and there is no group {}: nothing is trimmed before it is there",
+                "{} holds {} entries and there is no group {}: nothing is trimmed until it exists",
                 stream.key, stream.length, stream.group
             ),
             "the start creates it and reads from the beginning; if there should be one, correct REDIS_CONSUMER_GROUP",

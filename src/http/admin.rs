@@ -28,7 +28,7 @@ const PAGE: usize = 50;
 const LOOKED_THROUGH: usize = 2_000;
 /// How long one request may keep retrying or purging; the answer says when more is left.
 const WORK: Duration = Duration::from_secs(15);
-/// What a list shows of a message or an address; the letter itself has all of it.
+/// Characters of a message or an address shown in a list; the letter itself has all of them.
 const SHORT: usize = 300;
 
 /// Admits a request that has the token and does not come from another site's page.

@@ -13,7 +13,7 @@ use crate::config::AdminToken;
 ///
 /// # Errors
 ///
-/// Nobody answers there within `limit`, or not in HTTP.
+/// No answer within `limit`, or not in HTTP.
 pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
     ask(address, "GET", path, "", limit).await
 }

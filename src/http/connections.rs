@@ -70,7 +70,7 @@ struct Slot {
 
 /// Answers for as long as it is polled.
 pub async fn serve(listener: TcpListener, routes: Router) {
-    // All in one task: whoever awaits this owns them all.
+    // All in one task: its owner owns them all.
     let mut open = FuturesUnordered::new();
     // The longest open first.
     let mut slots: VecDeque<Arc<Slot>> = VecDeque::new();

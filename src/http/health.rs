@@ -37,15 +37,15 @@ pub enum Level {
 pub struct Health {
     /// How bad it is.
     pub level: Level,
-    /// What it is about; the sentence is another one when this changes, and only its figures when not.
+    /// The topic: while it stays the same, only the sentence's figures change.
     pub about: &'static str,
     /// In words.
     pub sentence: String,
-    /// What else there is to know; empty for nothing.
+    /// Further detail; empty for none.
     pub detail: String,
 }
 
-/// What the sentence is made from.
+/// The facts behind the sentence.
 #[derive(Debug, Default)]
 pub struct Facts<'a> {
     /// Unix milliseconds.
@@ -62,7 +62,7 @@ pub struct Facts<'a> {
     pub started_ms: u64,
     /// When anything was last acknowledged.
     pub last_ack_ms: u64,
-    /// Entries that nobody got yet; `None` when that is not known.
+    /// Entries not yet delivered; `None` when unknown.
     pub waiting: Option<u64>,
     /// Age of the oldest entry that is not acknowledged.
     pub oldest_seconds: f64,
@@ -350,7 +350,7 @@ pub fn words(state: &State) -> &'static str {
         State::WaitingForRoom { .. } => "waiting for room",
         State::WaitingForLease { .. } => "waiting for the lease",
         State::Paused => "paused manually",
-        State::Halted { .. } => "needs the operator",
+        State::Halted { .. } => "needs operator action",
         State::Stopped => "ended",
     }
 }

@@ -145,7 +145,7 @@ impl Live {
             event("history", &json!({ "columns": COLUMNS, "points": &*history }))
         };
         let mut snapshots = self.latest.subscribe();
-        // Not one second of emptiness: what is known already is sent at once.
+        // No empty first second: the latest snapshot is sent immediately.
         snapshots.mark_changed();
         let events =
             stream::unfold((Some(first), snapshots, place), async |(first, mut snapshots, place)| {
@@ -240,7 +240,7 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         latency: status.latency.counts(),
         cpu_seconds: used.cpu_seconds_total.unwrap_or_default(),
     };
-    // Since the first look, when there are not so many yet.
+    // Since the first sample, while there are fewer.
     let before =
         |seconds: usize| samples.len().checked_sub(seconds).map_or(samples.front(), |n| samples.get(n));
     let base = before(RATE_SECONDS).unwrap_or(&sample);
@@ -421,7 +421,7 @@ fn with(value: &impl serde::Serialize, more: &[(&str, Value)]) -> Value {
     value
 }
 
-/// The figures of `/metrics`: what the page shows is what the alarms see.
+/// The figures of `/metrics`: the page shows the same values that alerts see.
 struct Figures<'a>(Vec<(&'a str, &'a str, f64)>);
 
 impl<'a> Figures<'a> {

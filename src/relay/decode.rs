@@ -72,7 +72,7 @@ pub enum Message {
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// No CBOR.
-    #[error("the frame is no DAG-CBOR: {0}")]
+    #[error("the frame is not DAG-CBOR: {0}")]
     Cbor(#[from] shrike::cbor::CborError),
     /// A field is missing or has another type.
     #[error("the frame has no usable `{0}`")]
@@ -339,7 +339,7 @@ fn commit(
     let mut expanded = 0;
     let finish = |mut out: Object| {
         out.json.push(b']');
-        // Everything after the first brace of the tail: the same object goes on.
+        // Everything after the first brace of the tail: the same object continues.
         out.json.push(b',');
         out.json.extend_from_slice(&tail.as_bytes()[1..]);
         NewEntry { event_type: "commit", data: out.into_string(), seq }

@@ -157,7 +157,7 @@ impl Reader {
     ///
     /// # Errors
     ///
-    /// There is no authority that `wss://` could trust.
+    /// There is no authority for `wss://` to trust.
     pub fn new(
         config: Arc<Config>,
         redis: Redis,
@@ -623,7 +623,7 @@ impl Reader {
         if error == "FutureCursor" {
             return End::FutureCursor(format!(
                 "{} says that the cursor {} lies in its future: it was reset, or the cursor comes from another relay. \
-                 Set ON_FUTURE_CURSOR=live or oldest to go on with a gap, or correct {}",
+                 Set ON_FUTURE_CURSOR=live or oldest to resume with a gap, or correct {}",
                 self.config.relay_url.relay(),
                 from.map_or_else(|| "none".to_owned(), |cursor| cursor.to_string()),
                 self.keys.cursor,

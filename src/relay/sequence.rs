@@ -26,7 +26,7 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 pub enum Place {
     /// It follows, or is a repeat.
     Follows,
-    /// Its number is no position: it is refused.
+    /// Its number is not a position: it is refused.
     Impossible,
     /// Its number is from elsewhere. It is set aside until more is known.
     Elsewhere,

@@ -197,7 +197,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every rule while work goes on. Changes nothing.
+/// Checks every rule without stopping work. Changes nothing.
 ///
 /// # Errors
 ///
@@ -215,7 +215,7 @@ pub async fn audit_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec
     each_rule(client, false, say).await
 }
 
-/// Puts right what [`audit`] finds, while work goes on, and returns what that was. It ends with the database of its own
+/// Repairs what [`audit`] finds, without stopping work, and returns what that was. It ends with the database of its own
 /// moments: look again with [`audit`].
 ///
 /// # Errors

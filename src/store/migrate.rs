@@ -167,7 +167,7 @@ pub fn indexes() -> Vec<Index> {
         .collect()
 }
 
-/// Brings the database to this program's version, while others go on working with it. Safe to interrupt and to repeat;
+/// Brings the database to this program's version, while others keep working with it. Safe to interrupt and to repeat;
 /// several processes take turns.
 ///
 /// Returns the names of what was done, empty when there was nothing to do.

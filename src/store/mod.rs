@@ -627,11 +627,10 @@ fn hook_error(error: &StoreError) -> HookError {
     HookError::message(format!("{verdict}{}", error.message))
 }
 
-/// In front of a message about what only the operator can mend.
+/// Prefix of a message that needs operator action.
 const HALT: &str = "halt: ";
 
-/// A connection out of the pool. It goes back unless something that was asked on it has not been answered, whoever dropped
-/// it and why: then it ends.
+/// A connection out of the pool. It goes back unless a request on it is unanswered, whatever the reason: then it is closed.
 struct Lent {
     /// There until the drop.
     object: Option<Object>,

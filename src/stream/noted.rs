@@ -25,7 +25,7 @@ pub struct State {
     pub noted_ms: u64,
     /// Which server noted it.
     pub server: String,
-    /// Of a refill that goes on: from where, up to where, and since when (Unix milliseconds).
+    /// The refill in progress: from where, up to where, and since when (Unix milliseconds).
     pub refill: Option<Refill>,
 }
 

@@ -42,7 +42,7 @@ pub struct Catalogue {
     pub schema: String,
     /// Tables and composite types with their columns.
     pub relations: BTreeMap<String, BTreeSet<String>>,
-    /// Indexes, and whether they are whole: one that was broken off is not.
+    /// Indexes, and whether they are whole: one whose build was interrupted is not.
     pub indexes: BTreeMap<String, bool>,
     /// The application's tables that were here before us.
     pub before: BTreeSet<String>,

@@ -15,7 +15,7 @@ const LOCK_TIMEOUT: &str = "250ms";
 /// Pauses between two tries: the others get on meanwhile.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
-/// After so long without an end it is said what is waited for.
+/// After this long, the step reports what it is waiting for.
 const SAY_AFTER: Duration = Duration::from_secs(3);
 
 /// Where what is being done is said.
@@ -48,7 +48,7 @@ pub enum Lock {
 
 impl fmt::Display for Lock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let moment = format!("waits {LOCK_TIMEOUT} at the most, then tries again");
+        let moment = format!("waits at most {LOCK_TIMEOUT}, then tries again");
         match self {
             Lock::None => f.write_str("locks nothing of yours"),
             Lock::Moment(table) => write!(f, "ACCESS EXCLUSIVE on {table} for a moment; {moment}"),

@@ -29,7 +29,7 @@ struct Restore {
     index: ReplacedIndex,
     /// Rows that it cannot hold; `None` when it is there already.
     surplus: Option<i64>,
-    /// What is broken off and has to go first.
+    /// Leftovers of an interrupted build that have to be removed first.
     leftovers: Vec<Run>,
     build: Vec<Run>,
     finish: Vec<Run>,
