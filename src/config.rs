@@ -286,7 +286,7 @@ impl ConfigError {
 pub struct Problem {
     /// The variable to change.
     pub variable: &'static str,
-    /// What is wrong and what would be right, without any secret.
+    /// The problem and the remedy, without any secret.
     pub message: String,
 }
 
@@ -399,7 +399,7 @@ struct Raw {
     rust_log: Option<String>,
 }
 
-/// What a value is not, and what it should be instead. The variable's name and its value are added by
+/// A problem with a value, and the remedy. The variable's name and its value are added by
 /// [`Reading`].
 struct Wrong {
     what: String,
@@ -1328,11 +1328,11 @@ words! {
     LogLevel {
         /// Everything that helps to find a fault.
         Debug = "DEBUG",
-        /// What an operator wants to read.
+        /// Normal operation.
         Info = "INFO",
-        /// What an operator should read.
+        /// Worth an operator's attention.
         Warning = "WARNING" | "WARN",
-        /// What an operator must act on.
+        /// Operator action needed.
         Error = "ERROR",
     }
 }

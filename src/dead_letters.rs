@@ -186,10 +186,10 @@ impl Walk {
     }
 }
 
-/// What became of one letter that was tried again.
+/// The outcome of a retry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Retried {
-    /// Its operation is in the database, and it is gone.
+    /// Its operation is in the database; the letter is removed.
     Applied,
     /// It still cannot be applied; the letter says when and why.
     StillBad(Reject),

@@ -262,14 +262,14 @@ fn describe() {
     describe_counter!(RELAY_CONNECTS, "Connections to the relay");
     describe_counter!(
         RELAY_GAPS,
-        "Gaps: the relay no longer had what was asked for, or the relay was changed"
+        "Gaps: the relay no longer had the requested events, or the relay was changed"
     );
     describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
     describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
     describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
     describe_counter!(
         DATABASE_WENT_BACK,
-        "Times that PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
+        "Times PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
     );
     describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
     describe_gauge!(BUILD, "1, with the version and the commit");

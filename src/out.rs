@@ -4,9 +4,9 @@
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
 
-/// What one cell of a table or one part of a line shows of a text.
+/// Maximum characters in one cell of a table or one part of a line.
 pub const CELL: usize = 120;
-/// What one line shows of a message or a reason.
+/// Maximum characters of a message or a reason on one line.
 pub const LINE: usize = 300;
 
 /// The standard output is closed: the command has nothing left to do, and has not failed.

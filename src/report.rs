@@ -26,7 +26,7 @@ pub struct Report {
     pub consumers: Vec<ConsumerInfo>,
     /// Dead letters.
     pub dead_letters: u64,
-    /// What is known to be missing.
+    /// Known gaps and losses.
     pub missing: Missed,
     /// The process's own report; absent when only Redis was asked.
     #[serde(skip_serializing_if = "Option::is_none")]

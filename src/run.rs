@@ -302,8 +302,7 @@ impl Running {
     }
 }
 
-/// What comes before the pipelines: the database brought up to date, then the consumer names. Ends, and gives the names
-/// back, at `release`.
+/// Prepares the pipelines: migrates the database, then claims the consumer names. Ends, and gives the names back, at `release`.
 async fn prepare(
     config: Arc<Config>,
     redis: Redis,
@@ -439,8 +438,8 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
                     continue;
                 }
                 let reason = format!(
-                    "another process works under CONSUMER_ID={}, or did a moment ago; a name that nobody uses is free \
-                     after 10 s, and processes side by side need different ones",
+                    "another process works under CONSUMER_ID={}, or did a moment ago; an unused name is free \
+                     after 10 s, and concurrent processes need different names",
                     config.consumer_id
                 );
                 if !matches!(&before, Names::Waiting(State::WaitingForLease { .. })) {
@@ -671,7 +670,7 @@ async fn go_back(
     let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
     let gap = position.is_none().then(|| {
         Gap::new(
-            "the database lacks what had been acknowledged, and does not know from where on; everything that the relay \
+            "the database lacks acknowledged events, and does not know from which position; everything that the relay \
              still has is read again",
             None,
         )
@@ -688,8 +687,8 @@ async fn go_back(
         error!(
             from,
             acknowledged = state.acked,
-            "PostgreSQL has gone back in time, or is another database: it lacks what had been acknowledged; the reader goes \
-             back for it"
+            "PostgreSQL has gone back in time, or is another database: it lacks acknowledged events; the reader goes back \
+             for them"
         );
     }
     Ok(())

@@ -144,7 +144,7 @@ pub struct Status {
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// How the stream was at the last look, and when that was; `None` before the first.
     pub stream: Mutex<Option<(Look, u64)>>,
-    /// What is read again because PostgreSQL had lost it.
+    /// The refill in progress, because PostgreSQL lost events.
     pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,

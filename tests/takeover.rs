@@ -305,7 +305,7 @@ async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
     reader.batch_execute("BEGIN; SELECT FROM likes LIMIT 1; SELECT FROM posts LIMIT 1").await.unwrap();
     let mut migrate = Standpipe::start(&["migrate"], &variables(&database));
     let line = migrate.wait_for_line("waiting for its lock", SOON).await;
-    assert!(line.contains("in the way may be process"), "{line}");
+    assert!(line.contains("possibly blocked by process"), "{line}");
     others.get_on(200).await;
     reader.batch_execute("COMMIT").await.unwrap();
     let began = Instant::now();

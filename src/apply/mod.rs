@@ -29,7 +29,7 @@ use crate::status::now_ms;
 use crate::stream::entry::Entry;
 use json::Text;
 
-/// What the interpretation of an entry depends on, besides the entry.
+/// The context for interpreting an entry.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// The epochs of the stream.

@@ -25,7 +25,7 @@ struct Profile<'a> {
     created_at: Option<&'a RawValue>,
 }
 
-/// What `standpipe.put_profile` finds in the operation's body.
+/// The operation's body, as `standpipe.put_profile` reads it.
 #[derive(Serialize)]
 struct Body<'a> {
     display_name: Option<&'a str>,

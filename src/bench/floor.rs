@@ -18,12 +18,12 @@ const MESSAGE_BYTES: usize = 64 * 1024;
 /// The rows of one table, in the form of COPY's texts.
 struct Table {
     sql: String,
-    /// What is committed together, in pieces for the driver.
+    /// One commit, in pieces for the driver.
     commits: Vec<Vec<Bytes>>,
     size: usize,
 }
 
-/// What events came to, table by table.
+/// The events' rows, table by table.
 pub struct Rows {
     tables: Vec<Table>,
     /// How many there are.

@@ -49,7 +49,7 @@ pub struct Percentiles {
     pub p99_9: Stat,
 }
 
-/// What was measured in one mode.
+/// The measurements in one mode.
 #[derive(Clone, Debug, Serialize)]
 pub struct Latency {
     /// `TRANSACTION`.
@@ -166,7 +166,7 @@ pub async fn round(
     Ok(Round { rate: sent.len() as f64 / seconds, commit: commit.into_values().collect(), durable })
 }
 
-/// What the rounds came to.
+/// The result of the rounds.
 #[must_use]
 pub fn figures(mode: &'static str, rounds: &mut [Round]) -> Latency {
     for round in &mut *rounds {

@@ -77,7 +77,7 @@ fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// What the command line does not know of itself.
+/// Sections that clap does not generate.
 fn about_the_program() -> Roff {
     let mut page = Roff::new();
     page.control("SH", ["ENVIRONMENT"]);

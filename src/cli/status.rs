@@ -94,7 +94,7 @@ fn redraw(page: &str, first: bool) -> Result<()> {
     out::raw(&text)
 }
 
-/// What came of asking.
+/// The answer.
 struct Answer {
     /// As `/status` has it; null when nobody answered.
     status: Value,

@@ -284,7 +284,7 @@ fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Findings) {
     } else {
         let found = if settings.save.as_deref() == Some("") {
             "nothing is kept: a restart of Redis loses the stream, the cursor and the dead letters; the reader then \
-             begins with what the relay sends at that moment, and what came before is a gap"
+             starts with what the relay sends at that moment, and everything before it is a gap"
                 .to_owned()
         } else {
             let saved = info.number("rdb_last_save_time") as f64;
@@ -323,7 +323,7 @@ fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
             findings.warning(
                 WHAT,
                 format!(
-                    "maxmemory is not set, so that REDIS_MEMORY_MARK={} of it says nothing; {} in use: only \
+                    "maxmemory is not set, so REDIS_MEMORY_MARK={} has no effect; {} in use: only \
                      REDIS_MAX_STREAM_LEN={} bounds the stream",
                     config.memory_mark,
                     size(used),
@@ -340,7 +340,7 @@ fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
         findings.error(
             WHAT,
             format!(
-                "REDIS_MEMORY_MARK={} is more than 80% of maxmemory ({}): Redis would refuse what the pipelines need \
+                "REDIS_MEMORY_MARK={} is more than 80% of maxmemory ({}): Redis would refuse the pipelines' writes \
                  before the reader stops",
                 config.memory_mark,
                 size(max)

@@ -269,7 +269,7 @@ pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -
     }
 }
 
-/// What a list shows of a letter.
+/// A letter, as shown in a list.
 fn summary(letter: &Letter) -> Value {
     let op: Value = serde_json::from_str(&letter.op).unwrap_or_default();
     let data: Value = serde_json::from_str(&letter.data).unwrap_or_default();

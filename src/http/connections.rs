@@ -41,7 +41,7 @@ const BUFFER: usize = 16 * 1024;
 /// Kernel buffer of one connection: small, so that a client that reads nothing is found sooner.
 const SEND_BUFFER: u32 = 32 * 1024;
 
-/// Who is at the other end.
+/// The client's address.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub SocketAddr);
 

@@ -74,7 +74,7 @@ pub struct Facts<'a> {
     pub shrinking: f64,
     /// 99 of 100 events are durable within this, in milliseconds.
     pub p99_ms: Option<f64>,
-    /// What is read again because PostgreSQL had lost it.
+    /// The refill in progress, because PostgreSQL lost events.
     pub refill: Option<Refill>,
 }
 

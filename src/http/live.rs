@@ -34,7 +34,7 @@ const LATENCY_SECONDS: usize = 10;
 /// The number of dead letters is unknown.
 const UNKNOWN: u64 = u64::MAX;
 
-/// What a point of the history holds, in this order.
+/// The columns of a history point.
 const COLUMNS: [&str; 10] = [
     "time_ms",
     "events_per_second",

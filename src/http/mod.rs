@@ -45,7 +45,7 @@ const REQUEST: Duration = Duration::from_secs(30);
 /// The page, whole: its style and its script are in it. `NONCE` stands where each answer has one of its own.
 const PAGE: &str = include_str!("dashboard.html");
 
-/// What the handlers look at.
+/// State shared by the handlers.
 pub struct Server {
     status: Arc<Status>,
     keys: Keys,
@@ -57,7 +57,7 @@ pub struct Server {
     process: metrics_process::Collector,
     control: Arc<Control>,
     token: Option<AdminToken>,
-    /// What the page calls this process.
+    /// This process's name on the page.
     name: String,
     /// The level it began to log with.
     level: LogLevel,

@@ -110,7 +110,7 @@ fn explain(error: &str, encrypted: bool) -> String {
     }
     if error.contains("UnknownIssuer") {
         return format!(
-            "its certificate is signed by nobody that is trusted here; name the authority in RELAY_CA_FILE ({error})"
+            "its certificate is not signed by a trusted authority; name the authority in RELAY_CA_FILE ({error})"
         );
     }
     error.to_owned()

@@ -41,7 +41,7 @@ pub enum Message {
         event_type: &'static str,
         /// Its place.
         seq: i64,
-        /// What goes into the stream.
+        /// Entries for the stream.
         entries: Vec<NewEntry>,
         /// What of it can never be applied: records that cannot be decoded, are missing, or are not what their CID says.
         letters: Vec<NewLetter>,

@@ -61,7 +61,7 @@ pub struct Reader {
     keys: Keys,
     redis: Redis,
     status: Arc<Status>,
-    /// Who we are to the lease.
+    /// Our identity to the lease.
     token: String,
     /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
@@ -77,7 +77,7 @@ enum End {
     Append(#[from] AppendError),
     #[error("relay: {reason}")]
     Relay { reason: String, retry_after: Option<Duration> },
-    #[error("the relay's numbering began anew")]
+    #[error("the relay restarted its numbering")]
     Reset,
     /// Operator action needed.
     #[error("{0}")]
@@ -91,7 +91,7 @@ impl End {
         Self::Relay { reason: reason.into(), retry_after: None }
     }
 
-    /// What two lines about the same trouble have in common: digits, such as times and ports, may differ.
+    /// The key of a repeated log line: digits, such as times and ports, may differ.
     fn cause(&self) -> String {
         self.to_string().replace(|c: char| c.is_ascii_digit(), "")
     }
@@ -383,7 +383,7 @@ impl Reader {
         while !lease::take(connection, &self.keys.lease, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
                 let reason = format!("another reader holds the lease {}", self.keys.lease);
-                info!(reason, "the reader waits; a lease that nobody renews runs out after 10 s");
+                info!(reason, "the reader waits; a lease that is not renewed expires after 10 s");
                 self.enter(State::WaitingForLease { reason });
             }
             tokio::select! {
@@ -408,7 +408,7 @@ impl Reader {
             Some(before) if *before != relay && cursor.position.is_some() => {
                 memory.acked = None;
                 let reason = format!(
-                    "the cursor belongs to {before}, not to {relay}: what came between the two is not known; continuing \
+                    "the cursor belongs to {before}, not to {relay}: the events between the two are unknown; continuing \
                      from now"
                 );
                 return begin(None, Some(Gap::new(reason, None)));
@@ -569,7 +569,7 @@ impl Reader {
                         // However often it is repeated.
                         memory.outdated = from;
                         let reason = format!(
-                            "the relay no longer has what was asked for (OutdatedCursor): {}",
+                            "the relay no longer has the requested events (OutdatedCursor): {}",
                             shorten(&message)
                         );
                         gap.get_or_insert(Gap::new(reason, from));
@@ -849,10 +849,10 @@ impl Memory {
 
 /// Begins a gap at a skipped frame, unless there is one already.
 fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
-    gap.get_or_insert(Gap::new(format!("passed over a frame that cannot be used: {why}"), after));
+    gap.get_or_insert(Gap::new(format!("skipped a frame that cannot be used: {why}"), after));
 }
 
-/// What the items hold together, in their order; with the epoch in every entry.
+/// The items' contents combined, in order, with the epoch in every entry.
 fn gather(items: &mut [Item], epoch: u64) -> Appendix {
     let mut what = Appendix::default();
     for item in items {

@@ -6,14 +6,14 @@ use serde_json::Value;
 
 use crate::out;
 
-/// What the command line finds out beside the report.
+/// Facts from the command line in addition to the report.
 #[derive(Clone, Debug, Default)]
 pub struct Beside {
     /// Dead letters by reason, with how many were looked at.
     pub reasons: Vec<(String, u64)>,
     /// The number of newest letters whose reasons these are.
     pub newest: Option<u64>,
-    /// What PostgreSQL says, where no process was there to say it.
+    /// PostgreSQL's answer, where no process reported it.
     pub database: Option<String>,
 }
 

@@ -175,7 +175,7 @@ const RULES: &[Rule] = &[
     },
 ];
 
-/// What one rule found.
+/// The result of one rule.
 #[derive(Clone, Debug)]
 pub struct Finding {
     /// The rule.

@@ -194,7 +194,7 @@ pub async fn migrate_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<V
     done
 }
 
-/// What [`migrate`] would do. Changes nothing.
+/// Plans [`migrate`]. Changes nothing.
 ///
 /// # Errors
 ///
@@ -315,7 +315,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What an operator should mind, whether or not there is anything to do.
+    /// Warnings for the operator, whether or not there is anything to do.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
@@ -328,7 +328,7 @@ impl Plan {
         let mut plan = Self::default();
         if !catalogue.relations.contains_key("standpipe.tables_before") {
             plan.add(
-                "note which tables are there, in the new schema standpipe",
+                "record the existing tables in the new schema standpipe",
                 Lock::None,
                 vec![Run::Transaction(OWN_SCHEMA.to_owned())],
             );
@@ -346,7 +346,7 @@ impl Plan {
             plan.names.push(format!("{} replaced", index.name));
         }
         if !found.functions || !plan.names.is_empty() {
-            plan.add("write the functions anew", Lock::None, vec![Run::Transaction(functions())]);
+            plan.add("replace the functions", Lock::None, vec![Run::Transaction(functions())]);
             plan.names.push("functions".to_owned());
         }
         if plan.steps.iter().any(|step| step.lock != Lock::None) && !catalogue.foreign.is_empty() {

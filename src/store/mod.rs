@@ -289,7 +289,7 @@ impl Session {
 
     /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
     ///
-    /// What the server is still doing for it is cancelled first, and the connection keeps its place in the pool until that is
+    /// Its running statement is cancelled first, and the connection keeps its place in the pool until that is
     /// done: a server process that waits, for a standby for example, does not notice that its client is gone, and there
     /// would be one more with each attempt.
     pub fn discard(mut self) {

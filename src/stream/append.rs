@@ -249,7 +249,7 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
 /// The cursor before and after an append.
 #[derive(Clone, Copy, Debug)]
 pub struct Move<'a> {
-    /// Who we are to the lease.
+    /// Our identity to the lease.
     pub token: &'a str,
     /// The relay's name.
     pub relay: &'a str,

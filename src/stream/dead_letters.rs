@@ -43,7 +43,7 @@ pub struct Letter {
     pub reason: String,
     /// PostgreSQL's SQLSTATE, when it was the database that refused.
     pub sqlstate: String,
-    /// What is wrong, for a person.
+    /// The problem, for a person.
     pub message: String,
     /// The operation; the whole entry if it is not a readable commit.
     pub op: String,

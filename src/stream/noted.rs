@@ -29,7 +29,7 @@ pub struct State {
     pub refill: Option<Refill>,
 }
 
-/// What is read again because PostgreSQL lacks it.
+/// A refill: events read again because PostgreSQL lacks them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refill {
     /// The position from which it is read.

@@ -1,4 +1,4 @@
-//! What is in the database before anything is changed.
+//! The state of the database before any change.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -50,7 +50,7 @@ pub struct Catalogue {
     pub foreign: Vec<String>,
     /// Unique indexes that cannot hold what repositories contain.
     pub by_subject: Vec<UniqueIndex>,
-    /// What was replaced already.
+    /// Indexes already replaced.
     pub replaced: Vec<ReplacedIndex>,
     /// Columns that we added to tables that were here before us.
     pub added: BTreeMap<String, Vec<String>>,
