@@ -28,7 +28,7 @@ pub const RETRIES: &str = "standpipe_retries_total";
 pub const DEAD_LETTERS: &str = "standpipe_dead_letters_total";
 /// Entries kept pending because the dead letters are full.
 pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
-/// Entries that somebody trimmed while they were pending.
+/// Entries that another client trimmed while they were pending.
 pub const LOST: &str = "standpipe_entries_lost_total";
 /// Times that the reader was set back for such entries.
 pub const SET_BACK: &str = "standpipe_reader_set_back_total";

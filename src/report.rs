@@ -46,7 +46,7 @@ pub struct StreamReport {
     pub group_exists: bool,
     /// Entries in the stream.
     pub length: u64,
-    /// Entries that nobody got yet; null when Redis does not know.
+    /// Entries not yet delivered; null when Redis does not know.
     pub waiting: Option<u64>,
     /// Entries delivered and not acknowledged.
     pub pending: u64,

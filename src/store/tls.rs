@@ -21,7 +21,7 @@ use crate::config::{CaFile, Config, DatabaseUrl};
 /// How strictly a certificate is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strictness {
-    /// It is looked at, and refused by nobody.
+    /// It is read, and never refused.
     Lenient,
     /// A trusted authority has signed it.
     Authority,
