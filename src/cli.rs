@@ -36,7 +36,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Bad command line or configuration (sysexits.h).
 pub const EX_USAGE: u8 = 64;
-/// A service that is needed cannot be reached (sysexits.h).
+/// A required service cannot be reached (sysexits.h).
 pub const EX_UNAVAILABLE: u8 = 69;
 
 /// The AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL: one
@@ -60,7 +60,7 @@ pub enum Command {
     Worker,
     /// Create or upgrade the tables while others work with them (also done at start unless `AUTO_MIGRATE=false`)
     Migrate(Migrate),
-    /// Check configuration, Redis, PostgreSQL, permissions and settings; say what is wrong and what to do
+    /// Check configuration, Redis, PostgreSQL, permissions and settings; report problems and remedies
     Check {
         /// Print JSON, on one line
         #[arg(long)]
@@ -68,14 +68,14 @@ pub enum Command {
     },
     /// Stream, group, pipelines, waiting and pending entries, dead letters
     Status(status::Options),
-    /// What can never be applied: look at it, apply it after a correction, throw it away
+    /// Inspect, retry or purge events that could not be applied
     DeadLetters {
         #[command(subcommand)]
         action: DeadLetters,
     },
     /// Recount every counter and feed item from the rows; exit 0 when all agree
     Audit {
-        /// Put right what differs, then check again
+        /// Repair the differences, then check again
         #[arg(long)]
         repair: bool,
     },
@@ -83,25 +83,25 @@ pub enum Command {
     Simulate(Simulate),
     /// The whole chain with private servers and a simulated relay, to watch
     Demo(Demo),
-    /// Throughput, latency and memory against private servers, beside what the machine could do at best
+    /// Measure throughput, latency and memory on private servers, next to the limits of the machine
     Bench(Bench),
-    /// Pause, resume or drain the running process, or change what it logs; asks at `HTTP_ADDR` with `ADMIN_TOKEN`
+    /// Pause, resume or drain the running process, or change its log level; uses `HTTP_ADDR` and `ADMIN_TOKEN`
     Control {
         #[command(subcommand)]
         action: ControlAction,
     },
-    /// Ask the running process whether it is ready; exit 0 when it is, and when nothing but a pause keeps it from being so
+    /// Exit 0 if the running process is ready, or only paused by an operator
     Healthcheck,
     /// List the environment variables
     HelpEnv,
-    /// Print the script that makes a shell complete commands and options
+    /// Print a shell completion script
     Completions {
         /// The shell
         shell: generate::Shell,
     },
     /// Print the manual page, or write one for each command into a folder
     Man {
-        /// The folder; it is created when it is not there
+        /// The folder; created if missing
         #[arg(value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
         folder: Option<PathBuf>,
     },
@@ -109,62 +109,62 @@ pub enum Command {
 
 #[derive(Debug, Subcommand)]
 pub enum ControlAction {
-    /// Finish what is in hand, then read nothing more until resumed or restarted
+    /// Finish the work in hand, then read nothing more until resumed or restarted
     Pause {
         /// What to pause
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
-    /// Continue
+    /// Resume
     Resume {
-        /// What is to continue
+        /// What to resume
         #[arg(value_parser = ["reader", "pipelines", "all"], default_value = "all")]
         part: String,
     },
-    /// Log from this level on, until the next start
+    /// Set the log level until the next start
     LogLevel {
         /// The level
         #[arg(value_parser = ["DEBUG", "INFO", "WARNING", "ERROR"], ignore_case = true)]
         level: String,
     },
-    /// Finish what is in hand and end, as SIGTERM does
+    /// Finish the work in hand and exit, as on SIGTERM
     Drain,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum DeadLetters {
-    /// List them, the oldest first
+    /// List dead letters, oldest first
     List {
         #[command(flatten)]
         which: Which,
-        /// No more than this many
+        /// Maximum number to list
         #[arg(long, default_value_t = 100)]
         limit: usize,
         /// One JSON object per line
         #[arg(long)]
         json: bool,
     },
-    /// Show one: what is wrong, where it comes from, and its operation, with long lines cut
+    /// Show one: its error, its origin and its operation, with long lines cut
     Show {
         /// Its id
         id: String,
-        /// The whole of it, as JSON
+        /// Print all of it, as JSON
         #[arg(long)]
         json: bool,
     },
-    /// Apply them; what succeeds is removed
+    /// Apply them again; those that succeed are removed
     Retry {
         #[command(flatten)]
         which: Which,
-        /// All that fit; needed when no ids are given
+        /// All that match; required when no ids are given
         #[arg(long)]
         all: bool,
     },
-    /// Throw them away
+    /// Delete them
     Purge {
         #[command(flatten)]
         which: Which,
-        /// All that fit; needed when no ids are given
+        /// All that match; required when no ids are given
         #[arg(long)]
         all: bool,
     },
@@ -172,10 +172,10 @@ pub enum DeadLetters {
 
 #[derive(Debug, clap::Args)]
 pub struct Migrate {
-    /// Say what would be done and what it would lock, and change nothing
+    /// Print the steps and their locks; change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Bring a database that was taken over back to how it was, so that the workers before standpipe run again
+    /// Restore a database that was taken over, so that the earlier workers can run again
     #[arg(long)]
     undo: bool,
     /// Undo without asking
@@ -187,13 +187,13 @@ pub struct Migrate {
 pub struct Which {
     /// Their ids
     ids: Vec<String>,
-    /// The class of what is wrong
+    /// The reason class
     #[arg(long, value_parser = PossibleValuesParser::new(Reason::ALL.map(Reason::name)))]
     reason: Option<String>,
     /// A type (commit, identity, account) or a collection such as app.bsky.feed.like
     #[arg(long)]
     kind: Option<String>,
-    /// With this text anywhere: in the message, the record, the repository or an id; upper and lower case are the same
+    /// With this text in the message, the record, the repository or an id; case does not matter
     #[arg(long)]
     text: Option<String>,
     /// Tried within this time, such as 1h or 2d
@@ -206,10 +206,10 @@ pub struct Simulate {
     /// Where to listen
     #[arg(long, default_value = "127.0.0.1:2470")]
     listen: SocketAddr,
-    /// Frames in all; 0 for endless
+    /// Total number of frames; 0 for endless
     #[arg(long, default_value_t = 0, conflicts_with = "frames")]
     events: u64,
-    /// Frames per second and connection; as fast as they are taken when not given
+    /// Frames per second and connection; unlimited by default
     #[arg(long, value_parser = parse_rate)]
     rate: Option<u32>,
     /// The same seed gives the same frames
@@ -234,7 +234,7 @@ pub struct Demo {
     /// Stop after this many events, audit the database and exit 0 or 1
     #[arg(long)]
     events: Option<u64>,
-    /// Events per second; 1500 when not given, and as fast as it goes with --events
+    /// Events per second; 1500 by default, unlimited with --events
     #[arg(long, value_parser = parse_rate)]
     rate: Option<u32>,
     /// The same seed gives the same events
@@ -250,7 +250,7 @@ pub struct Bench {
     /// Stream entries of a run
     #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1000..))]
     events: u64,
-    /// Runs of each variant; medians are quoted
+    /// Runs of each variant; medians are reported
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// The same seed gives the same events
@@ -259,14 +259,14 @@ pub struct Bench {
     /// Accounts of the network
     #[arg(long, default_value_t = 10_000)]
     accounts: u32,
-    /// Events per second while the latency is taken
+    /// Events per second while latency is measured
     #[arg(long, default_value = "1000", value_parser = parse_rate)]
     rate: u32,
-    /// Also drain a stream of so many entries, for the memory that it takes (such as 500000)
+    /// Also drain a stream of this many entries to measure memory (such as 500000)
     #[arg(long, value_name = "EVENTS", value_parser = clap::value_parser!(u64).range(1..))]
     backlog: Option<u64>,
-    /// Also vary table sizes (empty, 1 and 5 million rows), pipelines, batch sizes, how far away PostgreSQL is and how slow
-    /// its disk; takes long
+    /// Also vary table sizes (empty, 1 and 5 million rows), pipelines, batch sizes, PostgreSQL's network latency and disk
+    /// speed; takes long
     #[arg(long)]
     sweep: bool,
     /// Also measure on the tables and indexes of the workers before standpipe
@@ -309,11 +309,11 @@ fn parse_rate(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Does what the command line says.
+/// Runs the command.
 ///
 /// # Errors
 ///
-/// The command failed at its work; bad configurations and absent services have exit codes of their own.
+/// The command failed; configuration errors and unreachable services have exit codes of their own.
 pub async fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run => serve(Parts::All, Role::All).await,
@@ -348,12 +348,12 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
     }
 }
 
-/// Reads the environment; on mistakes, says them all.
+/// Reads the environment; reports every mistake.
 fn load(role: Role) -> Result<(Config, Vec<String>), ExitCode> {
     standpipe::config::from_env(std::env::vars_os(), role).map_err(|error| unusable(&error))
 }
 
-/// Says what is wrong with the configuration.
+/// Reports what is wrong with the configuration.
 fn unusable(error: &standpipe::config::ConfigError) -> ExitCode {
     out::note("standpipe: the configuration cannot be used:");
     for line in error.to_string().lines() {
@@ -394,10 +394,9 @@ async fn serve(parts: Parts, role: Role) -> Result<ExitCode> {
     run::run(config, parts, handle, Control::new(Some(set_level))).await
 }
 
-/// Begins to log; returns what changes the level.
+/// Starts logging; returns the handle that changes the level.
 fn init_logging(config: &Config) -> Result<SetLevel> {
-    // The libraries speak of their own affairs; only ours are of interest below a warning.
-    // What the pool has to say of broken connections, the pipelines say better.
+    // Below a warning only our own messages are of interest. The pipelines report broken connections better than the pool.
     let at = |level: LogLevel| {
         EnvFilter::new(format!("warn,deadpool.postgres=error,standpipe={}", level.as_filter()))
     };
@@ -407,7 +406,7 @@ fn init_logging(config: &Config) -> Result<SetLevel> {
     };
     let (filter, reload) = tracing_subscriber::reload::Layer::new(filter);
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr);
-    // A log that nobody reads any more is no reason to end: complaining about it on the same output would panic.
+    // A closed log is not a reason to exit: reporting it on the same output would panic.
     let layer = layer.log_internal_errors(false);
     match config.log_format {
         LogFormat::Json => {
@@ -441,7 +440,7 @@ async fn migrate_database(config: Config, options: &Migrate) -> Result<ExitCode>
                 Some(true) => {}
                 Some(false) => return Ok(ExitCode::FAILURE),
                 None => {
-                    out::note("standpipe: nothing was changed: there is nobody to ask; add --yes");
+                    out::note("standpipe: nothing was changed: no terminal to ask at; add --yes");
                     return Ok(ExitCode::from(EX_USAGE));
                 }
             }
@@ -506,7 +505,7 @@ async fn audit_database(config: Config, repair: bool) -> Result<ExitCode> {
     if repair {
         for repaired in audit::repair_and_say(session.client_mut(), say).await? {
             if repaired.count > 0 {
-                out::line(format_args!("{:>12}  put right: {}", repaired.count, repaired.rule))?;
+                out::line(format_args!("{:>12}  repaired: {}", repaired.count, repaired.rule))?;
             }
         }
     }
@@ -600,7 +599,7 @@ async fn letters(config: Config, action: DeadLetters) -> Result<ExitCode> {
                     removed += u32::from(stream_letters::remove(&mut connection, &keys, letter).await?);
                 }
             }
-            out::line(format_args!("{removed} thrown away"))?;
+            out::line(format_args!("purged {removed}"))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -619,7 +618,7 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
     // The exit code is the answer, whether or not anybody reads this.
     let _ = out::line(out::safe_json(&body));
-    // Who restarts what is not well must not end a pause that somebody wants.
+    // An orchestrator restarts unhealthy containers; a deliberate pause must not look unhealthy.
     let paused = || {
         let answer: Option<serde_json::Value> = serde_json::from_str(&body).ok();
         answer.is_some_and(|answer| answer["only_paused"] == true)
@@ -627,14 +626,14 @@ async fn healthcheck(config: Config) -> Result<ExitCode> {
     Ok(if code == 200 || paused() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Tells the running process what the operator wants.
+/// Sends the operator's command to the running process.
 async fn control(config: Config, action: &ControlAction) -> Result<ExitCode> {
     let Some(address) = config.http_addr else {
-        out::note("standpipe: HTTP_ADDR is off: there is no address to ask at");
+        out::note("standpipe: HTTP_ADDR is off: the process has no address to connect to");
         return Ok(ExitCode::from(EX_USAGE));
     };
     let Some(token) = &config.admin_token else {
-        out::note("standpipe: ADMIN_TOKEN is not set: give it the value that the running process has");
+        out::note("standpipe: ADMIN_TOKEN is not set: use the running process's value");
         return Ok(ExitCode::from(EX_USAGE));
     };
     let path = match action {
@@ -764,7 +763,7 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
         postgres_settings: postgres,
     };
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    // What it has started goes with it.
+    // Everything it started ends with it.
     let report = tokio::select! {
         report = bench::bench(&options) => report?,
         _ = tokio::signal::ctrl_c() => return Ok(interrupted("SIGINT")),

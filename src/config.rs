@@ -104,7 +104,7 @@ pub const VARIABLES: &[Variable] = &[
     ),
     variable("PARALLEL_CONSUMERS", "5", "how many pipelines work side by side, 1 to 1024"),
     variable("BATCH_SIZE", "200", "entries that a pipeline reads at a time, 1 to 10000"),
-    variable("DB_POOL_SIZE", "20", "the most connections to PostgreSQL, 1 to 1000"),
+    variable("DB_POOL_SIZE", "20", "maximum connections to PostgreSQL, 1 to 1000"),
     variable(
         "DB_STATEMENT_TIMEOUT",
         "30s",
@@ -135,16 +135,16 @@ pub const VARIABLES: &[Variable] = &[
         "25s",
         "how long a stop waits for work in progress; keep stop_grace_period larger",
     ),
-    variable("TOMBSTONE_RETENTION", "30d", "how long the mark of a deleted record is kept at least"),
+    variable("TOMBSTONE_RETENTION", "30d", "minimum time to keep the tombstone of a deleted record"),
     variable(
         "RELAY_IDLE_TIMEOUT",
         "60s",
-        "reconnect after so long without a frame from the relay; off disables",
+        "reconnect after this long without a frame from the relay; off disables",
     ),
     variable(
         "ON_FUTURE_CURSOR",
         "stop",
-        "when the relay says that the cursor is in its future: stop, go on live, or from the oldest event",
+        "when the relay reports a cursor in its future: stop, resume live, or from the oldest event",
     ),
     variable("AUTO_MIGRATE", "true", "create or upgrade the tables at start"),
     variable("NOTIFICATIONS", "true", "keep the table notifications; false leaves it alone"),
@@ -166,14 +166,14 @@ pub const VARIABLES: &[Variable] = &[
     secret(
         "ADMIN_TOKEN",
         "",
-        "what pausing, draining, retrying and purging over HTTP need, 16 characters or more; unset: they are off",
+        "token for pausing, draining, retrying and purging over HTTP, 16 characters or more; unset disables them",
     ),
     variable("LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     variable("LOG_FORMAT", "text", "text or json"),
     variable("RUST_LOG", "", "a tracing filter such as standpipe=debug,redis=info; wins over LOG_LEVEL"),
 ];
 
-/// What a process is going to do: it decides which variables are required.
+/// The role of a process: it decides which variables are required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// `run`: the reader and the pipelines.
@@ -271,7 +271,7 @@ pub struct Config {
 pub struct ConfigError {
     /// In the order of [`VARIABLES`]; never empty.
     pub problems: Vec<Problem>,
-    /// What would only be warned of, such as a name that looks like one of ours: it may be the cause.
+    /// Warnings, such as a name that looks like one of ours: one may be the cause.
     pub warnings: Vec<String>,
 }
 
@@ -286,7 +286,7 @@ impl ConfigError {
 pub struct Problem {
     /// The variable to change.
     pub variable: &'static str,
-    /// What is wrong and what would be right, without any secret.
+    /// The problem and the remedy, without any secret.
     pub message: String,
 }
 
@@ -399,7 +399,7 @@ struct Raw {
     rust_log: Option<String>,
 }
 
-/// What a value is not, and what it should be instead. The variable's name and its value are added by
+/// A problem with a value, and the remedy. The variable's name and its value are added by
 /// [`Reading`].
 struct Wrong {
     what: String,
@@ -588,7 +588,7 @@ impl Reading {
         }
     }
 
-    /// What works, but probably not as its operator wishes.
+    /// Settings that work, but probably not as intended.
     fn warn_of_combinations(&mut self, config: &Config, role: Role) {
         if config.relay_ca.is_some() && !config.relay_url.is_tls() {
             self.warnings
@@ -892,7 +892,7 @@ impl DatabaseUrl {
             "connection_limit" | "pool_max_conns" | "pool_size" | "max_connections" | "pool_timeout" => {
                 "remove it: DB_POOL_SIZE limits the connections"
             }
-            "statement_timeout" => "remove it: DB_STATEMENT_TIMEOUT says how long a statement may take",
+            "statement_timeout" => "remove it: DB_STATEMENT_TIMEOUT limits each statement",
             "sslcert" | "sslkey" | "sslpassword" | "sslidentity" => {
                 "remove it: client certificates are not supported; use a password"
             }
@@ -963,7 +963,7 @@ impl DatabaseUrl {
     }
 }
 
-/// What whoever controls the process over HTTP must know. `Display` and `Debug` hide it.
+/// The secret for control over HTTP. `Display` and `Debug` hide it.
 #[derive(Clone)]
 pub struct AdminToken(String);
 
@@ -1154,8 +1154,8 @@ fn hides(parameter: &str) -> bool {
     ["pass", "secret", "token", "key", "%"].iter().any(|part| name.contains(part))
 }
 
-/// A value of a variable that is no secret, quoted, on one line and short. What looks as if a secret had been
-/// put into the wrong variable is not shown.
+/// A value of a variable that is not secret, quoted, on one line and short. A value that looks like a secret in the wrong
+/// variable is not shown.
 fn shown(value: &str) -> String {
     if value.contains("://") || value.contains('@') || value.to_ascii_lowercase().contains("password") {
         return "(value not shown)".to_owned();
@@ -1176,8 +1176,7 @@ pub enum MemoryMark {
 }
 
 impl MemoryMark {
-    /// Redis refuses the keys that everything else needs when memory is full; the rest must keep room to
-    /// proceed.
+    /// Redis refuses the keys that everything else needs when memory is full; everything else must keep room to proceed.
     const MAX_PERCENT: u8 = 80;
 
     fn parse(text: &str) -> Result<Self, Wrong> {
@@ -1188,7 +1187,7 @@ impl MemoryMark {
         match percent.trim().parse::<u8>() {
             Ok(percent @ 1..=Self::MAX_PERCENT) => Ok(Self::Percent(percent)),
             Ok(81..=100) => Err(Wrong::new(
-                "is more than 80%: the pipelines need the rest of Redis's memory to go on when the reader stops",
+                "is more than 80%: the pipelines need the rest of Redis's memory to continue when the reader stops",
                 "write 75%",
             )),
             _ => Err(Wrong::new("is not a percentage from 1% to 80%", "write 75%, or a size such as 512MiB")),
@@ -1240,7 +1239,7 @@ impl Collections {
                 }
                 None if is_nsid(name) => Wanted::Exactly(name.to_owned()),
                 _ => {
-                    return Err(Wrong::new(format!("has {}, which is no collection", shown(name)), right));
+                    return Err(Wrong::new(format!("has {}, which is not a collection", shown(name)), right));
                 }
             });
         }
@@ -1312,7 +1311,7 @@ macro_rules! words {
                     return Ok(Self::$variant);
                 })*
                 let words = [$($word),*].join(", ");
-                Err(Wrong::new("is none of the known words", format!("write one of {words}")))
+                Err(Wrong::new("is not a known value", format!("write one of {words}")))
             }
         }
 
@@ -1329,11 +1328,11 @@ words! {
     LogLevel {
         /// Everything that helps to find a fault.
         Debug = "DEBUG",
-        /// What an operator wants to read.
+        /// Normal operation.
         Info = "INFO",
-        /// What an operator should read.
+        /// Worth an operator's attention.
         Warning = "WARNING" | "WARN",
-        /// What an operator must act on.
+        /// Operator action needed.
         Error = "ERROR",
     }
 }
@@ -1370,11 +1369,11 @@ words! {
 words! {
     /// `ON_FUTURE_CURSOR`: what the reader does when the relay says that the stored cursor is in its future.
     OnFutureCursor {
-        /// Stop and say so: a person decides what the gap means.
+        /// Stop and report it: an operator decides about the gap.
         Stop = "stop",
-        /// Go on with what the relay sends now.
+        /// Resume with what the relay sends now.
         Live = "live",
-        /// Go on with the oldest event that the relay still has.
+        /// Resume with the oldest event that the relay still has.
         Oldest = "oldest",
     }
 }
@@ -1384,7 +1383,7 @@ words! {
     TransactionMode {
         /// Each event has its own.
         Event = "event",
-        /// A batch shares one, or a few; what does not go together goes one by one.
+        /// A batch shares one, or a few; events that fail together are applied one by one.
         Batch = "batch",
     }
 }
@@ -1409,7 +1408,7 @@ where
     }
 }
 
-/// Longer than anybody means, and far from where adding it to a clock would overflow.
+/// Upper bound for any duration: implausibly long, yet safe to add to an `Instant`.
 const LONGEST: Duration = Duration::from_hours(24 * 3650);
 
 /// Zero needs no unit; every caller decides what it means.
@@ -1717,12 +1716,12 @@ mod tests {
             (
                 "TRANSACTION",
                 "batches",
-                "TRANSACTION: \"batches\" is none of the known words; write one of event, batch",
+                "TRANSACTION: \"batches\" is not a known value; write one of event, batch",
             ),
             (
                 "LOG_LEVEL",
                 "TRACE",
-                "LOG_LEVEL: \"TRACE\" is none of the known words; write one of DEBUG, INFO, WARNING, ERROR",
+                "LOG_LEVEL: \"TRACE\" is not a known value; write one of DEBUG, INFO, WARNING, ERROR",
             ),
             ("AUTO_MIGRATE", "maybe", "AUTO_MIGRATE: \"maybe\" is neither yes nor no; write true or false"),
         ] {

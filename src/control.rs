@@ -1,6 +1,6 @@
-//! What an operator can ask of a running process: rest, go on, log more or less, drain.
+//! What an operator can ask of a running process: pause, resume, change the log level, drain.
 //!
-//! Nothing of it outlives the process: after a restart the environment is the one truth again.
+//! Nothing here outlives the process: after a restart only the environment counts.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -13,7 +13,7 @@ use crate::config::LogLevel;
 use crate::metrics;
 use crate::status::lock;
 
-/// Changes the level from which on the process logs.
+/// Changes the log level.
 pub type SetLevel = Box<dyn Fn(LogLevel) -> Result<(), String> + Send + Sync>;
 
 /// What to pause.
@@ -40,11 +40,11 @@ impl Part {
     }
 }
 
-/// The operator's wishes; the parts watch them.
+/// The operator's commands; the parts watch them.
 pub struct Control {
-    /// Whether the reader rests.
+    /// Whether the reader is paused.
     reader: watch::Sender<bool>,
-    /// Whether the pipelines rest.
+    /// Whether the pipelines are paused.
     pipelines: watch::Sender<bool>,
     drain: CancellationToken,
     set_level: Option<SetLevel>,
@@ -62,7 +62,7 @@ impl fmt::Debug for Control {
 }
 
 impl Control {
-    /// Everything works. `set_level` where the log can be changed.
+    /// Everything running. `set_level` where the log level can be changed.
     #[must_use]
     pub fn new(set_level: Option<SetLevel>) -> Self {
         Self {
@@ -74,24 +74,24 @@ impl Control {
         }
     }
 
-    /// Whether the reader is to rest.
+    /// Whether the reader is to be paused.
     #[must_use]
     pub fn reader(&self) -> watch::Receiver<bool> {
         self.reader.subscribe()
     }
 
-    /// Whether the pipelines are to rest.
+    /// Whether the pipelines are to be paused.
     #[must_use]
     pub fn pipelines(&self) -> watch::Receiver<bool> {
         self.pipelines.subscribe()
     }
 
-    /// Waits while the pipelines are to rest: what else changes the database rests with them.
+    /// Waits while the pipelines are paused: everything else that changes the database pauses with them.
     pub async fn pipelines_go(&self) {
         let _ = self.pipelines().wait_for(|paused| !paused).await;
     }
 
-    /// Lets a part rest, or go on.
+    /// Pauses or resumes a part.
     pub fn pause(&self, part: Part, pause: bool) {
         let set = |who: &watch::Sender<bool>, part: &'static str| {
             who.send_if_modified(|paused| std::mem::replace(paused, pause) != pause);
@@ -105,7 +105,7 @@ impl Control {
         }
     }
 
-    /// Changes the level from which on the process logs.
+    /// Changes the log level.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl Control {
         *lock(&self.level)
     }
 
-    /// Lets the process drain and end.
+    /// Makes the process drain and exit.
     pub fn drain(&self) {
         self.drain.cancel();
     }

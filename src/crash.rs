@@ -2,7 +2,7 @@
 //!
 //! Only in debug builds; in a release build nothing of this is left. `STANDPIPE_CRASH_AT=<point>:<n>` lets the process abort
 //! when it comes to that point for the n-th time, saying so on standard error, so that a test can prove that it died
-//! there. (The one place besides the configuration that reads the environment: it is no setting.)
+//! there. (The one place besides the configuration that reads the environment: it is not a setting.)
 
 /// A durable boundary, and what recovery owes to a process that died there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! `standpipe dead-letters`: looking at what could not be applied, applying it again after a correction, throwing it away.
+//! `standpipe dead-letters`: inspecting, retrying and purging what could not be applied.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -186,10 +186,10 @@ impl Walk {
     }
 }
 
-/// What became of one letter that was tried again.
+/// The outcome of a retry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Retried {
-    /// Its operation is in the database, and it is gone.
+    /// Its operation is in the database; the letter is removed.
     Applied,
     /// It still cannot be applied; the letter says when and why.
     StillBad(Reject),
@@ -199,7 +199,7 @@ pub enum Retried {
 ///
 /// # Errors
 ///
-/// Redis or PostgreSQL cannot be reached, or PostgreSQL refuses for a reason that is none of the letter's.
+/// Redis or PostgreSQL cannot be reached, or PostgreSQL refuses for a reason unrelated to the letter.
 pub async fn retry(
     connection: &mut MultiplexedConnection,
     keys: &Keys,

@@ -1,4 +1,4 @@
-//! The whole chain to watch: private servers on free ports in a folder of their own, the simulated relay, the reader,
+//! The whole chain, for demonstration: private servers on free ports in a folder of their own, the simulated relay, the reader,
 //! the pipelines, the HTTP server.
 
 use std::ffi::OsString;
@@ -73,7 +73,7 @@ fn settings(addresses: &Addresses) -> Result<(Config, Vec<String>), ConfigError>
     config::from_env(theirs.chain(quiet).chain(ours.clone()), Role::All)
 }
 
-/// The configuration and its warnings before anything is started: for what the operator has to mend, and for the log.
+/// The configuration and its warnings before anything is started: for the operator to fix, and for the log.
 ///
 /// # Errors
 ///
@@ -117,7 +117,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
     let mut serving = pin!(serving.fuse());
 
-    // For this demonstration alone, and shown to whoever started it.
+    // For this demonstration alone, and shown to the person who started it.
     let addresses = Addresses {
         relay: format!("ws://{relay_address}"),
         redis: redis.url(),
@@ -200,7 +200,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     Ok(clean && drained && (finished || last_seq.is_none()))
 }
 
-/// Audits the database and says what came of it.
+/// Audits the database and reports the result.
 async fn audit(store: &Store) -> Result<bool> {
     let failed = "the audit could not be done: PostgreSQL";
     let mut session = store.session().await.context(failed)?;
@@ -286,7 +286,7 @@ async fn keep_servers(redis: &mut PrivateRedis, postgres: &mut PrivatePostgres) 
     }
 }
 
-/// Shows how it is going; returns when the last event is in the database.
+/// Shows the progress; returns when the last event is in the database.
 async fn watch(
     running: &Running,
     counters: &Counters,
@@ -375,7 +375,7 @@ mod tests {
             for place in (0..3_000).step_by(7).chain([2_999]) {
                 assert_eq!(sent.up_to(numbers[place]), place as u64 + 1);
             }
-            // What is sent again counts no more.
+            // Repeated frames are not counted.
             assert_eq!(sent.up_to(numbers[2_999]), 3_000);
         }
     }

@@ -40,7 +40,7 @@ impl Level {
         }
     }
 
-    /// What colours it on a terminal: green, blue, yellow, red and bold.
+    /// Its terminal colour: green, blue, yellow, red and bold.
     fn colour(self) -> &'static str {
         match self {
             Self::Ok => "\x1b[32m",
@@ -81,21 +81,21 @@ pub struct Finding {
     pub level: Level,
     /// Where.
     pub section: Section,
-    /// What was looked at.
+    /// The check.
     pub what: &'static str,
-    /// What was found.
+    /// The result.
     pub found: String,
-    /// What to do about it; empty where there is nothing to do.
+    /// The remedy; empty where none is needed.
     pub remedy: String,
 }
 
-/// What all findings together come to.
+/// The overall result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Nothing stands in the way.
+    /// No errors.
     Healthy,
-    /// Something has to be put right.
+    /// Something has to be fixed.
     Unhealthy,
     /// A service cannot be reached, or does not let us in.
     Unreachable,
@@ -106,7 +106,7 @@ pub enum Verdict {
 pub struct Examination {
     /// The program's version.
     pub version: &'static str,
-    /// What it comes to.
+    /// The overall result.
     pub verdict: Verdict,
     /// In the order in which it was looked.
     pub findings: Vec<Finding>,
@@ -199,7 +199,7 @@ impl Findings {
             self.warning(
                 "clock",
                 format!(
-                    "the server's is {:.1} s {way} this machine's: ages and waiting times mislead",
+                    "the server's is {:.1} s {way} this machine's: ages and waiting times are misleading",
                     skew.abs()
                 ),
                 "set both by NTP (timedatectl set-ntp true)",

@@ -35,7 +35,7 @@ impl fmt::Display for EntryId {
     }
 }
 
-/// The text is no `<ms>-<seq>`.
+/// The text is not `<ms>-<seq>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a stream entry id (<milliseconds>-<sequence>)")]
 pub struct InvalidEntryId;
@@ -56,7 +56,7 @@ impl FromStr for EntryId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Micros(pub i64);
 
-/// What orders two events about one record: see `standpipe.newer` in `sql/apply`.
+/// The order of two events about one record: see `standpipe.newer` in `sql/apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version<'a> {
     /// The commit's revision, a TID; the Python reader gives none, and a place between those of our reader stands here.
@@ -243,7 +243,7 @@ pub struct Op<'a> {
     pub created_at: Micros,
     /// Where it is sorted: the lesser of `created_at` and [`Version::time`].
     pub sort_at: Micros,
-    /// What only this kind has.
+    /// Fields specific to the kind.
     pub body: Option<Json<'a>>,
     /// Of a post that is a reply: the URI of its thread's root.
     pub root: Option<Cow<'a, str>>,
@@ -255,7 +255,7 @@ pub struct Op<'a> {
 pub struct Reject {
     /// The class, for metrics and filters.
     pub reason: Reason,
-    /// What is wrong, for a person.
+    /// The problem, for a person.
     pub message: String,
     /// PostgreSQL's SQLSTATE, when it was the database that refused.
     pub sqlstate: Option<String>,
@@ -271,7 +271,7 @@ impl Reject {
 /// The classes of dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// The entry is not what the contract says, or the record's bytes are no DAG-CBOR.
+    /// The entry is not what the contract says, or the record's bytes are not DAG-CBOR.
     Undecodable,
     /// The record lacks a field without which its row cannot be.
     MissingField,
@@ -331,10 +331,10 @@ pub struct Rejected {
     pub op: String,
 }
 
-/// What one stream entry says.
+/// The contents of one stream entry.
 #[derive(Clone, Debug)]
 pub struct Event<'a> {
-    /// commit, identity, account, sync or a word nobody knows.
+    /// commit, identity, account, sync or an unknown word.
     pub event_type: &'a str,
     /// The repository that it is about; empty where there is nothing to do.
     pub repo: Cow<'a, str>,

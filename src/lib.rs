@@ -12,7 +12,7 @@
 //! [`event`] is the language they share, [`config`] the only place that reads the environment, [`run`] the only place
 //! that spawns.
 
-// What would end the process, or a pipeline: only with a reason at the place. Tests may.
+// Anything that would end the process or a pipeline needs a reason in place. Tests are exempt.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
 
 pub mod apply;

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     let command = match cli::Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) => {
-            // --help and --version come this way too, and are no mistakes.
+            // --help and --version arrive here too, and are not mistakes.
             let code = if error.use_stderr() { cli::EX_USAGE } else { 0 };
             let _ = error.print();
             return ExitCode::from(code);

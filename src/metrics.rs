@@ -28,7 +28,7 @@ pub const RETRIES: &str = "standpipe_retries_total";
 pub const DEAD_LETTERS: &str = "standpipe_dead_letters_total";
 /// Entries kept pending because the dead letters are full.
 pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
-/// Entries that somebody trimmed while they were pending.
+/// Entries that another client trimmed while they were pending.
 pub const LOST: &str = "standpipe_entries_lost_total";
 /// Times that the reader was set back for such entries.
 pub const SET_BACK: &str = "standpipe_reader_set_back_total";
@@ -56,7 +56,7 @@ pub const OLDEST: &str = "standpipe_oldest_waiting_seconds";
 pub const TRIMMED: &str = "standpipe_trimmed_entries_total";
 /// Pipelines in each state.
 pub const PIPELINES: &str = "standpipe_pipelines";
-/// Whether a part rests because somebody paused it.
+/// Whether an operator paused a part.
 pub const PAUSED: &str = "standpipe_paused";
 /// Connections in the pool.
 pub const POOL_SIZE: &str = "standpipe_pool_connections";
@@ -64,7 +64,7 @@ pub const POOL_SIZE: &str = "standpipe_pool_connections";
 pub const POOL_IN_USE: &str = "standpipe_pool_in_use_connections";
 /// Time spent waiting for a connection.
 pub const POOL_WAIT: &str = "standpipe_pool_wait_seconds";
-/// Redis connections opened anew after an error.
+/// Redis connections reopened after an error.
 pub const REDIS_RECONNECTS: &str = "standpipe_redis_reconnects_total";
 /// Frames by type.
 pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
@@ -72,7 +72,7 @@ pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
 pub const RELAY_BAD_FRAMES: &str = "standpipe_relay_undecodable_frames_total";
 /// Records that could not be decoded.
 pub const RELAY_BAD_RECORDS: &str = "standpipe_relay_undecodable_records_total";
-/// What is missing because the relay's events could not be used, by reason.
+/// Missing data because events from the relay could not be used, by reason.
 pub const RELAY_MISSED: &str = "standpipe_relay_missed_total";
 /// Connections to the relay.
 pub const RELAY_CONNECTS: &str = "standpipe_relay_connects_total";
@@ -86,7 +86,7 @@ pub const CURSOR: &str = "standpipe_cursor";
 pub const BACKPRESSURE: &str = "standpipe_backpressure_seconds_total";
 /// Times that PostgreSQL knew less than it had acknowledged.
 pub const DATABASE_WENT_BACK: &str = "standpipe_database_went_back_total";
-/// Whether what PostgreSQL had lost is being read again.
+/// Whether events that PostgreSQL lost are being read again.
 pub const REFILLING: &str = "standpipe_refilling";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
@@ -112,7 +112,7 @@ pub fn dead_letter(reason: Reason) {
     metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).increment(1);
 }
 
-/// Says whether what PostgreSQL had lost is being read again.
+/// Sets whether events that PostgreSQL lost are being read again.
 pub fn refilling(refilling: bool) {
     metrics::gauge!(REFILLING).set(if refilling { 1.0 } else { 0.0 });
 }
@@ -130,7 +130,7 @@ pub fn operations(kind: Kind, total: u32, applied: u32) {
         .increment(total.saturating_sub(applied).into());
 }
 
-/// Takes over how the stream is doing.
+/// Exports the state of the stream.
 pub fn look(look: &Look) {
     let waiting = crate::report::waiting(look);
     metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
@@ -148,7 +148,7 @@ pub fn look(look: &Look) {
     }
 }
 
-/// Counts and tells that somebody else removed entries that may not have been acknowledged.
+/// Counts and logs that somebody else removed entries that may not have been acknowledged.
 pub fn note_removed(entries: u64) {
     if entries > 0 {
         count(LOST, entries);
@@ -172,7 +172,7 @@ pub fn backpressure(waited: Duration) {
     metrics::counter!(BACKPRESSURE).absolute(total / 1000);
 }
 
-/// Counts and tells what of stream and group had to be made anew.
+/// Counts and logs that the stream or the group had to be created again.
 pub fn note_ensured(ensured: Ensured) {
     if ensured.stream_lost {
         count(STREAM_LOST, 1);
@@ -182,7 +182,7 @@ pub fn note_ensured(ensured: Ensured) {
     }
     if ensured.group_created {
         count(GROUP_RECREATED, 1);
-        tracing::info!("the consumer group was not there and has been created");
+        tracing::info!("created the missing consumer group");
     }
 }
 
@@ -230,7 +230,7 @@ fn describe() {
     );
     describe_counter!(
         SET_BACK,
-        "Times that the reader was set back to read entries again that somebody else removed"
+        "Times the reader was set back to re-read entries that somebody else removed"
     );
     describe_counter!(PURGED_ACCOUNTS, "Deleted accounts whose records have been removed");
     describe_counter!(PURGED_RECORDS, "Records of deleted accounts that have been removed");
@@ -240,7 +240,7 @@ fn describe() {
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
     describe_gauge!(
         WAITING,
-        "Entries that no consumer got yet; absent from truth where standpipe_lag_known is 0"
+        "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"
     );
     describe_gauge!(LAG_KNOWN, "1 when Redis knows how many entries wait");
     describe_gauge!(PENDING, "Entries delivered and not acknowledged");
@@ -250,7 +250,7 @@ fn describe() {
     describe_gauge!(PAUSED, "1 while a part is paused manually: reader or pipelines");
     describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
     describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
-    describe_histogram!(POOL_WAIT, Unit::Seconds, "Waiting for a connection out of the pool");
+    describe_histogram!(POOL_WAIT, Unit::Seconds, "Time spent waiting for a connection from the pool");
     describe_counter!(REDIS_RECONNECTS, "Connections to Redis given up after an error");
     describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
     describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
@@ -262,14 +262,14 @@ fn describe() {
     describe_counter!(RELAY_CONNECTS, "Connections to the relay");
     describe_counter!(
         RELAY_GAPS,
-        "Gaps: the relay no longer had what was asked for, or the relay was changed"
+        "Gaps: the relay no longer had the requested events, or the relay was changed"
     );
     describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
     describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
     describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
     describe_counter!(
         DATABASE_WENT_BACK,
-        "Times that PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
+        "Times PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
     );
     describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
     describe_gauge!(BUILD, "1, with the version and the commit");

@@ -1,15 +1,15 @@
-//! What commands print. Text that comes from a relay, a database or a person is made harmless first, and a reader that
+//! Output of the commands. Text that comes from a relay, a database or a person is made harmless first, and a reader that
 //! has seen enough (`standpipe dead-letters list | head -1`) ends the command quietly.
 
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
 
-/// What one cell of a table or one part of a line shows of a text.
+/// Maximum characters in one cell of a table or one part of a line.
 pub const CELL: usize = 120;
-/// What one line shows of a message or a reason.
+/// Maximum characters of a message or a reason on one line.
 pub const LINE: usize = 300;
 
-/// Nobody reads the standard output any more: the command has nothing left to do, and has not failed.
+/// The standard output is closed: the command has nothing left to do, and has not failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
@@ -44,7 +44,7 @@ pub fn raw(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// For commands whose exit code is the answer: that nobody reads what they print changes nothing about it.
+/// For commands whose exit code is the answer: a closed output does not change it.
 ///
 /// # Errors
 ///
@@ -53,7 +53,7 @@ pub fn unless_closed(printed: anyhow::Result<()>) -> anyhow::Result<()> {
     printed.or_else(|error| if error.is::<Closed>() { Ok(()) } else { Err(error) })
 }
 
-/// Prints a line to the standard error, escaped as [`line`] does. Whether anybody reads it does not matter.
+/// Prints a line to the standard error, escaped as [`line`] does. A closed output does not matter.
 pub fn note(text: impl fmt::Display) {
     let _ = writeln!(std::io::stderr(), "{}", lines(&text.to_string()));
 }

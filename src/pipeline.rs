@@ -30,16 +30,16 @@ use crate::stream::{Keys, Redis, backoff, epochs, group, is_nogroup};
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// A batch larger than this halves the next read: entries are of any size, memory is not.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
-/// What is claimed at a time: more than a batch, because what another program did after it is looked for once for all of it.
+/// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
 const CLAIM_BYTES: usize = 16 * 1024 * 1024;
-/// Operations that share a transaction at the most: five pipelines of them use less than half of the locks that a server
-/// with PostgreSQL's defaults can hold.
+/// Maximum operations per transaction: five pipelines then use less than half of the locks that a server with PostgreSQL's
+/// defaults can hold.
 const TRANSACTION_OPERATIONS: usize = 400;
-/// How many batches in a row may leave something to the next one; then it is waited for.
+/// How many batches in a row may defer events to the next one; after that the pipeline waits for the locks.
 const LEAVE_ROUNDS: u32 = 4;
-/// How long to wait before asking again whether the operator mended what halted us.
+/// How long a halted pipeline waits before it tries again.
 const HALTED: Duration = Duration::from_secs(10);
-/// A database that has been asked for so long without an answer is worth a word.
+/// Report PostgreSQL as unresponsive after this long.
 const NO_ANSWER: Duration = Duration::from_secs(5);
 
 /// One of N: a consumer of the group with a connection to Redis of its own.
@@ -60,7 +60,7 @@ pub struct Pipeline {
     in_hand: InHand,
     /// Whether our consumer names are ours.
     names: watch::Receiver<Names>,
-    /// Whether the operator wants us to rest.
+    /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
 }
 
@@ -72,7 +72,7 @@ pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
 pub enum Names {
     /// It has.
     Ours,
-    /// Not yet, or not any more: what it is waiting for.
+    /// Not yet, or no longer: the reason for waiting.
     Waiting(State),
 }
 
@@ -82,16 +82,16 @@ struct Work<'a> {
     /// `None` when the whole entry is unreadable.
     event: Option<Event<'a>>,
     rejected: Vec<Rejected>,
-    /// What the database made of it; `None` until it is committed.
+    /// The database's outcome; `None` until it is committed.
     outcome: Option<Outcome>,
     /// Whether it is left to the next batch.
     left: bool,
 }
 
-/// What is applied again although it was delivered already.
+/// The scope of a replay of delivered entries.
 #[derive(Default)]
 struct Replay {
-    /// Hashes of the URIs of records and accounts: what is about one of them.
+    /// Hashes of URIs of records and accounts: entries about one of them.
     touched: HashSet<u64>,
     /// Also everything that was acknowledged, and then whatever came after it about the same.
     acknowledged: bool,
@@ -138,7 +138,7 @@ impl Pipeline {
         }
     }
 
-    /// Rests while this says so.
+    /// Pauses while this is true.
     #[must_use]
     pub fn paused_by(mut self, pause: watch::Receiver<bool>) -> Self {
         self.pause = pause;
@@ -154,7 +154,7 @@ impl Pipeline {
             }
             let began = Instant::now();
             let Err(error) = self.session(&stop).await else { continue };
-            // A connection in doubt is dropped: a read whose answer nobody took has still moved entries to us.
+            // A connection in doubt is dropped: a read whose answer was lost has still moved entries to us.
             metrics::count(metrics::REDIS_RECONNECTS, 1);
             if began.elapsed() > Duration::from_secs(30) {
                 delays = backoff();
@@ -172,7 +172,7 @@ impl Pipeline {
             let names = self.names.borrow_and_update().clone();
             match names {
                 Names::Ours => return true,
-                // It is the same for all of them: one says it.
+                // It is the same for all pipelines: one reports it.
                 Names::Waiting(state) if self.index > 0 => {
                     self.status.pipeline(self.index, |status| {
                         status.enter(state);
@@ -190,8 +190,8 @@ impl Pipeline {
         }
     }
 
-    /// Takes our name out of the group when nothing is pending under it: whoever starts under it next need not wonder
-    /// whether we are still there.
+    /// Removes our consumer from the group when nothing is pending under it, so that the next start under this name need not
+    /// wait to see whether we are still running.
     async fn leave(&self) {
         if let Ok(mut connection) = self.redis.connect().await {
             let name = Some(self.consumer.as_str());
@@ -200,7 +200,7 @@ impl Pipeline {
         }
     }
 
-    /// One connection to Redis. What is still left when it breaks is pending, and the next one begins with it.
+    /// One connection to Redis. Entries unfinished when it breaks are pending, and the next one starts with them.
     async fn session(&self, stop: &CancellationToken) -> RedisResult<()> {
         let mut left = Vec::new();
         let ended = self.read_and_work(&mut left, stop).await;
@@ -211,8 +211,8 @@ impl Pipeline {
         ended
     }
 
-    /// First what we got earlier and never acknowledged, then what is new. `left`: what a batch leaves to the next, because
-    /// others are at work on the same accounts; they have more to do than to wait for each other.
+    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries that a batch defers to
+    /// the next, because other pipelines hold locks on the same accounts.
     async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> RedisResult<()> {
         let mut rounds = 0;
         let mut connection = self.redis.connect().await?;
@@ -243,7 +243,7 @@ impl Pipeline {
                 Ok(batch) => batch,
                 Err(error) if is_nogroup(&error) => {
                     metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
-                    // Without a pause a group that somebody keeps destroying would cost a processor.
+                    // Without a pause, a group that is destroyed again and again would keep a processor busy.
                     self.sleep(missing.next(), stop).await;
                     continue;
                 }
@@ -277,7 +277,7 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Works on what was left until it is done, however long others are at work on the same accounts.
+    /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
     async fn finish_left(
         &self,
         connection: &mut MultiplexedConnection,
@@ -288,12 +288,12 @@ impl Pipeline {
         self.work(connection, batch, false, stop).await.map(drop)
     }
 
-    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    /// True while an operator has paused us. If the control side is gone, we count as running: nobody could resume us.
     fn is_paused(&self) -> bool {
         *self.pause.borrow() && self.pause.has_changed().is_ok()
     }
 
-    /// Waits until the operator wants it otherwise. Everything in hand is acknowledged; the names stay ours.
+    /// Waits until resumed. Everything in hand is acknowledged; the names stay ours.
     async fn rest(&self, stop: &CancellationToken) {
         let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
         self.say(State::Paused);
@@ -304,8 +304,8 @@ impl Pipeline {
         }
     }
 
-    /// Takes over what consumers left that are gone. Not while PostgreSQL is away: whoever holds entries is waiting for
-    /// it too, and to take them from each other would help nobody.
+    /// Takes over entries of consumers that are gone. Not while PostgreSQL is down: every holder is waiting for it too, and
+    /// taking entries from each other would not help.
     async fn claim(
         &self,
         connection: &mut MultiplexedConnection,
@@ -313,8 +313,8 @@ impl Pipeline {
     ) -> RedisResult<()> {
         let mut start = Some("0-0".to_owned());
         while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
-            // As much as fits into memory: what another program did after these entries is looked for once for all of them.
-            // For each page it would be all of the stream, again and again.
+            // As many as fit into memory: one search for another program's later work covers all of them. A search per page
+            // would read the whole stream each time.
             let mut batch = Batch::default();
             let mut bytes = 0;
             while bytes < CLAIM_BYTES
@@ -346,7 +346,7 @@ impl Pipeline {
                 crash::at(Point::WhileClaiming);
             }
             {
-                // What another pipeline of this process holds is being worked on, whoever it belongs to by now.
+                // Entries held by another pipeline of this process are being worked on, whichever consumer owns them by now.
                 let in_hand = lock(&self.in_hand);
                 batch.entries.retain(|entry| !in_hand.contains(&entry.id));
             }
@@ -363,8 +363,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Works on entries that were delivered before. One that was delivered often is worked on alone: should it be what
-    /// brought the process down, its neighbours get through. The number alone makes no dead letter.
+    /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
+    /// process, its neighbours get through. The count alone never makes a dead letter.
     async fn work_again(
         &self,
         connection: &mut MultiplexedConnection,
@@ -430,7 +430,7 @@ impl Pipeline {
         Ok(batch.entries.into_iter().filter(|entry| left.contains(&entry.id)).collect())
     }
 
-    /// Holds on to entries while they are being applied. A failure is not ours to handle: the acknowledgement meets it.
+    /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
     async fn keep_fresh<T>(&self, mut connection: MultiplexedConnection, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
@@ -441,7 +441,7 @@ impl Pipeline {
     /// Applies entries, and where another program works beside us, what it has made of the same records since. Returns
     /// what is done, and which are left.
     ///
-    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    /// `None` when it is time to stop and the database is down: the entries stay pending.
     async fn finish<'a>(
         &self,
         mut connection: MultiplexedConnection,
@@ -458,7 +458,8 @@ impl Pipeline {
         }
         let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(|work| work.left);
         let left = left.iter().map(|work| work.entry.id).collect();
-        // Asked after the commit: what another program is given from now on finds our rows, even if it comes only now.
+        // Asked after the commit: entries delivered to another program from now on find our rows, even if it has only just
+        // started.
         let others = match group::has_others(&mut connection, &self.keys).await {
             Err(error) if is_nogroup(&error) => false,
             others => others?,
@@ -502,7 +503,7 @@ impl Pipeline {
 
     /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
     /// delivered, when another program has worked in the group. It may be newer than what is pending, and the other program
-    /// left nothing by which we could know. What is pending is applied when it is claimed, or read again.
+    /// left nothing by which we could know. Pending entries are applied when they are claimed or read again.
     ///
     /// Returns how many entries were looked at; `None` when it is time to stop.
     ///
@@ -513,15 +514,15 @@ impl Pipeline {
         let mut connection = self.redis.connect().await?;
         let first = group::first_pending(&mut connection, &self.keys).await?;
         let Some(first) = first else { return Ok(Some(0)) };
-        info!(%first, "applying again what another program has done after entries that are still pending");
+        info!(%first, "replaying what another program did after entries that are still pending");
         let replay = Replay { acknowledged: true, ..Replay::default() };
         self.replay_delivered(&mut connection, first.before(), replay, stop).await
     }
 
-    /// Applies what was delivered after `after`, whoever got it, and is part of the replay; acknowledges nothing. Then the
-    /// same with what was delivered meanwhile: the other program may have removed again what this has just brought back.
-    /// Until there is nothing more; what is delivered after that finds our rows. What is pending with this process is left
-    /// out: it is applied anyway, and leaves what shows how old it is.
+    /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing. Repeats
+    /// this with entries delivered meanwhile, because the other program may have removed again what the replay restored, until
+    /// there are no more; later deliveries find our rows. Entries pending with this process are left out: they are applied
+    /// anyway, and leave what shows how old they are.
     ///
     /// Returns how many entries were looked at; `None` when it is time to stop.
     async fn replay_delivered(
@@ -566,7 +567,7 @@ impl Pipeline {
 
     /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.
     ///
-    /// `None` when it is time to stop and the database is away: the entries stay pending.
+    /// `None` when it is time to stop and the database is down: the entries stay pending.
     async fn apply<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
@@ -622,8 +623,7 @@ impl Pipeline {
         Some(done)
     }
 
-    /// Waits for work in the database, and says so when it takes long. It is not given up: that is for the limit of the
-    /// statement to decide.
+    /// Waits for the database, and reports when it takes long. It never gives up: the statement timeout decides that.
     async fn answered<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         tokio::select! {
@@ -651,7 +651,7 @@ impl Pipeline {
                 break;
             }
             if together && open.len() > 1 {
-                // Once. What does not go together, for whatever reason, goes one by one.
+                // Once. Events that fail together are applied one by one.
                 together = false;
                 self.attempt_together(session, batch, open, may_leave).await?;
                 continue;
@@ -755,7 +755,7 @@ impl Pipeline {
         }
         let now = now_ms();
         let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
-        // To find a counter by its labels costs more than to count.
+        // Looking up a counter by its labels costs more than counting.
         let mut types: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut operations: BTreeMap<Kind, (u32, u32)> = BTreeMap::new();
         for work in done {
@@ -781,7 +781,7 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Says what is wrong and waits; `false` when it is time to stop instead.
+    /// Reports the problem and waits; `false` when it is time to stop instead.
     async fn wait_for_postgres(
         &self,
         error: StoreError,
@@ -799,7 +799,7 @@ impl Pipeline {
         };
         ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
         self.status.pipeline(self.index, |status| status.retries += 1);
-        // To lose against another transaction now and then is no outage.
+        // Losing to another transaction now and then is not an outage.
         if verdict != Verdict::Retry || delay.is_none_or(|delay| delay > Duration::from_millis(500)) {
             self.say(state);
         }
@@ -833,15 +833,12 @@ impl Pipeline {
                 );
             }
             State::Halted { reason } => {
-                error!(
-                    consumer,
-                    reason, "stopped reading: operator action needed; trying again every {HALTED:?}"
-                );
+                error!(consumer, reason, "halted: operator action needed; retrying every {HALTED:?}");
             }
-            State::Paused => info!(consumer, "paused manually; what was in hand is acknowledged"),
+            State::Paused => info!(consumer, "paused manually; entries in hand are acknowledged"),
             State::Running if !matches!(before, State::Starting | State::WaitingForLease { .. }) => {
-                // As loud as what it puts an end to.
-                warn!(consumer, "at work again");
+                // At the same level as the outage that it ends.
+                warn!(consumer, "running again");
             }
             _ => {}
         }
@@ -859,7 +856,7 @@ impl Pipeline {
     }
 }
 
-/// What a panic says, as the reason for a dead letter.
+/// A panic's message, as the reason for a dead letter.
 fn panicked(panic: &(dyn std::any::Any + Send)) -> Reject {
     let said = panic.downcast_ref::<String>().map(String::as_str);
     let said = said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -917,14 +914,14 @@ impl<'a> Work<'a> {
         self.event = None;
     }
 
-    /// Whether the database has still to be asked. An event that nobody asked for has no repository and needs nothing.
+    /// Whether the database still has work to do. An event of no interest has no repository and needs none.
     fn is_open(&self) -> bool {
         self.outcome.is_none()
             && !self.left
             && self.event.as_ref().is_some_and(|event| !event.repo.is_empty())
     }
 
-    /// Sets aside what the database refuses; the rest is tried again without it.
+    /// Sets aside the operations that the database refuses; the others are retried without them.
     fn reject(&mut self, mut bad: Vec<(usize, Reject)>) {
         let Some(event) = &mut self.event else { return };
         bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));

@@ -38,7 +38,7 @@ const POLL: Duration = Duration::from_millis(10);
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long it may take when it says that it is reading its data back.
 const RECOVERY_DEADLINE: Duration = Duration::from_mins(2);
-/// How long a server may take to end after it was told to.
+/// How long a server may take to stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// How many ports are tried when somebody else takes the chosen one before the server does.
 const PORT_TRIES: u32 = 3;
@@ -195,7 +195,7 @@ impl PrivateRedis {
         self.server.stop_and_wait(Signal::Term).await
     }
 
-    /// Whether it has ended without being told to.
+    /// Whether it has ended unexpectedly.
     ///
     /// # Errors
     /// When the system does not say.
@@ -221,7 +221,7 @@ impl PrivateRedis {
         self.server.pause().await
     }
 
-    /// Lets a frozen server go on.
+    /// Resumes a frozen server.
     ///
     /// # Errors
     /// When it does not run.
@@ -507,7 +507,7 @@ impl PrivatePostgres {
         self.server.stop_and_wait(Signal::Int).await
     }
 
-    /// Whether it has ended without being told to.
+    /// Whether it has ended unexpectedly.
     ///
     /// # Errors
     /// When the system does not say.
@@ -534,7 +534,7 @@ impl PrivatePostgres {
         self.server.pause().await
     }
 
-    /// Lets a frozen server go on.
+    /// Resumes a frozen server.
     ///
     /// # Errors
     /// When it does not run.
@@ -1265,14 +1265,14 @@ impl PrivateFolder {
 
 impl Drop for PrivateFolder {
     fn drop(&mut self) {
-        // Nobody can be told about an error here; the sweeper tries again.
+        // An error cannot be reported here; the sweeper tries again.
         let _ = fs::remove_dir_all(&self.path);
         drop(self.sweeper.stdin.take());
         let _ = self.sweeper.wait();
     }
 }
 
-/// A port of 127.0.0.1 that nobody listens on.
+/// A port of 127.0.0.1 that is not in use.
 ///
 /// It lies below the range from which the kernel takes the ports of outgoing connections. A port
 /// inside that range can be taken by any client while the server is down, even by one that
@@ -1298,7 +1298,7 @@ pub fn free_port() -> Result<u16> {
 }
 
 fn find_on_path(program: &str) -> Option<PathBuf> {
-    // PATH is no setting of ours, so it is not read with the configuration.
+    // PATH is not a setting of ours, so it is not read with the configuration.
     std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(program)).find(|candidate| {
         fs::metadata(candidate).is_ok_and(|found| found.is_file() && found.mode() & 0o111 != 0)
     })

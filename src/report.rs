@@ -26,9 +26,9 @@ pub struct Report {
     pub consumers: Vec<ConsumerInfo>,
     /// Dead letters.
     pub dead_letters: u64,
-    /// What is known to be missing.
+    /// Known gaps and losses.
     pub missing: Missed,
-    /// What the process says that was asked; absent when Redis alone was.
+    /// The process's own report; absent when only Redis was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessReport>,
 }
@@ -46,7 +46,7 @@ pub struct StreamReport {
     pub group_exists: bool,
     /// Entries in the stream.
     pub length: u64,
-    /// Entries that nobody got yet; null when Redis does not know.
+    /// Entries not yet delivered; null when Redis does not know.
     pub waiting: Option<u64>,
     /// Entries delivered and not acknowledged.
     pub pending: u64,
@@ -60,7 +60,7 @@ pub struct StreamReport {
     pub relay: Option<String>,
 }
 
-/// What the process says of itself.
+/// The process's own report.
 #[derive(Debug, Serialize)]
 pub struct ProcessReport {
     /// Seconds since its start.
@@ -89,7 +89,7 @@ pub struct PoolReport {
     pub size: usize,
     /// In use.
     pub in_use: usize,
-    /// At the most.
+    /// Upper bound.
     pub max: usize,
 }
 
@@ -127,7 +127,7 @@ pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> Redi
     })
 }
 
-/// Entries that nobody got yet. Redis counts them or says that it does not know; none is none either way.
+/// Entries not yet delivered: `None` if Redis cannot tell. An empty backlog is 0 even then.
 #[must_use]
 pub fn waiting(look: &Look) -> Option<u64> {
     if look.group && look.oldest_waiting.is_none() { Some(0) } else { look.lag }
@@ -139,7 +139,7 @@ pub fn oldest_seconds(look: &Look) -> Option<f64> {
     look.oldest_unacknowledged().map(|id| now_ms().saturating_sub(id.ms) as f64 / 1000.0)
 }
 
-/// What this process says of itself.
+/// This process's own report.
 #[must_use]
 pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
     let uptime = now_ms().saturating_sub(status.started_ms) as f64 / 1000.0;

@@ -31,10 +31,9 @@ use crate::stream::legacy::{self, Legacy};
 use crate::stream::noted::Refill;
 use crate::stream::{Keys, Redis, backoff, dead_letters, group, is_nogroup, is_oom, janitor, lease, noted};
 
-/// A consumer that asked for something within this time is at work: pipelines ask every second, the Python worker ten
-/// times a second.
+/// A consumer that sent a read within this time is active: pipelines read every second, the Python worker ten times a second.
 const ACTIVE: Duration = Duration::from_secs(3);
-/// Consumers without anything pending are forgotten after this time.
+/// Idle consumers with nothing pending are removed after this time.
 const FORGET_CONSUMERS: Duration = Duration::from_hours(1);
 
 /// Which parts this process runs.
@@ -61,7 +60,7 @@ impl Parts {
 /// A started process.
 pub struct Running {
     config: Arc<Config>,
-    /// What its parts say.
+    /// The status of its parts.
     pub status: Arc<Status>,
     /// Where its HTTP server listens.
     pub http: Option<SocketAddr>,
@@ -71,16 +70,15 @@ pub struct Running {
     release: CancellationToken,
     readers: JoinSet<()>,
     pipelines: JoinSet<()>,
-    /// What ends at `release`.
+    /// Tasks that end at `release`.
     keepers: JoinSet<()>,
-    /// What has no end of its own.
+    /// Runs until aborted.
     helpers: JoinSet<()>,
     store: Option<Store>,
     control: Arc<Control>,
 }
 
-/// Runs until SIGTERM or SIGINT, or until the operator wants it drained, then drains. A second signal ends the process at
-/// once.
+/// Runs until SIGTERM, SIGINT or an operator's drain request, then drains. A second signal ends the process immediately.
 ///
 /// # Errors
 ///
@@ -103,10 +101,14 @@ pub async fn run(
     let mut running = start(config, parts, metrics, control, &stop)?;
     let control = Arc::clone(&running.control);
     tokio::select! {
-        name = next_signal() => info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal ends at once"),
-        () = control.drain_begun() => info!(limit = ?running.config.drain_timeout, "draining, as the operator wants; a signal ends at once"),
+        name = next_signal() => {
+            info!(signal = name, limit = ?running.config.drain_timeout, "draining; a second signal exits immediately");
+        }
+        () = control.drain_begun() => {
+            info!(limit = ?running.config.drain_timeout, "draining on request; a signal exits immediately");
+        }
         () = running.failed() => {
-            error!("a part of the process ended that should not have: stopping");
+            error!("a part of the process ended unexpectedly: stopping");
             running.drain().await;
             return Ok(ExitCode::FAILURE);
         }
@@ -118,19 +120,19 @@ pub async fn run(
                 info!(seconds = began.elapsed().as_secs_f64(), "drained");
                 Ok(ExitCode::SUCCESS)
             } else {
-                error!("not drained within DRAIN_TIMEOUT; what was in hand stays pending and is applied at the next start");
+                error!("not drained within DRAIN_TIMEOUT; entries in hand stay pending for the next start");
                 Ok(ExitCode::FAILURE)
             }
         }
         name = next_signal() => {
-            warn!(signal = name, "a signal while draining: ending at once; what was in hand stays pending");
+            warn!(signal = name, "a signal while draining: exiting immediately; entries in hand stay pending");
             // Immediately: tasks in the middle of a call are not waited for.
             std::process::exit(130);
         }
     }
 }
 
-/// Starts the parts. None of them waits for another: the reader reads while PostgreSQL is away.
+/// Starts the parts. None of them waits for another: the reader reads while PostgreSQL is down.
 ///
 /// # Errors
 ///
@@ -253,7 +255,7 @@ pub fn start(
 }
 
 impl Running {
-    /// Resolves when a part ended without being told to: it panicked.
+    /// Resolves when a part ended unexpectedly: it panicked.
     pub async fn failed(&mut self) {
         tokio::select! {
             Some(_) = self.readers.join_next() => {}
@@ -264,7 +266,7 @@ impl Running {
         }
     }
 
-    /// Resolves when the operator wants the process drained.
+    /// Resolves when an operator asks for a drain.
     pub async fn drain_begun(&self) {
         self.control.drain_begun().await;
     }
@@ -300,8 +302,7 @@ impl Running {
     }
 }
 
-/// What comes before the pipelines: the database brought up to date, then the consumer names. Ends, and gives the names
-/// back, at `release`.
+/// Prepares the pipelines: migrates the database, then claims the consumer names. Ends, and gives the names back, at `release`.
 async fn prepare(
     config: Arc<Config>,
     redis: Redis,
@@ -365,8 +366,8 @@ async fn try_prepare(store: &Store, auto_migrate: bool) -> Result<(), StoreError
     Ok(())
 }
 
-/// Sees to what another program left in the group, before our first entry: at the first start on a database of theirs,
-/// and whenever one of them works beside us.
+/// Replays what another program left in the group, before our first entry: at the first start on its database, and whenever
+/// such a program works beside us.
 async fn take_over(
     keys: &Keys,
     redis: &Redis,
@@ -380,7 +381,7 @@ async fn take_over(
         let work = async {
             let due = takeover::is_due(store.session().await?.client()).await?;
             let mut connection = redis.connect().await?;
-            // Without a group nobody has left anything; whoever reads first makes one.
+            // Without a group nothing was left; the first reader creates one.
             let others = match group::has_others(&mut connection, keys).await {
                 Ok(others) => others,
                 Err(error) if is_nogroup(&error) => return anyhow::Ok(()),
@@ -389,7 +390,7 @@ async fn take_over(
             if (due || others)
                 && let Some(count @ 1..) = first.take_over(stop).await?
             {
-                info!(entries = count, "what another program left has been seen to");
+                info!(entries = count, "replayed entries that another program left pending");
             }
             if due {
                 takeover::done(store.session().await?.client()).await?;
@@ -437,8 +438,8 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
                     continue;
                 }
                 let reason = format!(
-                    "another process works under CONSUMER_ID={}, or did a moment ago; a name that nobody uses is free \
-                     after 10 s, and processes side by side need different ones",
+                    "another process works under CONSUMER_ID={}, or did a moment ago; an unused name is free \
+                     after 10 s, and concurrent processes need different names",
                     config.consumer_id
                 );
                 if !matches!(&before, Names::Waiting(State::WaitingForLease { .. })) {
@@ -450,7 +451,7 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
         };
         let held: Result<std::convert::Infallible, redis::RedisError> = held.await;
         let Err(error) = held;
-        // While Redis is away nobody else can take the lease either; who holds it is found out afterwards.
+        // While Redis is down nobody else can take the lease either; we find out afterwards who holds it.
         names.send_if_modified(|names| match names {
             Names::Ours => false,
             Names::Waiting(state) => {
@@ -462,7 +463,7 @@ async fn keep_names(config: &Config, redis: &Redis, names: &watch::Sender<Names>
     }
 }
 
-/// Trims what is acknowledged, and looks at the stream for everybody.
+/// Trims acknowledged entries, and records the state of the stream for all parts.
 async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
     let mut delays = backoff();
     let mut said = false;
@@ -477,9 +478,9 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
             let look = match janitor::sweep(&mut connection, &keys).await {
                 Ok(look) => look,
                 Err(error) => {
-                    // An outage is told by those who wait for it; what the script itself runs into is told here.
+                    // Outages are reported by the parts that wait; errors of the script itself are reported here.
                     if error.code() == Some("ERR") && !std::mem::replace(&mut said, true) {
-                        error!(%error, "the janitor cannot look at the stream: nothing is trimmed");
+                        error!(%error, "the janitor cannot read the stream: nothing is trimmed");
                     }
                     tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await;
                     break;
@@ -507,7 +508,7 @@ async fn keep_house(keys: Keys, redis: Redis, status: Arc<Status>) {
                 match group::remove_idle_consumers(&mut connection, &keys, FORGET_CONSUMERS, None).await {
                     Ok(0) => {}
                     Ok(count) => {
-                        info!(count, "consumers that were idle for an hour have been removed from the group");
+                        info!(count, "removed consumers that were idle for an hour");
                     }
                     Err(_) => break,
                 }
@@ -547,7 +548,7 @@ async fn keep_legacy_status(
             }
             anyhow::Ok(())
         };
-        // An outage is told by those who do the work.
+        // The pipelines and the reader report outages.
         if work.await.is_ok() || release.is_cancelled() {
             break;
         }
@@ -567,7 +568,7 @@ async fn was_theirs(store: Option<&Store>) -> Result<bool, StoreError> {
     }
 }
 
-/// Once an hour forgets the tombstones that are older than the retention and than everything that may still come.
+/// Once an hour, deletes tombstones that are older than the retention and than any entry that may still come.
 async fn forget_tombstones(
     keys: Keys,
     redis: Redis,
@@ -583,16 +584,16 @@ async fn forget_tombstones(
             let bound = now_ms().saturating_sub(retention.as_millis() as u64).min(oldest.unwrap_or(u64::MAX));
             tombstones::sweep(store.session().await.ok()?.client(), bound).await.ok()
         };
-        // When a server is away the next hour will do.
+        // If a server is down, try again in an hour.
         if let Some(count @ 1..) = swept.await {
-            info!(count, "tombstones older than the retention have been forgotten");
+            info!(count, "deleted tombstones older than the retention");
         }
         tokio::time::sleep(Duration::from_hours(1)).await;
     }
 }
 
-/// Notes in PostgreSQL, every second, what the group has acknowledged, and finds out when PostgreSQL knows less than it
-/// noted: then the reader goes back for what is missing.
+/// Records in PostgreSQL, every second, what the group has acknowledged. When PostgreSQL knows less than it had recorded, the
+/// reader goes back for the missing events.
 async fn note_acknowledged(keys: Keys, redis: Redis, store: Store, status: Arc<Status>) {
     let mut last = None;
     loop {
@@ -604,7 +605,7 @@ async fn note_acknowledged(keys: Keys, redis: Redis, store: Store, status: Arc<S
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         };
-        // An outage is told by those who do the work; before the first migration there is nothing to note in.
+        // The pipelines and the reader report outages; before the first migration there is no table to write to.
         let _: Result<std::convert::Infallible> = work.await;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -640,7 +641,7 @@ async fn compare(
             from = refill.from,
             until = refill.until,
             seconds = state.now_ms.saturating_sub(refill.since_ms) / 1000,
-            "what PostgreSQL had lost has been read again"
+            "events that PostgreSQL had lost have been read again"
         );
     }
     *lock(&status.refill) = state.refill.filter(|_| over.is_none());
@@ -656,7 +657,7 @@ async fn compare(
     Ok(())
 }
 
-/// PostgreSQL knows less than it had noted: the reader goes back to where it stands.
+/// PostgreSQL knows less than it had recorded: sends the reader back to PostgreSQL's position.
 async fn go_back(
     connection: &mut MultiplexedConnection,
     keys: &Keys,
@@ -669,7 +670,7 @@ async fn go_back(
     let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
     let gap = position.is_none().then(|| {
         Gap::new(
-            "the database lacks what had been acknowledged, and does not know from where on; everything that the relay \
+            "the database lacks acknowledged events, and does not know from which position; everything that the relay \
              still has is read again",
             None,
         )
@@ -686,14 +687,14 @@ async fn go_back(
         error!(
             from,
             acknowledged = state.acked,
-            "PostgreSQL has gone back in time, or is another database: it lacks what had been acknowledged; the reader goes \
-             back for it"
+            "PostgreSQL has gone back in time, or is another database: it lacks acknowledged events; the reader goes back \
+             for them"
         );
     }
     Ok(())
 }
 
-/// Removes what deleted accounts had written.
+/// Removes the records of deleted accounts.
 async fn purge_accounts(store: Store, control: Arc<Control>) {
     let mut delays = backoff();
     loop {
@@ -716,16 +717,16 @@ async fn purge_accounts(store: Store, control: Arc<Control>) {
                 delays = backoff();
                 metrics::count(metrics::PURGED_ACCOUNTS, 1);
                 metrics::count(metrics::PURGED_RECORDS, records);
-                debug!(did, records, "what a deleted account had written has been removed");
+                debug!(did, records, "removed the records of a deleted account");
             }
             Ok(None) => tokio::time::sleep(Duration::from_secs(1)).await,
-            // An outage is told by the pipelines; before the first migration there is nothing to look at.
+            // The pipelines report outages; before the first migration there is no table to read.
             Err(_) => tokio::time::sleep(delays.next().unwrap_or(Duration::from_secs(5))).await,
         }
     }
 }
 
-/// Keeps the histograms small and says now and then how it is going.
+/// Keeps the histograms small and logs progress now and then.
 async fn upkeep(metrics: PrometheusHandle, status: Arc<Status>) {
     const TICK: Duration = Duration::from_secs(5);
     let mut before = [(0, Instant::now()); 2];

@@ -1,4 +1,4 @@
-//! What the parts say of themselves, for readiness, `/status` and the progress line.
+//! The status of the parts, for readiness, `/status` and the progress line.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,19 +19,19 @@ pub enum State {
     Starting,
     /// At work, or waiting for work.
     Running,
-    /// Redis is away.
+    /// Redis is down.
     WaitingForRedis {
-        /// What it said.
+        /// The error.
         reason: String,
     },
-    /// PostgreSQL is away, or refuses for a while.
+    /// PostgreSQL is down, or refuses for a while.
     WaitingForPostgres {
-        /// What it said.
+        /// The error.
         reason: String,
     },
-    /// The relay is away.
+    /// The relay is down.
     WaitingForRelay {
-        /// What it said.
+        /// The error.
         reason: String,
     },
     /// The stream is at its mark, or Redis is.
@@ -44,9 +44,9 @@ pub enum State {
         /// Why.
         reason: String,
     },
-    /// The operator wants it so.
+    /// Paused by an operator.
     Paused,
-    /// Something that only the operator can mend.
+    /// Needs operator action.
     Halted {
         /// What it is.
         reason: String,
@@ -144,7 +144,7 @@ pub struct Status {
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// How the stream was at the last look, and when that was; `None` before the first.
     pub stream: Mutex<Option<(Look, u64)>>,
-    /// What is read again because PostgreSQL had lost it.
+    /// The refill in progress, because PostgreSQL lost events.
     pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,
@@ -261,7 +261,7 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
     None
 }
 
-/// The lock's content, whoever panicked while holding it: every write leaves it whole.
+/// The lock's content, even after a panic: every write leaves it whole.
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -300,14 +300,14 @@ impl Status {
         }
     }
 
-    /// Changes what is said of the reader.
+    /// Updates the reader's status.
     pub fn reader(&self, change: impl FnOnce(&mut ReaderStatus)) {
         if let Some(reader) = &self.reader {
             change(&mut lock(reader));
         }
     }
 
-    /// Changes what is said of one pipeline.
+    /// Updates one pipeline's status.
     pub fn pipeline(&self, index: usize, change: impl FnOnce(&mut PipelineStatus)) {
         if let Some(pipeline) = self.pipelines.get(index) {
             change(&mut lock(pipeline));

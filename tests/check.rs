@@ -107,10 +107,10 @@ async fn a_good_system_has_nothing_to_complain_about() {
         "noeviction",
         "flushed every second",
         "commands on all keys",
-        "1 process of standpipe is at work",
+        "1 standpipe process is running",
         "PostgreSQL 1",
         "DB_POOL_SIZE=20 × 1 process",
-        "all that are needed are there",
+        "all required indexes exist",
         "no errors, no warnings",
     ] {
         assert!(page.contains(words), "{words:?} is not in\n{page}");
@@ -169,7 +169,7 @@ async fn settings_of_redis_that_lose_data_are_named_with_their_remedy() {
     set("maxmemory-policy", "noeviction").await;
 
     set("appendfsync", "no").await;
-    let words = ["when the kernel pleases", "appendfsync everysec"];
+    let words = ["when the kernel decides", "appendfsync everysec"];
     assert_only(&redis_findings(&["warning", "error"], 1).await, "Redis", "persistence", &words);
     set("appendonly", "no").await;
     set("save", "3600 1").await;
@@ -303,7 +303,7 @@ async fn the_documented_redis_user_can_do_everything_and_no_more() {
     let status = Standpipe::run(&["status"], &variables, RUN).await;
     assert!(status.code == 0 && status.stdout.contains("1: 1 undecodable"), "{status:?}");
     let purged = Standpipe::run(&["dead-letters", "purge", "--all"], &variables, RUN).await;
-    assert!(purged.code == 0 && purged.stdout.contains("1 thrown away"), "{purged:?}");
+    assert!(purged.code == 0 && purged.stdout.contains("purged 1"), "{purged:?}");
     program.signal(Signal::Term);
     assert_eq!(program.wait_exit(SOON).await, 0);
     assert!(!program.output().contains("NOPERM"), "{}", program.output());
@@ -450,13 +450,13 @@ async fn too_few_connections_are_counted() {
     // Three of the twenty are kept for superusers.
     let words = [
         "DB_POOL_SIZE=20 × 1 process = 20",
-        "17 at the most",
+        "at most 17",
         "raise max_connections to 23",
         "lower DB_POOL_SIZE",
     ];
     assert_only(&findings(&variables, &["warning", "error"], 1).await, "PostgreSQL", "connections", &words);
     execute(&database, "ALTER ROLE few CONNECTION LIMIT 4").await;
-    let words = ["4 at the most", "ALTER ROLE few CONNECTION LIMIT 20"];
+    let words = ["at most 4", "ALTER ROLE few CONNECTION LIMIT 20"];
     assert_only(&findings(&variables, &["warning", "error"], 1).await, "PostgreSQL", "connections", &words);
     let enough = variables.clone().with("DB_POOL_SIZE", "4").with("PARALLEL_CONSUMERS", "2");
     assert_eq!(findings(&enough, &["warning", "error"], 0).await, [] as [Value; 0]);

@@ -98,7 +98,7 @@ async fn what_another_program_undid_and_is_about_to_acknowledge_is_not_brought_b
     assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[1]]).await, 1);
 
     let mut program = Program::start("worker", &variables).await;
-    program.wait_for_line("what another program left has been seen to", RUN).await;
+    program.wait_for_line("replayed entries that another program left pending", RUN).await;
     // It has seen to what was acknowledged. Now the other program acknowledges the deletion, and dies.
     assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[2]]).await, 1);
     let applied = "SELECT uri FROM standpipe.tombstones";

@@ -507,7 +507,7 @@ async fn every_line_of_a_json_log_is_json() {
     chain.redis.sigkill().await.unwrap();
     standpipe.wait_for_line("waiting for Redis", SOON).await;
     chain.redis.start_again().await.unwrap();
-    standpipe.wait_for_line("at work again", SOON).await;
+    standpipe.wait_for_line("running again", SOON).await;
     standpipe.signal(Signal::Term);
     assert_eq!(standpipe.wait_exit(SOON).await, 0);
     assert_eq!(standpipe.stdout(), "");

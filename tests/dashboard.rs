@@ -318,7 +318,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     })
     .await;
     let (rested, length) = (program.entries().await, chain.look().await.length);
-    assert_eq!(chain.look().await.pending, 0, "what was in hand is acknowledged");
+    assert_eq!(chain.look().await.pending, 0, "entries in hand are acknowledged");
     wait_until("the stream to grow", SOON, async || chain.look().await.length > length + 500).await;
     assert_eq!(program.entries().await, rested, "nothing was read meanwhile");
     assert_eq!(chain.look().await.pending, 0);
@@ -334,7 +334,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     let paused =
         watcher.until("the page to say so", |snapshot| snapshot["health"]["level"] == "paused").await;
     let sentence = paused["health"]["sentence"].as_str().unwrap();
-    assert!(sentence.contains("the pipelines rest, the reader works"), "{sentence}");
+    assert!(sentence.contains("the pipelines are idle, the reader works"), "{sentence}");
 
     // The reader too: it closes the connection and keeps its lease.
     assert_eq!(control(program.http, "/control/pause?part=reader").await.code, 200);
@@ -353,7 +353,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
 
     // Everything goes on where it was: the end is that of a run that was never paused.
     let resumed = Standpipe::run(&["control", "resume"], &asked, SOON).await;
-    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything continues\n"), "{}", resumed.stderr);
+    assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything resumes\n"), "{}", resumed.stderr);
     chain.ends_like_an_undisturbed_run().await;
     assert_eq!(program.readiness().await.0, 200);
 }

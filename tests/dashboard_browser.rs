@@ -187,7 +187,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
         "document.getElementById('health').dataset.level === 'paused'",
     )
     .await;
-    assert!(page.text("#sentence").await.starts_with("Paused manually"));
+    assert!(page.text("#sentence").await.starts_with("Paused by an operator"));
     tokio::time::sleep(Duration::from_secs(12)).await;
     page.screenshot(&picture("paused")).await;
     page.click("#resume-now").await;

@@ -340,7 +340,7 @@ async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
     let status = program.status().await;
     assert_eq!(status["missing"]["gaps"], 1, "{status}");
     assert!(
-        status["missing"]["last_gap"]["reason"].as_str().unwrap().contains("number anew"),
+        status["missing"]["last_gap"]["reason"].as_str().unwrap().contains("restarted its numbering"),
         "{}",
         status["missing"]
     );

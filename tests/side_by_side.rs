@@ -170,7 +170,7 @@ async fn what_a_worker_before_us_left_pending_does_not_come_back_over_what_came_
         .with("DATABASE_URL", &database)
         .with("CLAIM_IDLE", "10s");
     let mut worker = Program::start("worker", &variables).await;
-    worker.wait_for_line("what another program left has been seen to", SOON).await;
+    worker.wait_for_line("replayed entries that another program left pending", SOON).await;
     wait_until("it to be claimed and acknowledged", SOON, async || look(&redis).await.unwrap().is_drained())
         .await;
     let texts = query_rows(&database, "SELECT uri, text FROM posts ORDER BY uri").await;

@@ -52,7 +52,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     for words in [
         "firehose:events: 301 entries",
         "1: 1 undecodable",
-        "none answers at HTTP_ADDR",
+        "no process answers at HTTP_ADDR",
         "CONSUMER",
         "test-4",
     ] {
@@ -148,5 +148,5 @@ async fn on_a_terminal_it_writes_over_what_was_there() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert_eq!(text.matches("\x1b[2J").count(), 1, "cleared once: {text:?}");
-    assert!(text.matches("\x1b[H").count() >= 3 && text.contains("Ctrl-C ends this"), "{text:?}");
+    assert!(text.matches("\x1b[H").count() >= 3 && text.contains("Ctrl-C stops this"), "{text:?}");
 }

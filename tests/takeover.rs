@@ -305,7 +305,7 @@ async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
     reader.batch_execute("BEGIN; SELECT FROM likes LIMIT 1; SELECT FROM posts LIMIT 1").await.unwrap();
     let mut migrate = Standpipe::start(&["migrate"], &variables(&database));
     let line = migrate.wait_for_line("waiting for its lock", SOON).await;
-    assert!(line.contains("in the way may be process"), "{line}");
+    assert!(line.contains("possibly blocked by process"), "{line}");
     others.get_on(200).await;
     reader.batch_execute("COMMIT").await.unwrap();
     let began = Instant::now();
@@ -588,7 +588,7 @@ async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
         repaired.stdout
     );
     assert_eq!(repaired.code, 0, "{}{}", repaired.stdout, repaired.stderr);
-    assert!(repaired.stdout.contains("put right: counters agree with the rows"), "{}", repaired.stdout);
+    assert!(repaired.stdout.contains("repaired: counters agree with the rows"), "{}", repaired.stdout);
     assert!(place.load(Ordering::Relaxed) > at_start + 100, "nothing was applied meanwhile");
     // Nothing false while everything moves.
     let moving = run(&["audit"], &database).await;

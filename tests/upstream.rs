@@ -354,7 +354,7 @@ async fn a_relay_that_asks_for_patience_gets_it() {
     let other = sending(Vec::new()).await;
     let (_chain, variables) = chain_of(&other).await;
     let mut program = Program::start("reader", &variables.with("RELAY_URL", format!("ws://{address}"))).await;
-    let line = program.wait_for_line("asks to be left alone", SOON).await;
+    let line = program.wait_for_line("asks us to back off", SOON).await;
     assert!(line.contains("429") && line.contains("wait=300s"), "{line}");
     assert_eq!(requests.load(Ordering::SeqCst), 1);
 }

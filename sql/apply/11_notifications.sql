@@ -16,7 +16,7 @@ BEGIN
     SELECT o.uri || '#notification' || ending, recipient, o.repo, why, about, o.cid, o.sort_at
     WHERE current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
       AND recipient LIKE 'did:%' AND recipient <> o.repo
-      -- What the columns cannot hold is no reason to lose the record.
+      -- A value too long for the columns is not a reason to lose the record.
       AND length(recipient) <= 255 AND length(o.uri) + length(ending) <= 499
       AND (about IS NULL OR length(about) <= 512)
     -- Whether it was read is the application's to say, and of this recipient.
@@ -29,7 +29,7 @@ BEGIN
     END IF;
 END $$;
 
--- Of likes, reposts or follows that were not there before, to whoever owns what they point at.
+-- Of new likes, reposts or follows, to the owner of what they point at.
 CREATE OR REPLACE FUNCTION standpipe.notify_new(ops standpipe.op[], why text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
@@ -92,7 +92,7 @@ BEGIN
     END IF;
 END $$;
 
--- Of a like or repost: to the owner of what it is of, and to whoever brought it there, if that is somebody else.
+-- Of a like or repost: to the owner of its subject, and to the account of `via`, if that is another one.
 CREATE OR REPLACE FUNCTION standpipe.notify_pointer(o standpipe.op, why text, replaces boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -14,7 +14,7 @@ BEGIN
     IF standpipe.is_dead(o) THEN
         RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
     END IF;
-    -- Twice at the most: what is there and older is removed, and the second time round nothing is in the way.
+    -- At most twice: an older row is removed, and the second attempt finds nothing in the way.
     LOOP
         -- Before the insert, so that only others are seen: was there a repost of it by this account already?
         PERFORM FROM reposts x WHERE x.post_uri = o.subject AND x.user_did = o.repo;
@@ -41,7 +41,7 @@ BEGIN
     RETURN ROW(true, removed || ROW(o.subject, 0, counted, 0, 0, 0)::standpipe.delta);
 END $$;
 
--- One alone, without `via`, and of a post. False when something is known of it or its account: nothing is done then.
+-- Fast path: one record about a post, without `via`. Returns false and writes nothing if a row or tombstone already exists.
 CREATE OR REPLACE FUNCTION standpipe.new_repost(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     another boolean;
@@ -63,8 +63,8 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: what nothing is
--- known of yet is written at once, the rest one by one.
+-- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: records without a
+-- row or tombstone are written at once, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_reposts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;

@@ -10,7 +10,7 @@ BEGIN
     IF standpipe.is_dead(o) THEN
         RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
     END IF;
-    -- Twice at the most: what is there and older is removed, and the second time round nothing is in the way.
+    -- At most twice: an older row is removed, and the second attempt finds nothing in the way.
     LOOP
         -- Before the insert, so that only others are seen: was there a bookmark of it by this account already?
         PERFORM FROM bookmarks x WHERE x.post_uri = o.subject AND x.user_did = o.repo;

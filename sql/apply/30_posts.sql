@@ -107,7 +107,7 @@ BEGIN
     IF o.subject IS NOT NULL THEN
         INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
         VALUES (o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at)
-        -- The old workers left rows of posts that are gone.
+        -- The old workers left rows of deleted posts.
         ON CONFLICT (uri) DO UPDATE SET
             cid = excluded.cid, post_uri = excluded.post_uri, quoted_uri = excluded.quoted_uri,
             quoted_cid = excluded.quoted_cid, created_at = excluded.created_at;
@@ -120,7 +120,7 @@ BEGIN
     END IF;
 END $$;
 
--- One alone. False when something is known of it or its account, or a gate has to do with it: nothing is done then.
+-- Fast path: one post. Returns false and writes nothing if a row or tombstone already exists, or a gate is involved.
 CREATE OR REPLACE FUNCTION standpipe.new_post(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     ignored text;
@@ -149,8 +149,8 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, no two of the same record: what nothing is known of yet, and no gate has to do with, is written at
--- once, the rest one by one.
+-- Several at a time, no two of the same record: posts without a row, a tombstone or a gate are written at once, the others one
+-- by one.
 CREATE OR REPLACE FUNCTION standpipe.put_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;

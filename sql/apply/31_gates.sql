@@ -14,7 +14,7 @@
 -- again before it is judged.
 
 -- Whether a reply breaks its root's gate. A gate without rules lets everybody in, one with an empty list nobody but
--- the root's author. Rules about followers, follows and lists are not decided here but by whoever reads: what they
+-- the root's author. Rules about followers, follows and lists are not decided here but by the reading application: what they
 -- let in is not counted as a breach. Whom the root mentions is known as long as the root has a row. A reply that
 -- the gate hides breaks it, whoever wrote it.
 CREATE OR REPLACE FUNCTION standpipe.breaks_thread_gate(

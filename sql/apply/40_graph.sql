@@ -23,7 +23,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- One alone. False when something is known of it or its account: nothing is done then.
+-- Fast path: one record. Returns false and writes nothing if a row or tombstone already exists.
 CREATE OR REPLACE FUNCTION standpipe.new_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     ignored text;
@@ -39,7 +39,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, no two of the same record: what nothing is known of yet is written at once, the rest one by one.
+-- Several at a time, no two of the same record: records without a row or tombstone are written at once, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_follows(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;

@@ -5,7 +5,7 @@
 --   list_item          subject: the DID on the list; body: list
 --   list_block         subject: the list's URI
 --   starter_pack       subject: its list's URI; body: name, description, feeds (their URIs)
---   label              subject: what is labelled; body: val, neg. Whoever signed the record is its source.
+--   label              subject: what is labelled; body: val, neg. The signer of the record is its source.
 --   verification       subject: the verified DID; body: handle
 --   feed_generator     subject: the DID of its service; body: display_name, description, avatar_url
 --   labeler_service    body: policies

@@ -61,8 +61,8 @@ BEGIN
     RETURN false;
 END $$;
 
--- Removes some rows of one kind that were written before the account was deleted, `most` at the most, and counts them
--- out. Returns how many; call it until there are none.
+-- Removes some rows of one kind that were written before the account was deleted, at most `most`, and counts them out. Returns
+-- how many; call it until there are none.
 --
 -- They are chosen before anything is locked, locked as standpipe.apply locks them, and looked at again.
 CREATE OR REPLACE FUNCTION standpipe.purge(account text, kind text, most integer) RETURNS integer

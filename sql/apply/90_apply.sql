@@ -108,16 +108,14 @@ END $$;
 -- synchronous_commit is off for this transaction only; the caller flushes once per batch before it acknowledges
 -- anything. A SET clause on the function would be undone before the commit.
 --
--- Of an account that forbids it, nothing new is stored. What it takes back is taken back.
+-- For an account that opted out, nothing new is stored. Its deletions still apply.
 --
--- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter
--- is locked: by whoever writes the record as by whoever likes it, so that they come one after the other and never
--- wait for each other crosswise.
+-- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter is
+-- locked: by the writer of the record and by the writer of a like, so that they take turns and never deadlock.
 --
--- The functions over sets, and those of standpipe.put_new, write without ON CONFLICT, which makes a row dearer by half:
--- they look first, and nobody else writes what belongs to a locked repository. Where somebody does (workers that know no
--- locks), or left a row without its record, the call is refused with unique_violation, and the caller has to take the
--- others.
+-- The functions over sets, and those of standpipe.put_new, write without ON CONFLICT, which makes a row half as expensive
+-- again: they look first, and no one else writes to a locked repository. Where a worker without locks does, or left a row
+-- without its record, the call is refused with unique_violation, and the caller has to use the other functions.
 CREATE OR REPLACE FUNCTION standpipe.apply(
     locks text[], repos text[], handles text[], dids text[], sets standpipe.set[], ops standpipe.op[], kinds text[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $$
@@ -157,7 +155,7 @@ BEGIN
     UNION ALL
     SELECT FROM standpipe.accounts a WHERE a.did = ANY (repos) AND a.deleted_time IS NOT NULL;
     IF FOUND THEN
-        -- Nothing of this is ordinary.
+        -- None of this is common.
         forbidden := ARRAY(SELECT s.user_did FROM user_settings s
                            WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
         FOREACH one IN ARRAY coalesce(sets, '{}') LOOP

@@ -1,4 +1,4 @@
--- Counts anew. A statement of its own, after the one that took the rows: a count in that one would see the moment
+-- Counts again. A statement of its own, after the one that took the rows: a count in that one would see the moment
 -- before it waited for others, and lose what they did.
 UPDATE post_aggregations a SET
     like_count = e.likes, repost_count = e.reposts, reply_count = e.replies, quote_count = e.quotes,

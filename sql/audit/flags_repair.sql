@@ -1,4 +1,4 @@
--- Judges them anew, as sql/audit/flags_check.sql does.
+-- Evaluates them again, as sql/audit/flags_check.sql does.
 UPDATE posts p SET
     has_thread_gate = EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = p.uri),
     has_post_gate = EXISTS (SELECT FROM post_gates g WHERE g.post_uri = p.uri),

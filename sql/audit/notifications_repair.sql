@@ -1,4 +1,4 @@
--- Tells of them once more. A like's or repost's row does not keep the record's CID.
+-- Creates them again. A like's or repost's row does not keep the record's CID.
 SELECT standpipe.notify_pointer(o, why, true) FROM (
     SELECT 'like' AS why, r.uri, r.user_did, r.post_uri, r.via, r.created_at, r.commit_rev, r.stream_ms, r.indexed_at
     FROM likes r WHERE r.uri = ANY ($1::text[])

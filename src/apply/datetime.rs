@@ -5,7 +5,7 @@ use jiff::civil::{Date, date};
 
 use crate::event::Micros;
 
-/// The moment, in UTC, cut to microseconds; `None` when the text is no datetime.
+/// The moment, in UTC, cut to microseconds; `None` when the text is not a datetime.
 #[must_use]
 pub fn parse(text: &str) -> Option<Micros> {
     // YYYY-MM-DDTHH:MM:SS, then a fraction of any length, then Z or an offset.

@@ -29,7 +29,7 @@ use crate::status::now_ms;
 use crate::stream::entry::Entry;
 use json::Text;
 
-/// What the interpretation of an entry depends on, besides the entry.
+/// The context for interpreting an entry.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// The epochs of the stream.
@@ -287,7 +287,7 @@ const MAX_URI: usize = 8192;
 /// The longest DID, handle or CID that the tables hold.
 const MAX_NAME: usize = 255;
 
-/// Sets both times from the record's `createdAt`: one that is no datetime, or none, is the time inside the revision
+/// Sets both times from the record's `createdAt`: one that is missing or not a datetime is the time inside the revision
 /// (already in `op`); nothing is sorted after the moment it was committed.
 fn set_created_at(op: &mut Op<'_>, created_at: Option<&RawValue>) {
     let committed = op.created_at;
@@ -346,7 +346,7 @@ fn split_path(path: &str) -> Result<(&str, &str), Reject> {
         }
         _ => Err(Reject::new(
             Reason::InvalidField,
-            format!("the path {} is no collection/rkey", json::quote(path)),
+            format!("the path {} is not collection/rkey", json::quote(path)),
         )),
     }
 }
@@ -362,7 +362,7 @@ fn check_did(did: &str) -> Result<(), Reject> {
     if ok {
         Ok(())
     } else {
-        Err(Reject::new(Reason::InvalidField, format!("{} is no DID", json::quote(&shorten(did)))))
+        Err(Reject::new(Reason::InvalidField, format!("{} is not a DID", json::quote(&shorten(did)))))
     }
 }
 
@@ -370,7 +370,7 @@ fn check_uri(uri: &str) -> Result<(), Reject> {
     if uri.starts_with("at://") && uri.len() <= MAX_URI && !uri.contains(char::is_control) {
         Ok(())
     } else {
-        Err(Reject::new(Reason::InvalidField, format!("{} is no at:// URI", json::quote(&shorten(uri)))))
+        Err(Reject::new(Reason::InvalidField, format!("{} is not an at:// URI", json::quote(&shorten(uri)))))
     }
 }
 

@@ -38,7 +38,7 @@ struct Reply<'a> {
     parent: StrongRef<'a>,
 }
 
-/// What `standpipe.put_post` finds in the operation's body.
+/// The operation's body, as `standpipe.put_post` reads it.
 #[derive(Serialize)]
 struct Body<'a> {
     text: &'a str,

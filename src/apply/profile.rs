@@ -25,7 +25,7 @@ struct Profile<'a> {
     created_at: Option<&'a RawValue>,
 }
 
-/// What `standpipe.put_profile` finds in the operation's body.
+/// The operation's body, as `standpipe.put_profile` reads it.
 #[derive(Serialize)]
 struct Body<'a> {
     display_name: Option<&'a str>,
@@ -56,7 +56,7 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
 }
 
 /// The CID of a blob: `{"$type":"blob","ref":{"$link":cid},...}`, or the legacy form `{"cid":cid,"mimeType":...}` that
-/// is still about, or `ref` as a plain string. Anything else is no picture, which is no reason to refuse a profile.
+/// is still about, or `ref` as a plain string. Anything else is not a picture, but not a reason to refuse a profile.
 pub(super) fn blob_cid(blob: &RawValue) -> Option<String> {
     let blob: serde_json::Value = serde_json::from_str(blob.get()).ok()?;
     let link = match &blob["ref"] {

@@ -18,12 +18,12 @@ const MESSAGE_BYTES: usize = 64 * 1024;
 /// The rows of one table, in the form of COPY's texts.
 struct Table {
     sql: String,
-    /// What is committed together, in pieces for the driver.
+    /// One commit, in pieces for the driver.
     commits: Vec<Vec<Bytes>>,
     size: usize,
 }
 
-/// What events came to, table by table.
+/// The events' rows, table by table.
 pub struct Rows {
     tables: Vec<Table>,
     /// How many there are.
@@ -137,7 +137,7 @@ impl Copying {
     }
 }
 
-/// Divides the tables among the sessions: the largest first, always to whoever has the least.
+/// Divides the tables among the sessions: the largest first, always to the session with the least.
 fn share(tables: &[Table]) -> Vec<Vec<&Table>> {
     let mut sorted: Vec<&Table> = tables.iter().collect();
     sorted.sort_by_key(|table| std::cmp::Reverse(table.size));

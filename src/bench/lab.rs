@@ -14,7 +14,7 @@ use crate::stream::Keys;
 
 /// How often connections are counted.
 const SAMPLE: Duration = Duration::from_millis(50);
-/// What the bench decides itself, whatever the environment says: addresses, names, and what it varies.
+/// Settings that override the environment: addresses, names, and the varied ones.
 const OURS: &[&str] = &[
     "RELAY_URL",
     "REDIS_URL",
@@ -43,14 +43,14 @@ pub struct Lab {
     pub config: Config,
     /// The keys of the stream.
     pub keys: Keys,
-    /// What the environment changes of the defaults.
+    /// Settings that the environment changes.
     pub tuning: Variables,
     redis: PrivateRedis,
     // Last, so that the servers are stopped before their files are removed.
     folder: PrivateFolder,
 }
 
-/// What a piece of work cost.
+/// The cost of a piece of work.
 #[derive(Clone, Copy, Debug)]
 pub struct Cost {
     /// Processor seconds of all of PostgreSQL's processes.

@@ -25,7 +25,7 @@ use crate::stream::append::NewEntry;
 
 /// How long entries are appended and not counted: connections are opened and plans made.
 const WARM_UP: Duration = Duration::from_secs(1);
-/// How long is measured, at the most.
+/// Maximum time of a measurement.
 const MEASURED: Duration = Duration::from_secs(10);
 /// Rows that keep the id of their entry. Posts with a flag may have been written again for the sake of a gate.
 const COMMITS: &str = "
@@ -49,7 +49,7 @@ pub struct Percentiles {
     pub p99_9: Stat,
 }
 
-/// What was measured in one mode.
+/// The measurements in one mode.
 #[derive(Clone, Debug, Serialize)]
 pub struct Latency {
     /// `TRANSACTION`.
@@ -166,7 +166,7 @@ pub async fn round(
     Ok(Round { rate: sent.len() as f64 / seconds, commit: commit.into_values().collect(), durable })
 }
 
-/// What the rounds came to.
+/// The result of the rounds.
 #[must_use]
 pub fn figures(mode: &'static str, rounds: &mut [Round]) -> Latency {
     for round in &mut *rounds {

@@ -1,4 +1,4 @@
-//! What the figures were taken on, and what the kernel says of a process.
+//! The machine behind the figures, and the kernel's accounting of a process.
 
 use std::fs;
 

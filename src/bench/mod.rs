@@ -50,7 +50,7 @@ const OWN: &str = "own";
 const EXISTING: &str = "existing";
 /// When more of the processors than this went elsewhere, it is said.
 const ELSEWHERE: f64 = 0.1;
-/// Figures are told per so many events.
+/// Figures are given per this many events.
 const PER: f64 = 100_000.0;
 
 /// What to measure.
@@ -64,9 +64,9 @@ pub struct BenchOptions {
     pub seed: u64,
     /// Of the simulated network.
     pub accounts: u32,
-    /// Events per second while the latency is taken.
+    /// Events per second while latency is measured.
     pub rate: u32,
-    /// Drain a stream of so many entries as well.
+    /// Also drain a stream of this many entries.
     pub backlog: Option<u64>,
     /// Vary table sizes, pipelines and batch sizes as well.
     pub sweep: bool,
@@ -115,7 +115,7 @@ struct Run {
     process: Option<Drained>,
 }
 
-/// Measures; tells on the standard error how far it is.
+/// Measures; reports progress on the standard error.
 ///
 /// # Errors
 ///

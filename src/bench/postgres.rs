@@ -18,7 +18,7 @@ use crate::store::migrate;
 const RUN: &str = "bench_run";
 /// How long a server process may take to leave a database that it is to be copied from.
 const LEAVING: Duration = Duration::from_secs(10);
-/// What of the server's settings is told.
+/// The server's settings that are reported.
 const TOLD: &str = "SELECT name || '=' || current_setting(name) FROM pg_settings
     WHERE name = ANY ($1) OR source = 'command line' AND name <> ALL ($2) ORDER BY name";
 

@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, bail};
 use super::machine;
 use crate::private::{Signal, command_for_life, send_signal, spawn_for_life};
 
-/// How long it may take to end after it was told to: longer than it takes to drain.
+/// How long it may take to exit after the signal: longer than a drain.
 const STOP_DEADLINE: Duration = Duration::from_secs(40);
-/// How much of what it said is shown when something goes wrong.
+/// How much of its output is shown when something goes wrong.
 const LOG_TAIL: usize = 4096;
 
 /// A running `standpipe`. It is killed when the value is dropped, and when this process ends in any other way.

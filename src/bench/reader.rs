@@ -1,7 +1,7 @@
 //! `standpipe reader`: frames of real size from a local websocket into Redis.
 //!
 //! The frames are encoded beforehand, so that the relay, which is this process, has nothing left but to write them to the
-//! socket; what that costs is told beside the figures.
+//! socket; its cost is reported next to the figures.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,13 +23,13 @@ use crate::stream::append;
 
 /// Bytes of a real relay's frame, on average.
 const REAL_FRAME: f64 = 5500.0;
-/// Frames that are held in memory, at the most: a third of a gigabyte.
+/// Maximum frames held in memory: a third of a gigabyte.
 const MOST_FRAMES: u64 = 60_000;
 /// Frames from which the filling is reckoned.
 const SAMPLE: usize = 2000;
 /// How often the cursor is looked at.
 const LOOK: Duration = Duration::from_millis(5);
-/// Nothing has come for so long: it never will.
+/// Nothing has arrived for this long: it never will.
 const STUCK: Duration = Duration::from_mins(1);
 
 /// What was measured.

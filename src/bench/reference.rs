@@ -120,7 +120,7 @@ impl Pipeline {
             }
             for entry in batch.entries {
                 if let Err(error) = self.entry(&entry).await {
-                    // Without an SQLSTATE it is no refusal: the connection is gone.
+                    // Without an SQLSTATE it is not a refusal: the connection is gone.
                     anyhow::ensure!(error.code().is_some(), "the reference loop: {error}");
                     self.database.batch_execute("ROLLBACK").await?;
                     errors += 1;

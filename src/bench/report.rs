@@ -64,7 +64,7 @@ pub struct Report {
     /// One for each factor and mode.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sweeps: Vec<Sweep>,
-    /// What could not be measured, and what else has to be known.
+    /// Missing measurements and other remarks.
     pub notes: Vec<String>,
 }
 
@@ -94,7 +94,7 @@ pub struct Workload {
     pub accounts: u32,
     /// Runs of each variant.
     pub rounds: u32,
-    /// What the environment changed of the defaults.
+    /// Settings that the environment changed.
     pub settings: Vec<String>,
 }
 
@@ -335,7 +335,7 @@ impl fmt::Display for ReaderFigures {
     }
 }
 
-/// A figure with its range, to so many places.
+/// A figure with its range, to this many places.
 struct Shown(Stat, usize);
 
 impl fmt::Display for Shown {

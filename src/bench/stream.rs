@@ -60,7 +60,7 @@ impl Streams {
         self.work.clone()
     }
 
-    /// Fills a stream with so many entries, as the reader would.
+    /// Fills a stream with this many entries, as the reader would.
     ///
     /// # Errors
     ///

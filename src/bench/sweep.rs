@@ -102,7 +102,7 @@ pub async fn sweep(
     Ok(sweeps)
 }
 
-/// The database with so many rows.
+/// The database with this many rows.
 fn template(rows: u64) -> String {
     if rows == 0 { OWN.to_owned() } else { format!("filled_{rows}") }
 }

@@ -16,7 +16,7 @@ use crate::stream::janitor::{self, Look};
 const LOOK: Duration = Duration::from_millis(10);
 /// How often it is asked whether it is ready, and looked whether it has begun.
 const ASK: Duration = Duration::from_millis(2);
-/// Nothing has moved for so long: it never will.
+/// Nothing has moved for this long: it never will.
 const STUCK: Duration = Duration::from_mins(1);
 
 /// How a run went.

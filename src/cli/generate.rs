@@ -77,7 +77,7 @@ fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// What the command line does not know of itself.
+/// Sections that clap does not generate.
 fn about_the_program() -> Roff {
     let mut page = Roff::new();
     page.control("SH", ["ENVIRONMENT"]);
@@ -115,7 +115,7 @@ fn print(text: &[u8]) -> Result<ExitCode> {
     let mut out = io::stdout().lock();
     match out.write_all(text).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("standard output"),
-        // A reader that has seen enough, such as head, is no mistake.
+        // A reader that has seen enough, such as head, is not an error.
         _ => Ok(ExitCode::SUCCESS),
     }
 }

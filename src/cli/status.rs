@@ -27,7 +27,7 @@ pub struct Options {
     /// Print JSON, on one line
     #[arg(long)]
     json: bool,
-    /// Print it again every so many seconds, 2 when no number is given, until Ctrl-C
+    /// Refresh every SECONDS, 2 by default, until Ctrl-C
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     watch: Option<u64>,
@@ -86,7 +86,7 @@ fn print(answer: &Answer, json: bool) -> Result<()> {
 /// Writes over what was there, line by line, so that nothing flickers.
 fn redraw(page: &str, first: bool) -> Result<()> {
     let mut text = if first { "\x1b[2J\x1b[H".to_owned() } else { "\x1b[H".to_owned() };
-    for line in page.lines().chain(["", "Ctrl-C ends this"]) {
+    for line in page.lines().chain(["", "Ctrl-C stops this"]) {
         text.push_str(line);
         text.push_str("\x1b[K\n");
     }
@@ -94,7 +94,7 @@ fn redraw(page: &str, first: bool) -> Result<()> {
     out::raw(&text)
 }
 
-/// What came of asking.
+/// The answer.
 struct Answer {
     /// As `/status` has it; null when nobody answered.
     status: Value,
@@ -160,7 +160,7 @@ impl Asker {
         Answer { status, beside, trouble }
     }
 
-    /// What the process at `HTTP_ADDR` says, also when it says that Redis is away.
+    /// The answer of the process at `HTTP_ADDR`, also when it reports that Redis is down.
     async fn ask_process(&self) -> Option<Value> {
         let address = self.config.http_addr?;
         let (_, body) = http::client::get(address, "/status", ANSWER).await.ok()?;

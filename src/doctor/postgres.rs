@@ -80,7 +80,7 @@ async fn look(
 
     let mut tables: Vec<&str> = migrate::KEYS.iter().map(|(table, _)| *table).collect();
     tables.dedup();
-    // First what the role may do: without it the rest can hardly be asked.
+    // Rights first: without them the other checks can hardly run.
     let rights = client.query(include_str!("../../sql/check/rights.sql"), &[&tables]).await?;
     let lacks = missing_rights(&role, &rights, findings);
     let found = match migrate::look(client).await {
@@ -102,13 +102,13 @@ async fn settings(client: &Client, findings: &mut Findings) -> Result<(), StoreE
         findings.error(
             "settings",
             format!("{name} is {is} on our connections, where it was set to {wanted}"),
-            "see what changes it: a pooler, or an extension",
+            "find out what changes it: a pooler, or an extension",
         );
     }
     Ok(())
 }
 
-/// What is behind an error, and what to do.
+/// The cause of an error, and the remedy.
 fn explain(error: &StoreError, config: &Config) -> (String, String) {
     let text = &error.message;
     let says = |part: &str| text.contains(part);
@@ -133,7 +133,7 @@ fn explain(error: &StoreError, config: &Config) -> (String, String) {
         _ if says("does not support TLS") => {
             "turn ssl on in postgresql.conf; on a network that you trust write sslmode=disable".to_owned()
         }
-        Some(_) => "see what the server's log says of it".to_owned(),
+        Some(_) => "check the server's log".to_owned(),
         None => "start it, or correct the host and port in DATABASE_URL".to_owned(),
     };
     let found = if says("invalid peer certificate") {
@@ -177,7 +177,7 @@ fn server(row: &Row, findings: &mut Findings) {
     if row.get("standby") {
         findings.error(
             "role of server",
-            "it is a standby and takes no writes",
+            "it is a standby and accepts no writes",
             "point DATABASE_URL at the primary",
         );
     }
@@ -280,7 +280,7 @@ fn connections(config: &Config, processes: usize, row: &Row, findings: &mut Find
         findings.error(
             WHAT,
             format!(
-                "{asks}, and this role gets {limit} at the most (max_connections {max}, {reserved} reserved)"
+                "{asks}, and this role gets at most {limit} (max_connections {max}, {reserved} reserved)"
             ),
             remedy,
         );
@@ -295,7 +295,7 @@ fn connections(config: &Config, processes: usize, row: &Row, findings: &mut Find
     }
 }
 
-/// Says what the role may not do; whether there was anything.
+/// Reports the role's missing rights; returns whether there were any.
 fn missing_rights(role: &str, rows: &[Row], findings: &mut Findings) -> bool {
     const WHAT: &str = "rights";
     let mut by_object: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -368,7 +368,7 @@ async fn migrations(
         (0, _) => "there are no tables of this program yet".to_owned(),
         (version, _) if version < wanted => format!("the tables are at version {version} of {wanted}"),
         (_, false) => "the functions are those of another version of this program".to_owned(),
-        _ => "a unique index is in the way of what repositories contain".to_owned(),
+        _ => "a unique index forbids rows that repositories can legitimately contain".to_owned(),
     };
     let schema: String = row.get("schema");
     let mut grants = Vec::new();
@@ -429,10 +429,10 @@ struct Index {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Condition {
     Good,
-    /// Nobody reads it.
+    /// No query uses it.
     Unused,
     BeingBuilt,
-    /// Its building was broken off.
+    /// Its build was interrupted.
     Invalid,
 }
 
@@ -493,7 +493,7 @@ async fn indexes(client: &Client, tables: &[&str], findings: &mut Findings) -> R
             findings.warning(
                 WHAT,
                 format!(
-                    "{} has no index that begins with {}: what looks for it reads the whole table",
+                    "{} has no index that begins with {}: lookups by it read the whole table",
                     index.table, index.column
                 ),
                 index.sql,
@@ -505,7 +505,7 @@ async fn indexes(client: &Client, tables: &[&str], findings: &mut Findings) -> R
         findings.warning(
             WHAT,
             format!(
-                "{} is INVALID: its building was broken off; every write keeps it and no read uses it",
+                "{} is INVALID (its build was interrupted): every write maintains it, no query uses it",
                 index.name
             ),
             format!(
@@ -515,7 +515,7 @@ async fn indexes(client: &Client, tables: &[&str], findings: &mut Findings) -> R
         );
     }
     if good {
-        findings.ok(WHAT, format!("all that are needed are there, {} in all", there.len()));
+        findings.ok(WHAT, format!("all required indexes exist, {} in total", there.len()));
     }
     let unused: Vec<String> = there
         .iter()
@@ -525,8 +525,8 @@ async fn indexes(client: &Client, tables: &[&str], findings: &mut Findings) -> R
     if !unused.is_empty() {
         findings.note(
             WHAT,
-            format!("nobody has read {} since the statistics begin", some_of(&unused)),
-            "every write pays for them: if no replica's readers use them either, DROP INDEX CONCURRENTLY",
+            format!("no query has used {} since the statistics began", some_of(&unused)),
+            "they slow every write: if no replica's queries use them either, DROP INDEX CONCURRENTLY",
         );
     }
     Ok(())
@@ -553,7 +553,7 @@ async fn bloat(client: &Client, tables: &[&str], findings: &mut Findings) -> Res
         findings.note(
             WHAT,
             format!("a fifth or more of {}", some_of(&bloated)),
-            "VACUUM them; if it comes again: ALTER TABLE ... SET (autovacuum_vacuum_scale_factor = 0.05)",
+            "VACUUM them; if it recurs: ALTER TABLE ... SET (autovacuum_vacuum_scale_factor = 0.05)",
         );
     }
     Ok(())
@@ -585,7 +585,7 @@ async fn transactions(client: &Client, findings: &mut Findings) -> Result<(), St
             "open: {}; vacuum removes nothing that died since, and migrations wait for them",
             open.join("; ")
         ),
-        "have it end, or SELECT pg_terminate_backend(pid)",
+        "end it, or SELECT pg_terminate_backend(pid)",
     );
     Ok(())
 }

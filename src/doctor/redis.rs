@@ -13,7 +13,7 @@ use crate::stream::group::{self, Pending};
 use crate::stream::noted::{self, Refill};
 use crate::stream::{Keys, Redis, rights};
 
-/// Pending entries that are looked at, at the most.
+/// Maximum number of pending entries to check.
 const PENDING_SEEN: usize = 1000;
 
 /// Returns how many processes have pipelines at work.
@@ -52,7 +52,7 @@ async fn look(
     connection: &mut MultiplexedConnection,
     findings: &mut Findings,
 ) -> RedisResult<usize> {
-    // What we may not ask is said with the rights.
+    // Missing permissions are reported by the rights check.
     let info = permitted(redis::cmd("INFO").query_async::<String>(connection).await)?;
     if let Some(info) = &info {
         let info = Info(info);
@@ -99,7 +99,7 @@ async fn look(
     Ok(leased.len())
 }
 
-/// What answers there, where it is not a server that holds all keys.
+/// The kind of server, where it is not one that holds all keys.
 fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
     match mode {
         "sentinel" => Some((
@@ -114,7 +114,7 @@ fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
     }
 }
 
-/// What was asked, unless our user may not ask it.
+/// The answer, unless our user lacks the permission.
 fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -123,7 +123,7 @@ fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
     }
 }
 
-/// What is behind an error, and what to do.
+/// The cause of an error, and the remedy.
 fn explain(error: &RedisError) -> (String, &'static str) {
     let text = error.to_string();
     let says = |part: &str| text.contains(part);
@@ -177,7 +177,7 @@ impl<'a> Info<'a> {
     }
 }
 
-/// What stands in the configuration of the server; `None` where our user may not ask.
+/// The server's configuration; `None` where our user lacks the permission.
 struct Settings {
     append_fsync: Option<String>,
     save: Option<String>,
@@ -222,13 +222,13 @@ fn version(info: Info<'_>, findings: &mut Findings) {
         findings.ok("version", name);
     }
     if info.text("role") == "slave" {
-        findings.error("role", "it is a replica and takes no writes", "point REDIS_URL at the primary");
+        findings.error("role", "it is a replica and accepts no writes", "point REDIS_URL at the primary");
     }
     if info.text("redis_mode") == "cluster" {
         findings.error(
             "role",
             "it is a cluster: the scripts need all keys of a stream on one server",
-            "use a server that is no cluster",
+            "use a server that is not a cluster",
         );
     }
     if info.text("loading") == "1" {
@@ -238,17 +238,15 @@ fn version(info: Info<'_>, findings: &mut Findings) {
 
 fn eviction(info: Info<'_>, findings: &mut Findings) {
     match info.text("maxmemory_policy") {
-        "noeviction" => findings.ok("eviction", "noeviction: nothing is thrown away"),
+        "noeviction" => findings.ok("eviction", "noeviction: nothing is evicted"),
         policy if policy.starts_with("volatile-") => findings.ok(
             "eviction",
-            format!(
-                "{policy}: only leases can be thrown away, and they are taken again; noeviction is better"
-            ),
+            format!("{policy}: only leases can be evicted, and they are taken again; noeviction is better"),
         ),
         policy => findings.error(
             "eviction",
             format!(
-                "maxmemory-policy is {policy}: when memory is full Redis throws the stream or the cursor away"
+                "maxmemory-policy is {policy}: when memory is full Redis evicts the stream or the cursor"
             ),
             "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf",
         ),
@@ -272,7 +270,7 @@ fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Findings) {
             Some(other) => findings.warning(
                 WHAT,
                 format!(
-                    "append-only file, flushed when the kernel pleases (appendfsync {other}): a crash of the machine \
+                    "append-only file, flushed when the kernel decides (appendfsync {other}): a crash of the machine \
                      loses half a minute or more, dead letters among it; the reader reads the rest again from the relay"
                 ),
                 "redis-cli CONFIG SET appendfsync everysec, and the same in redis.conf",
@@ -280,13 +278,13 @@ fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Findings) {
             None => findings.note(
                 WHAT,
                 "append-only file; how often it is flushed cannot be seen, since our user may not CONFIG GET",
-                "see that redis.conf has appendfsync everysec or always",
+                "make sure that redis.conf has appendfsync everysec or always",
             ),
         }
     } else {
         let found = if settings.save.as_deref() == Some("") {
             "nothing is kept: a restart of Redis loses the stream, the cursor and the dead letters; the reader then \
-             begins with what the relay sends at that moment, and what came before is a gap"
+             starts with what the relay sends at that moment, and everything before it is a gap"
                 .to_owned()
         } else {
             let saved = info.number("rdb_last_save_time") as f64;
@@ -325,7 +323,7 @@ fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
             findings.warning(
                 WHAT,
                 format!(
-                    "maxmemory is not set, so that REDIS_MEMORY_MARK={} of it says nothing; {} in use: only \
+                    "maxmemory is not set, so REDIS_MEMORY_MARK={} has no effect; {} in use: only \
                      REDIS_MAX_STREAM_LEN={} bounds the stream",
                     config.memory_mark,
                     size(used),
@@ -342,7 +340,7 @@ fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
         findings.error(
             WHAT,
             format!(
-                "REDIS_MEMORY_MARK={} is more than 80% of maxmemory ({}): Redis would refuse what the pipelines need \
+                "REDIS_MEMORY_MARK={} is more than 80% of maxmemory ({}): Redis would refuse the pipelines' writes \
                  before the reader stops",
                 config.memory_mark,
                 size(max)
@@ -420,7 +418,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
     const WHAT: &str = "stream";
     let stream = &report.stream;
     if !stream.exists {
-        findings.ok(WHAT, format!("{} is not there yet: the start creates it with its group", stream.key));
+        findings.ok(WHAT, format!("{} does not exist yet: the start creates it with its group", stream.key));
     } else if stream.group_exists {
         let waiting =
             stream.waiting.map_or_else(|| "an unknown number".to_owned(), |count| count.to_string());
@@ -442,7 +440,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
         findings.warning(
             WHAT,
             format!(
-                "{} holds {} entries and there is no group {}: nothing is trimmed before it is there",
+                "{} holds {} entries and there is no group {}: nothing is trimmed until it exists",
                 stream.key, stream.length, stream.group
             ),
             "the start creates it and reads from the beginning; if there should be one, correct REDIS_CONSUMER_GROUP",
@@ -452,7 +450,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
         findings.warning(
             WHAT,
             format!("at its mark of {} entries: the reader waits for room", config.max_stream_len),
-            "see what holds the pipelines up, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
+            "find out what holds the pipelines up, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
         );
     }
     if stream.group_exists && !stream.trim_held_by.is_empty() && stream.trim_held_by != stream.group {
@@ -463,7 +461,7 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
                 stream.trim_held_by
             ),
             format!(
-                "have it read on; if nobody reads it any more: redis-cli XGROUP DESTROY {} {}",
+                "let it catch up; if nothing reads it any more: redis-cli XGROUP DESTROY {} {}",
                 stream.key, stream.trim_held_by
             ),
         );
@@ -477,25 +475,25 @@ fn stream(config: &Config, report: &Report, findings: &mut Findings) {
         (Some(relay), Some(cursor)) => findings.warning(
             "cursor",
             format!(
-                "{cursor} belongs to {relay}, and RELAY_URL names {}: its numbers are others, and the change is a gap",
+                "{cursor} belongs to {relay}, and RELAY_URL names {}: its numbering differs, and the change is a gap",
                 config.relay_url.relay()
             ),
             "keep RELAY_URL if you can; else accept the gap, which is counted",
         ),
         (None, Some(cursor)) => findings.note(
             "cursor",
-            format!("{cursor}, written by another program, which does not say of which relay"),
-            "see that RELAY_URL names the relay that it read",
+            format!("{cursor}, written by another program, which does not record the relay"),
+            "make sure that RELAY_URL names the relay that it read",
         ),
         (_, None) => findings.note(
             "cursor",
-            "none yet: the reader begins with what the relay sends then",
+            "none yet: the reader starts with what the relay sends at that moment",
             "to take over from another reader set REDIS_CURSOR_KEY to its key",
         ),
     }
 }
 
-/// What never came, or could not be used.
+/// Gaps, and events that could not be used.
 fn missing(report: &Report, refill: Option<Refill>, findings: &mut Findings) {
     const WHAT: &str = "missing";
     let missing = &report.missing;
@@ -503,7 +501,7 @@ fn missing(report: &Report, refill: Option<Refill>, findings: &mut Findings) {
         findings.warning(
             WHAT,
             format!(
-                "PostgreSQL had lost what was acknowledged; it is read again from {} to {}",
+                "PostgreSQL had lost acknowledged events; they are read again from {} to {}",
                 refill.from, refill.until
             ),
             "let reader and worker run; the process is ready again when it is done",
@@ -555,7 +553,7 @@ async fn dead_letters(
         findings.error(
             WHAT,
             format!(
-                "{} of them take {} of the {} that they may: entries that cannot be applied stay pending",
+                "{} of them take {} of their budget of {}: entries that cannot be applied stay pending",
                 report.dead_letters,
                 size(bytes),
                 size(budget)
@@ -566,13 +564,13 @@ async fn dead_letters(
         findings.note(
             WHAT,
             format!("{} ({} of {})", report.dead_letters, size(bytes), size(budget)),
-            "standpipe dead-letters list says why; retry after a correction, or purge",
+            "standpipe dead-letters list shows why; retry after a correction, or purge",
         );
     }
     Ok(())
 }
 
-/// Consumers whose entries nobody has touched for long.
+/// Consumers whose entries have been idle for long.
 fn consumers(
     config: &Config,
     report: &Report,
@@ -591,9 +589,9 @@ fn consumers(
         .collect();
     if dead.is_empty() {
         let at_work = match leased.len() {
-            0 => "no process of standpipe is at work".to_owned(),
-            1 => "1 process of standpipe is at work".to_owned(),
-            count => format!("{count} processes of standpipe are at work"),
+            0 => "no standpipe process is running".to_owned(),
+            1 => "1 standpipe process is running".to_owned(),
+            count => format!("{count} standpipe processes are running"),
         };
         findings.ok(WHAT, format!("{} in the group, none of them dead; {at_work}", report.consumers.len()));
         return;
@@ -620,7 +618,7 @@ fn consumers(
     );
 }
 
-/// Pending entries that are in the stream no more.
+/// Pending entries that are no longer in the stream.
 async fn dangling(
     keys: &Keys,
     pending: &[Pending],
@@ -641,7 +639,7 @@ async fn dangling(
         .map(|(entry, _)| &entry.id)
         .collect();
     if gone.is_empty() {
-        findings.ok(WHAT, "every one of them is still in the stream");
+        findings.ok(WHAT, "all of them are still in the stream");
     } else {
         findings.warning(
             WHAT,
@@ -651,7 +649,7 @@ async fn dangling(
                 pending.len(),
                 some_of(&gone)
             ),
-            "stop what does (a MAXLEN of the old reader); a worker that runs has the reader go back for them",
+            "stop it (the old reader's MAXLEN, for example); a running worker sends the reader back for them",
         );
     }
     Ok(())

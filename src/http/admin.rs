@@ -1,4 +1,4 @@
-//! What changes something, and the dead letters: who may ask, and what is done.
+//! Control and dead letters: who may ask, and what is done.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,14 +24,14 @@ use crate::stream::dead_letters::{self, Letter};
 
 /// Dead letters in one answer.
 const PAGE: usize = 50;
-/// Dead letters that are looked through for one answer.
+/// Dead letters searched for one answer.
 const LOOKED_THROUGH: usize = 2_000;
 /// How long one request may keep retrying or purging; the answer says when more is left.
 const WORK: Duration = Duration::from_secs(15);
-/// What a list shows of a message or an address; the letter itself has all of it.
+/// Characters of a message or an address shown in a list; the letter itself has all of them.
 const SHORT: usize = 300;
 
-/// Lets pass who knows the token and comes from nowhere else than our own page.
+/// Admits a request that has the token and does not come from another site's page.
 pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     if is_foreign(headers) {
@@ -41,15 +41,15 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
         Token::Right => next.run(request).await,
         Token::Unset => refuse(
             StatusCode::FORBIDDEN,
-            "control is off: set ADMIN_TOKEN (16 characters or more) in the environment of this process and start it again",
+            "control is off: set ADMIN_TOKEN (16 characters or more) in the environment of this process and restart it",
         ),
         Token::Missing => unauthorized("this needs the admin token: Authorization: Bearer <ADMIN_TOKEN>"),
         Token::Wrong => unauthorized("this is not the admin token"),
     }
 }
 
-/// Lets pass who may look at dead letters and at PostgreSQL's statements: with the token from anywhere, without it only from this machine, asked by
-/// address. A name in the request means a proxy, or a page of somebody's that made its own name lead here.
+/// Admits a request for dead letters or for PostgreSQL's statements: with the token from anywhere, without it only from this
+/// machine and by address. A name in the request means a proxy, or a foreign page that made its own name resolve to us.
 pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let peer = request
@@ -69,7 +69,7 @@ pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Reque
     }
 }
 
-/// What a request says of the token.
+/// The token in a request.
 enum Token {
     Right,
     Wrong,
@@ -93,7 +93,7 @@ impl Server {
     }
 }
 
-/// Whether a browser says that the request comes from a page that is not ours.
+/// Whether a browser reports that the request comes from another site's page.
 fn is_foreign(headers: &HeaderMap) -> bool {
     let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
     let elsewhere = text("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none"));
@@ -164,12 +164,12 @@ fn set_pause(server: &Server, Peer(peer): Peer, which: &Which, pause: bool) -> R
     server.control.pause(part, pause);
     info!(part = name, %peer, "{}", if pause { "paused manually" } else { "resumed manually" });
     done(match (part, pause) {
-        (Part::All, true) => "everything finishes what is in hand and rests until it is resumed",
-        (Part::All, false) => "everything continues",
-        (Part::Reader, true) => "the reader rests until it is resumed",
-        (Part::Reader, false) => "the reader continues",
-        (Part::Pipelines, true) => "the pipelines finish what is in hand and rest until they are resumed",
-        (Part::Pipelines, false) => "the pipelines continue",
+        (Part::All, true) => "everything finishes the work in hand and pauses until resumed",
+        (Part::All, false) => "everything resumes",
+        (Part::Reader, true) => "the reader is paused until resumed",
+        (Part::Reader, false) => "the reader resumes",
+        (Part::Pipelines, true) => "the pipelines finish the work in hand and pause until resumed",
+        (Part::Pipelines, false) => "the pipelines resume",
     })
 }
 
@@ -185,7 +185,7 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
         return refuse(StatusCode::BAD_REQUEST, "level is DEBUG, INFO, WARNING or ERROR");
     };
     match server.control.set_level(level) {
-        Ok(()) => done(format!("logs from {level} on, until the next start")),
+        Ok(()) => done(format!("log level {level} until the next start")),
         Err(error) => refuse(StatusCode::CONFLICT, error),
     }
 }
@@ -194,7 +194,7 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
 pub async fn drain(Shared(server): Shared<Arc<Server>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
     info!(%peer, "drained manually");
     server.control.drain();
-    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes what is in hand, then ends" }))).into_response()
+    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes the work in hand, then exits" }))).into_response()
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
 /// GET /dead-letters/{id}
 pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -> Response {
     if id.parse::<EntryId>().is_err() {
-        return refuse(StatusCode::BAD_REQUEST, "this is no id of a dead letter");
+        return refuse(StatusCode::BAD_REQUEST, "this is not the id of a dead letter");
     }
     let found = async {
         let mut connection = server.redis.connect().await?;
@@ -269,7 +269,7 @@ pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -
     }
 }
 
-/// What a list shows of a letter.
+/// A letter, as shown in a list.
 fn summary(letter: &Letter) -> Value {
     let op: Value = serde_json::from_str(&letter.op).unwrap_or_default();
     let data: Value = serde_json::from_str(&letter.data).unwrap_or_default();
@@ -350,7 +350,7 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if applied + kept > 0 {
-        info!(applied, kept, "dead letters were tried again, as the operator wants");
+        info!(applied, kept, "dead letters retried by an operator");
     }
     match worked {
         Ok(more) => Json(json!({
@@ -382,11 +382,11 @@ pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let worked = work.await;
     if removed > 0 {
-        info!(removed, "dead letters were thrown away, as the operator wants");
+        info!(removed, "dead letters purged by an operator");
     }
     match worked {
         Ok(more) => {
-            let done = format!("{removed} thrown away");
+            let done = format!("purged {removed}");
             Json(json!({ "done": done, "removed": removed, "more": more })).into_response()
         }
         Err(error) => unavailable(&error),

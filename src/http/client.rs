@@ -1,4 +1,4 @@
-//! The few lines of HTTP with which the command line asks a running process.
+//! A minimal HTTP client for the command line to talk to a running process.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::config::AdminToken;
 ///
 /// # Errors
 ///
-/// Nobody answers there within `limit`, or not in HTTP.
+/// No answer within `limit`, or not in HTTP.
 pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
     ask(address, "GET", path, "", limit).await
 }
@@ -57,15 +57,15 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 
 async fn fetch(address: SocketAddr, method: &str, path: &str, headers: &str) -> Result<(u16, String)> {
     let mut socket =
-        TcpStream::connect(address).await.with_context(|| format!("nobody listens on {address}"))?;
+        TcpStream::connect(address).await.with_context(|| format!("nothing listens on {address}"))?;
     let request =
         format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     socket.take(16 << 20).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is no HTTP")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("the answer is no HTTP")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
+    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("the answer is not HTTP")?;
     if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
         bail!("the answer comes in chunks, which standpipe does not send");
     }

@@ -1,5 +1,5 @@
-//! Accepting connections, with bounds on everything that a stranger decides: how many there are, how long a request takes
-//! to come, how long an answer may stay untaken.
+//! Accepting connections, with bounds on everything that a client decides: the number of connections, the time to send a
+//! request, the time to read an answer.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,22 +26,22 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
-/// Connections at a time. When there are more, those that wait for a request are closed, the longest idle first.
+/// Maximum concurrent connections. Beyond it, connections that wait for a request are closed, longest idle first.
 pub const MAX_CONNECTIONS: usize = 64;
-/// So many more, for health and metrics, while all others are busy.
+/// Extra connections for health and metrics while all others are busy.
 const RESERVED: usize = 16;
-/// What is answered then.
+/// The paths served on those.
 const RESERVED_PATHS: [&str; 4] = ["/livez", "/readyz", "/health", "/metrics"];
-/// How long the headers of a request may take to come; a connection without one is closed after it, too.
+/// Time limit for the headers of a request; an idle connection is closed after it, too.
 const HEADER_READ: Duration = Duration::from_secs(10);
-/// How long a client may take nothing of what is written for it.
+/// Drop a client that has read nothing for this long.
 const STALLED: Duration = Duration::from_secs(10);
-/// What is kept for one connection, in and out.
+/// Buffer size of one connection, in and out.
 const BUFFER: usize = 16 * 1024;
-/// What the kernel keeps for one connection: a client that takes nothing is found the sooner.
+/// Kernel buffer of one connection: small, so that a client that reads nothing is found sooner.
 const SEND_BUFFER: u32 = 32 * 1024;
 
-/// Who is at the other end.
+/// The client's address.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub SocketAddr);
 
@@ -70,7 +70,7 @@ struct Slot {
 
 /// Answers for as long as it is polled.
 pub async fn serve(listener: TcpListener, routes: Router) {
-    // All in one task: whoever awaits this owns them all.
+    // All in one task: its owner owns them all.
     let mut open = FuturesUnordered::new();
     // The longest open first.
     let mut slots: VecDeque<Arc<Slot>> = VecDeque::new();
@@ -89,7 +89,7 @@ pub async fn serve(listener: TcpListener, routes: Router) {
                     slots.push_back(Arc::clone(&slot));
                     open.push(answer(stream, peer, routes.clone(), slot, reserved));
                 }
-                // Out of descriptors, perhaps: nothing that trying at once would mend.
+                // Out of descriptors, perhaps: an immediate retry would not help.
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             Some(()) = open.next() => {}
@@ -109,7 +109,7 @@ async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<S
             }
             slot.busy.store(true, Ordering::Relaxed);
             let response = TowerToHyperService::new(routes).call(request).await?;
-            // A stream of events goes on for as long as somebody listens.
+            // An event stream lasts as long as the client listens.
             let endless = response
                 .headers()
                 .get(header::CONTENT_TYPE)
@@ -126,10 +126,10 @@ async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<S
         .serve_connection(TokioIo::new(Impatient::new(stream)), service);
     let mut connection = pin!(connection);
     tokio::select! {
-        // An error is the client's: it went away, or spoke no HTTP.
+        // The error is the client's: it disconnected, or did not speak HTTP.
         _ = &mut connection => {}
         () = slot.close.cancelled() => {
-            // What is being answered is still answered.
+            // A request in progress is still answered.
             connection.as_mut().graceful_shutdown();
             let _ = connection.await;
         }
@@ -137,7 +137,7 @@ async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<S
     slot.close.cancel();
 }
 
-/// A connection that ends when the other side takes nothing for [`STALLED`].
+/// A connection that ends when the other side reads nothing for [`STALLED`].
 struct Impatient {
     stream: TcpStream,
     /// Until when something must have been taken; only while something waits to be.

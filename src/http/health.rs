@@ -1,4 +1,4 @@
-//! How the process is, in one sentence that a person understands who has never seen it.
+//! The state of the process in one sentence, for a reader who has never seen it.
 
 use serde::Serialize;
 
@@ -7,13 +7,13 @@ use crate::stream::noted::Refill;
 
 /// Entries that wait less long than this are on their way, not waiting.
 const BEHIND_SECONDS: f64 = 5.0;
-/// Waiting work of which nothing was finished for so long is not going on.
+/// A backlog with no acknowledgement for this long counts as stalled.
 const NO_PROGRESS_MS: u64 = 30_000;
 /// The stream is looked at every second; when that stops, Redis is not answering.
 const LOOK_IS_OLD_MS: u64 = 4_000;
-/// What is durable only so long after it came is not well.
+/// An event that takes longer than this to become durable is late.
 const SLOW_MS: f64 = 5_000.0;
-/// A reader that has taken nothing in for so long, and was not steadily connected either, is stuck.
+/// A reader that has received nothing for this long, and was not steadily connected either, is stuck.
 pub const NOTHING_IN_MS: u64 = 60_000;
 
 /// How bad it is.
@@ -22,13 +22,13 @@ pub const NOTHING_IN_MS: u64 = 60_000;
 pub enum Level {
     /// As it should be.
     Well,
-    /// At work with more to do than is done.
+    /// Running, but not keeping up.
     Busy,
-    /// The operator wants it so.
+    /// Paused by an operator.
     Paused,
-    /// Something is away; it goes on by itself.
+    /// A server is down; work resumes by itself.
     Waiting,
-    /// A person has to do something.
+    /// Operator action needed.
     Bad,
 }
 
@@ -37,15 +37,15 @@ pub enum Level {
 pub struct Health {
     /// How bad it is.
     pub level: Level,
-    /// What it is about; the sentence is another one when this changes, and only its figures when not.
+    /// The topic: while it stays the same, only the sentence's figures change.
     pub about: &'static str,
     /// In words.
     pub sentence: String,
-    /// What else there is to know; empty for nothing.
+    /// Further detail; empty for none.
     pub detail: String,
 }
 
-/// What the sentence is made from.
+/// The facts behind the sentence.
 #[derive(Debug, Default)]
 pub struct Facts<'a> {
     /// Unix milliseconds.
@@ -62,7 +62,7 @@ pub struct Facts<'a> {
     pub started_ms: u64,
     /// When anything was last acknowledged.
     pub last_ack_ms: u64,
-    /// Entries that nobody got yet; `None` when that is not known.
+    /// Entries not yet delivered; `None` when unknown.
     pub waiting: Option<u64>,
     /// Age of the oldest entry that is not acknowledged.
     pub oldest_seconds: f64,
@@ -74,11 +74,11 @@ pub struct Facts<'a> {
     pub shrinking: f64,
     /// 99 of 100 events are durable within this, in milliseconds.
     pub p99_ms: Option<f64>,
-    /// What is read again because PostgreSQL had lost it.
+    /// The refill in progress, because PostgreSQL lost events.
     pub refill: Option<Refill>,
 }
 
-/// The most important thing that is to be said.
+/// The most important statement to make.
 #[must_use]
 pub fn health(facts: &Facts<'_>) -> Health {
     let say = |level, about, sentence: String, detail: String| Health { level, about, sentence, detail };
@@ -95,12 +95,12 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Paused,
             "draining",
-            "Draining: finishes what is in hand, then ends.".to_owned(),
+            "Draining: finishes the work in hand, then exits.".to_owned(),
             detail,
         );
     }
 
-    // What only a person can mend.
+    // Needs operator action.
     if let Some(halted) = first(facts, |state| matches!(state, State::Halted { .. })) {
         let reason = reason(halted.state);
         return if halted.is_reader {
@@ -114,16 +114,13 @@ pub fn health(facts: &Facts<'_>) -> Health {
             say(
                 Level::Bad,
                 "halted",
-                format!(
-                    "Stopped reading {} ago; operator action needed, nothing is lost.",
-                    since(halted.since_ms)
-                ),
+                format!("Halted {} ago: operator action needed. Nothing is lost.", since(halted.since_ms)),
                 reason,
             )
         };
     }
 
-    // What comes back by itself, and is the pipelines'.
+    // Recovers by itself: the pipelines.
     let pipelines = facts.pipelines.len();
     let of_pipelines = |count: usize| match count {
         count if count == pipelines => none(),
@@ -170,17 +167,17 @@ pub fn health(facts: &Facts<'_>) -> Health {
         );
     }
 
-    // What the operator wants.
+    // Paused by an operator.
     let paused = |state: &State| *state == State::Paused;
     let reader_rests = facts.reader.is_some_and(|reader| paused(&reader.state));
     let resting = facts.pipelines.iter().filter(|pipeline| paused(&pipeline.state)).count();
     if let Some(part) = first(facts, paused) {
         let who = match (reader_rests, resting > 0) {
-            (true, true) => "reader and pipelines rest",
-            (true, false) if pipelines > 0 => "the reader rests, the pipelines work",
-            (true, false) => "the reader rests",
-            (false, _) if facts.reader.is_some() => "the pipelines rest, the reader works",
-            (false, _) => "the pipelines rest",
+            (true, true) => "reader and pipelines idle",
+            (true, false) if pipelines > 0 => "the reader is idle, the pipelines work",
+            (true, false) => "the reader is idle",
+            (false, _) if facts.reader.is_some() => "the pipelines are idle, the reader works",
+            (false, _) => "the pipelines are idle",
         };
         let detail = match facts.waiting {
             Some(0) | None => "Nothing is lost meanwhile.".to_owned(),
@@ -189,7 +186,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Paused,
             "paused",
-            format!("Paused manually for {}: {who}.", since(part.since_ms)),
+            format!("Paused by an operator {} ago: {who}.", since(part.since_ms)),
             detail,
         );
     }
@@ -208,7 +205,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         return say(
             Level::Bad,
             "no_progress",
-            format!("No progress: work waits, and nothing was finished for {}.", since(idle_since)),
+            format!("No progress: entries wait, and nothing was finished for {}.", since(idle_since)),
             format!("The oldest entry has waited for {}.", duration(facts.oldest_seconds)),
         );
     }
@@ -231,7 +228,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
     if let Some(reader) = facts.reader
         && let State::WaitingForRelay { reason } = &reader.state
     {
-        let sentence = format!("No relay for {}; what has come is safe.", since(reader.since_ms));
+        let sentence = format!("No relay for {}; received events are safe.", since(reader.since_ms));
         return say(Level::Waiting, "relay", sentence, reason.clone());
     }
     let rate = format!("{} events/s", thousands(facts.rate));
@@ -270,7 +267,7 @@ pub fn health(facts: &Facts<'_>) -> Health {
         Some(p99) if facts.rate >= 0.5 && p99 > SLOW_MS => say(
             Level::Busy,
             "behind",
-            format!("Slow: {rate}, and they take long."),
+            format!("Slow: {rate}, with high latency."),
             format!("99 of 100 are safe in PostgreSQL within {}.", milliseconds(p99)),
         ),
         Some(p99) if facts.rate >= 0.5 => say(
@@ -289,17 +286,12 @@ pub fn health(facts: &Facts<'_>) -> Health {
                 format!("Nothing was finished in the last second; {}.", entries_wait(count)),
                 format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
             ),
-            _ => say(
-                Level::Well,
-                "well",
-                "Well: nothing comes at the moment, nothing waits.".to_owned(),
-                none(),
-            ),
+            _ => say(Level::Well, "well", "Well: no incoming events, nothing waits.".to_owned(), none()),
         },
     }
 }
 
-/// Whether the reader takes nothing in while it should. Room, Redis and leases have states of their own.
+/// Whether the reader receives nothing although it should. Room, Redis and leases have states of their own.
 #[must_use]
 pub fn is_stuck(reader: &ReaderStatus, now_ms: u64) -> bool {
     matches!(reader.state, State::Starting | State::Running | State::WaitingForRelay { .. })
@@ -358,7 +350,7 @@ pub fn words(state: &State) -> &'static str {
         State::WaitingForRoom { .. } => "waiting for room",
         State::WaitingForLease { .. } => "waiting for the lease",
         State::Paused => "paused manually",
-        State::Halted { .. } => "needs the operator",
+        State::Halted { .. } => "needs operator action",
         State::Stopped => "ended",
     }
 }
@@ -483,13 +475,16 @@ mod tests {
             |state| ReaderStatus { taking_in_ms: 99_000, state, since_ms: 39_000, ..ReaderStatus::default() };
         let (paused, running) = (reader(State::Paused), reader(State::Running));
         let both = health(&facts(&rests, Some(&paused)));
-        assert_eq!(both.sentence, "Paused manually for 1 min 1 s: reader and pipelines rest.");
+        assert_eq!(both.sentence, "Paused by an operator 1 min 1 s ago: reader and pipelines idle.");
         let pipelines = health(&facts(&rests, Some(&running)));
-        assert_eq!(pipelines.sentence, "Paused manually for 1 min: the pipelines rest, the reader works.");
+        assert_eq!(
+            pipelines.sentence,
+            "Paused by an operator 1 min ago: the pipelines are idle, the reader works."
+        );
         let only_reader = health(&facts(&works, Some(&paused)));
         assert_eq!(
             only_reader.sentence,
-            "Paused manually for 1 min 1 s: the reader rests, the pipelines work."
+            "Paused by an operator 1 min 1 s ago: the reader is idle, the pipelines work."
         );
     }
 

@@ -1,5 +1,5 @@
-//! What the dashboard shows: one snapshot a second, made once for everybody who watches, the last ten minutes for
-//! whoever begins to, and the last day minute by minute for whoever asks.
+//! The dashboard's data: one snapshot a second, made once for all viewers; the last ten minutes for a new viewer; and the last
+//! day, minute by minute, on request.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,20 +21,20 @@ use crate::metrics;
 use crate::report;
 use crate::status::{PipelineStatus, ReaderStatus, State, lock, now_ms, percentile};
 
-/// Who may watch at a time: connections that stay, and others must have room beside them.
+/// Maximum concurrent viewers: their connections stay open, and other requests need room.
 pub const MAX_WATCHERS: usize = 16;
 /// Ten minutes.
 const HISTORY: usize = 600;
 /// A day.
 const MINUTES: usize = 1_440;
-/// Rates are those of so many seconds: batches make a single second jump.
+/// Seconds over which rates are taken: batches make a single second jump.
 const RATE_SECONDS: usize = 3;
-/// Percentiles are those of so many seconds.
+/// Seconds over which percentiles are taken.
 const LATENCY_SECONDS: usize = 10;
-/// Nobody knows how many dead letters there are.
+/// The number of dead letters is unknown.
 const UNKNOWN: u64 = u64::MAX;
 
-/// What a point of the history holds, in this order.
+/// The columns of a history point.
 const COLUMNS: [&str; 10] = [
     "time_ms",
     "events_per_second",
@@ -50,7 +50,7 @@ const COLUMNS: [&str; 10] = [
 
 type Point = [Option<f64>; COLUMNS.len()];
 
-/// Of these a minute has its mean; of the others its most: what was worst must not vanish in a day.
+/// Columns whose minute is a mean. For the others it is the maximum: the worst must not vanish in a day.
 const MEANS: [&str; 3] = ["events_per_second", "frames_per_second", "p50_ms"];
 
 /// The last day, a point a minute: at most 300 kB or so.
@@ -136,7 +136,7 @@ impl Default for Live {
 }
 
 impl Live {
-    /// The history, then a snapshot a second. Whoever is slow misses some; whoever takes nothing loses the connection.
+    /// The history, then a snapshot a second. A slow viewer misses some; one that reads nothing loses the connection.
     pub fn events(&self) -> Response {
         let Ok(place) = Arc::clone(&self.watchers).try_acquire_owned() else {
             let body = format!("{MAX_WATCHERS} pages watch already; try again when one is closed\n");
@@ -147,7 +147,7 @@ impl Live {
             event("history", &json!({ "columns": COLUMNS, "points": &*history }))
         };
         let mut snapshots = self.latest.subscribe();
-        // Not one second of emptiness: what is known already is sent at once.
+        // No empty first second: the latest snapshot is sent immediately.
         snapshots.mark_changed();
         let events =
             stream::unfold((Some(first), snapshots, place), async |(first, mut snapshots, place)| {
@@ -254,7 +254,7 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         latency: status.latency.counts(),
         cpu_seconds: used.cpu_seconds_total.unwrap_or_default(),
     };
-    // Since the first look, when there are not so many yet.
+    // Since the first sample, while there are fewer.
     let before =
         |seconds: usize| samples.len().checked_sub(seconds).map_or(samples.front(), |n| samples.get(n));
     let base = before(RATE_SECONDS).unwrap_or(&sample);
@@ -432,7 +432,7 @@ fn with(value: &impl serde::Serialize, more: &[(&str, Value)]) -> Value {
     value
 }
 
-/// The figures of `/metrics`: what the page shows is what the alarms see.
+/// The figures of `/metrics`: the page shows the same values that alerts see.
 struct Figures<'a>(Vec<(&'a str, &'a str, f64)>);
 
 impl<'a> Figures<'a> {

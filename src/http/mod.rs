@@ -34,7 +34,7 @@ use crate::status::{State, Status, lock, now_ms};
 use crate::store::Store;
 use crate::stream::{Keys, Redis};
 
-/// Waiting work and no progress for this long means not ready.
+/// A backlog without progress for this long means not ready.
 const NO_PROGRESS: Duration = Duration::from_secs(30);
 /// How long a server may take to answer us.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -45,7 +45,7 @@ const REQUEST: Duration = Duration::from_secs(30);
 /// The page, whole: its style and its script are in it. `NONCE` stands where each answer has one of its own.
 const PAGE: &str = include_str!("dashboard.html");
 
-/// What the handlers look at.
+/// State shared by the handlers.
 pub struct Server {
     status: Arc<Status>,
     keys: Keys,
@@ -57,18 +57,18 @@ pub struct Server {
     process: metrics_process::Collector,
     control: Arc<Control>,
     token: Option<AdminToken>,
-    /// What the page calls this process.
+    /// This process's name on the page.
     name: String,
     /// The level it began to log with.
     level: LogLevel,
     live: Live,
 }
 
-/// What readiness says.
+/// The result of the readiness check.
 #[derive(Debug, Serialize)]
 pub struct Readiness {
     ready: bool,
-    /// Not ready, and for no other reason than that the operator wants it so.
+    /// Not ready only because an operator paused it.
     only_paused: bool,
     /// Everything that is wrong, for people.
     reasons: Vec<String>,
@@ -177,7 +177,7 @@ impl Server {
             }
         };
         if let Some(store) = &self.store {
-            // All connections being in use is no sign of illness while work goes on.
+            // All connections being in use is not a fault while work progresses.
             let (_, in_use) = store.pool_status();
             if in_use < self.pool_max
                 && let Err(error) = store.ping(ANSWER).await
@@ -189,7 +189,7 @@ impl Server {
             let pipeline = lock(pipeline);
             match &pipeline.state {
                 State::Halted { reason } => {
-                    reasons.push(format!("{} has stopped reading: {reason}", pipeline.consumer));
+                    reasons.push(format!("{} is halted: {reason}", pipeline.consumer));
                 }
                 State::Starting => reasons.push(format!("{} is starting", pipeline.consumer)),
                 State::Paused => paused.push(format!("{} is paused manually", pipeline.consumer)),
@@ -212,7 +212,7 @@ impl Server {
         }
         if let Some(refill) = *lock(&self.status.refill) {
             reasons.push(format!(
-                "PostgreSQL had lost what was acknowledged: reading again from {} to {}",
+                "PostgreSQL had lost acknowledged events: reading again from {} to {}",
                 refill.from, refill.until
             ));
         }
@@ -273,7 +273,7 @@ async fn guard(request: Request, next: Next) -> Response {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    // Everything here is of this second.
+    // Responses are live; never cache them.
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }

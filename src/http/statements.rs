@@ -1,5 +1,4 @@
-//! What PostgreSQL's statements cost, where the extension `pg_stat_statements` counts it. Only asked for while somebody
-//! looks at it.
+//! The cost of PostgreSQL's statements, from the extension `pg_stat_statements`. Queried only while somebody looks at it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +40,7 @@ async fn ask(server: &Server) -> Result<Option<Value>, String> {
     let session = tokio::time::timeout(ANSWER, store.session()).await.map_err(|_| late())?;
     let session = session.map_err(|error| error.to_string())?;
     let Ok(found) = tokio::time::timeout(ANSWER, look(session.client())).await else {
-        // Given back, it would be the next one's to wait for.
+        // Returned to the pool, its answer would hold up the next user.
         session.give_up();
         return Err(late());
     };

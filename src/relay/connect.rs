@@ -1,4 +1,4 @@
-//! Opening the websocket to the relay, and what to say when that fails.
+//! Opening the websocket to the relay, and explaining failures.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use crate::config::{CaFile, Config};
 
 /// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
 pub const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
-/// A message up to this size is read to be passed over, when it has cost enough connections.
+/// A message up to this size is read and skipped once it has cost enough connections.
 pub const PASSED_OVER_BYTES: usize = 64 * 1024 * 1024;
-/// What may wait to be written: pongs, for the most part. A relay that sends pings and reads nothing gets no more.
+/// Write buffer: mostly pongs. A relay that sends pings and reads nothing gets no more.
 const WRITE_BYTES: usize = 1024 * 1024;
-/// A relay that asks for more patience than this gets so much.
+/// Upper bound for the relay's Retry-After.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
 
 /// An open connection.
@@ -32,7 +32,7 @@ pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 pub struct Refused {
     /// In words.
     pub reason: String,
-    /// How long the relay wants to be left alone.
+    /// The relay's Retry-After.
     pub retry_after: Option<Duration>,
 }
 
@@ -103,14 +103,14 @@ fn answered(relay: &str, response: &Response<Option<Vec<u8>>>) -> Refused {
     Refused { reason: format!("{relay} answered HTTP {status}{hint}"), retry_after }
 }
 
-/// The library's words where they say little.
+/// Explains the library's terse errors.
 fn explain(error: &str, encrypted: bool) -> String {
     if encrypted && error.contains("InvalidContentType") {
         return format!("this port does not speak TLS; did you mean ws:// in RELAY_URL? ({error})");
     }
     if error.contains("UnknownIssuer") {
         return format!(
-            "its certificate is signed by nobody that is trusted here; name the authority in RELAY_CA_FILE ({error})"
+            "its certificate is not signed by a trusted authority; name the authority in RELAY_CA_FILE ({error})"
         );
     }
     error.to_owned()

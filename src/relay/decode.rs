@@ -16,7 +16,7 @@ use crate::stream::append::{NewEntry, NewLetter};
 /// A commit's data beyond this is split over several entries, so that entries read together fit into memory.
 const SPLIT: usize = 128 * 1024;
 
-/// A frame has so many CBOR items outside of its blocks at most; a commit of 200 operations has two thousand.
+/// Maximum CBOR items in a frame outside of its blocks; a commit of 200 operations has two thousand.
 const MAX_ITEMS: usize = 20_000;
 /// Operations of one commit (<https://atproto.com/specs/sync>).
 const MAX_OPS: usize = 200;
@@ -32,7 +32,7 @@ const MAX_PATH: usize = 317 + 1 + 512;
 /// The longest other text: revisions, times, handles, states.
 const MAX_TEXT: usize = 512;
 
-/// What a message says.
+/// A decoded message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
     /// Something that has a place in the sequence; `entries` is empty where nothing of it is kept.
@@ -41,7 +41,7 @@ pub enum Message {
         event_type: &'static str,
         /// Its place.
         seq: i64,
-        /// What goes into the stream.
+        /// Entries for the stream.
         entries: Vec<NewEntry>,
         /// What of it can never be applied: records that cannot be decoded, are missing, or are not what their CID says.
         letters: Vec<NewLetter>,
@@ -64,15 +64,15 @@ pub enum Message {
         /// For people.
         message: String,
     },
-    /// A type without a place in the sequence that nobody here knows.
+    /// An unknown type without a place in the sequence.
     Unknown,
 }
 
-/// The message is not what the protocol says; the connection is to be dropped.
+/// The message breaks the protocol; the connection is to be dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// No CBOR.
-    #[error("the frame is no DAG-CBOR: {0}")]
+    #[error("the frame is not DAG-CBOR: {0}")]
     Cbor(#[from] shrike::cbor::CborError),
     /// A field is missing or has another type.
     #[error("the frame has no usable `{0}`")]
@@ -91,7 +91,7 @@ type Map<'a> = Vec<(&'a str, Value<'a>)>;
 ///
 /// # Errors
 ///
-/// The message breaks the framing. A bad record is no error: it loses only itself and is counted.
+/// The message breaks the framing. A bad record is not an error: only that record is lost, and it is counted.
 pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError> {
     // Before anything is built: a byte of CBOR can become a value of fifty.
     if !has_few_items(frame) {
@@ -339,7 +339,7 @@ fn commit(
     let mut expanded = 0;
     let finish = |mut out: Object| {
         out.json.push(b']');
-        // Everything after the first brace of the tail: the same object goes on.
+        // Everything after the first brace of the tail: the same object continues.
         out.json.push(b',');
         out.json.extend_from_slice(&tail.as_bytes()[1..]);
         NewEntry { event_type: "commit", data: out.into_string(), seq }

@@ -34,23 +34,23 @@ use crate::stream::append::{
 use crate::stream::gap::Gap;
 use crate::stream::{Keys, Redis, backoff, group, is_oom, lease};
 
-/// What may wait between the socket and Redis. A slow Redis then slows the socket.
+/// Queue between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
-/// What one append carries at the most: a longer script would hold up the server, and by so much Redis may go beyond its
-/// memory limit, which it looks at before a script and not within.
+/// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this much,
+/// because it checks the limit before a script and not within.
 const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
 /// Beyond this an append is cut into pieces: what was gathered, and then one commit that is larger than all of it.
 const PIECE_BYTES: usize = 2 * APPEND_BYTES;
 /// How often the cursor, the lease and the marks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often a frame that cannot be used may cost the connection before it is passed over.
+/// How often an unusable frame may cost the connection before it is skipped.
 const BAD_FRAME_TRIES: u32 = 3;
 /// The same trouble is reported again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// What needs the operator is looked at again after this time.
+/// A condition that needs operator action is checked again after this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// A connection that has lasted this long and brings nothing has nothing to bring.
+/// A connection that has lasted this long without a frame counts as idle, not as stuck.
 const STEADY: Duration = Duration::from_secs(30);
 /// Dead letters that the reader keeps of one account.
 const LETTERS_PER_ACCOUNT: u64 = 100;
@@ -61,9 +61,9 @@ pub struct Reader {
     keys: Keys,
     redis: Redis,
     status: Arc<Status>,
-    /// Who we are to the lease.
+    /// Our identity to the lease.
     token: String,
-    /// Whether the operator wants us to rest.
+    /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
     tls: Connector,
 }
@@ -77,9 +77,9 @@ enum End {
     Append(#[from] AppendError),
     #[error("relay: {reason}")]
     Relay { reason: String, retry_after: Option<Duration> },
-    #[error("the relay's numbering began anew")]
+    #[error("the relay restarted its numbering")]
     Reset,
-    /// Only the operator can mend it.
+    /// Operator action needed.
     #[error("{0}")]
     Operator(String),
     #[error("{0}")]
@@ -91,7 +91,7 @@ impl End {
         Self::Relay { reason: reason.into(), retry_after: None }
     }
 
-    /// What two lines about the same trouble have in common: digits, such as times and ports, may differ.
+    /// The key of a repeated log line: digits, such as times and ports, may differ.
     fn cause(&self) -> String {
         self.to_string().replace(|c: char| c.is_ascii_digit(), "")
     }
@@ -106,7 +106,7 @@ impl From<CursorError> for End {
     }
 }
 
-/// What the reader remembers from one session to the next.
+/// State that the reader keeps between sessions.
 #[derive(Default)]
 struct Memory {
     /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
@@ -117,7 +117,7 @@ struct Memory {
     restart: Option<Restart>,
     /// The position for which the relay said that it no longer has what follows it.
     outdated: Option<i64>,
-    /// When something that the relay says was last logged, and what was not logged since.
+    /// When a message from the relay was last logged, and how many were suppressed since.
     info: Option<(Instant, u64)>,
     /// The lease was ours.
     leased: bool,
@@ -130,7 +130,7 @@ struct Restart {
     gap: Gap,
 }
 
-/// What a session sets out from.
+/// A session's starting point.
 struct Plan {
     /// The position to ask the relay for; `None` is from now on.
     from: Option<i64>,
@@ -141,7 +141,7 @@ struct Plan {
     appended: AtomicBool,
 }
 
-/// What goes from the socket to the stream: what one frame holds, with its place.
+/// One frame's contents and position, on the way from the socket to the stream.
 struct Item {
     seq: i64,
     entries: Vec<NewEntry>,
@@ -157,7 +157,7 @@ impl Reader {
     ///
     /// # Errors
     ///
-    /// There is no authority that `wss://` could trust.
+    /// There is no authority for `wss://` to trust.
     pub fn new(
         config: Arc<Config>,
         redis: Redis,
@@ -238,7 +238,7 @@ impl Reader {
                 End::Relay { retry_after: Some(wanted), .. } => {
                     delay = delay.max(*wanted);
                     if news {
-                        warn!(reason, wait = ?delay, "the relay asks to be left alone; nothing is lost meanwhile");
+                        warn!(reason, wait = ?delay, "the relay asks us to back off; nothing is lost meanwhile");
                     }
                 }
                 _ if news => {
@@ -262,19 +262,19 @@ impl Reader {
         self.enter(State::Stopped);
     }
 
-    /// Whether the operator wants us to rest. Nobody left to say so is nobody who could end it.
+    /// True while an operator has paused us. If the control side is gone, we count as running: nobody could resume us.
     fn is_paused(&self) -> bool {
         *self.pause.borrow() && self.pause.has_changed().is_ok()
     }
 
-    /// Resolves when the operator wants us to rest.
+    /// Resolves when an operator pauses us.
     async fn pause_begins(&self) {
         if self.pause.clone().wait_for(|paused| *paused).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// Waits until the operator wants it otherwise. A lease that was ours stays ours: nobody else is to read meanwhile.
+    /// Waits until resumed. We keep our lease: nobody else may read meanwhile.
     async fn rest(&self, leased: bool, stop: &CancellationToken) {
         info!("the reader is paused manually; the relay keeps what comes meanwhile");
         self.enter(State::Paused);
@@ -294,7 +294,7 @@ impl Reader {
         let mut pause = self.pause.clone();
         tokio::select! {
             () = hold => {}
-            _ = pause.wait_for(|paused| !paused) => info!("the reader goes on"),
+            _ = pause.wait_for(|paused| !paused) => info!("the reader resumes"),
             () = stop.cancelled() => {}
         }
     }
@@ -305,7 +305,7 @@ impl Reader {
         });
     }
 
-    /// Whether the operator wants to go on, and from where.
+    /// Whether the configuration lets us resume, and from where.
     fn future_cursor(&self, memory: &mut Memory) -> bool {
         let (from, what) = match self.config.on_future_cursor {
             OnFutureCursor::Stop => return false,
@@ -383,7 +383,7 @@ impl Reader {
         while !lease::take(connection, &self.keys.lease, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
                 let reason = format!("another reader holds the lease {}", self.keys.lease);
-                info!(reason, "the reader waits; a lease that nobody renews runs out after 10 s");
+                info!(reason, "the reader waits; a lease that is not renewed expires after 10 s");
                 self.enter(State::WaitingForLease { reason });
             }
             tokio::select! {
@@ -408,7 +408,7 @@ impl Reader {
             Some(before) if *before != relay && cursor.position.is_some() => {
                 memory.acked = None;
                 let reason = format!(
-                    "the cursor belongs to {before}, not to {relay}: what came between the two is not known; continuing \
+                    "the cursor belongs to {before}, not to {relay}: the events between the two are unknown; continuing \
                      from now"
                 );
                 return begin(None, Some(Gap::new(reason, None)));
@@ -453,7 +453,7 @@ impl Reader {
     async fn open(&self, from: Option<i64>, tries: u32) -> Result<Socket, End> {
         let mut url = self.config.relay_url.expose().to_owned();
         if let Some(cursor) = from {
-            // A frame too large even to be passed over is gone round, in growing steps.
+            // A frame too large even to be skipped is bypassed, in growing steps.
             let step = match tries.checked_sub(2 * BAD_FRAME_TRIES) {
                 Some(times) => 1 << times.min(20),
                 None => 0,
@@ -499,7 +499,7 @@ impl Reader {
                 () = sleep_until(last_data, quiet), if sequence.set_aside() > 0 => {
                     return Err(self.reset(&sequence, memory));
                 }
-                // Only data counts: a dead feed can go on answering pings.
+                // Only data counts: a dead feed can still answer pings.
                 () = sleep_until(last_data, idle) => {
                     return Err(End::relay(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
                 }
@@ -571,7 +571,7 @@ impl Reader {
                         // However often it is repeated.
                         memory.outdated = from;
                         let reason = format!(
-                            "the relay no longer has what was asked for (OutdatedCursor): {}",
+                            "the relay no longer has the requested events (OutdatedCursor): {}",
                             shorten(&message)
                         );
                         gap.get_or_insert(Gap::new(reason, from));
@@ -609,10 +609,10 @@ impl Reader {
         }
     }
 
-    /// The numbering begins anew: from the oldest that the relay has, in an epoch of its own.
+    /// The numbering restarts: read from the relay's oldest event, in a new epoch.
     fn reset(&self, sequence: &Sequence, memory: &mut Memory) -> End {
         let reason = format!(
-            "{} began to number anew: its numbers are far from {}; reading from its oldest event",
+            "{} restarted its numbering: its numbers are far from {}; reading from its oldest event",
             self.config.relay_url.relay(),
             sequence.high().unwrap_or_default()
         );
@@ -625,7 +625,7 @@ impl Reader {
         if error == "FutureCursor" {
             return End::FutureCursor(format!(
                 "{} says that the cursor {} lies in its future: it was reset, or the cursor comes from another relay. \
-                 Set ON_FUTURE_CURSOR=live or oldest to go on with a gap, or correct {}",
+                 Set ON_FUTURE_CURSOR=live or oldest to resume with a gap, or correct {}",
                 self.config.relay_url.relay(),
                 from.map_or_else(|| "none".to_owned(), |cursor| cursor.to_string()),
                 self.keys.cursor,
@@ -648,7 +648,7 @@ impl Reader {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut run_id = None;
-        // Repeats of what is in the stream already do not set the cursor back.
+        // Repeats of events already in the stream do not set the cursor back.
         let mut position = plan.from;
         let mut items = Vec::new();
         loop {
@@ -742,7 +742,7 @@ impl Reader {
         }
     }
 
-    /// Checks that Redis is the Redis that we know, and waits while the stream or the memory is at its mark.
+    /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
     async fn look(
         &self,
         connection: &mut MultiplexedConnection,
@@ -826,7 +826,7 @@ impl Reader {
 }
 
 impl Memory {
-    /// Notes that the frame behind this position could not be used; how often that was so by now.
+    /// Records that the frame behind this position could not be used; returns how often by now.
     fn failed_after(&mut self, position: Option<i64>) -> u32 {
         let tries = match self.bad_frame {
             Some((at, tries)) if at == position => tries + 1,
@@ -836,25 +836,25 @@ impl Memory {
         tries
     }
 
-    /// Logs what a relay says, once a minute however much it says.
+    /// Logs messages from the relay, at most once a minute.
     fn say_info(&mut self, name: &str, message: &str) {
         match &mut self.info {
             Some((at, unsaid)) if at.elapsed() < SAY_AGAIN => *unsaid += 1,
             before => {
                 let unsaid = before.map_or(0, |(_, unsaid)| unsaid);
-                info!(name = shorten(name), message = shorten(message), unsaid, "the relay says");
+                info!(name = shorten(name), message = shorten(message), unsaid, "message from the relay");
                 *before = Some((Instant::now(), 0));
             }
         }
     }
 }
 
-/// Begins a gap with a frame that is passed over, unless there is one already.
+/// Begins a gap at a skipped frame, unless there is one already.
 fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
-    gap.get_or_insert(Gap::new(format!("passed over a frame that cannot be used: {why}"), after));
+    gap.get_or_insert(Gap::new(format!("skipped a frame that cannot be used: {why}"), after));
 }
 
-/// What the items hold together, in their order; with the epoch in every entry.
+/// The items' contents combined, in order, with the epoch in every entry.
 fn gather(items: &mut [Item], epoch: u64) -> Appendix {
     let mut what = Appendix::default();
     for item in items {
@@ -904,7 +904,7 @@ async fn sleep_until(since: Instant, limit: Duration) {
     }
 }
 
-/// What a relay says may be of any length.
+/// Text from a relay may be of any length.
 fn shorten(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(200).collect()
 }

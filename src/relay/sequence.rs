@@ -14,9 +14,9 @@ const MAX: i64 = (1 << 53) - 1;
 const FAR_BACK: i64 = 10_000;
 /// Further ahead than a relay counts in weeks.
 const FAR_AHEAD: i64 = 1_000_000_000;
-/// So many in a row from elsewhere are a reset.
+/// This many in a row from elsewhere are a reset.
 const IN_A_ROW: usize = 3;
-/// Fewer are one, too, when nothing else comes for so long.
+/// Fewer are one, too, when nothing else arrives for this long.
 pub const QUIET: Duration = Duration::from_secs(2);
 /// Numbers a little below the last one are repeats, unless they would take very much longer than this to reach it.
 const CATCH_UP: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 pub enum Place {
     /// It follows, or is a repeat.
     Follows,
-    /// Its number is no position: it is refused.
+    /// Its number is not a position: it is refused.
     Impossible,
     /// Its number is from elsewhere. It is set aside until more is known.
     Elsewhere,

@@ -6,14 +6,14 @@ use serde_json::Value;
 
 use crate::out;
 
-/// What the command line finds out beside the report.
+/// Facts from the command line in addition to the report.
 #[derive(Clone, Debug, Default)]
 pub struct Beside {
     /// Dead letters by reason, with how many were looked at.
     pub reasons: Vec<(String, u64)>,
-    /// These are the reasons of the newest so many only.
+    /// The number of newest letters whose reasons these are.
     pub newest: Option<u64>,
-    /// What PostgreSQL says, where no process was there to say it.
+    /// PostgreSQL's answer, where no process reported it.
     pub database: Option<String>,
 }
 
@@ -170,7 +170,7 @@ fn reader_line(reader: &Value, now_ms: u64) -> String {
 
 fn process_line(process: &Value) -> String {
     if !process.is_object() {
-        return "none answers at HTTP_ADDR; this is what the servers know".to_owned();
+        return "no process answers at HTTP_ADDR; this is what the servers know".to_owned();
     }
     format!(
         "up for {}, {} entries finished, {:.0} per second now",

@@ -16,12 +16,12 @@ pub struct Noted {
     pub position: Option<i64>,
 }
 
-/// What PostgreSQL is and knows.
+/// PostgreSQL's identity and recorded position.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Known {
     /// The server's identity and timeline; empty where we may not ask.
     pub server: String,
-    /// What was noted last; `None` for nothing.
+    /// The last recorded position; `None` for none.
     pub noted: Option<Noted>,
 }
 

@@ -175,7 +175,7 @@ const RULES: &[Rule] = &[
     },
 ];
 
-/// What one rule found.
+/// The result of one rule.
 #[derive(Clone, Debug)]
 pub struct Finding {
     /// The rule.
@@ -197,7 +197,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Checks every rule while work goes on. Changes nothing.
+/// Checks every rule without stopping work. Changes nothing.
 ///
 /// # Errors
 ///
@@ -206,7 +206,7 @@ pub async fn audit(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     audit_and_say(client, &mut |_| {}).await
 }
 
-/// As [`audit`], saying now and then how far it is.
+/// As [`audit`], reporting progress now and then.
 ///
 /// # Errors
 ///
@@ -215,7 +215,7 @@ pub async fn audit_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec
     each_rule(client, false, say).await
 }
 
-/// Puts right what [`audit`] finds, while work goes on, and returns what that was. It ends with the database of its own
+/// Repairs what [`audit`] finds, without stopping work, and returns what that was. It ends with the database of its own
 /// moments: look again with [`audit`].
 ///
 /// # Errors
@@ -225,7 +225,7 @@ pub async fn repair(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     repair_and_say(client, &mut |_| {}).await
 }
 
-/// As [`repair`], saying now and then how far it is.
+/// As [`repair`], reporting progress now and then.
 ///
 /// # Errors
 ///

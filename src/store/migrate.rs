@@ -1,8 +1,8 @@
 //! Creating and upgrading the tables and functions, from the files in `sql/`; taking over a database that is in use.
 //!
-//! On an empty database everything is one transaction. On any other every statement is a step of its own that holds
-//! nobody up, and what is there already is passed over: it can be broken off anywhere and begun again. What was there
-//! before and is changed is noted, so that [`undo`] can bring it back.
+//! On an empty database everything is one transaction. On any other every statement is a step of its own that holds nobody up,
+//! and what is there already is passed over: it can be interrupted anywhere and started again. Changes to what was there before
+//! are recorded, so that [`undo`] can revert them.
 
 mod catalogue;
 mod statement;
@@ -89,14 +89,14 @@ pub fn wanted() -> i32 {
     MIGRATIONS.iter().map(|(version, ..)| *version).max().unwrap_or(0)
 }
 
-/// What stands in the database.
+/// The state of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// The newest migration that ran; 0 for none.
     pub version: i32,
     /// Whether the functions are this program's.
     pub functions: bool,
-    /// Whether no unique index is in the way of what repositories contain.
+    /// Whether no unique index forbids rows that repositories can legitimately contain.
     pub indexes: bool,
 }
 
@@ -167,7 +167,7 @@ pub fn indexes() -> Vec<Index> {
         .collect()
 }
 
-/// Brings the database to this program's version, while others go on working with it. Safe to interrupt and to repeat;
+/// Brings the database to this program's version, while others keep working with it. Safe to interrupt and to repeat;
 /// several processes take turns.
 ///
 /// Returns the names of what was done, empty when there was nothing to do.
@@ -179,7 +179,7 @@ pub async fn migrate(client: &mut Client) -> Result<Vec<String>, StoreError> {
     migrate_and_say(client, &mut |line| info!("{}", line.trim())).await
 }
 
-/// As [`migrate`], saying step by step what is done.
+/// As [`migrate`], reporting each step.
 ///
 /// # Errors
 ///
@@ -194,7 +194,7 @@ pub async fn migrate_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<V
     done
 }
 
-/// What [`migrate`] would do. Changes nothing.
+/// Plans [`migrate`]. Changes nothing.
 ///
 /// # Errors
 ///
@@ -315,7 +315,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What an operator should mind, whether or not there is anything to do.
+    /// Warnings for the operator, whether or not there is anything to do.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
@@ -328,7 +328,7 @@ impl Plan {
         let mut plan = Self::default();
         if !catalogue.relations.contains_key("standpipe.tables_before") {
             plan.add(
-                "note which tables are there, in the new schema standpipe",
+                "record the existing tables in the new schema standpipe",
                 Lock::None,
                 vec![Run::Transaction(OWN_SCHEMA.to_owned())],
             );
@@ -346,7 +346,7 @@ impl Plan {
             plan.names.push(format!("{} replaced", index.name));
         }
         if !found.functions || !plan.names.is_empty() {
-            plan.add("write the functions anew", Lock::None, vec![Run::Transaction(functions())]);
+            plan.add("replace the functions", Lock::None, vec![Run::Transaction(functions())]);
             plan.names.push("functions".to_owned());
         }
         if plan.steps.iter().any(|step| step.lock != Lock::None) && !catalogue.foreign.is_empty() {
@@ -447,7 +447,7 @@ impl Plan {
         let whole = catalogue.indexes.get(&new).copied();
         let ours = whole.is_some() || index.equivalent.is_none();
         let mut runs = vec![Run::Transaction(format!(
-            // An undo that was broken off had made the index again, and no constraint of it yet.
+            // An interrupted undo had rebuilt the index, but not yet its constraint.
             "INSERT INTO standpipe.replaced_indexes AS r VALUES ({}, {}, {}, ARRAY[{}], {}, {}, {})
              ON CONFLICT (name) DO UPDATE SET
                  table_name = excluded.table_name, definition = excluded.definition, keys = excluded.keys,

@@ -1,4 +1,4 @@
-//! The only place that knows PostgreSQL: connections, the apply call, the flush, migrations, and what an error means.
+//! The only place that knows PostgreSQL: connections, the apply call, the flush, migrations and the meaning of errors.
 
 pub mod acknowledged;
 pub mod audit;
@@ -42,7 +42,7 @@ use verdict::{Verdict, describe, judge};
 /// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
-/// How long a server may take to stop what is cancelled.
+/// How long a server may take to end a cancelled statement.
 const CANCEL: Duration = Duration::from_secs(5);
 
 const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7)";
@@ -59,11 +59,11 @@ pub struct Store {
     pool: Pool,
     known: Arc<KnownAccounts>,
     answer_limit: Duration,
-    /// Ends what a connection that is given up was doing.
+    /// Cancels the work of a discarded connection.
     cancel: Arc<Cancel>,
 }
 
-/// What applying an event came to.
+/// The outcome of applying an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Committed: operations by kind, and how many of them changed something; the others met something newer.
@@ -80,14 +80,14 @@ pub struct StoreError {
     pub verdict: Verdict,
     /// What happened, without secrets.
     pub message: String,
-    /// What PostgreSQL calls it, when it was PostgreSQL that said so.
+    /// The SQLSTATE, when PostgreSQL reported it.
     pub sqlstate: Option<String>,
     /// The function of the operator's that it comes from, a trigger's for example.
     pub function: Option<String>,
 }
 
 impl StoreError {
-    /// Something that PostgreSQL did not say.
+    /// An error that PostgreSQL did not report.
     #[must_use]
     pub fn new(verdict: Verdict, message: impl Into<String>) -> Self {
         Self { verdict, message: message.into(), sqlstate: None, function: None }
@@ -160,7 +160,7 @@ impl Store {
             options,
             connector,
             ManagerConfig {
-                // A connection in doubt is never given back, so that nothing has to be asked of one that is.
+                // A connection in doubt is never returned, so a returned one needs no check.
                 recycling_method: RecyclingMethod::Fast,
             },
         );
@@ -224,7 +224,7 @@ impl Store {
         match tokio::time::timeout(limit, session.client.simple_query("SELECT 1")).await {
             Ok(answer) => Ok(answer.map(drop)?),
             Err(elapsed) => {
-                // Given back, it would be the next one's to wait for.
+                // Returned to the pool, its answer would hold up the next user.
                 session.give_up();
                 Err(late(elapsed))
             }
@@ -289,7 +289,7 @@ impl Session {
 
     /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
     ///
-    /// What the server is still doing for it is cancelled first, and the connection keeps its place in the pool until that is
+    /// Its running statement is cancelled first, and the connection keeps its place in the pool until that is
     /// done: a server process that waits, for a standby for example, does not notice that its client is gone, and there
     /// would be one more with each attempt.
     pub fn discard(mut self) {
@@ -409,9 +409,9 @@ impl Session {
         results
     }
 
-    /// Applies events in two transactions at the most, each all of its events or none: first those whose locks nobody else
-    /// has, so that accounts which are in every batch do not make all batches wait for each other, then the rest, unless
-    /// they may be left: they have no outcome then.
+    /// Applies a batch in at most two all-or-nothing transactions: first the events whose locks are free, then, if `may_leave`
+    /// is false, the contended ones. Deferred events get no outcome. This keeps accounts that appear in every batch from
+    /// serialising all pipelines.
     ///
     /// None of them may claim a handle ([`Event::claims_handle`]): its locks depend on what other claims have just written,
     /// so that it may have to be tried again, and all others with it. They have [`Session::apply_claims`].
@@ -627,11 +627,10 @@ fn hook_error(error: &StoreError) -> HookError {
     HookError::message(format!("{verdict}{}", error.message))
 }
 
-/// In front of a message about what only the operator can mend.
+/// Prefix of a message that needs operator action.
 const HALT: &str = "halt: ";
 
-/// A connection out of the pool. It goes back unless something that was asked on it has not been answered, whoever dropped
-/// it and why: then it ends.
+/// A connection out of the pool. It goes back unless a request on it is unanswered, whatever the reason: then it is closed.
 struct Lent {
     /// There until the drop.
     object: Option<Object>,

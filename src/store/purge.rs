@@ -1,4 +1,4 @@
-//! Removing what deleted accounts had written, in short transactions.
+//! Removing the records of deleted accounts, in short transactions.
 
 use tokio_postgres::Client;
 
@@ -38,7 +38,7 @@ pub struct Deletion {
     which: String,
 }
 
-/// One of those that are still to be seen to.
+/// One of the deletions still to be purged.
 ///
 /// # Errors
 ///

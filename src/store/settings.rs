@@ -1,4 +1,4 @@
-//! The settings that we rely on: made on every connection after connecting, and read back. Nothing is inherited from the
+//! The settings that we rely on: set on every new connection, and read back. Nothing is inherited from the
 //! database, the role, a startup parameter or a pooler.
 
 use std::fmt::Write as _;
@@ -158,7 +158,7 @@ pub async fn refuse_transaction_pooling(one: &Client, other: &Client) -> Result<
     }
 }
 
-/// What an operator with such a pooler has to know.
+/// The explanation for an operator with such a pooler.
 pub const TRANSACTION_MODE: &str = "a pooler between here and PostgreSQL gives each transaction another server process (pool_mode = transaction or \
      statement): locks, settings and prepared statements would be lost; point DATABASE_URL at PostgreSQL itself, or set \
      pool_mode = session for this database";

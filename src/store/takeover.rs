@@ -25,7 +25,7 @@ pub async fn was_theirs(client: &Client) -> Result<bool, StoreError> {
     Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
-/// Notes that what the others left pending has been seen to.
+/// Records that the entries that the others left pending have been replayed.
 ///
 /// # Errors
 ///

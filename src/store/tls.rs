@@ -1,7 +1,7 @@
 //! TLS to PostgreSQL: what is trusted, and how strictly, by libpq's words.
 //!
 //! `verify-full` and `require` check the certificate and the host's name; `verify-ca` the certificate; `prefer` (also when
-//! nothing is said) and `allow` go on with whatever they get, as they would without encryption, but say so.
+//! nothing is said) and `allow` accept any certificate, as they would accept no encryption, but log it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ use crate::config::{CaFile, Config, DatabaseUrl};
 /// How strictly a certificate is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strictness {
-    /// It is looked at, and refused by nobody.
+    /// It is read, and never refused.
     Lenient,
     /// A trusted authority has signed it.
     Authority,
@@ -30,7 +30,7 @@ pub enum Strictness {
 }
 
 impl Strictness {
-    /// What libpq's word means here.
+    /// Interprets libpq's word.
     #[must_use]
     pub fn of(ssl_mode: Option<&str>) -> Self {
         match ssl_mode {
@@ -52,7 +52,7 @@ impl Strictness {
     }
 }
 
-/// What makes the driver's connections encrypted.
+/// The TLS connector for the driver.
 ///
 /// # Errors
 ///

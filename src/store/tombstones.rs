@@ -1,4 +1,4 @@
-//! Forgetting tombstones that nothing can need any more.
+//! Deleting tombstones that can no longer matter.
 
 use tokio_postgres::Client;
 
@@ -7,8 +7,8 @@ use super::StoreError;
 /// Rows per transaction: short enough that nobody waits for it.
 const CHUNK: i64 = 5_000;
 
-/// Deletes tombstones of deletes that came into the stream before `before_ms` (Unix milliseconds). The caller sees to it
-/// that no older event can come again. Returns how many.
+/// Deletes tombstones of deletes that came into the stream before `before_ms` (Unix milliseconds). The caller guarantees that
+/// no older event can arrive again. Returns how many.
 ///
 /// # Errors
 ///

@@ -116,7 +116,8 @@ fn is_post(uri: &str) -> bool {
     uri.split('/').nth(3) == Some("app.bsky.feed.post")
 }
 
-/// From how many operations on a call uses statements over sets: over one or two they are dearer than over a record.
+/// From how many operations on a call uses statements over sets: for one or two they are more expensive than single-record
+/// statements.
 const SET: usize = 4;
 
 /// A call, and where each of the operations went.
@@ -198,7 +199,7 @@ impl<'a> Planned<'a> {
 /// Puts a call together.
 #[derive(Default)]
 struct Planner<'a> {
-    /// Whether there are so many operations that statements over sets are the cheaper ones.
+    /// Whether there are enough operations for set statements to be cheaper.
     by_sets: bool,
     planned: Planned<'a>,
     locks: Vec<Lock<'a>>,

@@ -1,4 +1,4 @@
-//! From an error to what becomes of the event: a closed set, decided here and nowhere else.
+//! From an error to the fate of the event: a closed set, decided here and nowhere else.
 
 use tokio_postgres::Error;
 use tokio_postgres::error::SqlState;
@@ -13,7 +13,7 @@ pub enum Verdict {
     Retry,
     /// The values can never be stored: dead letter.
     Reject,
-    /// Our own fault, or the operator's: stop reading and say so. Draining the stream into dead letters would be worse.
+    /// Our own fault, or the operator's: halt and report it. Draining the stream into dead letters would be worse.
     Halt,
 }
 

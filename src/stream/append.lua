@@ -1,5 +1,4 @@
--- Appends entries and moves the cursor, both or neither; with them, what of their frames is no entry: dead letters, counts
--- of what is missing, a gap.
+-- Appends entries and moves the cursor, both or neither; with them, dead letters, counts of what is missing and a gap.
 --
 -- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both), epoch, epochs, dead letters,
 --       their size in bytes, their keys, their accounts, missed, gaps.

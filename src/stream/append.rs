@@ -57,7 +57,7 @@ pub struct Appendix {
     pub rev: String,
 }
 
-/// What an append came to.
+/// The outcome of an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Appended {
     /// Entries in the stream.
@@ -100,7 +100,7 @@ pub enum CursorError {
     /// Redis could not be reached or refused.
     #[error(transparent)]
     Redis(#[from] RedisError),
-    /// Somebody wrote something else there.
+    /// Something else is stored there.
     #[error(
         "the cursor in Redis, {key}, holds {text}, which is not a sequence number: SET it to a whole number, or DEL it to \
          begin with what the relay sends now"
@@ -116,7 +116,7 @@ pub enum CursorError {
 /// Why an append changed nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
-    /// Somebody else reads the relay, or Redis lost the lease.
+    /// Another reader is active, or Redis lost the lease.
     #[error("the reader's lease is gone")]
     LeaseLost,
     /// Redis rolled back, or somebody set the cursor.
@@ -246,10 +246,10 @@ pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &
     })
 }
 
-/// Where an append leaves the cursor.
+/// The cursor before and after an append.
 #[derive(Clone, Copy, Debug)]
 pub struct Move<'a> {
-    /// Who we are to the lease.
+    /// Our identity to the lease.
     pub token: &'a str,
     /// The relay's name.
     pub relay: &'a str,

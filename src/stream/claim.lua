@@ -1,4 +1,4 @@
--- Takes over entries that nobody touched for some time.
+-- Takes over entries that have been idle for some time.
 --
 -- KEYS: stream, relay, watch (see janitor.lua).  ARGV: group, consumer, idle time in milliseconds, start, count.
 -- Answers as XAUTOCLAIM does. Entries that somebody removed are pending no longer once it has named them (since

@@ -16,12 +16,12 @@ use crate::event::{EntryId, InvalidEntryId, Reject, Rejected};
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
 
-/// What became of an entry that has something bad in it.
+/// The outcome for an entry with bad operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buried {
     /// It is acknowledged, and its bad parts are among the dead letters.
     Done,
-    /// Somebody else had acknowledged it already.
+    /// Another process had acknowledged it already.
     Already,
     /// The dead letters have reached their budget; the entry stays pending.
     Full,
@@ -43,9 +43,9 @@ pub struct Letter {
     pub reason: String,
     /// PostgreSQL's SQLSTATE, when it was the database that refused.
     pub sqlstate: String,
-    /// What is wrong, for a person.
+    /// The problem, for a person.
     pub message: String,
-    /// The operation; for what is no commit, or no readable one, the whole entry.
+    /// The operation; the whole entry if it is not a readable commit.
     pub op: String,
     /// The commit around the operation, without its other operations.
     pub data: String,
@@ -276,7 +276,7 @@ pub async fn reasons(
 ///
 /// # Errors
 ///
-/// Redis cannot be reached, or the text is no id.
+/// Redis cannot be reached, or the text is not an id.
 pub async fn get(
     connection: &mut MultiplexedConnection,
     keys: &Keys,
@@ -287,7 +287,7 @@ pub async fn get(
     Ok(found.ids.first().map(Letter::from_stream))
 }
 
-/// Removes a letter; `false` when somebody else did.
+/// Removes a letter; `false` when another process did.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
--- Makes sure that the stream and the group exist, and says what was missing.
+-- Makes sure that the stream and the group exist, and returns what was missing.
 --
 -- KEYS: stream, cursor, acked, lost, watch, start.  ARGV: group.  Returns {stream was lost, group was created}.
 --

@@ -64,7 +64,7 @@ impl Batch {
     ///
     /// # Errors
     ///
-    /// It is no such list.
+    /// It is not such a list.
     pub fn extend(&mut self, entries: Value) -> Result<(), ParsingError> {
         let Value::Array(entries) = entries else {
             return Err("a list of entries was expected".into());
@@ -107,8 +107,8 @@ fn from_fields(id: EntryId, fields: Vec<Value>) -> Entry {
     entry
 }
 
-/// The text of a reply. Bytes that are no UTF-8 become replacement characters: such an entry is no JSON that we or
-/// the other workers wrote, and it is refused, or kept readable, as what it then is.
+/// The text of a reply. Bytes that are not UTF-8 become replacement characters: such an entry is not JSON that we or the other
+/// workers wrote, and it is refused, or kept readable, as what it then is.
 fn text(value: Value) -> String {
     match value {
         Value::BulkString(bytes) => match String::from_utf8(bytes) {

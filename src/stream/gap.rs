@@ -41,7 +41,7 @@ impl Gap {
 pub const MISSED: [&str; 7] =
     ["undecodable", "missing_block", "too_large", "sync", "frame", "no_handle", "no_room"];
 
-/// What is known to be missing.
+/// Known gaps and losses.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Missed {
     /// Gaps so far.

@@ -49,7 +49,7 @@ pub async fn ensure(connection: &mut MultiplexedConnection, keys: &Keys) -> Resu
     Ok(Ensured { stream_lost: lost == 1, group_created: created == 1 })
 }
 
-/// Reads entries that nobody has got yet; `wait`: waiting up to [`BLOCK`] for the first.
+/// Reads entries not yet delivered; `wait`: waits up to [`BLOCK`] for the first.
 ///
 /// Do not drop the future and keep the connection: the entries would be ours without our knowing it.
 ///
@@ -163,18 +163,18 @@ pub async fn give_up(
     invocation.invoke_async(connection).await
 }
 
-/// One page of entries that their consumers left.
+/// A page of entries abandoned by their consumers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claimed {
     /// Now pending with us, and those that somebody deleted meanwhile.
     pub batch: Batch,
-    /// Where to go on; `None` at the end. Handed back as it came: the server says where the next scan begins.
+    /// Where to continue; `None` at the end. Handed back as it came: the server says where the next scan begins.
     pub next: Option<String>,
 }
 
-/// Takes over entries that nobody has touched for `idle`, from `start` ("0-0" for the beginning).
+/// Takes over entries that have been idle for `idle`, from `start` ("0-0" for the beginning).
 ///
-/// The server scans ten times `count` entries at the most, so that an empty page is not the end.
+/// The server scans at most ten times `count` entries, so an empty page is not the end.
 ///
 /// # Errors
 ///
@@ -272,13 +272,13 @@ pub async fn remove_idle_consumers(
 pub struct ConsumerInfo {
     /// Its name.
     pub name: String,
-    /// Entries that it got and did not acknowledge.
+    /// Entries delivered to it and not acknowledged.
     pub pending: u64,
-    /// How long ago it last asked for something.
+    /// Time since its last read.
     pub idle_seconds: f64,
 }
 
-/// The first of `names` that asked for something within `limit`: somebody works under it.
+/// The first of `names` that sent a read within `limit`: a process works under it.
 ///
 /// # Errors
 ///
@@ -413,7 +413,7 @@ pub async fn pending(
     Ok(reply.into_iter().map(entry).collect())
 }
 
-/// A page of what was delivered.
+/// A page of delivered entries.
 #[derive(Clone, Debug, Default)]
 pub struct Delivered {
     /// The last entry that was looked at; `None` at the end.

@@ -1,8 +1,8 @@
--- Trims what every group has acknowledged, notes the position before the lowest that our group has not, finds what somebody else
--- removed before that, and reports.
+-- Trims what every group has acknowledged, notes the position before the lowest that our group has not, finds what somebody
+-- else removed before that, and reports.
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
--- ARGV: our group, how many entries to trim at the most (0 to look and change nothing), Unix milliseconds, how long to
+-- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
 --       wait between two times of setting the reader back, in milliseconds.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back}, or {} without a stream.
@@ -10,14 +10,13 @@
 -- One script: reading pending entries before the groups, with a delivery in between, once deleted entries that
 -- were pending. Never trims while our own group is missing: then nothing is known to be acknowledged.
 --
--- The hash `watch` holds what one call tells the next (append.lua begins it): `unacked`, the first entry that was not
--- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how
--- many of them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and `seen`, how many at that
--- call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
--- position, and `pause`, for how long not again; `hold`, the last entry
--- of the stream then. What the reader appends after that has lower numbers than what stands before it, so that `acked`
--- stays where it is until the group is beyond. `trimmed` is how many entries were trimmed here, by every process of ours, also
--- by one that has other keys than this.
+-- The hash `watch` holds the state kept between calls (append.lua begins it): `unacked`, the first entry that was not
+-- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
+-- them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and
+-- `seen`, how many at that call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
+-- position, and `pause`, for how long not again; `hold`, the last entry of the stream then. What the reader appends after that
+-- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond. `trimmed` is how
+-- many entries were trimmed here, by every process of ours, also by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return {}
 end
@@ -150,7 +149,7 @@ local function note(first, waiting)
 end
 
 -- Sets the reader back to what is not acknowledged: its next append finds the cursor moved, and it reads again from
--- there. Not again and again, should somebody go on removing.
+-- there. Not again and again, in case entries keep being removed.
 local function set_back()
     local cursor, acked = redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3])
     local last = tonumber(redis.call('HGET', KEYS[6], 'back_ms') or '0')
@@ -159,7 +158,7 @@ local function set_back()
     if not cursor or not acked or (since >= 0 and since < pause) then
         return 0
     end
-    -- To the same place again, when somebody goes on removing: it gets longer each time, or would never get beyond.
+    -- To the same place again, when entries keep being removed: the pause grows each time, or it would never get past.
     pause = redis.call('HGET', KEYS[6], 'back_to') == acked and pause * 2 or ARGV[4]
     redis.call('HSET', KEYS[6], 'pause', pause, 'back_to', acked)
     redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'], 'back_ms', ARGV[3])

@@ -1,4 +1,4 @@
-//! Trims what every group has acknowledged, and looks at how the stream is doing.
+//! Trims what every group has acknowledged, and reports the state of the stream.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -10,15 +10,15 @@ use super::Keys;
 use crate::event::EntryId;
 use crate::status::now_ms;
 
-/// Entries trimmed by one call, at the most; more would hold up the server.
+/// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
 
-/// The reader is not set back more often than this, should somebody go on removing entries.
+/// The reader is not set back more often than this, in case entries keep being removed.
 const SET_BACK_PAUSE: Duration = Duration::from_secs(10);
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("janitor.lua")));
 
-/// How the stream is doing.
+/// The state of the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Look {
     /// There is a stream.
@@ -33,7 +33,7 @@ pub struct Look {
     pub lag: Option<u64>,
     /// The oldest entry that is pending.
     pub oldest_pending: Option<EntryId>,
-    /// The oldest entry that nobody got yet.
+    /// The oldest entry not yet delivered.
     pub oldest_waiting: Option<EntryId>,
     /// Entries removed by this call.
     pub trimmed: u64,

@@ -1,7 +1,7 @@
 //! Leases: at most one reader of a cursor, at most one process of a consumer name.
 //!
-//! A lease is a key with a life of ten seconds that its holder prolongs. A process that starts again after a crash waits
-//! the old one out.
+//! A lease is a key with a life of ten seconds that its holder prolongs. A process restarted after a crash waits for the old
+//! lease to expire.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Script};
 
-/// How long a holder that vanished keeps others out.
+/// How long a vanished holder keeps others out.
 pub const LIFE: Duration = Duration::from_secs(10);
 
 /// Takes a lease if nobody holds it; also `true` when it is ours already.

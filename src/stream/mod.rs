@@ -38,11 +38,11 @@ pub struct Keys {
     pub acked: String,
     /// The first entry that has the present relay's numbers.
     pub start: String,
-    /// What one call of the janitor tells the next.
+    /// State the janitor keeps between runs.
     pub watch: String,
     /// The epoch, our reader's last entry, and the newest revision that it appended; see append.lua.
     pub epoch: String,
-    /// From which entry on which epoch is in force.
+    /// The first entry of each epoch.
     pub epochs: String,
     /// What is known to be missing, by reason.
     pub missed: String,
@@ -50,7 +50,7 @@ pub struct Keys {
     pub gaps: String,
     /// What PostgreSQL noted last of what the group acknowledged.
     pub noted: String,
-    /// Who reads the relay at the moment.
+    /// The reader's lease.
     pub lease: String,
     /// Which process has the consumer names that begin with our `CONSUMER_ID`.
     pub consumer_lease: String,
@@ -172,7 +172,7 @@ impl Redis {
     }
 
     fn with(url: &str, ca: Option<&[u8]>) -> Result<Self, RedisError> {
-        // The client's defaults would wait two hours for a peer that went away without a word.
+        // The client's defaults would wait two hours for a peer that vanished silently.
         let tcp = TcpSettings::default()
             .set_nodelay(true)
             .set_keepalive(
@@ -210,7 +210,7 @@ impl Redis {
     }
 }
 
-/// Whether the error says that the group, or the stream with it, is not there.
+/// Whether the error reports that the group, or the stream with it, does not exist.
 #[must_use]
 pub fn is_nogroup(error: &RedisError) -> bool {
     // A reader that was blocked while the key was deleted is told so in words of its own.
@@ -220,7 +220,7 @@ pub fn is_nogroup(error: &RedisError) -> bool {
         || error.to_string().contains("no such key")
 }
 
-/// Whether the error says that Redis has no memory left for a write.
+/// Whether the error reports that Redis has no memory left for a write.
 #[must_use]
 pub fn is_oom(error: &RedisError) -> bool {
     // Redis 6.2 wraps what a script runs into in words of its own.

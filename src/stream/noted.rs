@@ -25,11 +25,11 @@ pub struct State {
     pub noted_ms: u64,
     /// Which server noted it.
     pub server: String,
-    /// Of a refill that goes on: from where, up to where, and since when (Unix milliseconds).
+    /// The refill in progress: from where, up to where, and since when (Unix milliseconds).
     pub refill: Option<Refill>,
 }
 
-/// What is read again because PostgreSQL lacks it.
+/// A refill: events read again because PostgreSQL lacks them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refill {
     /// The position from which it is read.

@@ -1,4 +1,4 @@
--- What a reader has to know before it begins.
+-- The state a reader needs before it starts.
 --
 -- KEYS: stream, cursor, relay, acked, epoch, epochs (see append.lua for both).
 -- Returns {cursor, relay, acked, epoch, the earliest time at which a new one can begin, in milliseconds}; '' for none.
@@ -31,6 +31,6 @@ if ours then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- Should the clock have been set back, ids go on from where they were.
+-- If the clock was set back, ids continue from where they were.
 return {redis.call('GET', KEYS[2]) or '', redis.call('GET', KEYS[3]) or '', redis.call('GET', KEYS[4]) or '',
         redis.call('HGET', KEYS[5], 'id') or '', string.format('%d', math.max(now, ms + 1))}

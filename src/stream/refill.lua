@@ -14,7 +14,7 @@ end
 redis.call('HSET', KEYS[1], 'ms', ARGV[4], 'server', ARGV[5])
 local cursor = redis.call('GET', KEYS[2])
 if cursor and redis.call('EXISTS', KEYS[4]) == 1 then
-    -- A refill that goes on already ends where it would have ended.
+    -- A refill already in progress keeps its end.
     redis.call('HSETNX', KEYS[1], 'refill_until', cursor)
     redis.call('HSET', KEYS[1], 'refill_from', ARGV[3], 'refill_ms', ARGV[6])
     redis.call('SET', KEYS[3], ARGV[3])

@@ -2,7 +2,7 @@
 --
 -- KEYS: dead letters, their size in bytes, their keys, their accounts (see append.lua).  ARGV: id, then names and values of
 -- the replacement, if any.
--- Returns 1, or 0 when it was not there: somebody else has seen to it.
+-- Returns 1, or 0 when it did not exist: another process has handled it.
 local found = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not found then
     return 0

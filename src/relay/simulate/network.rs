@@ -18,7 +18,7 @@ use super::record::{
     PROFILE, REPOST, Reply, STARTER_PACK, THING, THREADGATE,
 };
 
-/// A new account for every so many frames; it takes three frames itself.
+/// Frames per new account, which takes three itself.
 const FRAMES_PER_ACCOUNT: u64 = 33;
 /// These come first, so that there is somebody to talk to.
 const FIRST_ACCOUNTS: u32 = 8;
@@ -132,7 +132,7 @@ impl Network {
         }
     }
 
-    /// Like [`Network::seek`], but gives up after so many frames and can then be called again.
+    /// Like [`Network::seek`], but gives up after this many frames and can then be called again.
     pub(super) fn seek_some(&mut self, cursor: u64, frames: u64) -> Seek {
         for _ in 0..frames {
             match self.ahead.take().or_else(|| self.step()) {

@@ -513,7 +513,7 @@ impl Author<'_> {
         from[self.rng.usize(0..from.len())]
     }
 
-    /// True once in so many times.
+    /// True once in this many times.
     fn chance(&mut self, times: u32) -> bool {
         self.rng.u32(0..times) == 0
     }

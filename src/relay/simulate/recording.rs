@@ -14,7 +14,7 @@ const MAX_FRAME: u64 = 5_000_000;
 
 /// Reads a recorded file: a message's length in four bytes, the most significant first, the message, and so on.
 ///
-/// A frame's `seq` is read from its body. A frame that has none, or that is no CBOR at all, is kept as it is, with
+/// A frame's `seq` is read from its body. A frame that has none, or that is not CBOR at all, is kept as it is, with
 /// `seq` None, so that bad frames can be played too.
 ///
 /// # Errors

@@ -72,7 +72,7 @@ pub struct Counters {
 ///
 /// A consumer is sent the frames whose `seq` is at least its `cursor`, without one every frame: this relay's window is
 /// everything. Each connection has its own network, which is why one that resumes sees the same frames again. A cursor
-/// beyond the last frame is answered with the error `FutureCursor`, one that is no number with HTTP 400, another path
+/// beyond the last frame is answered with the error `FutureCursor`, one that is not a number with HTTP 400, another path
 /// with HTTP 404. After the last frame the connection stays open.
 ///
 /// Frames of a recording that have no number are sent in their place, unless the consumer's cursor shows that it has
@@ -288,7 +288,7 @@ impl Frames {
                 let Some(cursor) = cursor else {
                     return Some(Frames::Network(network));
                 };
-                // Numbers grow by four at the most.
+                // Numbers grow by at most four.
                 let most = if options.events == 0 { ENDLESS } else { options.events.saturating_mul(4) };
                 if cursor > most {
                     return None;

@@ -1,4 +1,4 @@
-//! What is in the database before anything is changed.
+//! The state of the database before any change.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,7 +42,7 @@ pub struct Catalogue {
     pub schema: String,
     /// Tables and composite types with their columns.
     pub relations: BTreeMap<String, BTreeSet<String>>,
-    /// Indexes, and whether they are whole: one that was broken off is not.
+    /// Indexes, and whether they are whole: one whose build was interrupted is not.
     pub indexes: BTreeMap<String, bool>,
     /// The application's tables that were here before us.
     pub before: BTreeSet<String>,
@@ -50,7 +50,7 @@ pub struct Catalogue {
     pub foreign: Vec<String>,
     /// Unique indexes that cannot hold what repositories contain.
     pub by_subject: Vec<UniqueIndex>,
-    /// What was replaced already.
+    /// Indexes already replaced.
     pub replaced: Vec<ReplacedIndex>,
     /// Columns that we added to tables that were here before us.
     pub added: BTreeMap<String, Vec<String>>,

@@ -9,7 +9,7 @@ pub struct Statement {
     pub kind: Kind,
 }
 
-/// What the runner knows of a statement. A table of the application goes by its name, one of ours by
+/// The statements that the runner understands. A table of the application goes by its name, one of ours by
 /// `standpipe.<name>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {

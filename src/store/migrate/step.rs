@@ -1,4 +1,4 @@
-//! One step of a change to a database that others are working on: short, and begun again when it cannot have its lock.
+//! One step of a change to a database that others are working on: short, and retried when it cannot get its lock.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -12,13 +12,13 @@ use crate::crash::{self, Point};
 /// How long a step waits for a lock. Everybody else's statements on the table queue up behind a request for an
 /// exclusive lock, so that this is how long we hold them up when somebody has the table for long.
 const LOCK_TIMEOUT: &str = "250ms";
-/// Pauses between two tries: the others get on meanwhile.
+/// Pause between two attempts, so that others make progress.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
-/// After so long without an end it is said what is waited for.
+/// After this long, the step reports what it is waiting for.
 const SAY_AFTER: Duration = Duration::from_secs(3);
 
-/// Where what is being done is said.
+/// Where progress is reported.
 pub type Say<'a> = dyn FnMut(&str) + Send + 'a;
 
 /// A change that is complete in itself.
@@ -26,12 +26,12 @@ pub type Say<'a> = dyn FnMut(&str) + Send + 'a;
 pub struct Step {
     /// What it does, for a person.
     pub what: String,
-    /// What it holds meanwhile.
+    /// The locks it holds.
     pub lock: Lock,
     pub runs: Vec<Run>,
 }
 
-/// What others notice.
+/// The effect on others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lock {
     /// Nothing of theirs is locked.
@@ -48,7 +48,7 @@ pub enum Lock {
 
 impl fmt::Display for Lock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let moment = format!("waits {LOCK_TIMEOUT} at the most, then tries again");
+        let moment = format!("waits at most {LOCK_TIMEOUT}, then tries again");
         match self {
             Lock::None => f.write_str("locks nothing of yours"),
             Lock::Moment(table) => write!(f, "ACCESS EXCLUSIVE on {table} for a moment; {moment}"),
@@ -84,7 +84,7 @@ pub async fn end(client: &Client) -> Result<(), StoreError> {
 }
 
 impl Step {
-    /// Does it, however long others keep the locks.
+    /// Runs the step, however long others keep the locks.
     pub async fn run(&self, client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
         for run in &self.runs {
             run.run(client, &self.what, say).await?;
@@ -166,14 +166,14 @@ async fn with_heartbeat<T>(work: impl Future<Output = T>, what: &str, say: &mut 
         match tokio::time::timeout(3 * SAY_AFTER, &mut work).await {
             Ok(done) => return done,
             Err(_) => say(&format!(
-                "  {what}: at it for {:.0} s; it also waits for transactions that are older than it",
+                "  {what}: running for {:.0} s; it also waits for transactions older than itself",
                 began.elapsed().as_secs_f64()
             )),
         }
     }
 }
 
-/// Who has had a transaction open on one of the tables for long enough to be in the way.
+/// Transactions open on one of the tables for long enough to block the step.
 async fn holders(client: &Client) -> Result<String, StoreError> {
     let rows = client
         .query(
@@ -189,5 +189,5 @@ async fn holders(client: &Client) -> Result<String, StoreError> {
         )
         .await?;
     let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-    Ok(if names.is_empty() { String::new() } else { format!("; in the way may be {}", names.join(", ")) })
+    Ok(if names.is_empty() { String::new() } else { format!("; possibly blocked by {}", names.join(", ")) })
 }

@@ -15,7 +15,7 @@ use super::{drop_index, identifier, lock, unlock};
 /// How often rows that came meanwhile are cleared away before a unique index is given up.
 const TRIES: u32 = 20;
 
-/// What bringing the database back comes to.
+/// The plan of an undo.
 #[derive(Debug)]
 pub struct Undo {
     indexes: Vec<Restore>,
@@ -29,13 +29,13 @@ struct Restore {
     index: ReplacedIndex,
     /// Rows that it cannot hold; `None` when it is there already.
     surplus: Option<i64>,
-    /// What is broken off and has to go first.
+    /// Leftovers of an interrupted build that have to be removed first.
     leftovers: Vec<Run>,
     build: Vec<Run>,
     finish: Vec<Run>,
 }
 
-/// What [`undo`] would do. Changes nothing.
+/// Plans [`undo`]. Changes nothing.
 ///
 /// # Errors
 ///
@@ -48,7 +48,7 @@ pub async fn plan(client: &Client) -> Result<Undo, StoreError> {
     }
     if catalogue.tables(true).is_empty() {
         return halt(
-            "standpipe created this database, there is nothing to bring back; drop the database if you want it gone"
+            "standpipe created this database, there is nothing to restore; drop the database to remove it"
                 .to_owned(),
         );
     }
@@ -245,7 +245,7 @@ impl ReplacedIndex {
 
     /// Of the rows that say the same of one subject keeps the newest. Counters count accounts, not rows: they stay right.
     async fn collapse(&self, client: &Client) -> Result<u64, StoreError> {
-        // Accounts are no records: none is ever surplus, and the index cannot come back while there are two.
+        // Accounts are not records: none is ever surplus, and the index cannot come back while there are two.
         if self.table == "users" {
             return Ok(0);
         }

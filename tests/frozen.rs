@@ -1,0 +1,162 @@
+//! What others build on: names of metrics and keys, the shape of the status pages, `--help`, exit codes. Here it is as it was;
+//! a change that was not meant to be seen from outside fails.
+//!
+//! `STANDPIPE_FREEZE=1` writes the lists in `tests/fixtures/frozen` anew. What disappears from one of them is a breaking change.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::Value;
+use support::chain::{Chain, Program, SOON, network, redis_command};
+use support::{Standpipe, free_port};
+
+/// Compares with what is frozen.
+#[track_caller]
+fn is_frozen(name: &str, found: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/frozen").join(name);
+    if std::env::var("STANDPIPE_FREEZE").is_ok() {
+        std::fs::write(&path, found).unwrap();
+    }
+    let frozen = std::fs::read_to_string(&path).unwrap_or_default();
+    let (before, after): (BTreeSet<&str>, BTreeSet<&str>) =
+        (frozen.lines().collect(), found.lines().collect());
+    let gone: Vec<_> = before.difference(&after).collect();
+    let new: Vec<_> = after.difference(&before).collect();
+    assert!(gone.is_empty() && new.is_empty(), "{name}: gone: {gone:#?}\nnew: {new:#?}");
+    assert_eq!(frozen, found, "{name}: in another order");
+}
+
+#[tokio::test]
+async fn the_help_of_every_command_is_as_it_was() {
+    let mut all = String::new();
+    let mut commands = vec![Vec::<String>::new()];
+    while let Some(command) = commands.pop() {
+        let mut arguments: Vec<&str> = command.iter().map(String::as_str).collect();
+        arguments.push("--help");
+        let help = Standpipe::run(&arguments, &[("COLUMNS", "100")], SOON).await;
+        assert_eq!(help.code, 0, "{arguments:?}: {}", help.stderr);
+        writeln!(all, "=== standpipe {}\n{}", arguments.join(" "), help.stdout).unwrap();
+        let listed = help.stdout.lines().skip_while(|line| *line != "Commands:").skip(1);
+        for line in listed.take_while(|line| !line.is_empty()) {
+            let name =
+                line.strip_prefix("  ").and_then(|line| line.split_whitespace().next()).unwrap_or_default();
+            if line.starts_with("   ") || name == "help" {
+                continue;
+            }
+            commands.push(command.iter().cloned().chain([name.to_owned()]).collect());
+        }
+    }
+    let settings = Standpipe::run(&["help-env"], &[("COLUMNS", "100")], SOON).await;
+    writeln!(all, "=== standpipe help-env\n{}", settings.stdout).unwrap();
+    is_frozen("help.txt", &all);
+}
+
+#[tokio::test]
+async fn the_exit_codes_are_as_they_were() {
+    let nobody = format!("redis://127.0.0.1:{}", free_port().unwrap());
+    let nothing = format!("postgres://nobody@127.0.0.1:{}/nothing", free_port().unwrap());
+    let unreachable = [("REDIS_URL", nobody.as_str()), ("DATABASE_URL", &nothing)];
+    let mut codes = String::new();
+    for (command, variables) in [
+        ("--help", &[][..]),
+        ("--version", &[]),
+        ("help-env", &[]),
+        ("nonsense", &[]),
+        ("run", &[("BATCH_SIZE", "many")]),
+        ("reader", &[("RELAY_URL", "ftp://relay.example")]),
+        ("worker", &[("DATABASE_URL", "nothing")]),
+        ("check", &unreachable),
+        ("status", &unreachable),
+        ("migrate", &unreachable),
+        ("audit", &unreachable),
+        ("dead-letters list", &unreachable),
+        ("control pause", &[("HTTP_ADDR", "127.0.0.1:1"), ("ADMIN_TOKEN", "a-token-of-some-length")]),
+        ("healthcheck", &[("HTTP_ADDR", "127.0.0.1:1")]),
+    ] {
+        let words: Vec<&str> = command.split(' ').collect();
+        let code = Standpipe::run(&words, variables, SOON).await.code;
+        let names: Vec<&str> = variables.iter().map(|(name, _)| *name).collect();
+        writeln!(codes, "{code:3} {command} {}", names.join(" ")).unwrap();
+    }
+    is_frozen("exit-codes.txt", &codes);
+}
+
+/// Every path through a JSON document, with the type of what is there.
+fn paths(value: &Value, path: &str, into: &mut BTreeSet<String>) {
+    let kind = match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                paths(value, &format!("{path}.{name}"), into);
+            }
+            return;
+        }
+        Value::Array(values) => {
+            for value in values {
+                paths(value, &format!("{path}[]"), into);
+            }
+            return;
+        }
+        // What is not known at the moment.
+        Value::Null => "",
+        Value::Bool(_) => " bool",
+        Value::Number(_) => " number",
+        Value::String(_) => " text",
+    };
+    if !kind.is_empty() {
+        into.remove(path);
+        into.insert(format!("{path}{kind}"));
+    }
+}
+
+fn lines(of: impl IntoIterator<Item = String>) -> String {
+    of.into_iter().fold(String::new(), |lines, line| lines + &line + "\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_keys_and_status_pages_are_as_they_were() {
+    let chain = Chain::start(&network(3_000), None).await;
+    let program = Program::start("run", &chain.variables().with("LEGACY_STATUS", "true")).await;
+    chain.finished().await;
+    support::wait_until("the first look of the janitor", SOON, async || {
+        program.status().await["stream"]["pending"] == 0
+    })
+    .await;
+
+    let (_, text) = program.get("/metrics").await;
+    let mut metrics: BTreeMap<&str, (&str, BTreeSet<&str>)> = BTreeMap::new();
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            metrics.entry(name).or_default().0 = kind;
+        } else if let Some((name, rest)) = line.split_once('{')
+            && let Some((labels, _)) = rest.rsplit_once('}')
+        {
+            let name = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|end| name.strip_suffix(end).filter(|name| metrics.contains_key(name)))
+                .unwrap_or(name);
+            let labels =
+                labels.split("\",").filter_map(|label| label.split_once("=\"")).map(|(name, _)| name);
+            metrics.entry(name).or_default().1.extend(labels);
+        }
+    }
+    assert!(metrics.len() > 30, "{metrics:#?}");
+    let metrics = metrics.into_iter().map(|(name, (kind, labels))| {
+        format!("{name} {kind} {}", labels.into_iter().collect::<Vec<_>>().join(" ")).trim_end().to_owned()
+    });
+    is_frozen("metrics.txt", &lines(metrics));
+
+    let mut found = BTreeSet::new();
+    for page in ["/status", "/health", "/workers/status"] {
+        let (code, text) = program.get(page).await;
+        assert_eq!(code, 200, "{page}: {text}");
+        paths(&serde_json::from_str(&text).unwrap(), page, &mut found);
+    }
+    is_frozen("status.txt", &lines(found));
+
+    let keys: Vec<String> = redis_command(&chain.redis, &["KEYS", "*"]).await;
+    is_frozen("keys.txt", &lines(keys.into_iter().collect::<BTreeSet<_>>()));
+}
