@@ -477,7 +477,7 @@ async fn a_large_commit_is_appended_in_pieces_and_none_is_missing_after_a_crash_
         Program::start("reader", &variables.clone().with("STANDPIPE_CRASH_AT", "after-append:4")).await;
     assert_ne!(program.wait_exit(SOON).await, 0, "it did not die: {}", program.output());
     let cursor: Option<String> = redis_command(&chain.redis, &["GET", CURSOR]).await;
-    assert!(cursor.is_none_or(|cursor| cursor == "7"), "the cursor is behind what was not appended");
+    assert_ne!(cursor.as_deref(), Some("8"), "the cursor is behind what was not appended");
     let paths = async || -> Vec<String> {
         let entries: Vec<(String, Vec<(String, String)>)> =
             redis_command(&chain.redis, &["XRANGE", STREAM, "-", "+"]).await;

@@ -319,7 +319,7 @@ dead\\u{1b}-0        2  24 h
     #[test]
     fn what_is_not_there_is_left_out() {
         let page = table(&serde_json::json!({"version": "1", "error": "Redis: away"}), &Beside::default(), 0);
-        assert!(page.contains("trouble       Redis: away") && page.contains("none answers"), "{page}");
+        assert!(page.contains("trouble       Redis: away") && page.contains("no process answers"), "{page}");
         assert!(!page.contains("dead letters") && !page.contains("PIPELINE"), "{page}");
     }
 }

@@ -17,7 +17,11 @@ if cursor and redis.call('EXISTS', KEYS[4]) == 1 then
     -- A refill already in progress keeps its end.
     redis.call('HSETNX', KEYS[1], 'refill_until', cursor)
     redis.call('HSET', KEYS[1], 'refill_from', ARGV[3], 'refill_ms', ARGV[6])
-    redis.call('SET', KEYS[3], ARGV[3])
+    -- Never forward: events before `from` may be unacknowledged again, because others had removed them.
+    local acked = tonumber(redis.call('GET', KEYS[3]) or '')
+    if not acked or acked > tonumber(ARGV[3]) then
+        redis.call('SET', KEYS[3], ARGV[3])
+    end
     redis.call('HSET', KEYS[5], 'due', 1)
     redis.call('HDEL', KEYS[5], 'back_ms', 'pause', 'back_to')
 end
