@@ -173,6 +173,23 @@ impl House {
     }
 }
 
+/// Where the reader and the group are, for who has to find out what went wrong.
+async fn positions(url: &str) -> String {
+    let look = async {
+        let mut redis = redis::Client::open(url).ok()?.get_multiplexed_async_connection().await.ok()?;
+        let answers: (Option<String>, Option<String>, u64, BTreeMap<String, String>) = redis::pipe()
+            .get("firehose:cursor")
+            .get("firehose:cursor:acked")
+            .xlen(STREAM)
+            .hgetall("firehose:cursor:watch")
+            .query_async(&mut redis)
+            .await
+            .ok()?;
+        Some(format!("{answers:?}"))
+    };
+    look.await.unwrap_or_default()
+}
+
 /// Redis ids compare by both parts.
 fn id(text: &str) -> (u64, u64) {
     let (ms, seq) = text.split_once('-').unwrap();
@@ -307,6 +324,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         let at = Instant::now();
         let count = house.cause(*fault, &mut rng).await;
         *caused.entry(*fault).or_default() += count;
+        println!("{:7.1} s  {fault:?} ({count})  {}", began.elapsed().as_secs_f64(), positions(&url).await);
         // After these the marked entries may never come again under their ids.
         let comparable = !matches!(
             fault,
