@@ -106,10 +106,15 @@ impl TcpProxy {
     /// the cable is cut. New connections are accepted. A connection that has lost something
     /// never works again: it is cut when the black hole is closed.
     pub async fn black_hole(&self, on: bool) {
-        self.shared.black_hole.store(on, SeqCst);
-        if !on {
-            self.cut_all().await;
+        if on {
+            self.shared.black_hole.store(true, SeqCst);
+            return;
         }
+        // First the cut: what comes after a piece that was swallowed must not get through in between.
+        self.cut_all().await;
+        self.shared.black_hole.store(false, SeqCst);
+        // Those that were accepted meanwhile reach nobody.
+        self.cut_all().await;
     }
 
     /// Holds back everything that arrives by this much; zero for no delay. It is counted per
