@@ -115,7 +115,11 @@ async fn metrics_keys_and_status_pages_are_as_they_were() {
     // Some of them are there when their task has worked for the first time.
     support::wait_until("every task to have worked once", SOON, async || {
         let (_, text) = program.get("/metrics").await;
-        program.status().await["stream"]["pending"] == 0
+        let keys: Vec<String> = redis_command(&chain.redis, &["KEYS", "*"]).await;
+        program.readiness().await.0 == 200
+            && ["cluster:metrics", "firehose:status", "firehose:events:trimmed"]
+                .iter()
+                .all(|name| keys.iter().any(|key| key == name))
             && ["standpipe_refilling", "standpipe_trimmed_entries_total"]
                 .iter()
                 .all(|name| text.contains(name))
