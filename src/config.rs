@@ -1047,8 +1047,8 @@ impl DatabaseUrl {
         (!decoded.is_empty()).then_some(decoded)
     }
 
-    /// The URL in the words of the client library, which knows three modes and no file of certificates: what of TLS
-    /// has to be checked is said by [`DatabaseUrl::ssl_mode`]. With the password; never log it.
+    /// The URL in the words of the client library, which knows three modes and no file of certificates:
+    /// [`DatabaseUrl::ssl_mode`] holds what to check of TLS. With the password; never log it.
     #[must_use]
     pub fn for_driver(&self) -> String {
         let Some((url, parameters)) = self.0.split_once('?') else { return self.0.clone() };

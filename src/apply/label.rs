@@ -29,7 +29,7 @@ struct Body<'a> {
     neg: bool,
 }
 
-/// A label that is a record. Its `src` is not read: what stands in a repository is said by its owner.
+/// A label that is a record. Its `src` is not read: the owner of a repository is the source of its records.
 pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
     let label: Label<'a> = parse(record.get())?;
     let named = ["at://", "did:"].iter().any(|start| label.uri.starts_with(start));

@@ -48,7 +48,7 @@ const EXISTING_TABLES: &str = include_str!("../../sql/bench/existing.sql");
 const OWN: &str = "own";
 /// The one that has those of the workers that we replace.
 const EXISTING: &str = "existing";
-/// When more of the processors than this went elsewhere, it is said.
+/// If other programs used a larger share of the processors than this, the report mentions it.
 const ELSEWHERE: f64 = 0.1;
 /// Figures are given per this many events.
 const PER: f64 = 100_000.0;

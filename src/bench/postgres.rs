@@ -37,7 +37,7 @@ impl Connection {
     pub async fn open(url: &str) -> Result<Self> {
         let (client, connection) = tokio_postgres::connect(url, NoTls).await.context("PostgreSQL")?;
         let task = tokio::spawn(async move {
-            // Whoever asks something meets the error.
+            // The next query reports the error.
             let _ = connection.await;
         });
         // The superuser has the name of our own schema, which would come first.

@@ -881,6 +881,9 @@ fn gather(items: &mut [Item], epoch: u64) -> Appendix {
 /// Cuts what one append would carry too much of. A gap goes with the first piece, which may begin an epoch; what is counted,
 /// and must not be twice, with the last, which moves the cursor.
 fn in_pieces(mut what: Appendix) -> Vec<Appendix> {
+    if what.entries.iter().map(|entry| entry.data.len()).sum::<usize>() <= PIECE_BYTES {
+        return vec![what];
+    }
     let mut pieces = Vec::new();
     let mut bytes = 0;
     let mut entries = Vec::new();

@@ -1,7 +1,7 @@
 //! TLS to PostgreSQL: what is trusted, and how strictly, by libpq's words.
 //!
-//! `verify-full` and `require` check the certificate and the host's name; `verify-ca` the certificate; `prefer` (also when
-//! nothing is said) and `allow` accept any certificate, as they would accept no encryption, but log it.
+//! `verify-full` and `require` check the certificate and the host's name; `verify-ca` the certificate; `prefer` (also the
+//! default) and `allow` accept any certificate, as they would accept no encryption, but log it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -259,7 +259,7 @@ impl Network {
         What::Commit { account, rev, since, operations }
     }
 
-    /// A commit of one operation by whoever finds something to do it to.
+    /// A commit of one operation, by the first account that has something to apply it to.
     fn one(&mut self, operation: fn(&mut Self, u32) -> Option<Operation>) -> Option<What> {
         for _ in 0..6 {
             let account = self.somebody();
