@@ -7,7 +7,7 @@ EVENTS ?=
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## Build the release binary, target/release/standpipe
+build: ## Build the release binaries, target/release/standpipe and standpipe-lab
 	cargo build --release --locked
 
 deb: $(if $(BINARY),,build) ## Pack it as target/debian/standpipe_*.deb; BINARY=... packs another one
@@ -17,10 +17,10 @@ run: build ## Run reader and worker with the environment's settings
 	./target/release/standpipe run
 
 demo: servers build ## Watch it work, with private servers and a simulated relay; EVENTS=200000 stops after that many
-	./target/release/standpipe demo $(if $(EVENTS),--events $(EVENTS))
+	./target/release/standpipe-lab demo $(if $(EVENTS),--events $(EVENTS))
 
-bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep --svg docs' for more (standpipe bench --help)
-	./target/release/standpipe bench $(BENCH)
+bench: servers build ## Measure throughput, latency and memory; BENCH='--sweep --svg docs' for more (standpipe-lab bench --help)
+	./target/release/standpipe-lab bench $(BENCH)
 
 bench-check: ## Count the instructions of the hot paths and compare with those noted; UPDATE=1 notes them anew; needs valgrind
 	./scripts/bench-check.sh
@@ -34,22 +34,22 @@ test-deb: deb ## Install the package in a fresh Debian, run its units under syst
 
 long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, convergence with 5,000 cases, the long chaos run
 	./scripts/install-servers.sh pgbouncer
-	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test upstream --test database -- --nocapture
-	STANDPIPE_CASES=5000 cargo test --release --locked --test convergence
+	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test it -- --nocapture upstream:: database::
+	STANDPIPE_CASES=5000 cargo test --release --locked --test it convergence::
 	$(MAKE) chaos
 
-chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/chaos.rs
+chaos: servers ## Break everything at random for twenty minutes; CHAOS_SECONDS=..., STANDPIPE_SEED=... and more in tests/it/chaos.rs
 	CHAOS_EVENTS=$${CHAOS_EVENTS:-500000} CHAOS_SECONDS=$${CHAOS_SECONDS:-1200} \
 	CHAOS_DAEMON_KILLS=$${CHAOS_DAEMON_KILLS:-200} CHAOS_REDIS_KILLS=$${CHAOS_REDIS_KILLS:-40} \
 	CHAOS_POSTGRES_KILLS=$${CHAOS_POSTGRES_KILLS:-40} CHAOS_CUTS=$${CHAOS_CUTS:-100} CHAOS_OTHERS=$${CHAOS_OTHERS:-8} \
-	cargo test --release --locked --test chaos -- --nocapture
+	cargo test --release --locked --test it -- --nocapture chaos::
 
 fuzz: ## Give the decoders a million broken frames and entries; FUZZ_CASES=... for more
-	FUZZ_CASES=$${FUZZ_CASES:-1000000} cargo test --release --locked --test decoders -- --nocapture
+	FUZZ_CASES=$${FUZZ_CASES:-1000000} cargo test --release --locked --test it -- --nocapture decoders::
 
 test-ui: servers ## Look at the dashboard in a browser: press its buttons, make the pictures in docs/images; installs Chromium when it is missing
 	./scripts/install-browser.sh
-	UI_WARM_UP=$${UI_WARM_UP:-60} cargo test --locked --test dashboard_browser -- --ignored --nocapture
+	UI_WARM_UP=$${UI_WARM_UP:-60} cargo test --locked --test it -- --ignored --nocapture dashboard_browser::
 
 lint: ## Check the formatting, the lints and, where cargo-deny is installed, the dependencies
 	cargo fmt --check
@@ -61,9 +61,9 @@ deny: ## Check licences, sources and known holes of the dependencies; needs carg
 
 test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets promtool when it is missing
 	./scripts/install-promtool.sh
-	cargo test --locked --test monitoring -- --include-ignored
+	cargo test --locked --test it -- --include-ignored monitoring::
 
-test-compose: $(if $(FULL)$(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
+test-compose: $(if $(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
 	./tests/compose/scenario.sh $(if $(FULL),--full)
 
 servers: ## Install redis-server and postgresql when they are missing

@@ -29,7 +29,7 @@ done
 [ ${#missing[@]} -eq 0 ] || fail "missing: ${missing[*]}; as root: apt-get install dpkg-dev binutils"
 [ -x "$binary" ] || fail "there is no $binary; make build makes it"
 
-number=$(sed -n '/^\[package\]/,/^\[/s/^version = "\(.*\)"$/\1/p' Cargo.toml)
+number=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"$/\1/p' Cargo.toml)
 [ -n "$number" ] || fail "Cargo.toml has no version"
 # 1.0.0-rc.1 comes before 1.0.0, which is what ~ means to dpkg.
 version=${number/-/\~}-${REVISION:-1}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes what tests/upgrade.rs starts from: a database and a Redis as a release of standpipe leaves them when it is killed.
+# Makes what tests/it/upgrade.rs starts from: a database and a Redis as a release of standpipe leaves them when it is killed.
 #
 #     ./scripts/make-release-fixture.sh target/previous-release/standpipe tests/fixtures/release-0.1
 #
@@ -163,7 +163,7 @@ python3 "$entries" commands "$(find "$work/redis" -name '*.base.aof' | sort -V |
 cat >"$folder/README.md" <<END
 # What a release leaves behind
 
-Made by \`$version\`, with PostgreSQL $("$bin/pg_dump" --version | sed 's/.*) \([0-9.]*\).*/\1/') and $("$redis_server" --version | sed 's/^\([A-Za-z]*\) server v=\([0-9.]*\).*/\1 \2/'). \`tests/upgrade.rs\` has the present program go on from here.
+Made by \`$version\`, with PostgreSQL $("$bin/pg_dump" --version | sed 's/.*) \([0-9.]*\).*/\1/') and $("$redis_server" --version | sed 's/^\([A-Za-z]*\) server v=\([0-9.]*\).*/\1 \2/'). \`tests/it/upgrade.rs\` has the present program go on from here.
 
 - \`database.sql\`: the database, SQL that a driver can send as one batch
 - \`redis.jsonl\`: the commands that make the keys in Redis, one a line, each a JSON list of words

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the previous release once, into target/previous-release/standpipe: tests/upgrade.rs has it work beside this one.
+# Builds the previous release once, into target/previous-release/standpipe: tests/it/upgrade.rs has it work beside this one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -61,7 +61,7 @@ check "systemd: and the journal says what is wrong" bash -c \
 
 query "CREATE ROLE standpipe LOGIN PASSWORD 'secret'" postgres
 query "CREATE DATABASE standpipe OWNER standpipe ENCODING 'UTF8' TEMPLATE template0" postgres
-systemd-run --quiet --unit=relay standpipe simulate --listen 127.0.0.1:2470 --rate 200
+systemd-run --quiet --unit=relay /test/standpipe-lab simulate --listen 127.0.0.1:2470 --rate 200
 cat >>$settings <<'SETTINGS'
 RELAY_URL=ws://127.0.0.1:2470
 REDIS_URL=redis://127.0.0.1:6379

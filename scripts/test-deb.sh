@@ -3,6 +3,7 @@
 # what is there, purges it and looks for what is left; then boots that Debian in a container (systemd-nspawn, no network but
 # its own loopback), where the units run against a Redis, a PostgreSQL and a simulated relay. It takes root.
 #
+#   LAB       the standpipe-lab whose relay it uses (target/release/standpipe-lab)
 #   SUITE     the Debian release (bookworm)
 #   MIRROR    where debootstrap gets it (http://deb.debian.org/debian)
 #   FRESH     1 gets it anew; otherwise the one of the last time is copied, which was never run
@@ -38,6 +39,8 @@ if [ $# -gt 0 ]; then package=$1; else
     package=$(ls -t target/debian/standpipe_*.deb 2>/dev/null | head -n 1)
 fi
 [ -f "${package:-}" ] || fail "there is no package; make deb makes one"
+lab=${LAB:-${CARGO_TARGET_DIR:-target}/release/standpipe-lab}
+[ -x "$lab" ] || fail "there is no $lab; make build makes it"
 
 missing=()
 command -v debootstrap >/dev/null || missing+=(debootstrap)
@@ -73,6 +76,8 @@ cp -a --reflink=auto "$base/." "$root"
 printf 'tower\n' >"$root/etc/hostname"
 mkdir "$root/test"
 cp "$package" "$root/test/standpipe.deb"
+# The simulated relay is not packed.
+cp "$lab" "$root/test/standpipe-lab"
 say "testing $package in $suite"
 
 # ---------------------------------------------------------------------------------------------

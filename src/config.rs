@@ -276,6 +276,16 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
+    /// What to print for the operator, line by line.
+    pub fn report(&self) -> impl Iterator<Item = String> + '_ {
+        // The warnings too: one may be the cause.
+        std::iter::once("standpipe: the configuration cannot be used:".to_owned())
+            .chain(self.problems.iter().flat_map(|problem| {
+                problem.to_string().lines().map(|line| format!("  {line}")).collect::<Vec<_>>()
+            }))
+            .chain(self.warnings.iter().map(|warning| format!("  warning: {warning}")))
+    }
+
     fn lines(&self) -> String {
         self.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
     }

@@ -1,7 +1,7 @@
 //! `standpipe dead-letters`: inspecting, retrying and purging what could not be applied.
 
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use redis::aio::MultiplexedConnection;
@@ -14,6 +14,8 @@ use crate::store::{Outcome, Store};
 use crate::stream::dead_letters::{self, Letter};
 use crate::stream::{Keys, epochs};
 
+/// Letters that are read at a time.
+const PAGE: usize = 200;
 /// Lines of an operation that are shown to a person.
 const LINES: usize = 500;
 
@@ -146,14 +148,26 @@ fn parsed(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_default()
 }
 
-/// A walk over the letters, the oldest first, page by page. Letters that come meanwhile are not met: a letter whose
-/// retry failed comes back at the end.
-#[derive(Debug)]
+/// A walk over the letters, the oldest first. It ends at the letter that was the newest when it began: one whose retry
+/// failed comes back behind that.
 pub struct Walk {
+    connection: MultiplexedConnection,
+    keys: Keys,
     filter: Filter,
+    page: std::vec::IntoIter<Letter>,
     after: Option<String>,
-    /// The newest letter when the walk began.
     end: Option<EntryId>,
+    until: Option<Instant>,
+    interrupted: bool,
+}
+
+/// How many letters a walk retried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retries {
+    /// Now in the database, and removed.
+    pub applied: u64,
+    /// Still not applicable, and kept.
+    pub kept: u64,
 }
 
 impl Walk {
@@ -162,27 +176,83 @@ impl Walk {
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn new(connection: &mut MultiplexedConnection, keys: &Keys, filter: Filter) -> Result<Self> {
-        Ok(Self { filter, after: None, end: dead_letters::newest(connection, keys).await? })
+    pub async fn new(mut connection: MultiplexedConnection, keys: Keys, filter: Filter) -> Result<Self> {
+        let end = dead_letters::newest(&mut connection, &keys).await?;
+        let page = Vec::new().into_iter();
+        Ok(Self { connection, keys, filter, page, after: None, end, until: None, interrupted: false })
     }
 
-    /// The letters of the next page that fit, perhaps none; `None` at the end.
+    /// Ends it after this time.
+    #[must_use]
+    pub fn for_at_most(mut self, time: Duration) -> Self {
+        self.until = Some(Instant::now() + time);
+        self
+    }
+
+    /// Whether the time was up before the last letter.
+    #[must_use]
+    pub fn was_interrupted(&self) -> bool {
+        self.interrupted
+    }
+
+    /// The next letter that fits.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn next(
-        &mut self,
-        connection: &mut MultiplexedConnection,
-        keys: &Keys,
-    ) -> Result<Option<Vec<Letter>>> {
+    pub async fn next(&mut self) -> Result<Option<Letter>> {
         let Some(end) = self.end else { return Ok(None) };
-        let mut page = dead_letters::page(connection, keys, self.after.as_deref(), 200).await?;
-        page.retain(|letter| letter.id.parse::<EntryId>().is_ok_and(|id| id <= end));
-        let Some(last) = page.last() else { return Ok(None) };
-        self.after = Some(last.id.clone());
-        page.retain(|letter| self.filter.fits(letter));
-        Ok(Some(page))
+        loop {
+            if self.until.is_some_and(|until| Instant::now() > until) {
+                self.interrupted = true;
+                return Ok(None);
+            }
+            if let Some(letter) = self.page.find(|letter| self.filter.fits(letter)) {
+                return Ok(Some(letter));
+            }
+            let after = self.after.as_deref();
+            let mut page = dead_letters::page(&mut self.connection, &self.keys, after, PAGE).await?;
+            page.retain(|letter| letter.id.parse::<EntryId>().is_ok_and(|id| id <= end));
+            let Some(last) = page.last() else { return Ok(None) };
+            self.after = Some(last.id.clone());
+            self.page = page.into_iter();
+        }
+    }
+
+    /// Retries the rest; `counts` holds also when it fails midway. `kept` is told of each that still cannot be applied.
+    ///
+    /// # Errors
+    ///
+    /// As for [`retry`], or what `kept` returns.
+    pub async fn retry_all(
+        &mut self,
+        store: &Store,
+        counts: &mut Retries,
+        mut kept: impl FnMut(&str, &Reject) -> Result<()>,
+    ) -> Result<()> {
+        while let Some(letter) = self.next().await? {
+            let id = letter.id.clone();
+            match retry(&mut self.connection, &self.keys, store, letter).await? {
+                Retried::Applied => counts.applied += 1,
+                Retried::StillBad(reject) => {
+                    counts.kept += 1;
+                    kept(&id, &reject)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the rest; `removed` holds also when it fails midway.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn purge_all(&mut self, removed: &mut u64) -> Result<()> {
+        while let Some(letter) = self.next().await? {
+            *removed += u64::from(dead_letters::remove(&mut self.connection, &self.keys, &letter).await?);
+        }
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! Data goes one way, and imports run down this list:
 //!
-//! 1. [`relay`]: frames in: subscribe, decode; the simulated relay
+//! 1. [`relay`]: frames in: subscribe, decode
 //! 2. [`stream`]: the only place that knows Redis
 //! 3. [`pipeline`]: the loop: read, apply, acknowledge
 //! 4. [`apply`]: what each kind of event means
@@ -16,19 +16,17 @@
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
 
 pub mod apply;
-pub mod bench;
 pub mod config;
 pub mod control;
 pub mod crash;
 pub mod dead_letters;
-pub mod demo;
 pub mod doctor;
 pub mod event;
 pub mod http;
+pub mod logging;
 pub mod metrics;
 pub mod out;
 pub mod pipeline;
-pub mod private;
 pub mod relay;
 pub mod report;
 pub mod run;

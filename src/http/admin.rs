@@ -1,14 +1,13 @@
 //! Control and dead letters: who may ask, and what is done.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Extension, Path, Query, Request, State as Shared};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use redis::aio::MultiplexedConnection;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
@@ -17,9 +16,8 @@ use super::Server;
 use super::connections::Peer;
 use crate::config::LogLevel;
 use crate::control::Part;
-use crate::dead_letters::{Filter, Retried, Walk, retry};
+use crate::dead_letters::{Filter, Retries, Walk};
 use crate::event::EntryId;
-use crate::stream::Keys;
 use crate::stream::dead_letters::{self, Letter};
 
 /// Dead letters in one answer.
@@ -331,24 +329,20 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
         Ok(filter) => filter,
         Err(error) => return refuse(StatusCode::BAD_REQUEST, error),
     };
-    let (mut applied, mut kept, mut still_bad) = (0_u64, 0_u64, Vec::new());
+    let (mut counts, mut still_bad) = (Retries::default(), Vec::new());
     let work = async {
-        let mut letters = Letters::new(&server, filter).await?;
-        while let Some(letter) = letters.next(&server.keys).await? {
-            let id = letter.id.clone();
-            match retry(&mut letters.connection, &server.keys, store, letter).await? {
-                Retried::Applied => applied += 1,
-                Retried::StillBad(reject) => {
-                    kept += 1;
-                    if still_bad.len() < PAGE {
-                        still_bad.push(json!({ "id": id, "message": short(&reject.to_string()) }));
-                    }
-                }
+        let mut walk = walk(&server, filter).await?;
+        walk.retry_all(store, &mut counts, |id, reject| {
+            if still_bad.len() < PAGE {
+                still_bad.push(json!({ "id": id, "message": short(&reject.to_string()) }));
             }
-        }
-        anyhow::Ok(letters.more)
+            Ok(())
+        })
+        .await?;
+        anyhow::Ok(walk.was_interrupted())
     };
     let worked = work.await;
+    let Retries { applied, kept } = counts;
     if applied + kept > 0 {
         info!(applied, kept, "dead letters retried by an operator");
     }
@@ -373,12 +367,9 @@ pub async fn purge_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     };
     let mut removed = 0_u64;
     let work = async {
-        let mut letters = Letters::new(&server, filter).await?;
-        while let Some(letter) = letters.next(&server.keys).await? {
-            let gone = dead_letters::remove(&mut letters.connection, &server.keys, &letter).await?;
-            removed += u64::from(gone);
-        }
-        anyhow::Ok(letters.more)
+        let mut walk = walk(&server, filter).await?;
+        walk.purge_all(&mut removed).await?;
+        anyhow::Ok(walk.was_interrupted())
     };
     let worked = work.await;
     if removed > 0 {
@@ -397,36 +388,8 @@ fn unavailable(error: &anyhow::Error) -> Response {
     refuse(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"))
 }
 
-/// The chosen letters, one by one, until the time of a request is up.
-struct Letters {
-    connection: MultiplexedConnection,
-    walk: Walk,
-    page: std::vec::IntoIter<Letter>,
-    began: Instant,
-    /// The time was up before the last.
-    more: bool,
-}
-
-impl Letters {
-    async fn new(server: &Server, filter: Filter) -> anyhow::Result<Self> {
-        let mut connection = server.redis.connect().await?;
-        let walk = Walk::new(&mut connection, &server.keys, filter).await?;
-        Ok(Self { connection, walk, page: Vec::new().into_iter(), began: Instant::now(), more: false })
-    }
-
-    async fn next(&mut self, keys: &Keys) -> anyhow::Result<Option<Letter>> {
-        loop {
-            if self.began.elapsed() > WORK {
-                self.more = true;
-                return Ok(None);
-            }
-            if let Some(letter) = self.page.next() {
-                return Ok(Some(letter));
-            }
-            match self.walk.next(&mut self.connection, keys).await? {
-                Some(page) => self.page = page.into_iter(),
-                None => return Ok(None),
-            }
-        }
-    }
+/// The chosen letters, until the time of a request is up.
+async fn walk(server: &Server, filter: Filter) -> anyhow::Result<Walk> {
+    let connection = server.redis.connect().await?;
+    Ok(Walk::new(connection, server.keys.clone(), filter).await?.for_at_most(WORK))
 }

@@ -1,7 +1,6 @@
-//! Frames in: subscribing to a relay, decoding what it sends, and a simulated relay.
+//! Frames in: subscribing to a relay and decoding what it sends.
 
 pub mod connect;
 pub mod decode;
 pub mod reader;
 mod sequence;
-pub mod simulate;

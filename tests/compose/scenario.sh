@@ -5,7 +5,7 @@
 #   scenario.sh          builds the last stage of the Dockerfile around a binary that is there (BINARY)
 #   scenario.sh --full   builds the whole Dockerfile, which compiles everything and needs the crate registry
 #
-# BINARY (target/release/standpipe) must run with Debian 12's C library. COMPOSE_TEST_DIR (target/compose) keeps engine,
+# BINARY (target/release/standpipe), and the standpipe-lab beside it, must run with Debian 12's C library. COMPOSE_TEST_DIR (target/compose) keeps engine,
 # images and build cache; its file system must be able to carry overlayfs, as ext4 and xfs are.
 # No pipefail: grep --quiet ends before whoever writes to it.
 set -u
@@ -52,7 +52,10 @@ trap 'exit 130' INT TERM
 # --- the engine and the images
 
 cp -r "$repository"/{Dockerfile,.dockerignore,docker-compose.yml,config.example.env,monitoring,docs,Cargo.toml,Cargo.lock} \
-    "$repository"/{build.rs,src,sql,LICENSE-MIT,LICENSE-APACHE} "$work" || exit 1
+    "$repository"/{build.rs,src,sql,lab,LICENSE-MIT,LICENSE-APACHE} "$work" || exit 1
+# The relay's containers mount it.
+export STANDPIPE_LAB=$work/standpipe-lab
+install "${binary%/*}/standpipe-lab" "$STANDPIPE_LAB" || exit 1
 cd "$work" || exit 1
 engine start host || exit 1
 eval "$(engine env)"

@@ -1,0 +1,285 @@
+//! What the deletion of an account takes with it, and what it does not.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, network, purged, redis_command};
+use crate::support::{connect, query_rows, query_value, wait_until};
+use serde_json::{Value, json};
+use standpipe_lab::simulate::NetworkOptions;
+
+const DID: &str = "did:plc:big";
+
+async fn add(chain: &Chain, kind: &str, data: &Value, seq: u64) {
+    let data = data.to_string();
+    let words = ["XADD", STREAM, "*", "type", kind, "data", &data, "seq", &seq.to_string()];
+    let _: String = redis_command(&chain.redis, &words).await;
+}
+
+fn commit(seq: u64, ops: &[Value]) -> Value {
+    // Revisions in the order of the numbers: a letter for each digit.
+    let digits = format!("{seq:011}");
+    let letters: String = digits.bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
+    json!({"repo": DID, "rev": format!("3l{letters}"), "ops": ops})
+}
+
+fn create(collection: &str, rkey: &str, record: &Value) -> Value {
+    json!({"action": "create", "path": format!("{collection}/{rkey}"), "cid": "bafy", "record": record})
+}
+
+fn post(text: &str) -> Value {
+    json!({"$type": "app.bsky.feed.post", "text": text, "createdAt": "2026-11-21T04:17:51.287Z"})
+}
+
+fn deleted(time: &str) -> Value {
+    json!({"did": DID, "active": false, "status": "deleted", "time": time})
+}
+
+/// Everything that belongs to the account, by table.
+async fn rows_of_the_account(chain: &Chain) -> Vec<(String, i64)> {
+    let mut found = Vec::new();
+    for (table, owner) in [
+        ("posts", "author_did"),
+        ("likes", "user_did"),
+        ("reposts", "user_did"),
+        ("follows", "follower_did"),
+        ("blocks", "blocker_did"),
+        ("bookmarks", "user_did"),
+        ("lists", "creator_did"),
+        ("list_items", "split_part(uri, '/', 3)"),
+        ("list_blocks", "blocker_did"),
+        ("feed_generators", "creator_did"),
+        ("starter_packs", "creator_did"),
+        ("labeler_services", "creator_did"),
+        ("labels", "src"),
+        ("verifications", "split_part(uri, '/', 3)"),
+        ("post_gates", "split_part(post_uri, '/', 3)"),
+        ("thread_gates", "owner_did"),
+        ("generic_records", "author_did"),
+        ("feed_items", "originator_did"),
+        ("notifications", "author_did"),
+        ("quotes", "split_part(uri, '/', 3)"),
+    ] {
+        let sql = format!("SELECT count(*) FROM {table} WHERE {owner} = '{DID}'");
+        let count: i64 = query_value(&chain.database, &sql).await.parse().unwrap();
+        if count > 0 {
+            found.push((table.to_owned(), count));
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
+    // The others like, quote and answer what it wrote, too: half of all traffic is about few posts.
+    let traffic = NetworkOptions { seed: 9, accounts: 500, events: 40_000, ..NetworkOptions::default() };
+    let chain = Chain::start(&traffic, Some(1_000)).await;
+    let mut program = Program::start("run", &chain.variables()).await;
+    program.finishes_more(2_000.0).await;
+    let posts = query_rows(&chain.database, "SELECT uri FROM posts LIMIT 500").await;
+    let posts: Vec<String> = posts.into_iter().map(|mut row| row.remove(0).unwrap()).collect();
+    let others = query_rows(&chain.database, "SELECT did FROM users LIMIT 300").await;
+    let others: Vec<String> = others.into_iter().map(|mut row| row.remove(0).unwrap()).collect();
+
+    // 50,000 records in commits of 200.
+    let mut seq = 10_000_000;
+    let mut records = 0;
+    for chunk in 0..250_usize {
+        let mut ops = Vec::new();
+        for n in chunk * 200..(chunk + 1) * 200 {
+            let target = &posts[n * 7 % posts.len()];
+            let subject = json!({"uri": target, "cid": "bafy"});
+            let rkey = format!("r{n}");
+            ops.push(match n % 5 {
+                0 | 1 => create("app.bsky.feed.like", &rkey, &json!({"subject": subject})),
+                2 => create("app.bsky.feed.repost", &rkey, &json!({"subject": subject})),
+                3 if n % 2 == 0 => {
+                    let mut post = post("an answer");
+                    post["reply"] = json!({"root": subject, "parent": subject});
+                    create("app.bsky.feed.post", &rkey, &post)
+                }
+                3 => {
+                    let mut post = post("a quote");
+                    post["embed"] = json!({"$type": "app.bsky.embed.record", "record": subject});
+                    create("app.bsky.feed.post", &rkey, &post)
+                }
+                _ => create("app.bsky.graph.follow", &rkey, &json!({"subject": others[n % others.len()]})),
+            });
+        }
+        records += ops.len();
+        seq += 1;
+        add(&chain, "commit", &commit(seq, &ops), seq).await;
+    }
+    wait_until("all of it to be there", RUN, async || {
+        let sql = format!(
+            "SELECT (SELECT count(*) FROM likes WHERE user_did = '{DID}') + (SELECT count(*) FROM reposts WHERE user_did = '{DID}')
+                  + (SELECT count(*) FROM posts WHERE author_did = '{DID}') + (SELECT count(*) FROM follows WHERE follower_did = '{DID}')"
+        );
+        query_value(&chain.database, &sql).await == records.to_string()
+    })
+    .await;
+
+    // Somebody watches how long transactions take. Those of a batch's CALL are not told apart: PostgreSQL says of each that
+    // it began with the call.
+    let watching = Arc::new(AtomicBool::new(true));
+    let watcher = tokio::spawn({
+        let (watching, url) = (Arc::clone(&watching), chain.database.clone());
+        async move {
+            let client = connect(&url).await;
+            let mut longest = 0.0_f64;
+            while watching.load(Ordering::Relaxed) {
+                let sql = "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
+                           FROM pg_stat_activity WHERE application_name = 'standpipe' AND datname = current_database()
+                             AND query NOT LIKE 'CALL standpipe.apply_each%'";
+                longest = longest.max(client.query_one(sql, &[]).await.unwrap().get(0));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            longest
+        }
+    });
+    let (memory, before, began) = (program.rss_bytes(), program.entries().await, Instant::now());
+    seq += 1;
+    add(&chain, "account", &deleted("2026-11-22T00:00:00Z"), seq).await;
+    wait_until("the deletion to be noticed", SOON, async || {
+        query_value(&chain.database, "SELECT count(*) FROM standpipe.accounts WHERE deleted_seq IS NOT NULL")
+            .await
+            == "1"
+    })
+    .await;
+    // Older than the deletion, and late: stays dead. Newer: lives.
+    add(&chain, "commit", &commit(seq - 1, &[create("app.bsky.feed.post", "late", &post("late"))]), seq - 1)
+        .await;
+    add(&chain, "commit", &commit(seq + 1, &[create("app.bsky.feed.post", "new", &post("new"))]), seq + 1)
+        .await;
+    purged(&chain.database).await;
+    let took = began.elapsed();
+    let flowed = program.entries().await - before;
+    watching.store(false, Ordering::Relaxed);
+    let longest = watcher.await.unwrap();
+    println!(
+        "{records} records went in {took:?}, the longest transaction took {longest:.3} s, {flowed} events flowed meanwhile"
+    );
+    assert!(flowed > 100.0, "only {flowed} events flowed meanwhile");
+    // A part of the whole and not a time: the machine may be slow.
+    assert!(longest < took.as_secs_f64() / 10.0, "a transaction took {longest} s of {took:?}");
+    let grown = program.rss_bytes().saturating_sub(memory);
+    assert!(grown < 8 << 20, "memory grew by {grown} bytes");
+
+    chain.finished().await;
+    assert_eq!(rows_of_the_account(&chain).await, [("posts".to_owned(), 1), ("feed_items".to_owned(), 1)]);
+    let user =
+        query_rows(&chain.database, &format!("SELECT account_status FROM users WHERE did = '{DID}'")).await;
+    assert_eq!(user, [[Some("deleted".to_owned())]]);
+    let audit = chain.audit(&[]).await;
+    assert_eq!(audit.code, 0, "{}", audit.stdout);
+    assert!(program.is_running());
+}
+
+/// One record of every kind, and the deletion comes before, after, and after a newer one.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_order_a_deletion_takes_what_is_older() {
+    let subject = json!({"uri": "at://did:plc:other/app.bsky.feed.post/1", "cid": "bafy"});
+    let mine = format!("at://{DID}/app.bsky.feed.post/post");
+    let mut labelled = post("labelled");
+    labelled["labels"] =
+        json!({"$type": "com.atproto.label.defs#selfLabels", "values": [{"val": "spoiler"}]});
+    labelled["embed"] = json!({"$type": "app.bsky.embed.record", "record": subject});
+    let ops = [
+        create("app.bsky.feed.post", "post", &labelled),
+        create("app.bsky.feed.like", "like", &json!({"subject": subject})),
+        create("app.bsky.feed.repost", "repost", &json!({"subject": subject})),
+        create("app.bsky.bookmark", "bookmark", &json!({"subject": subject})),
+        create("app.bsky.graph.follow", "follow", &json!({"subject": "did:plc:other"})),
+        create("app.bsky.graph.block", "block", &json!({"subject": "did:plc:other"})),
+        create(
+            "app.bsky.graph.list",
+            "list",
+            &json!({"name": "l", "purpose": "app.bsky.graph.defs#curatelist"}),
+        ),
+        create(
+            "app.bsky.graph.listitem",
+            "item",
+            &json!({"list": format!("at://{DID}/app.bsky.graph.list/list"), "subject": "did:plc:other"}),
+        ),
+        create(
+            "app.bsky.graph.listblock",
+            "listblock",
+            &json!({"subject": "at://did:plc:other/app.bsky.graph.list/l"}),
+        ),
+        create(
+            "app.bsky.feed.generator",
+            "generator",
+            &json!({"did": "did:web:feed.example", "displayName": "f"}),
+        ),
+        create(
+            "app.bsky.graph.starterpack",
+            "pack",
+            &json!({"name": "p", "list": format!("at://{DID}/app.bsky.graph.list/list")}),
+        ),
+        create("app.bsky.labeler.service", "self", &json!({"policies": {"labelValues": ["spam"]}})),
+        create(
+            "com.atproto.label.label",
+            "label",
+            &json!({"src": DID, "uri": "did:plc:other", "val": "spam", "cts": "2026-11-21T04:17:51.287Z"}),
+        ),
+        create(
+            "app.bsky.graph.verification",
+            "verification",
+            &json!({"subject": "did:plc:other", "handle": "other.test", "displayName": "o"}),
+        ),
+        create("app.bsky.feed.threadgate", "post", &json!({"post": mine, "allow": []})),
+        create("app.bsky.feed.postgate", "post", &json!({"post": mine, "embeddingRules": []})),
+        create("com.example.thing", "thing", &json!({"$type": "com.example.thing"})),
+        create("app.bsky.actor.profile", "self", &json!({"displayName": "somebody"})),
+    ];
+    let chain = Chain::start(&network(1), None).await;
+    let mut program = Program::start("worker", &chain.variables()).await;
+    let drained = async || {
+        wait_until("it to be acknowledged", SOON, async || chain.look().await.is_drained()).await;
+        purged(&chain.database).await;
+    };
+
+    add(&chain, "commit", &commit(10, &ops), 10).await;
+    drained().await;
+    let before = rows_of_the_account(&chain).await;
+    assert_eq!(before.len(), 20, "a kind is missing: {before:?}");
+    add(&chain, "account", &deleted("2026-11-22T00:00:00Z"), 20).await;
+    drained().await;
+    assert_eq!(rows_of_the_account(&chain).await, []);
+    let name = format!("SELECT coalesce(display_name, 'none') FROM users WHERE did = '{DID}'");
+    assert_eq!(query_value(&chain.database, &name).await, "none");
+
+    // The same again, late: nothing of it comes back.
+    add(&chain, "commit", &commit(10, &ops), 10).await;
+    add(&chain, "commit", &commit(15, &ops), 15).await;
+    drained().await;
+    assert_eq!(rows_of_the_account(&chain).await, []);
+    assert_eq!(query_value(&chain.database, &name).await, "none");
+
+    // The account came back: what is newer lives, whatever is said of it later, until it is deleted anew.
+    add(&chain, "account", &json!({"did": DID, "active": true, "time": "2026-11-23T00:00:00Z"}), 30).await;
+    add(&chain, "commit", &commit(40, &ops), 40).await;
+    add(&chain, "account", &deleted("2026-11-22T00:00:00Z"), 20).await;
+    drained().await;
+    assert_eq!(rows_of_the_account(&chain).await, before);
+    assert_eq!(query_value(&chain.database, &name).await, "somebody");
+    for (status, seq) in
+        [("takendown", 50), ("suspended", 51), ("deactivated", 52), ("a-word-of-tomorrow", 53)]
+    {
+        let event = json!({"did": DID, "active": false, "status": status, "time": "2026-11-24T00:00:00Z"});
+        add(&chain, "account", &event, seq).await;
+        drained().await;
+        assert_eq!(rows_of_the_account(&chain).await, before, "{status}");
+        let found =
+            query_value(&chain.database, &format!("SELECT account_status FROM users WHERE did = '{DID}'"))
+                .await;
+        assert_eq!(found, status);
+    }
+    add(&chain, "account", &deleted("2026-11-25T00:00:00Z"), 60).await;
+    drained().await;
+    assert_eq!(rows_of_the_account(&chain).await, []);
+    let audit = chain.audit(&[]).await;
+    assert_eq!(audit.code, 0, "{}", audit.stdout);
+    assert!(program.is_running());
+}

@@ -1,0 +1,109 @@
+//! What a consumer of another program leaves when it dies.
+
+use crate::support::chain::{GROUP, Program, RUN, STREAM, Variables, look, redis_command};
+use crate::support::{Postgres, Redis, Standpipe, query_value, wait_until};
+use serde_json::json;
+use standpipe_lab::bench::machine;
+
+const ENTRIES: usize = 24_000;
+
+fn like(n: usize) -> String {
+    json!({"repo": format!("did:plc:{}", n % 500), "ops": [{
+        "action": "create", "path": format!("app.bsky.feed.like/{n}"), "cid": "bafy",
+        "record": {"subject": {"uri": format!("at://did:plc:b/app.bsky.feed.post/{}", n % 700), "cid": "bafy"},
+                   "createdAt": "2026-01-01T00:00:00Z"}}]})
+    .to_string()
+}
+
+/// A Redis whose stream holds so many entries, and a migrated database.
+async fn stream_of_likes() -> (Redis, Postgres, String, Variables) {
+    let redis = Redis::start().await;
+    let postgres = Postgres::start().await;
+    let database = postgres.fresh_database().await;
+    let variables = Variables::new()
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &database)
+        .with("CLAIM_IDLE", "10s");
+    let migrated = Standpipe::run(&["migrate"], &variables, RUN).await;
+    assert_eq!(migrated.code, 0, "{}", migrated.stderr);
+    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let mut connection = redis.connection().await;
+    for chunk in (0..ENTRIES).collect::<Vec<_>>().chunks(1_000) {
+        let mut pipe = redis::pipe();
+        for n in chunk {
+            pipe.cmd("XADD").arg(STREAM).arg("*").arg("type").arg("commit");
+            pipe.arg("data").arg(like(*n)).arg("seq").arg(n + 1).ignore();
+        }
+        pipe.query_async::<()>(&mut connection).await.unwrap();
+    }
+    (redis, postgres, database, variables)
+}
+
+/// Processor seconds until everything is acknowledged: a worker's, PostgreSQL's, Redis's.
+async fn drains(redis: &Redis, postgres: &Postgres, database: &str, variables: &Variables) -> [f64; 3] {
+    let cpu = |pid: Option<u32>| pid.and_then(machine::cpu).unwrap_or_default();
+    let servers = || {
+        let running: f64 = postgres.all_pids().into_iter().map(|pid| cpu(Some(pid)).own).sum();
+        (running + cpu(postgres.pid()).ended_children, cpu(redis.pid()).own)
+    };
+    let before = servers();
+    let program = Program::start("worker", variables).await;
+    wait_until("everything to be acknowledged", RUN, async || look(redis).await.unwrap().is_drained()).await;
+    let after = servers();
+    let ours = program.cpu_seconds();
+    let likes = query_value(database, "SELECT count(*) FROM likes").await;
+    assert_eq!(likes, ENTRIES.to_string());
+    [ours, after.0 - before.0, after.1 - before.1]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn to_claim_what_a_dead_program_left_costs_less_than_twice_as_much_as_what_is_new() {
+    let (redis, postgres, database, variables) = stream_of_likes().await;
+    let new = drains(&redis, &postgres, &database, &variables).await;
+
+    let (redis, postgres, database, variables) = stream_of_likes().await;
+    for _ in 0..ENTRIES / 500 {
+        let read = ["XREADGROUP", "GROUP", GROUP, "dead", "COUNT", "500", "STREAMS", STREAM, ">"];
+        let _: redis::Value = redis_command(&redis, &read).await;
+    }
+    assert_eq!(look(&redis).await.unwrap().pending, ENTRIES as u64);
+    let claimed = drains(&redis, &postgres, &database, &variables).await;
+    println!(
+        "processor seconds of worker, PostgreSQL and Redis: {new:.2?} for new entries, {claimed:.2?} for those that a dead program held"
+    );
+    // Everything that came later is looked at once for all that is claimed. For each page it was twenty-seven times as much.
+    let sum = |of: [f64; 3]| of.iter().sum::<f64>();
+    assert!(sum(claimed) < 2.0 * sum(new), "{claimed:.2?} s against {new:.2?} s");
+    assert!(claimed[0] < 2.0 * new[0], "{claimed:.2?} s against {new:.2?} s");
+}
+
+/// The other program has made a like and deleted it, and acknowledged only the first: we must not bring the like back.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_program_undid_and_is_about_to_acknowledge_is_not_brought_back() {
+    let redis = Redis::start().await;
+    let database = Postgres::shared().await.fresh_database().await;
+    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
+    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
+    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let delete = json!({"repo": "did:plc:2", "ops": [{"action": "delete", "path": "app.bsky.feed.like/2"}]});
+    let mut ids = Vec::new();
+    for (data, seq) in [(like(1), "1"), (like(2), "2"), (delete.to_string(), "3")] {
+        let add = ["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", seq];
+        ids.push(redis_command::<String>(&redis, &add).await);
+    }
+    let read = ["XREADGROUP", "GROUP", GROUP, "other", "STREAMS", STREAM, ">"];
+    let _: redis::Value = redis_command(&redis, &read).await;
+    assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[1]]).await, 1);
+
+    let mut program = Program::start("worker", &variables).await;
+    program.wait_for_line("replayed entries that another program left pending", RUN).await;
+    // It has seen to what was acknowledged. Now the other program acknowledges the deletion, and dies.
+    assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[2]]).await, 1);
+    let applied = "SELECT uri FROM standpipe.tombstones";
+    assert_eq!(
+        crate::support::query_rows(&database, applied).await.len(),
+        1,
+        "the deletion was not applied with the like"
+    );
+    assert_eq!(query_value(&database, "SELECT count(*) FROM likes").await, "0");
+}

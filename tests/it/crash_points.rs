@@ -1,0 +1,125 @@
+//! The process dies at every durable boundary, is started again, and the tables are as after an undisturbed run. Each
+//! point's duty of recovery stands in `src/crash.rs`.
+
+use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, network};
+use crate::support::{Standpipe, wait_until};
+use standpipe::crash::{ALL, Point};
+
+/// What a shell says of a process that SIGABRT ended.
+const ABORTED: i32 = 128 + 6;
+
+/// Starts `command` so that it dies at this point, and sees that it did.
+async fn dies(chain: &Chain, command: &str, point: Point, times: u32) {
+    let variables = chain
+        .variables()
+        .with("BATCH_SIZE", "50")
+        .with("CLAIM_IDLE", "10s")
+        .with("STANDPIPE_CRASH_AT", format!("{}:{times}", point.name()));
+    let mut program = Program::start(command, &variables).await;
+    assert_eq!(program.wait_exit(RUN).await, ABORTED, "{}", program.output());
+    let said = format!("crash point {} reached", point.name());
+    assert!(program.stderr().contains(&said), "{}", program.output());
+}
+
+/// Entries that can never be applied, in the middle of the others.
+async fn poison(chain: &Chain) {
+    let mut redis = chain.redis.connection().await;
+    for seq in 0..3 {
+        let _: String = redis::cmd("XADD")
+            .arg(&[STREAM, "*", "type", "commit", "data", "{", "seq", &seq.to_string()])
+            .query_async(&mut redis)
+            .await
+            .unwrap();
+    }
+}
+
+async fn recovers_from(point: Point, times: u32) {
+    let chain = Chain::start(&network(2_000), None).await;
+    dies(&chain, "run", point, times).await;
+    let program = Program::start("run", &chain.variables()).await;
+    chain.ends_like_an_undisturbed_run().await;
+    drop(program);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_an_append() {
+    recovers_from(Point::AfterAppend, 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_read() {
+    recovers_from(Point::AfterRead, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_transaction() {
+    recovers_from(Point::InTransaction, 3).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_commit_and_before_its_flush() {
+    recovers_from(Point::AfterCommit, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_flush_and_before_the_acknowledgement() {
+    recovers_from(Point::AfterFlush, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_and_after_a_dead_letter() {
+    for point in [Point::BeforeDeadLetter, Point::AfterDeadLetter] {
+        let chain = Chain::start(&network(500), None).await;
+        poison(&chain).await;
+        dies(&chain, "run", point, 2).await;
+        let program = Program::start("run", &chain.variables()).await;
+        wait_until("everything to be acknowledged", RUN, async || {
+            chain.look().await.is_finished(chain.relay.last_seq)
+        })
+        .await;
+        assert_eq!(chain.look().await.dead_letters, 3, "after {}: each once", point.name());
+        let audit = chain.audit(&[]).await;
+        assert_eq!(audit.code, 0, "{}", audit.stdout);
+        drop(program);
+    }
+}
+
+/// One process dies with entries in hand, the one that claims them dies too, and a third one finishes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_claiming() {
+    let chain = Chain::start(&network(2_000), None).await;
+    dies(&chain, "run", Point::AfterRead, 4).await;
+    assert!(chain.look().await.pending > 0, "nothing was left in hand");
+    let second = chain
+        .variables()
+        .with("CONSUMER_ID", "second")
+        .with("CLAIM_IDLE", "10s")
+        .with("STANDPIPE_CRASH_AT", Point::WhileClaiming.name());
+    let mut second = Program::start("run", &second).await;
+    assert_eq!(second.wait_exit(RUN).await, ABORTED, "{}", second.output());
+    let third = chain.variables().with("CONSUMER_ID", "third").with("CLAIM_IDLE", "10s");
+    let third = Program::start("run", &third).await;
+    chain.ends_like_an_undisturbed_run().await;
+    drop(third);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_migration() {
+    let chain = Chain::start(&network(500), None).await;
+    let variables = chain.variables().with("STANDPIPE_CRASH_AT", Point::InMigration.name());
+    let died = Standpipe::run(&["migrate"], &variables, SOON).await;
+    assert_eq!(died.code, ABORTED, "{}", died.stderr);
+    assert!(died.stderr.contains("crash point in-migration reached"), "{}", died.stderr);
+    let program = Program::start("run", &chain.variables()).await;
+    chain.ends_like_an_undisturbed_run().await;
+    drop(program);
+}
+
+/// A point that nobody dies at would be worth nothing.
+#[test]
+fn every_point_has_its_test() {
+    let tests = include_str!("crash_points.rs");
+    for point in ALL {
+        assert!(tests.contains(&format!("Point::{point:?}")), "{point:?} has no test");
+    }
+}

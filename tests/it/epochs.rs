@@ -1,0 +1,386 @@
+//! Which of two versions is newer, when their numbers come from different numberings, or from none.
+
+use crate::support::chain::{CURSOR, Chain, Program, SOON, STREAM, Variables, network, redis_command};
+use crate::support::scripted::{self, ScriptedRelay, account, commit, create, delete, identity, post, rev};
+use crate::support::{Postgres, Redis, Standpipe, connect, query_value, wait_until};
+use serde_json::{Value as Json, json};
+use standpipe::stream::append::{self, Appendix, Budget, Move, NewEntry};
+
+const DID: &str = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa";
+const POST: &str = "app.bsky.feed.post/1";
+
+/// A database with the tables and functions.
+async fn migrated() -> String {
+    let database = Postgres::shared().await.fresh_database().await;
+    let ended = Standpipe::run(&["migrate"], &[("DATABASE_URL", &database)], SOON).await;
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    database
+}
+
+// ---------------------------------------------------------------------------------------------
+// The order
+
+/// Versions of every mix of origins: our reader's with revision and epoch, the Python reader's without, those of version 0.1,
+/// of an origin without numbering, of nobody.
+#[tokio::test]
+async fn newer_is_a_strict_total_order_over_versions_of_every_origin() {
+    let client = connect(&migrated().await).await;
+    let seed =
+        std::env::var("STANDPIPE_SEED").map_or_else(|_| fastrand::u64(..), |text| text.parse().unwrap());
+    println!("STANDPIPE_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for round in 0..20 {
+        let mut rows = Vec::new();
+        for _ in 0..120 {
+            let rev = match rng.u32(..4) {
+                0 => None,
+                1 => Some(format!("{}.", if rng.bool() { rev(rng.u64(..6)) } else { String::new() })),
+                _ => Some(rev(rng.u64(..6))),
+            };
+            let number = rng.u64(1..9);
+            let seq = match rng.u32(..4) {
+                0 => None,
+                1 => Some(number.to_string()),
+                _ => Some(format!("{number}@{}", 1_795_234_668_000_u64 + rng.u64(..3))),
+            };
+            rows.push(format!(
+                "({}, {}, {}, {})",
+                rev.map_or("NULL".to_owned(), |rev| format!("'{rev}'")),
+                seq.map_or("NULL".to_owned(), |seq| format!("'{seq}'")),
+                rng.u64(1..6),
+                rng.u64(..4)
+            ));
+        }
+        rows.sort();
+        rows.dedup();
+        // Of a strict total order one of two is newer, and never both; and a tournament is transitive if and only if no two
+        // beat the same number of others.
+        let sql = format!(
+            "WITH v AS (SELECT row_number() OVER () AS n, * FROM (VALUES {}) AS v (rev, seq, ms, sq)),
+                  c AS (SELECT a.n AS a, b.n AS b,
+                               standpipe.newer(a.rev, a.seq, a.ms, a.sq, b.rev, b.seq, b.ms, b.sq) AS newer,
+                               standpipe.newer(b.rev, b.seq, b.ms, b.sq, a.rev, a.seq, a.ms, a.sq) AS older
+                        FROM v a, v b)
+             SELECT (SELECT count(*) FROM c WHERE a = b AND newer)::text || ' '
+                 || (SELECT count(*) FROM c WHERE a <> b AND newer = older)::text || ' '
+                 || (SELECT count(*) - count(DISTINCT wins)
+                     FROM (SELECT a, count(*) FILTER (WHERE newer) AS wins FROM c GROUP BY a) w)::text",
+            rows.join(", ")
+        );
+        let found: String = client.query_one(&sql, &[]).await.unwrap().get(0);
+        assert_eq!(
+            found, "0 0 0",
+            "newer than itself, both or neither, not transitive; round {round}: {rows:?}"
+        );
+    }
+}
+
+/// A row that another program wrote has no stream id.
+#[tokio::test]
+async fn a_row_of_another_program_loses_to_anything() {
+    let client = connect(&migrated().await).await;
+    for theirs in ["NULL, NULL", "NULL, '9'", "'3zzzzzzzzzzzz', '9'"] {
+        let sql = format!(
+            "SELECT standpipe.newer(NULL, NULL, 1, 0, {theirs}, NULL, NULL), standpipe.newer({theirs}, NULL, NULL, NULL, '1', 1, 0)"
+        );
+        let row = client.query_one(&sql, &[]).await.unwrap();
+        assert_eq!((row.get::<_, bool>(0), row.get::<_, bool>(1)), (true, false), "{theirs}");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The scenarios
+
+/// A stream that both readers append to, each in its way, and a worker.
+struct Turns {
+    redis: Redis,
+    database: String,
+    keys: standpipe::stream::Keys,
+    cursor: append::Cursor,
+    _program: Program,
+}
+
+const LEASE: &str = "ours";
+
+impl Turns {
+    async fn start() -> Self {
+        let redis = Redis::start().await;
+        let database = Postgres::shared().await.fresh_database().await;
+        let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
+        let program = Program::start("worker", &variables).await;
+        let (config, _) =
+            standpipe::config::from_env(variables.iter().cloned(), standpipe::config::Role::Worker).unwrap();
+        let keys = standpipe::stream::Keys::new(&config);
+        wait_until("the group", SOON, async || redis_command::<i64>(&redis, &["EXISTS", STREAM]).await == 1)
+            .await;
+        let _: String = redis_command(&redis, &["SET", &keys.lease, LEASE]).await;
+        Self { redis, database, keys, cursor: append::Cursor::default(), _program: program }
+    }
+
+    /// Our reader begins a session, in this epoch or in the one that it was in.
+    async fn we_read(&mut self, anew: bool) {
+        let mut connection = self.redis.connection().await;
+        self.cursor = append::read_cursor(&mut connection, &self.keys).await.unwrap();
+        if anew || self.cursor.epoch.is_none() {
+            self.cursor.epoch = Some(self.cursor.next_epoch);
+        }
+    }
+
+    /// Our reader appends a commit.
+    async fn ours(&mut self, seq: i64, micros: u64, op: Json) {
+        let rev = rev(micros);
+        let epoch = self.cursor.epoch.unwrap();
+        let data = json!({"repo": DID, "ops": [op], "rev": rev, "epoch": epoch}).to_string();
+        // The epoch comes last, as our reader writes it.
+        assert!(data.contains("\"epoch\""));
+        let to = Move { token: LEASE, relay: "relay", epoch, believed: self.cursor.position, position: seq };
+        let what = Appendix {
+            entries: vec![NewEntry { event_type: "commit", data, seq }],
+            rev,
+            ..Appendix::default()
+        };
+        let budget = Budget { bytes: 1 << 20, per_account: 10 };
+        append::append(&mut self.redis.connection().await, &self.keys, to, budget, &what).await.unwrap();
+        self.cursor.position = Some(seq);
+    }
+
+    /// The Python reader appends a commit, and moves the cursor.
+    async fn theirs(&self, seq: i64, op: Json) {
+        let data = json!({"repo": DID, "ops": [op]}).to_string();
+        let seq = seq.to_string();
+        let _: String =
+            redis_command(&self.redis, &["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", &seq])
+                .await;
+        let _: String = redis_command(&self.redis, &["SET", CURSOR, &seq]).await;
+    }
+
+    /// What the post says when everything is applied; `-` when it is not there.
+    async fn text(&self) -> String {
+        wait_until("everything to be acknowledged", SOON, async || {
+            crate::support::chain::look(&self.redis).await.unwrap().is_drained()
+        })
+        .await;
+        query_value(&self.database, "SELECT coalesce((SELECT text FROM posts), '-')").await
+    }
+}
+
+fn write(text: &str) -> Json {
+    json!({"action": "update", "path": POST, "cid": "bafy",
+           "record": {"$type": "app.bsky.feed.post", "text": text, "createdAt": "2026-01-01T00:00:00Z"}})
+}
+
+fn remove() -> Json {
+    json!({"action": "delete", "path": POST})
+}
+
+/// (a) Revisions are an hour older than the entries that bring them, and half of the entries have none.
+#[tokio::test(flavor = "multi_thread")]
+async fn our_reader_and_the_python_reader_taking_turns_are_one_order() {
+    let mut turns = Turns::start().await;
+    turns.theirs(10, write("one")).await;
+    assert_eq!(turns.text().await, "one");
+    turns.we_read(false).await;
+    turns.ours(20, 20, write("two")).await;
+    assert_eq!(turns.text().await, "two");
+    // Late, and older.
+    turns.theirs(30, write("three")).await;
+    assert_eq!(turns.text().await, "three");
+    turns.theirs(40, remove()).await;
+    assert_eq!(turns.text().await, "-");
+    turns.we_read(false).await;
+    turns.ours(50, 50, write("five")).await;
+    assert_eq!(turns.text().await, "five");
+    turns.theirs(60, write("six")).await;
+    turns.we_read(false).await;
+    assert_eq!(turns.text().await, "six");
+    turns.ours(70, 70, remove()).await;
+    assert_eq!(turns.text().await, "-");
+    // What is sent again changes nothing.
+    turns.ours(50, 50, write("five")).await;
+    assert_eq!(turns.text().await, "-");
+}
+
+/// (b) Of a relay whose backlog repeats older events under greater numbers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_another_relay_does_not_bring_back_what_is_older() {
+    let mut turns = Turns::start().await;
+    turns.we_read(true).await;
+    turns.ours(900, 10, write("old")).await;
+    turns.ours(901, 20, write("new")).await;
+    turns.we_read(true).await;
+    turns.ours(5_000, 10, write("old")).await;
+    assert_eq!(turns.text().await, "new");
+    turns.ours(5_001, 30, remove()).await;
+    turns.we_read(true).await;
+    turns.ours(1, 20, write("new")).await;
+    assert_eq!(turns.text().await, "-");
+}
+
+/// (d) Redis, and with it the cursor and its epoch, is lost: everything comes again in a later epoch.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_again_after_redis_was_lost_changes_nothing() {
+    let mut turns = Turns::start().await;
+    turns.we_read(true).await;
+    turns.ours(900, 10, write("old")).await;
+    turns.ours(901, 20, write("new")).await;
+    assert_eq!(turns.text().await, "new");
+    let _: i64 = redis_command(&turns.redis, &["DEL", CURSOR, &turns.keys.epoch, &turns.keys.epochs]).await;
+    turns.we_read(false).await;
+    turns.ours(900, 10, write("old")).await;
+    assert_eq!(turns.text().await, "new");
+    turns.ours(902, 30, write("newest")).await;
+    assert_eq!(turns.text().await, "newest");
+}
+
+/// (e) An origin without numbers gives a revision; (f) a repair has that of the repository's head, and none either.
+#[tokio::test(flavor = "multi_thread")]
+async fn revisions_without_numbers_stand_between_those_of_the_relay() {
+    let mut turns = Turns::start().await;
+    turns.we_read(true).await;
+    turns.ours(900, 10, write("relay")).await;
+    let without_number = async |turns: &Turns, micros: u64, op: Json| {
+        let data = json!({"repo": DID, "ops": [op], "rev": rev(micros)}).to_string();
+        let words = ["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", ""];
+        let _: String = redis_command(&turns.redis, &words).await;
+    };
+    without_number(&turns, 30, write("repair")).await;
+    assert_eq!(turns.text().await, "repair");
+    // Older and newer commits that come late.
+    turns.ours(901, 20, remove()).await;
+    assert_eq!(turns.text().await, "repair");
+    turns.ours(903, 40, write("newer")).await;
+    assert_eq!(turns.text().await, "newer");
+    without_number(&turns, 35, remove()).await;
+    assert_eq!(turns.text().await, "newer");
+    // The commit that the repair saw: the same state.
+    without_number(&turns, 40, write("newer")).await;
+    assert_eq!(turns.text().await, "newer");
+}
+
+/// (c) A relay that starts over behind the same name, and goes just live: later handles, statuses, takedowns and deletions
+/// win, nothing that it still has is lost, and the gap is counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
+    const OTHER: &str = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb";
+    const GONE: &str = "did:plc:cccccccccccccccccccccccc";
+    let start = 9_000_000_001;
+    let mut before: Vec<(i64, Vec<u8>)> = (0..16)
+        .map(|n| {
+            let path = format!("app.bsky.feed.post/before{n}");
+            let micros = u64::try_from(n).unwrap();
+            (start + n, commit(start + n, DID, &rev(micros), &[create(&path, &post("before"))]))
+        })
+        .collect();
+    before.push((start + 16, identity(start + 16, DID, Some("old.test"))));
+    before.push((start + 17, account(start + 17, OTHER, Some("takendown"))));
+    before.push((
+        start + 18,
+        commit(start + 18, GONE, &rev(18), &[create("app.bsky.feed.post/gone", &post("gone"))]),
+    ));
+    before.push((start + 19, commit(start + 19, DID, &rev(19), &[delete("app.bsky.feed.post/before0")])));
+    let mut after: Vec<(i64, Vec<u8>)> = vec![
+        (1, account(1, GONE, Some("deleted"))),
+        (2, identity(2, DID, Some("new.test"))),
+        (3, account(3, OTHER, None)),
+        // What its backlog repeats is older than what is known.
+        (4, commit(4, DID, &rev(0), &[create("app.bsky.feed.post/before0", &post("before"))])),
+    ];
+    after.extend((5..=15).map(|seq| {
+        let path = format!("app.bsky.feed.post/after{seq}");
+        (seq, commit(seq, DID, &rev(100 + u64::try_from(seq).unwrap()), &[create(&path, &post("after"))]))
+    }));
+    let switched = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let over = std::sync::Arc::clone(&switched);
+    let relay = ScriptedRelay::start(move |mut connection| {
+        let (before, after, over) = (before.clone(), after.clone(), std::sync::Arc::clone(&over));
+        async move {
+            if !over.load(std::sync::atomic::Ordering::SeqCst) {
+                connection.send_after_cursor(&before).await;
+                while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+                return;
+            }
+            // A cursor beyond its head is ignored, and the stream just live.
+            if connection.cursor.is_some_and(|cursor| cursor > 15) {
+                for (_, frame) in &after[9..] {
+                    connection.send(frame).await;
+                }
+            } else {
+                connection.send_after_cursor(&after).await;
+            }
+            connection.stay().await;
+        }
+    })
+    .await;
+    let chain = Chain::with_database(&network(1), None, migrated().await).await;
+    let variables = chain.variables().with("RELAY_URL", relay.url());
+    let program = Program::start("run", &variables).await;
+    let is = async |sql: &str, wanted: &str| {
+        wait_until(&format!("{sql} to be {wanted}"), SOON, async || {
+            query_value(&chain.database, sql).await == wanted
+        })
+        .await;
+    };
+    is("SELECT count(*) FROM posts", "16").await;
+    is(&format!("SELECT handle FROM users WHERE did = '{DID}'"), "old.test").await;
+    switched.store(true, std::sync::atomic::Ordering::SeqCst);
+
+    is("SELECT count(*) FROM posts WHERE text = 'after'", "11").await;
+    is("SELECT count(*) FROM posts WHERE text = 'before'", "15").await;
+    is("SELECT count(*) FROM posts WHERE text = 'gone'", "0").await;
+    is(&format!("SELECT handle FROM users WHERE did = '{DID}'"), "new.test").await;
+    is(&format!("SELECT account_active FROM users WHERE did = '{OTHER}'"), "t").await;
+    is(&format!("SELECT account_status FROM users WHERE did = '{GONE}'"), "deleted").await;
+    let cursor: String = redis_command(&chain.redis, &["GET", CURSOR]).await;
+    assert_eq!(cursor, "15");
+    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
+    let status = program.status().await;
+    assert_eq!(status["missing"]["gaps"], 1, "{status}");
+    assert!(
+        status["missing"]["last_gap"]["reason"].as_str().unwrap().contains("restarted its numbering"),
+        "{}",
+        status["missing"]
+    );
+}
+
+/// The same through another address: `RELAY_URL` changes to a relay with lower numbers.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_switch_to_lower_numbers_later_statuses_win_and_one_gap_is_counted() {
+    let frames = |start: i64, handle: &'static str, status: Option<&'static str>| {
+        move |mut connection: scripted::Connection| async move {
+            connection.send(&identity(start, DID, Some(handle))).await;
+            connection.send(&account(start + 1, DID, status)).await;
+            connection.stay().await;
+        }
+    };
+    let first = ScriptedRelay::start(frames(9_000_000_001, "old.test", Some("takendown"))).await;
+    let second = ScriptedRelay::start(frames(5, "new.test", None)).await;
+    let chain = Chain::with_database(&network(1), None, migrated().await).await;
+    let shown =
+        format!("SELECT handle || ' ' || coalesce(account_status, 'active') FROM users WHERE did = '{DID}'");
+    let is = async |wanted: &str| {
+        wait_until(wanted, SOON, async || {
+            query_value(&chain.database, &format!("SELECT coalesce(({shown}), '')")).await == wanted
+        })
+        .await;
+    };
+    let mut program = Program::start("run", &chain.variables().with("RELAY_URL", first.url())).await;
+    is("old.test takendown").await;
+    program.signal(crate::support::Signal::Term);
+    program.wait_exit(SOON).await;
+
+    // As long as the new one cannot be reached, nothing is lost by the change, and nothing counted.
+    let nobody = format!("ws://127.0.0.1:{}", crate::support::free_port().unwrap());
+    let mut program = Program::start("run", &chain.variables().with("RELAY_URL", nobody)).await;
+    program.wait_for_line("the reader waits", SOON).await;
+    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 0.0);
+    let cursor: String = redis_command(&chain.redis, &["GET", CURSOR]).await;
+    assert_eq!(cursor, "9000000002");
+    program.signal(crate::support::Signal::Term);
+    program.wait_exit(SOON).await;
+
+    let program = Program::start("run", &chain.variables().with("RELAY_URL", second.url())).await;
+    is("new.test active").await;
+    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
+}

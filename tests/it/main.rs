@@ -1,0 +1,34 @@
+//! The integration tests: the real binary against real servers. `cargo test --test it claims::` runs one module.
+
+mod support;
+
+mod accounts;
+mod chaos;
+mod check;
+mod claims;
+mod command_line;
+mod configuration;
+mod convergence;
+mod crash_points;
+mod dashboard;
+mod dashboard_browser;
+mod database;
+mod decoders;
+mod docs;
+mod durability;
+mod epochs;
+mod frozen;
+mod monitoring;
+mod output;
+mod packaging;
+mod poison;
+mod private_servers;
+mod recorded;
+mod recovery;
+mod removed_by_others;
+mod side_by_side;
+mod status;
+mod takeover;
+mod tls;
+mod upgrade;
+mod upstream;

@@ -1,0 +1,26 @@
+//! What the integration tests share: real servers, the real binary, a proxy that breaks
+//! connections, and ways to wait for a condition instead of sleeping.
+
+pub mod browser;
+pub mod chain;
+pub mod gate;
+mod http;
+pub mod model;
+pub mod old_database;
+pub mod old_worker;
+pub mod pooler;
+mod proxy;
+pub mod scripted;
+mod servers;
+mod sql;
+mod standpipe;
+pub mod traffic;
+
+pub use http::http_get;
+pub use proxy::TcpProxy;
+pub use servers::{HOSTILE_DEFAULTS, Postgres, Redis};
+pub use sql::{connect, execute, query_rows, query_value, table_dump};
+pub use standpipe::Standpipe;
+pub use standpipe_lab::program::Finished;
+pub use standpipe_lab::servers::{Signal, free_port};
+pub use standpipe_lab::wait::{wait_for, wait_until};
