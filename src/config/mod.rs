@@ -1,0 +1,92 @@
+//! The environment becomes a [`Config`], or a list of everything that is wrong with it.
+//!
+//! This is the only module that reads environment variables. [`VARIABLES`] holds each of them once, with its default
+//! and its meaning; the defaults used here, `--help`, `config.example.env` and
+//! `docs/configuration.md` all come from it or are tested against it.
+//!
+//! Two rules shape the code. All problems are reported at once, because an operator who fixes one variable
+//! per restart loses an evening. And no message holds a secret: a URL that does not parse is not printed at
+//! all, since nobody can tell which part of it is the password.
+//!
+//! - `settings`: one entry per variable
+//! - `read`: texts become values; all problems at once
+//! - `rules`: combinations that are refused or warned of
+//! - `url`, `database_url`, `collections`, `unit`, `words`, `text`: the types of values
+
+mod collections;
+mod database_url;
+mod read;
+mod rules;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod text;
+mod unit;
+mod url;
+mod words;
+
+pub use collections::Collections;
+pub use database_url::DatabaseUrl;
+pub use read::{ConfigError, Problem, from_env};
+pub use settings::{Config, VARIABLES, Variable};
+pub use unit::MemoryMark;
+pub use url::{AdminToken, CaFile, RedisUrl, RelayUrl};
+pub use words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode};
+
+/// The role of a process: it decides which variables are required.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `run`: the reader and the pipelines.
+    All,
+    /// `reader`: from the relay into Redis; never touches PostgreSQL.
+    Reader,
+    /// `worker`: from Redis into PostgreSQL.
+    Worker,
+    /// `check`, `status` and the other tools: they say themselves what they miss.
+    Tool,
+}
+
+impl Role {
+    fn has_pipelines(self) -> bool {
+        matches!(self, Role::All | Role::Worker)
+    }
+}
+
+impl Config {
+    /// One `NAME=value` line per variable, in the order of [`VARIABLES`], as in force. Passwords are
+    /// redacted.
+    #[must_use]
+    pub fn describe(&self) -> Vec<String> {
+        self.values().into_iter().map(|(name, value)| format!("{name}={value}")).collect()
+    }
+
+    /// The name of the pipeline with this number, as Redis knows it.
+    #[must_use]
+    pub fn consumer_name(&self, pipeline: usize) -> String {
+        format!("{}-{pipeline}", self.consumer_id)
+    }
+
+    /// The names of all pipelines.
+    #[must_use]
+    pub fn consumer_names(&self) -> Vec<String> {
+        (0..self.parallel_consumers).map(|pipeline| self.consumer_name(pipeline)).collect()
+    }
+
+    /// The stream of dead letters.
+    #[must_use]
+    pub fn dead_letter_key(&self) -> String {
+        format!("{}:dead", self.stream_key)
+    }
+
+    /// Where the name of the relay is kept that the cursor belongs to.
+    #[must_use]
+    pub fn cursor_relay_key(&self) -> String {
+        format!("{}:relay", self.cursor_key)
+    }
+}
+
+/// Whether a person wants no colours, in no program: <https://no-color.org>.
+#[must_use]
+pub fn no_colour() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}

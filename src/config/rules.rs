@@ -1,0 +1,86 @@
+//! Combinations of settings that are refused or warned of.
+
+use std::time::Duration;
+
+use super::read::{Reading, shown};
+use super::settings::Parsed;
+use super::{Config, Role};
+
+/// Notes what cannot be safe together.
+pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
+    if role.has_pipelines() && matches!(parsed.database_url, Some(None)) && !read.is_wrong("DATABASE_URL") {
+        read.problem(
+            "DATABASE_URL",
+            "is not set and is needed here; write postgres://user:password@host:5432/database".to_owned(),
+        );
+    }
+    if let (Some(stream), Some(cursor)) = (&parsed.stream_key, &parsed.cursor_key) {
+        refuse_shared_keys(stream, cursor, read);
+    }
+}
+
+/// Two uses of one Redis key would destroy each other: SET replaces a stream without a word.
+fn refuse_shared_keys(stream: &str, cursor: &str, read: &mut Reading) {
+    let clash = if cursor == stream {
+        Some((
+            "REDIS_CURSOR_KEY",
+            "is the same key as REDIS_STREAM_KEY: storing the cursor would replace the stream",
+        ))
+    } else if cursor.strip_prefix(stream) == Some(":dead") {
+        Some(("REDIS_CURSOR_KEY", "is the key of the dead letters (REDIS_STREAM_KEY + \":dead\")"))
+    } else if stream.strip_prefix(cursor) == Some(":relay") {
+        Some((
+            "REDIS_STREAM_KEY",
+            "is the key where the relay's host is kept (REDIS_CURSOR_KEY + \":relay\")",
+        ))
+    } else {
+        None
+    };
+    if let Some((variable, why)) = clash {
+        let value = if variable == "REDIS_CURSOR_KEY" { cursor } else { stream };
+        read.problem(variable, format!("{} {why}; choose another key", shown(value)));
+    }
+}
+
+/// Settings that work, but probably not as intended.
+pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if config.relay_ca.is_some() && !config.relay_url.is_tls() {
+        warnings.push("RELAY_CA_FILE is set, and RELAY_URL does not use TLS: write wss://".to_owned());
+    }
+    if config.redis_ca.is_some() && !config.redis_url.is_tls() {
+        warnings.push("REDIS_CA_FILE is set, and REDIS_URL does not use TLS: write rediss://".to_owned());
+    }
+    if !role.has_pipelines() {
+        return warnings;
+    }
+    let Config { parallel_consumers, batch_size, db_pool_size, max_stream_len, .. } = config;
+    if *batch_size == 10 {
+        warnings.push(
+            "BATCH_SIZE is 10, the older workers' default, which costs throughput here: unset it or use 200"
+                .to_owned(),
+        );
+    }
+    if parallel_consumers > db_pool_size {
+        warnings.push(format!(
+            "PARALLEL_CONSUMERS is {parallel_consumers} and DB_POOL_SIZE only {db_pool_size}: \
+             pipelines will wait for connections"
+        ));
+    }
+    let in_hand = (*parallel_consumers as u64).saturating_mul(*batch_size as u64);
+    if in_hand > *max_stream_len {
+        warnings.push(format!(
+            "REDIS_MAX_STREAM_LEN is {max_stream_len}, less than one batch for each pipeline ({in_hand} entries): \
+             some pipelines will stay idle"
+        ));
+    }
+    // Relays repeat up to three days; while they repeat an older create, its delete must still be known.
+    if config.tombstone_retention < Duration::from_hours(72) {
+        warnings.push(format!(
+            "TOMBSTONE_RETENTION is {}, less than the three days that a relay can repeat: \
+             a deleted record may come back until its delete is repeated too",
+            humantime::format_duration(config.tombstone_retention)
+        ));
+    }
+    warnings
+}

@@ -1,0 +1,50 @@
+//! Settings that are texts, or may be missing.
+
+use std::fmt;
+
+use super::read::Wrong;
+
+/// A key or a group of Redis: any text, as long as it is not obviously something else.
+pub(super) fn key(text: &str) -> Result<String, Wrong> {
+    let right = "write a name such as firehose:events";
+    if text.contains("://") {
+        return Err(Wrong::new("is a URL", right));
+    }
+    if text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err(Wrong::new("holds a blank or a control character", right));
+    }
+    if text.len() > 256 {
+        return Err(Wrong::new("is longer than 256 bytes", right));
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn consumer_id(text: &str) -> Result<String, Wrong> {
+    key(text).map_err(|Wrong { what, .. }| Wrong::new(what, "write a name that stays the same over restarts"))
+}
+
+/// Any text.
+#[expect(clippy::unnecessary_wraps, reason = "the shape of every reading")]
+pub(super) fn any(text: &str) -> Result<String, Wrong> {
+    Ok(text.to_owned())
+}
+
+/// `None` for an empty text.
+pub(super) fn optional<T>(
+    parse: impl Fn(&str) -> Result<T, Wrong>,
+) -> impl Fn(&str) -> Result<Option<T>, Wrong> {
+    unless("", parse)
+}
+
+/// `None` for this word.
+pub(super) fn unless<T>(
+    word: &str,
+    parse: impl Fn(&str) -> Result<T, Wrong>,
+) -> impl Fn(&str) -> Result<Option<T>, Wrong> {
+    move |text| if text == word { Ok(None) } else { parse(text).map(Some) }
+}
+
+/// Shows the value, or this word where there is none.
+pub(super) fn or<T: fmt::Display>(word: &str) -> impl Fn(&Option<T>) -> String {
+    move |value| value.as_ref().map_or_else(|| word.to_owned(), ToString::to_string)
+}

@@ -1,0 +1,269 @@
+//! Addresses and secrets: what is printed of them is redacted.
+
+use std::fmt;
+
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use url::Url;
+
+use super::read::Wrong;
+
+/// The path at which a relay serves its event stream (AT Protocol, `com.atproto.sync.subscribeRepos`).
+pub(super) const SUBSCRIBE_PATH: &str = "/xrpc/com.atproto.sync.subscribeRepos";
+
+/// The relay's WebSocket URL. `Display` and `Debug` hide what may be secret in it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RelayUrl(Url);
+
+impl RelayUrl {
+    pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
+        let right = "write wss://host, or ws:// for a relay without TLS";
+        let mut url = Url::parse(text)
+            .map_err(|error| Wrong::new(format!("is not a URL ({error}; its value is not shown)"), right))?;
+        if !matches!(url.scheme(), "ws" | "wss") {
+            return Err(Wrong::new("is neither ws:// nor wss://", right));
+        }
+        if url.query_pairs().any(|(name, _)| name == "cursor") {
+            let what = "has a cursor of its own, but the cursor is kept in Redis";
+            return Err(Wrong::new(what, "remove the cursor from the URL"));
+        }
+        if url.path().trim_end_matches('/').ends_with("/subscribe") {
+            return Err(Wrong::new(
+                "is the address of a Jetstream, which speaks JSON and not the protocol of a relay",
+                "write the address of a relay, such as wss://bsky.network",
+            ));
+        }
+        if url.path() == "/" {
+            url.set_path(SUBSCRIBE_PATH);
+        }
+        url.set_fragment(None);
+        Ok(Self(url))
+    }
+
+    /// Whether the connection is encrypted.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.0.scheme() == "wss"
+    }
+
+    /// The URL with everything that is secret in it, to connect with; never log it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        self.0.as_str()
+    }
+
+    /// The relay's name, `host` or `host:port`: sequence numbers have a meaning only together with it. A port
+    /// that the scheme implies is left out.
+    #[must_use]
+    pub fn relay(&self) -> String {
+        let host = self.0.host_str().unwrap_or_default();
+        match self.0.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        }
+    }
+}
+
+/// The URL of Redis. `Display` and `Debug` hide its password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
+        let right = "write redis://:password@host:6379, rediss:// for TLS, or unix:///path for a socket";
+        let url = Url::parse(text).map_err(|error| {
+            let what = format!("is not a URL ({error}; its value is not shown)");
+            Wrong::new(what, format!("{right}; percent-encode special characters of the password"))
+        })?;
+        match url.scheme() {
+            "redis" | "rediss" | "valkey" | "valkeys" => {
+                if url.host_str().is_none_or(str::is_empty) {
+                    return Err(Wrong::new("names no host", right));
+                }
+                let database = url.path().trim_start_matches('/');
+                if !database.is_empty() && database.parse::<u32>().is_err() {
+                    let what = "has a path that is not the number of a database";
+                    return Err(Wrong::new(what, "end it with /0, or with nothing"));
+                }
+            }
+            "unix" | "redis+unix" | "valkey+unix" => {
+                if url.host_str().is_some_and(|host| !host.is_empty()) || url.path().len() < 2 {
+                    return Err(Wrong::new(
+                        "names no socket",
+                        "write unix:///run/redis.sock, with three slashes",
+                    ));
+                }
+            }
+            _ => return Err(Wrong::new("has a scheme that is not one of Redis", right)),
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// The URL with its password, to connect with; never log it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it asks for TLS.
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.0.starts_with("rediss:") || self.0.starts_with("valkeys:")
+    }
+}
+
+/// Certificates of authorities, read from a file.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CaFile {
+    path: String,
+    pem: Vec<u8>,
+}
+
+/// Its path.
+impl fmt::Display for CaFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.path)
+    }
+}
+
+impl fmt::Debug for CaFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CaFile({:?})", self.path)
+    }
+}
+
+impl CaFile {
+    /// `None` for libpq's word for the system's own.
+    pub(super) fn parse(text: &str) -> Result<Option<Self>, Wrong> {
+        let right = "write the path of a PEM file, such as /etc/ssl/certs/our-ca.pem";
+        if text.is_empty() || text == "system" {
+            return Ok(None);
+        }
+        let pem = std::fs::read(text).map_err(|error| {
+            Wrong::new(format!("names a file of certificates that cannot be read ({})", error.kind()), right)
+        })?;
+        let count = CertificateDer::pem_slice_iter(&pem).flatten().count();
+        if count == 0 {
+            return Err(Wrong::new("names a file without any certificate in PEM form", right));
+        }
+        Ok(Some(Self { path: text.to_owned(), pem }))
+    }
+
+    /// The file's content.
+    #[must_use]
+    pub fn pem(&self) -> &[u8] {
+        &self.pem
+    }
+}
+
+/// The secret for control over HTTP. `Display` and `Debug` hide it.
+#[derive(Clone)]
+pub struct AdminToken(String);
+
+impl AdminToken {
+    /// Fewer characters than this can be guessed.
+    const MIN_LENGTH: usize = 16;
+
+    pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
+        let right = "write 16 characters or more, such as what `openssl rand -hex 24` prints";
+        if text.len() < Self::MIN_LENGTH {
+            return Err(Wrong::new("is too short (its value is not shown)", right));
+        }
+        // It travels in a header.
+        if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(Wrong::new(
+                "has a character that a header cannot carry (its value is not shown)",
+                "write letters, digits and punctuation of ASCII",
+            ));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// Whether this is the token. How long it takes does not tell how much of it is right.
+    #[must_use]
+    pub fn is(&self, given: &str) -> bool {
+        use subtle::ConstantTimeEq as _;
+        self.0.as_bytes().ct_eq(given.as_bytes()).into()
+    }
+
+    /// The token, to send it; never log it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for AdminToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl fmt::Debug for AdminToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AdminToken(***)")
+    }
+}
+
+macro_rules! redacted_display {
+    ($($url:ident)*) => {$(
+        impl fmt::Display for $url {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&redacted(self.expose()))
+            }
+        }
+
+        impl fmt::Debug for $url {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($url), "({})"), redacted(self.expose()))
+            }
+        }
+    )*};
+}
+
+pub(super) use redacted_display;
+
+redacted_display!(RelayUrl RedisUrl);
+
+/// `scheme://user:***@host/path?parameter=value`, with `***` for whatever may be secret. It works on any
+/// text: where the parts cannot be told apart it hides too much rather than too little.
+pub(super) fn redacted(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return "***".to_owned();
+    };
+    // The last @, since a password may hold others.
+    let (user_info, rest) = match rest.rsplit_once('@') {
+        Some((user_info, rest)) => (Some(user_info), rest),
+        None => (None, rest),
+    };
+    let user_info = match user_info {
+        None => String::new(),
+        Some(text) if text.contains(['/', '?', '#']) => return format!("{scheme}://***"),
+        Some(text) => match text.split_once(':') {
+            Some((user, _)) => format!("{user}:***@"),
+            // A name alone is a name in PostgreSQL; in Redis it is mostly a password at the wrong place.
+            None if scheme.starts_with("postgres") => format!("{text}@"),
+            None => "***@".to_owned(),
+        },
+    };
+    let (path, query) = match rest.split_once('?') {
+        Some((path, query)) => (path, Some(query)),
+        None => (rest, None),
+    };
+    let query = query.map_or_else(String::new, |query| {
+        let shown = query.split('&').map(|parameter| match parameter.split_once('=') {
+            Some((name, _)) if hides(name) => format!("{name}=***"),
+            Some(_) => parameter.to_owned(),
+            None => "***".to_owned(),
+        });
+        format!("?{}", shown.collect::<Vec<_>>().join("&"))
+    });
+    format!("{scheme}://{user_info}{path}{query}")
+}
+
+/// Whether a parameter of this name may hold a secret: `password`, `pass` (Redis sockets), `sslpassword`,
+/// `token`, or a name in disguise.
+fn hides(parameter: &str) -> bool {
+    let name = parameter.to_ascii_lowercase();
+    ["pass", "secret", "token", "key", "%"].iter().any(|part| name.contains(part))
+}
