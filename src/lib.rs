@@ -31,5 +31,8 @@ pub mod relay;
 pub mod report;
 pub mod run;
 pub mod status;
+pub mod stop;
 pub mod store;
 pub mod stream;
+pub mod tasks;
+pub mod time;

@@ -9,11 +9,12 @@ use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 use serde::{Deserialize, Serialize};
 
-use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, lock, now_ms};
+use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, lock};
 use crate::stream::Keys;
 use crate::stream::gap::{self, Missed};
 use crate::stream::group::{self, ConsumerInfo};
 use crate::stream::janitor::Look;
+use crate::time::now_ms;
 
 /// The whole of it.
 #[derive(Debug, Serialize)]

@@ -2,13 +2,13 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use crate::stream::janitor::Look;
 use crate::stream::legacy::Counts;
 use crate::stream::noted::Refill;
+use crate::time::now_ms;
 
 /// One word for what a part is doing, with the reason where it is not what it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -264,14 +264,6 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
 /// The lock's content, even after a panic: every write leaves it whole.
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Unix time in milliseconds.
-#[must_use]
-pub fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 impl Status {

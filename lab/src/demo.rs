@@ -22,8 +22,9 @@ use standpipe::control::Control;
 use standpipe::http;
 use standpipe::out;
 use standpipe::run::{self, Parts, Running};
-use standpipe::status::{Status, now_ms};
+use standpipe::status::Status;
 use standpipe::store::{Store, audit};
+use standpipe::time::now_ms;
 
 /// Events per second of a demonstration that does not end by itself: what a small machine can carry.
 const RATE: u32 = 1_500;

@@ -25,8 +25,8 @@ use serde_json::value::RawValue;
 #[cfg(test)]
 use crate::event::EntryId;
 use crate::event::{Epochs, Event, Kind, Micros, Op, Reason, Reject, Rejected, Version, check_rev};
-use crate::status::now_ms;
 use crate::stream::entry::Entry;
+use crate::time::now_ms;
 use json::Text;
 
 /// The context for interpreting an entry.

@@ -9,9 +9,9 @@ use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use standpipe::config::Config;
 use standpipe::report::table::{Beside, table};
-use standpipe::status::now_ms;
 use standpipe::store::{Store, migrate};
 use standpipe::stream::{Keys, Redis, dead_letters};
+use standpipe::time::now_ms;
 use standpipe::{http, out, report};
 
 use super::EX_UNAVAILABLE;

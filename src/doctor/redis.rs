@@ -288,7 +288,7 @@ fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Findings) {
                 .to_owned()
         } else {
             let saved = info.number("rdb_last_save_time") as f64;
-            let age = crate::status::now_ms() as f64 / 1000.0 - saved;
+            let age = crate::time::now_ms() as f64 / 1000.0 - saved;
             format!(
                 "snapshots only, no append-only file: a crash goes back to the last one, {} and {} changes ago; the \
                  reader reads stream and cursor again from there as far as the relay still has it, dead letters since \

@@ -19,7 +19,8 @@ use super::health::{Facts, Level, health, words};
 use crate::event::{Kind, Reason};
 use crate::metrics;
 use crate::report;
-use crate::status::{PipelineStatus, ReaderStatus, State, lock, now_ms, percentile};
+use crate::status::{PipelineStatus, ReaderStatus, State, lock, percentile};
+use crate::time::now_ms;
 
 /// Maximum concurrent viewers: their connections stay open, and other requests need room.
 pub const MAX_WATCHERS: usize = 16;

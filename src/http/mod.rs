@@ -30,9 +30,10 @@ use crate::config::{AdminToken, Config, LogLevel};
 use crate::control::Control;
 use crate::metrics;
 use crate::report::{self, PoolReport};
-use crate::status::{State, Status, lock, now_ms};
+use crate::status::{State, Status, lock};
 use crate::store::Store;
 use crate::stream::{Keys, Redis};
+use crate::time::now_ms;
 
 /// A backlog without progress for this long means not ready.
 const NO_PROGRESS: Duration = Duration::from_secs(30);

@@ -27,12 +27,13 @@ use crate::config::{Config, MemoryMark, OnFutureCursor};
 use crate::crash::{self, Point};
 use crate::event::check_rev;
 use crate::metrics;
-use crate::status::{State, Status, now_ms};
+use crate::status::{State, Status};
 use crate::stream::append::{
     self, AppendError, Appendix, Budget, Cursor, CursorError, Move, NewEntry, NewLetter,
 };
 use crate::stream::gap::Gap;
-use crate::stream::{Keys, Redis, backoff, group, is_oom, lease};
+use crate::stream::{Keys, Redis, group, is_oom, lease};
+use crate::time::{Backoff, now_ms};
 
 /// Queue between the socket and Redis. A slow Redis then slows the socket.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
@@ -172,7 +173,7 @@ impl Reader {
     /// Reads until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let mut memory = Memory::default();
-        let mut delays = backoff();
+        let mut delays = Backoff::default();
         let mut said: Option<(String, Instant)> = None;
         while !stop.is_cancelled() {
             if self.is_paused() {
@@ -200,7 +201,7 @@ impl Reader {
             });
             let Err(end) = ended else { continue };
             if began.elapsed() > Duration::from_secs(30) {
-                delays = backoff();
+                delays.reset();
             }
             if matches!(end, End::Reset) {
                 continue;
@@ -221,7 +222,7 @@ impl Reader {
                 }
                 continue;
             }
-            let mut delay = delays.next().unwrap_or(Duration::from_secs(5));
+            let mut delay = delays.pause();
             let news =
                 said.as_ref().is_none_or(|(before, at)| *before != end.cause() || at.elapsed() > SAY_AGAIN);
             if news {

@@ -8,7 +8,7 @@ use redis::{FromRedisValue, ParsingError, RedisResult, Script, Value};
 
 use super::Keys;
 use crate::event::EntryId;
-use crate::status::now_ms;
+use crate::time::now_ms;
 
 /// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;

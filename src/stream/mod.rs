@@ -226,14 +226,3 @@ pub fn is_oom(error: &RedisError) -> bool {
     // Redis 6.2 wraps what a script runs into in words of its own.
     error.code() == Some("OOM") || error.to_string().contains("-OOM ")
 }
-
-/// The increasing, jittered pauses between attempts: 100 ms to 5 s. Endless.
-pub fn backoff() -> impl Iterator<Item = Duration> + Send {
-    use backon::BackoffBuilder as _;
-    backon::ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_secs(5))
-        .with_jitter()
-        .without_max_times()
-        .build()
-}

@@ -264,7 +264,7 @@ async fn kill_a_process_that_has_servers(frozen: bool) {
     // Goes with this process even if this test fails.
     let mut command = command_for_life(&std::env::current_exe().unwrap()).unwrap();
     command
-        .args(["--exact", "child_that_is_killed", "--ignored", "--nocapture"])
+        .args(["--exact", "private_servers::child_that_is_killed", "--ignored", "--nocapture"])
         .env(REPORT, &report)
         .stdout(Stdio::null());
     if frozen {

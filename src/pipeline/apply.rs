@@ -1,0 +1,231 @@
+//! Gets a batch into the database, however long that takes.
+
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt as _;
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+
+use super::Pipeline;
+use super::work::{Work, panicked};
+use crate::config::TransactionMode;
+use crate::crash::{self, Point};
+use crate::event::{Event, Reject};
+use crate::metrics;
+use crate::status::State;
+use crate::stop::{Stopped, or_stop};
+use crate::store::verdict::Verdict;
+use crate::store::{Outcome, Session, StoreError};
+use crate::time::Backoff;
+
+/// Maximum operations per transaction: five pipelines then use less than half of the locks that a server with PostgreSQL's
+/// defaults can hold.
+const TRANSACTION_OPERATIONS: usize = 400;
+/// How long a halted pipeline waits before it tries again.
+pub(super) const HALTED: Duration = Duration::from_secs(10);
+/// Report PostgreSQL as unresponsive after this long.
+const NO_ANSWER: Duration = Duration::from_secs(5);
+
+impl Pipeline {
+    /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.
+    ///
+    /// [`Stopped`] when it is time to stop and the database is down: the entries stay pending.
+    pub(super) async fn apply<'a>(
+        &self,
+        mut batch: Vec<Work<'a>>,
+        may_leave: bool,
+        stop: &CancellationToken,
+    ) -> Result<Vec<Work<'a>>, Stopped> {
+        let mut delays = Backoff::default();
+        loop {
+            let error = match self.store.session().await {
+                Ok(session) => {
+                    let attempt =
+                        AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, may_leave, stop)));
+                    let error = match attempt.catch_unwind().await {
+                        Ok(Ok(())) => return Ok(batch),
+                        Ok(Err(error)) => Ok(error),
+                        Err(panic) => Err(panicked(panic.as_ref())),
+                    };
+                    // Commits that were answered on this connection may be gone: all of it again, from the first.
+                    session.discard();
+                    for work in &mut batch {
+                        work.reopen();
+                    }
+                    match error {
+                        Ok(error) => error,
+                        Err(reject) => return Box::pin(self.apply_alone(batch, reject, stop)).await,
+                    }
+                }
+                Err(error) => error,
+            };
+            self.wait_for_postgres(error, delays.pause(), stop).await?;
+        }
+    }
+
+    /// After a panic over these entries: each alone, so that it costs only the one that it is over.
+    async fn apply_alone<'a>(
+        &self,
+        mut batch: Vec<Work<'a>>,
+        reject: Reject,
+        stop: &CancellationToken,
+    ) -> Result<Vec<Work<'a>>, Stopped> {
+        if let [work] = batch.as_mut_slice() {
+            error!(entry = %work.entry.id, reason = reject.message, "an entry made the program panic: it is a dead letter");
+            work.reject_all(reject);
+            return Ok(batch);
+        }
+        let mut done = Vec::with_capacity(batch.len());
+        for work in batch {
+            done.extend(self.apply(vec![work], false, stop).await?);
+        }
+        Ok(done)
+    }
+
+    /// Waits for the database, and reports when it takes long. It never gives up: the statement timeout decides that.
+    async fn answered<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(NO_ANSWER) => {}
+        }
+        self.say(State::WaitingForPostgres { reason: format!("no answer within {} s", NO_ANSWER.as_secs()) });
+        work.await
+    }
+
+    /// One connection: every event in its own transaction, repetitions of those that lost to others, then the flush.
+    async fn attempt(
+        &self,
+        session: &Session,
+        batch: &mut [Work<'_>],
+        may_leave: bool,
+        stop: &CancellationToken,
+    ) -> Result<(), StoreError> {
+        let began = Instant::now();
+        let mut delays = Backoff::default();
+        let mut together = self.transaction == TransactionMode::Batch;
+        loop {
+            let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
+            if open.is_empty() {
+                break;
+            }
+            if together && open.len() > 1 {
+                // Once. Events that fail together are applied one by one.
+                together = false;
+                self.attempt_together(session, batch, open, may_leave).await?;
+                continue;
+            }
+            let events: Vec<&Event<'_>> = open.iter().filter_map(|&index| batch[index].event()).collect();
+            for &index in &open {
+                crash::panic_over("apply", &batch[index].entry.data);
+            }
+            let results = session.apply(&events).await;
+            let mut again = None;
+            for (&index, result) in open.iter().zip(results) {
+                match result {
+                    Ok(Outcome::Rejected(bad)) => batch[index].reject(bad),
+                    Ok(Outcome::Applied(counts)) => batch[index].applied(counts),
+                    Err(error) if error.verdict == Verdict::Retry => again = Some(error),
+                    Err(error) => return Err(error),
+                }
+            }
+            if let Some(error) = again
+                && self.wait_for_postgres(error.clone(), delays.pause(), stop).await.is_err()
+            {
+                return Err(error);
+            }
+        }
+        ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
+        crash::at(Point::AfterCommit);
+        let events: Vec<&Event<'_>> =
+            batch.iter().filter(|work| !work.is_deferred()).filter_map(Work::event).collect();
+        session.flush(&events).await?;
+        crash::at(Point::AfterFlush);
+        ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
+        self.say(State::Running);
+        Ok(())
+    }
+
+    /// Applies what is open in as few transactions as the locks allow. Still open afterwards is everything that shared one
+    /// with an event which the database refused, or for which it had not room. `may_leave`: what others are at work on is
+    /// left to the next batch.
+    async fn attempt_together(
+        &self,
+        session: &Session,
+        batch: &mut [Work<'_>],
+        open: Vec<usize>,
+        may_leave: bool,
+    ) -> Result<(), StoreError> {
+        let (claims, others): (Vec<usize>, Vec<usize>) =
+            open.into_iter().partition(|&index| batch[index].event().is_some_and(Event::claims_handle));
+        let parts = by_operations(batch, &others).into_iter().map(|part| (part, false));
+        let parts: Vec<_> =
+            parts.chain(by_operations(batch, &claims).into_iter().map(|part| (part, true))).collect();
+        for (indexes, claims) in parts {
+            let events: Vec<&Event<'_>> = indexes.iter().filter_map(|&index| batch[index].event()).collect();
+            let done = if claims {
+                session.apply_claims(&events).await
+            } else {
+                session.apply_together(&events, may_leave).await
+            };
+            match done {
+                Ok(outcomes) => {
+                    for (&index, outcome) in indexes.iter().zip(outcomes) {
+                        match outcome {
+                            Some(Outcome::Applied(counts)) => batch[index].applied(counts),
+                            Some(Outcome::Rejected(bad)) => batch[index].reject(bad),
+                            None => batch[index].defer(),
+                        }
+                    }
+                }
+                Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
+                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports the problem and waits, unless it is time to stop.
+    async fn wait_for_postgres(
+        &self,
+        error: StoreError,
+        delay: Duration,
+        stop: &CancellationToken,
+    ) -> Result<(), Stopped> {
+        let StoreError { verdict, message: reason, .. } = error;
+        let (label, delay, state) = match verdict {
+            // The store has singled out what can be rejected; a refusal of everything else is our own fault.
+            Verdict::Halt | Verdict::Reject => ("halt", HALTED, State::Halted { reason: reason.clone() }),
+            Verdict::Reconnect => ("reconnect", delay, State::WaitingForPostgres { reason: reason.clone() }),
+            Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
+        };
+        ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
+        self.status.pipeline(self.index, |status| status.retries += 1);
+        // Losing to another transaction now and then is not an outage.
+        if verdict != Verdict::Retry || delay > Duration::from_millis(500) {
+            self.say(state);
+        }
+        or_stop(stop, tokio::time::sleep(delay)).await
+    }
+}
+
+/// Cuts a batch where its operations become too many for one transaction. Each takes a lock or a few.
+fn by_operations(batch: &[Work<'_>], open: &[usize]) -> Vec<Vec<usize>> {
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    let mut operations = TRANSACTION_OPERATIONS;
+    for &index in open {
+        let count = batch[index].event().map_or(0, |event| event.ops.len());
+        operations += count;
+        match parts.last_mut() {
+            Some(part) if operations <= TRANSACTION_OPERATIONS => part.push(index),
+            _ => {
+                parts.push(vec![index]);
+                operations = count;
+            }
+        }
+    }
+    parts
+}

@@ -1,0 +1,78 @@
+//! Takes over what consumers that are gone have left pending.
+
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::{Ended, Pipeline};
+use crate::crash::{self, Point};
+use crate::metrics;
+use crate::status::lock;
+use crate::stream::entry::{Batch, Entry};
+use crate::stream::{group, is_nogroup};
+
+/// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
+const CLAIM_BYTES: usize = 16 * 1024 * 1024;
+
+impl Pipeline {
+    /// Takes over entries of consumers that are gone. Not while PostgreSQL is down: every holder is waiting for it too, and
+    /// taking entries from each other would not help.
+    pub(super) async fn claim(
+        &self,
+        connection: &mut MultiplexedConnection,
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let mut start = Some("0-0".to_owned());
+        while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
+            // As many as fit into memory: one search for another program's later work covers all of them. A search per page
+            // would read the whole stream each time.
+            let mut batch = Batch::default();
+            let mut bytes = 0;
+            while bytes < CLAIM_BYTES
+                && let Some(from) = start.take()
+            {
+                if self.store.ping(Duration::from_secs(2)).await.is_err() {
+                    break;
+                }
+                let page = group::claim(
+                    connection,
+                    &self.keys,
+                    &self.consumer,
+                    self.claim_idle,
+                    &from,
+                    self.batch_size,
+                );
+                let page = match page.await {
+                    Ok(page) => page,
+                    // The next read meets it and has the group created.
+                    Err(error) if is_nogroup(&error) => break,
+                    Err(error) => return Err(error.into()),
+                };
+                start = page.next;
+                bytes += page.batch.entries.iter().map(Entry::size).sum::<usize>();
+                batch.entries.extend(page.batch.entries);
+                batch.gone.extend(page.batch.gone);
+            }
+            if !batch.entries.is_empty() {
+                crash::at(Point::WhileClaiming);
+            }
+            {
+                // Entries held by another pipeline of this process are being worked on, whichever consumer owns them by now.
+                let in_hand = lock(&self.in_hand);
+                batch.entries.retain(|entry| !in_hand.contains(&entry.id));
+            }
+            if !batch.entries.is_empty() {
+                metrics::count(metrics::CLAIMED, batch.entries.len() as u64);
+                info!(
+                    consumer = self.consumer,
+                    entries = batch.entries.len(),
+                    "took over entries of a consumer that is gone"
+                );
+            }
+            self.work_again(connection, batch, stop).await?;
+        }
+        Ok(())
+    }
+}

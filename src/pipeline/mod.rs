@@ -1,0 +1,365 @@
+//! The loop: take entries from the group, apply them, settle them.
+//!
+//! - `work`: an entry on its way through
+//! - `apply`: into the database, however long that takes
+//! - `settle`: acknowledgements and dead letters
+//! - `claim`: what other consumers have left pending
+//! - `replay`: beside another program
+//! - `state`: whether it may work, and what it says of itself
+
+mod apply;
+mod claim;
+mod replay;
+mod settle;
+mod state;
+mod work;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use redis::aio::MultiplexedConnection;
+use redis::{RedisError, RedisResult};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, TransactionMode};
+use crate::crash::{self, Point};
+use crate::event::{EntryId, Epochs};
+use crate::metrics;
+use crate::status::{State, Status, lock};
+use crate::stop::{Stopped, or_stop};
+use crate::store::Store;
+use crate::stream::entry::{Batch, Entry};
+use crate::stream::{Keys, Redis, epochs, group, is_nogroup};
+use crate::time::Backoff;
+use work::Work;
+
+/// Entries in hand are kept fresh this often: the Node.js workers claim what is idle for ten seconds.
+const KEEP_FRESH: Duration = Duration::from_secs(3);
+/// A batch larger than this halves the next read: entries are of any size, memory is not.
+const BATCH_BYTES: usize = 8 * 1024 * 1024;
+/// How many batches in a row may defer events to the next one; after that the pipeline waits for the locks.
+const LEAVE_ROUNDS: u32 = 4;
+
+/// One of N: a consumer of the group with a connection to Redis of its own.
+pub struct Pipeline {
+    index: usize,
+    consumer: String,
+    /// All names of this process.
+    consumers: Vec<String>,
+    keys: Keys,
+    redis: Redis,
+    store: Store,
+    status: Arc<Status>,
+    batch_size: usize,
+    transaction: TransactionMode,
+    dead_letter_budget: u64,
+    claim_idle: Duration,
+    max_attempts: u64,
+    in_hand: InHand,
+    /// Whether our consumer names are ours.
+    names: watch::Receiver<Names>,
+    /// Whether an operator has paused us.
+    pause: watch::Receiver<bool>,
+}
+
+/// The entries that the pipelines of this process hold.
+pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
+
+/// Why a loop over the stream ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// It was asked to.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    /// Redis cannot be reached, or refuses.
+    #[error(transparent)]
+    Redis(#[from] RedisError),
+}
+
+/// Whether this process has its consumer names to itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// It has.
+    Ours,
+    /// Not yet, or no longer: the reason for waiting.
+    Waiting(State),
+}
+
+impl Pipeline {
+    /// The pipeline with this number.
+    #[must_use]
+    pub fn new(
+        index: usize,
+        config: &Config,
+        redis: Redis,
+        store: Store,
+        status: Arc<Status>,
+        in_hand: InHand,
+        names: watch::Receiver<Names>,
+    ) -> Self {
+        Self {
+            claim_idle: config.claim_idle,
+            max_attempts: config.max_attempts.into(),
+            in_hand,
+            names,
+            pause: watch::channel(false).1,
+            index,
+            consumer: config.consumer_name(index),
+            consumers: config.consumer_names(),
+            keys: Keys::new(config),
+            redis,
+            store,
+            status,
+            batch_size: config.batch_size,
+            transaction: config.transaction,
+            dead_letter_budget: config.dead_letter_max_bytes,
+        }
+    }
+
+    /// Pauses while this is true.
+    #[must_use]
+    pub fn paused_by(mut self, pause: watch::Receiver<bool>) -> Self {
+        self.pause = pause;
+        self
+    }
+
+    /// Works until `stop`, then finishes what is in hand.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut delays = Backoff::default();
+        while !stop.is_cancelled() {
+            if self.wait_for_name(&stop).await.is_err() {
+                break;
+            }
+            let began = Instant::now();
+            let error = match self.session(&stop).await {
+                Ok(()) | Err(Ended::Stopped(_)) => continue,
+                Err(Ended::Redis(error)) => error,
+            };
+            // A connection in doubt is dropped: a read whose answer was lost has still moved entries to us.
+            metrics::count(metrics::REDIS_RECONNECTS, 1);
+            if began.elapsed() > Duration::from_secs(30) {
+                delays.reset();
+            }
+            self.say(State::WaitingForRedis { reason: error.to_string() });
+            let _ = or_stop(&stop, tokio::time::sleep(delays.pause())).await;
+        }
+        self.leave().await;
+        self.say(State::Stopped);
+    }
+
+    /// One connection to Redis. Entries unfinished when it breaks are pending, and the next one starts with them.
+    async fn session(&self, stop: &CancellationToken) -> Result<(), Ended> {
+        let mut left = Vec::new();
+        let ended = self.read_and_work(&mut left, stop).await;
+        let mut in_hand = lock(&self.in_hand);
+        for entry in left {
+            in_hand.remove(&entry.id);
+        }
+        ended
+    }
+
+    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries that a batch defers to
+    /// the next, because other pipelines hold locks on the same accounts.
+    async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> Result<(), Ended> {
+        let mut rounds = 0;
+        let mut connection = self.redis.connect().await?;
+        let mut missing = Backoff::default();
+        let mut after = Some(EntryId::default());
+        let mut count = self.batch_size;
+        // Pipelines take turns, so that not all of them scan at once.
+        let every = self.claim_idle / 2;
+        let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
+        while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
+            if self.is_paused() {
+                self.finish_left(&mut connection, left, stop).await?;
+                self.rest(stop).await;
+                continue;
+            }
+            if after.is_none() && Instant::now() >= next_claim {
+                self.finish_left(&mut connection, left, stop).await?;
+                self.claim(&mut connection, stop).await?;
+                next_claim = Instant::now() + every;
+            }
+            let read = if let Some(id) = after {
+                group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await
+            } else {
+                let room = count.saturating_sub(left.len()).max(1);
+                group::read_new(&mut connection, &self.keys, &self.consumer, room, left.is_empty()).await
+            };
+            let mut batch = match read {
+                Ok(batch) => batch,
+                Err(error) if is_nogroup(&error) => {
+                    metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
+                    // Without a pause, a group that is destroyed again and again would keep a processor busy.
+                    or_stop(stop, tokio::time::sleep(missing.pause())).await?;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            self.say(State::Running);
+            if let Some(id) = &mut after {
+                match batch.entries.iter().map(|entry| entry.id).chain(batch.gone.iter().copied()).max() {
+                    Some(last) => *id = last,
+                    None => after = None,
+                }
+            }
+            if after.is_some() {
+                count = self.next_count(&batch, count);
+                self.work_again(&mut connection, batch, stop).await?;
+                continue;
+            }
+            let anything_new = !batch.entries.is_empty();
+            if anything_new {
+                missing.reset();
+            }
+            let may_leave = anything_new && rounds < LEAVE_ROUNDS && left.len() <= count / 2;
+            batch.entries.append(left);
+            count = self.next_count(&batch, count);
+            *left = self.work(&mut connection, batch, may_leave, stop).await?;
+            rounds = if left.is_empty() { 0 } else { rounds + 1 };
+        }
+        if *self.names.borrow() == Names::Ours {
+            self.finish_left(&mut connection, left, stop).await?;
+        }
+        Ok(())
+    }
+
+    /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
+    async fn finish_left(
+        &self,
+        connection: &mut MultiplexedConnection,
+        left: &mut Vec<Entry>,
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let batch = Batch { entries: std::mem::take(left), gone: Vec::new() };
+        self.work(connection, batch, false, stop).await.map(drop)
+    }
+
+    /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
+    /// process, its neighbours get through. The count alone never makes a dead letter.
+    async fn work_again(
+        &self,
+        connection: &mut MultiplexedConnection,
+        mut batch: Batch,
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        if let (Some(first), Some(last)) = (batch.entries.first(), batch.entries.last()) {
+            let (first, last, count) = (first.id, last.id, batch.entries.len());
+            let times = group::deliveries(connection, &self.keys, &self.consumer, first, last, count).await?;
+            let often: HashSet<EntryId> =
+                times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
+            let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
+            batch.entries = together;
+            self.work(connection, batch, false, stop).await?;
+            for entry in Vec::<Entry>::into_iter(alone) {
+                let batch = Batch { entries: vec![entry], gone: Vec::new() };
+                self.work(connection, batch, false, stop).await?;
+            }
+            return Ok(());
+        }
+        self.work(connection, batch, false, stop).await.map(drop)
+    }
+
+    /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts. Returns what is left,
+    /// where `may_leave` allows it.
+    async fn work(
+        &self,
+        connection: &mut MultiplexedConnection,
+        batch: Batch,
+        may_leave: bool,
+        stop: &CancellationToken,
+    ) -> Result<Vec<Entry>, Ended> {
+        if !batch.gone.is_empty() {
+            metrics::note_removed(batch.gone.len() as u64);
+            group::give_up(connection, &self.keys, &batch.gone).await?;
+        }
+        if batch.entries.is_empty() {
+            return Ok(Vec::new());
+        }
+        ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
+        self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
+        let ids: Vec<EntryId> = batch.entries.iter().map(|entry| entry.id).collect();
+        lock(&self.in_hand).extend(&ids);
+        crash::at(Point::AfterRead);
+        let done = tokio::select! {
+            done = self.finish(connection.clone(), &batch.entries, may_leave, stop) => done,
+            never = self.keep_fresh(connection.clone(), &ids) => never,
+        };
+        let acknowledged = match done {
+            Ok((done, left)) => self.acknowledge(connection, &done).await.map(|()| left).map_err(Ended::from),
+            Err(ended) => Err(ended),
+        };
+        {
+            let left = acknowledged.as_ref().ok();
+            let mut in_hand = lock(&self.in_hand);
+            for id in ids.iter().filter(|id| !left.is_some_and(|left| left.contains(id))) {
+                in_hand.remove(id);
+            }
+        }
+        let left = acknowledged?;
+        self.status.pipeline(self.index, |status| status.in_flight = left.len() as u64);
+        Ok(batch.entries.into_iter().filter(|entry| left.contains(&entry.id)).collect())
+    }
+
+    /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
+    async fn keep_fresh<T>(&self, mut connection: MultiplexedConnection, ids: &[EntryId]) -> T {
+        loop {
+            tokio::time::sleep(KEEP_FRESH).await;
+            let _ = group::keep_fresh(&mut connection, &self.keys, &self.consumer, ids).await;
+        }
+    }
+
+    /// Applies entries, and where another program works beside us, what it has made of the same records since. Returns
+    /// what is done, and which are left.
+    async fn finish<'a>(
+        &self,
+        mut connection: MultiplexedConnection,
+        entries: &'a [Entry],
+        may_leave: bool,
+        stop: &CancellationToken,
+    ) -> Result<(Vec<Work<'a>>, HashSet<EntryId>), Ended> {
+        let epochs = self.epochs_of(&mut connection, entries).await?;
+        let mut worked = Vec::with_capacity(entries.len());
+        for part in entries.chunks(self.batch_size.max(entries.len().min(2 * self.batch_size))) {
+            let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
+            worked.extend(self.apply(works, may_leave, stop).await?);
+        }
+        let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(Work::is_deferred);
+        let left = left.iter().map(|work| work.entry.id).collect();
+        // Asked after the commit: entries delivered to another program from now on find our rows, even if it has only just
+        // started.
+        let others = match group::has_others(&mut connection, &self.keys).await {
+            Err(error) if is_nogroup(&error) => false,
+            others => others?,
+        };
+        if others {
+            self.apply_later(connection, &done, stop).await?;
+        }
+        Ok((done, left))
+    }
+
+    /// The epochs of the stream, where one of these entries does not say which it belongs to.
+    async fn epochs_of(
+        &self,
+        connection: &mut MultiplexedConnection,
+        entries: &[Entry],
+    ) -> RedisResult<Epochs> {
+        if entries.iter().all(epochs::is_named) {
+            return Ok(Epochs::default());
+        }
+        epochs::read(connection, &self.keys).await
+    }
+
+    fn next_count(&self, batch: &Batch, count: usize) -> usize {
+        let bytes: usize = batch.entries.iter().map(Entry::size).sum();
+        if bytes > BATCH_BYTES {
+            (count / 2).max(1)
+        } else if bytes < BATCH_BYTES / 4 {
+            (count * 2).min(self.batch_size)
+        } else {
+            count
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Beside another program, which leaves no revisions and no tombstones: what it may have undone is applied again.
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use redis::aio::MultiplexedConnection;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use super::work::Work;
+use super::{Ended, Pipeline};
+use crate::event::{EntryId, Op};
+use crate::stream::group::{self, LeaveOut};
+
+/// The scope of a replay of delivered entries.
+#[derive(Default)]
+struct Replay {
+    /// Hashes of URIs of records and accounts: entries about one of them.
+    touched: HashSet<u64>,
+    /// Also everything that was acknowledged, and then whatever came after it about the same.
+    acknowledged: bool,
+}
+
+impl Replay {
+    fn wants(&mut self, op: &Op<'_>, pending: bool) -> bool {
+        let uri = hash(&op.uri);
+        if self.acknowledged && !pending {
+            self.touched.insert(uri);
+        }
+        self.touched.contains(&uri)
+    }
+}
+
+impl Pipeline {
+    /// Applies again what came after these entries about the same records and accounts, and was delivered already: to
+    /// another program perhaps, which leaves no revisions and no tombstones by which we could know that it is newer. What
+    /// is delivered from now on finds our rows.
+    pub(super) async fn apply_later(
+        &self,
+        mut connection: MultiplexedConnection,
+        done: &[Work<'_>],
+        stop: &CancellationToken,
+    ) -> Result<(), Ended> {
+        let touched = done
+            .iter()
+            .filter_map(Work::event)
+            .flat_map(|event| event.ops.iter().map(|op| hash(&op.uri)))
+            .collect();
+        let Some(first) = done.iter().map(|work| work.entry.id).min() else { return Ok(()) };
+        let replay = Replay { touched, acknowledged: false };
+        self.replay_delivered(&mut connection, first, replay, stop).await.map(drop)
+    }
+
+    /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
+    /// delivered, when another program has worked in the group. It may be newer than what is pending, and the other program
+    /// left nothing by which we could know. Pending entries are applied when they are claimed or read again.
+    ///
+    /// Returns how many entries were looked at.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or it is time to stop.
+    pub async fn take_over(&self, stop: &CancellationToken) -> Result<u64, Ended> {
+        let mut connection = self.redis.connect().await?;
+        let first = group::first_pending(&mut connection, &self.keys).await?;
+        let Some(first) = first else { return Ok(0) };
+        info!(%first, "replaying what another program did after entries that are still pending");
+        let replay = Replay { acknowledged: true, ..Replay::default() };
+        self.replay_delivered(&mut connection, first.before(), replay, stop).await
+    }
+
+    /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing. Repeats
+    /// this with entries delivered meanwhile, because the other program may have removed again what the replay restored, until
+    /// there are no more; later deliveries find our rows. Entries pending with this process are left out: they are applied
+    /// anyway, and leave what shows how old they are.
+    ///
+    /// Returns how many entries were looked at.
+    async fn replay_delivered(
+        &self,
+        connection: &mut MultiplexedConnection,
+        mut after: EntryId,
+        mut replay: Replay,
+        stop: &CancellationToken,
+    ) -> Result<u64, Ended> {
+        let mut looked_at = 0;
+        loop {
+            let until = group::last_delivered(connection, &self.keys).await?;
+            let mut found = false;
+            while after < until {
+                let leave_out =
+                    LeaveOut { consumers: &self.consumers, pending_at_first: replay.touched.is_empty() };
+                let page = group::delivered(connection, &self.keys, after, until, self.batch_size, leave_out)
+                    .await?;
+                let Some(last) = page.last else { break };
+                after = last;
+                looked_at += page.looked_at;
+                let (entries, pending): (Vec<_>, Vec<_>) = page.entries.into_iter().unzip();
+                let epochs = self.epochs_of(connection, &entries).await?;
+                let mut batch = Vec::new();
+                for (entry, pending) in entries.iter().zip(pending) {
+                    let mut work = Work::new(entry, &epochs);
+                    if work.keep(|op| replay.wants(op, pending)) {
+                        batch.push(work);
+                    }
+                }
+                found |= !batch.is_empty();
+                if !batch.is_empty() {
+                    self.apply(batch, false, stop).await?;
+                }
+            }
+            if !found {
+                return Ok(looked_at);
+            }
+            replay.acknowledged = false;
+        }
+    }
+}
+
+/// Stands for a URI: one that is taken for another is applied once more than it has to be.
+fn hash(uri: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    uri.hash(&mut hasher);
+    hasher.finish()
+}

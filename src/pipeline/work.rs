@@ -1,0 +1,133 @@
+//! An entry on its way through a pipeline.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::apply::{Context, interpret};
+use crate::crash;
+use crate::event::{Epochs, Event, Kind, Reason, Reject, Rejected};
+use crate::stream::entry::Entry;
+
+/// An entry, what is to be done about it, and what cannot be.
+pub(super) struct Work<'a> {
+    pub(super) entry: &'a Entry,
+    pub(super) stage: Stage<'a>,
+    /// Dead letters: of single operations, or of the whole entry.
+    pub(super) rejected: Vec<Rejected>,
+}
+
+/// How far it is.
+pub(super) enum Stage<'a> {
+    /// Nothing of it can be applied.
+    Refused,
+    /// The database has still work to do.
+    Open(Event<'a>),
+    /// In the database: how many operations of each kind there were, and how many of them changed anything.
+    Applied(Event<'a>, Vec<(Kind, u32, u32)>),
+    /// Left to the next batch, because others hold locks on the same accounts.
+    Deferred(Event<'a>),
+}
+
+impl<'a> Stage<'a> {
+    fn into_event(self) -> Option<Event<'a>> {
+        match self {
+            Self::Refused => None,
+            Self::Open(event) | Self::Applied(event, _) | Self::Deferred(event) => Some(event),
+        }
+    }
+}
+
+impl<'a> Work<'a> {
+    /// Reads an entry.
+    pub(super) fn new(entry: &'a Entry, epochs: &Epochs) -> Self {
+        let read = catch_unwind(AssertUnwindSafe(|| {
+            crash::panic_over("interpret", &entry.data);
+            interpret(entry, Context::now(epochs))
+        }));
+        match read.unwrap_or_else(|panic| Err(panicked(panic.as_ref()))) {
+            Ok(mut event) => {
+                let rejected = std::mem::take(&mut event.rejected);
+                Self { entry, stage: Stage::Open(event), rejected }
+            }
+            Err(reject) => {
+                let mut work = Self { entry, stage: Stage::Refused, rejected: Vec::new() };
+                work.reject_all(reject);
+                work
+            }
+        }
+    }
+
+    pub(super) fn event(&self) -> Option<&Event<'a>> {
+        match &self.stage {
+            Stage::Refused => None,
+            Stage::Open(event) | Stage::Applied(event, _) | Stage::Deferred(event) => Some(event),
+        }
+    }
+
+    /// Drops the operations that are not wanted; returns whether any is left.
+    pub(super) fn keep(&mut self, wanted: impl FnMut(&crate::event::Op<'_>) -> bool) -> bool {
+        match &mut self.stage {
+            Stage::Refused => false,
+            Stage::Open(event) | Stage::Applied(event, _) | Stage::Deferred(event) => event.keep(wanted),
+        }
+    }
+
+    /// Nothing of the entry can be applied.
+    pub(super) fn reject_all(&mut self, reject: Reject) {
+        self.rejected.push(Rejected { reject, op: self.entry.data.clone() });
+        self.stage = Stage::Refused;
+    }
+
+    /// Whether the database still has work to do. An event of no interest has no repository and needs none.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(&self.stage, Stage::Open(event) if !event.repo.is_empty())
+    }
+
+    pub(super) fn is_deferred(&self) -> bool {
+        matches!(self.stage, Stage::Deferred(_))
+    }
+
+    /// Moves it on.
+    pub(super) fn applied(&mut self, counts: Vec<(Kind, u32, u32)>) {
+        self.change(|event| Stage::Applied(event, counts));
+    }
+
+    pub(super) fn defer(&mut self) {
+        self.change(Stage::Deferred);
+    }
+
+    /// The commit may be gone: all of it again.
+    pub(super) fn reopen(&mut self) {
+        self.change(Stage::Open);
+    }
+
+    fn change(&mut self, to: impl FnOnce(Event<'a>) -> Stage<'a>) {
+        if let Some(event) = std::mem::replace(&mut self.stage, Stage::Refused).into_event() {
+            self.stage = to(event);
+        }
+    }
+
+    /// Sets aside the operations that the database refuses; the others are retried without them.
+    pub(super) fn reject(&mut self, mut bad: Vec<(usize, Reject)>) {
+        let Stage::Open(event) = &mut self.stage else { return };
+        bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
+        for (index, reject) in bad {
+            if index < event.ops.len() {
+                event.ops.remove(index);
+                let op = event.sources.remove(index).to_owned();
+                self.rejected.push(Rejected { reject, op });
+            } else {
+                // Not an operation: the event itself.
+                self.reject_all(reject);
+                return;
+            }
+        }
+    }
+}
+
+/// A panic's message, as the reason for a dead letter.
+pub(super) fn panicked(panic: &(dyn std::any::Any + Send)) -> Reject {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    let said = said.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    let said: String = said.chars().take(500).collect();
+    Reject::new(Reason::Panic, format!("the program panicked: {said}; please report it with this entry"))
+}

@@ -1,0 +1,135 @@
+//! Records in PostgreSQL, every second, what the group has acknowledged. When PostgreSQL knows less than it had recorded, the
+//! reader goes back for the missing events.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use redis::aio::MultiplexedConnection;
+use tracing::{error, warn};
+
+use super::Task;
+use crate::metrics;
+use crate::status::{Status, lock};
+use crate::store::acknowledged::{Known, Noted};
+use crate::store::{Store, acknowledged};
+use crate::stream::gap::Gap;
+use crate::stream::noted::Refill;
+use crate::stream::{Keys, Redis, noted};
+
+const ROUND: Duration = Duration::from_secs(1);
+
+/// One per process with pipelines.
+pub struct Acknowledged {
+    keys: Keys,
+    redis: Redis,
+    store: Store,
+    status: Arc<Status>,
+    connection: Option<MultiplexedConnection>,
+    /// What was noted last.
+    last: Option<Noted>,
+}
+
+impl Acknowledged {
+    /// Has noted nothing yet.
+    #[must_use]
+    pub fn new(keys: Keys, redis: Redis, store: Store, status: Arc<Status>) -> Self {
+        Self { keys, redis, store, status, connection: None, last: None }
+    }
+}
+
+impl Task for Acknowledged {
+    async fn round(&mut self) -> Result<Duration> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.redis.connect().await?,
+        };
+        let state = noted::read(&mut connection, &self.keys).await?;
+        compare(&mut connection, &self.keys, &self.store, state, &mut self.last, &self.status).await?;
+        self.connection = Some(connection);
+        Ok(ROUND)
+    }
+}
+
+/// Notes what is new. `last`: what was noted last.
+async fn compare(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    store: &Store,
+    state: noted::State,
+    last: &mut Option<Noted>,
+    status: &Status,
+) -> Result<()> {
+    let session = store.session().await?;
+    let known = match acknowledged::known(&session, &keys.stream, &keys.group).await {
+        Ok(known) => known,
+        Err(error) => {
+            session.discard();
+            return Err(error.into());
+        }
+    };
+    let known_ms = known.noted.as_ref().map_or(0, |noted| noted.ms);
+    let another = !state.server.is_empty() && !known.server.is_empty() && state.server != known.server;
+    if known_ms < state.noted_ms || (another && state.noted_ms > 0) {
+        *last = None;
+        return go_back(connection, keys, &state, &known, status).await;
+    }
+    let over = state.refill.filter(|refill| state.acked.is_some_and(|acked| acked >= refill.until));
+    if let Some(refill) = over {
+        noted::refilled(connection, keys).await?;
+        warn!(
+            from = refill.from,
+            until = refill.until,
+            seconds = state.now_ms.saturating_sub(refill.since_ms) / 1000,
+            "events that PostgreSQL had lost have been read again"
+        );
+    }
+    *lock(&status.refill) = state.refill.filter(|_| over.is_none());
+    metrics::refilling(lock(&status.refill).is_some());
+    let new = Noted { ms: state.now_ms, relay: state.relay, epoch: state.epoch, position: state.acked };
+    let same = |last: &Noted| Noted { ms: new.ms, ..last.clone() } == new;
+    if last.as_ref().is_some_and(same) && known_ms > 0 {
+        return Ok(());
+    }
+    acknowledged::note(&session, &keys.stream, &keys.group, &new).await?;
+    noted::remember(connection, keys, new.ms, &known.server).await?;
+    *last = Some(new);
+    Ok(())
+}
+
+/// PostgreSQL knows less than it had recorded: sends the reader back to PostgreSQL's position.
+async fn go_back(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    state: &noted::State,
+    known: &Known,
+    status: &Status,
+) -> Result<()> {
+    let noted = known.noted.clone().unwrap_or_default();
+    // A position is of use only to the relay, and in the numbering, that it comes from.
+    let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
+    let gap = position.is_none().then(|| {
+        Gap::new(
+            "the database lacks acknowledged events, and does not know from which position; everything that the relay \
+             still has is read again",
+            None,
+        )
+    });
+    let from = position.unwrap_or(0);
+    if noted::refill(connection, keys, state, from, noted.ms, &known.server, gap.as_ref()).await? {
+        let until = state.acked.unwrap_or(from);
+        *lock(&status.refill) = Some(Refill { from, until, since_ms: state.now_ms });
+        metrics::refilling(true);
+        metrics::count(metrics::DATABASE_WENT_BACK, 1);
+        if gap.is_some() {
+            metrics::count(metrics::RELAY_GAPS, 1);
+        }
+        error!(
+            from,
+            acknowledged = state.acked,
+            "PostgreSQL has gone back in time, or is another database: it lacks acknowledged events; the reader goes back \
+             for them"
+        );
+    }
+    Ok(())
+}

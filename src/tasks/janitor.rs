@@ -1,0 +1,89 @@
+//! Trims acknowledged entries, and records the state of the stream for all parts.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use redis::aio::MultiplexedConnection;
+use tracing::{error, info};
+
+use super::Task;
+use crate::metrics;
+use crate::status::{Status, lock};
+use crate::stream::{Keys, Redis, group, janitor};
+use crate::time::now_ms;
+
+/// Idle consumers with nothing pending are removed after this time.
+const FORGET_CONSUMERS: Duration = Duration::from_hours(1);
+/// The time between two rounds, and between two while there is more to trim.
+const ROUND: Duration = Duration::from_secs(1);
+const MORE: Duration = Duration::from_millis(50);
+
+/// One per process.
+pub struct Janitor {
+    keys: Keys,
+    redis: Redis,
+    status: Arc<Status>,
+    connection: Option<MultiplexedConnection>,
+    /// When idle consumers were last removed.
+    cleaned: Option<Instant>,
+    /// Whether another program works in the group.
+    beside: bool,
+    /// Whether an error of the script has been reported.
+    said: bool,
+}
+
+impl Janitor {
+    /// Has seen nothing yet.
+    #[must_use]
+    pub fn new(keys: Keys, redis: Redis, status: Arc<Status>) -> Self {
+        Self { keys, redis, status, connection: None, cleaned: None, beside: false, said: false }
+    }
+
+    async fn sweep(&mut self, connection: &mut MultiplexedConnection) -> Result<Duration> {
+        let look = match janitor::sweep(connection, &self.keys).await {
+            Ok(look) => look,
+            Err(error) => {
+                // Outages are reported by the parts that wait; errors of the script itself are reported here.
+                if error.code() == Some("ERR") && !std::mem::replace(&mut self.said, true) {
+                    error!(%error, "the janitor cannot read the stream: nothing is trimmed");
+                }
+                return Err(error.into());
+            }
+        };
+        metrics::look(&look);
+        let pause = if look.trimmed > 0 { MORE } else { ROUND };
+        let missing = !look.exists || !look.group;
+        *lock(&self.status.stream) = Some((look, now_ms()));
+        if missing {
+            metrics::note_ensured(group::ensure(connection, &self.keys).await?);
+            return Ok(pause);
+        }
+        if !self.status.pipelines.is_empty() {
+            let others = group::has_others(connection, &self.keys).await?;
+            if std::mem::replace(&mut self.beside, others) != others {
+                info!(others, "another program works in the consumer group, or holds entries there");
+            }
+        }
+        if self.cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
+            self.cleaned = Some(Instant::now());
+            let count = group::remove_idle_consumers(connection, &self.keys, FORGET_CONSUMERS, None).await?;
+            if count > 0 {
+                info!(count, "removed consumers that were idle for an hour");
+            }
+        }
+        Ok(pause)
+    }
+}
+
+impl Task for Janitor {
+    async fn round(&mut self) -> Result<Duration> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.redis.connect().await?,
+        };
+        let pause = self.sweep(&mut connection).await?;
+        self.connection = Some(connection);
+        Ok(pause)
+    }
+}

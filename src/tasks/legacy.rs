@@ -1,0 +1,77 @@
+//! Writes the keys of the old application's pages, every second and once more at the end, where they are wanted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use redis::aio::MultiplexedConnection;
+
+use super::Task;
+use crate::status::Status;
+use crate::store::{Store, takeover};
+use crate::stream::Redis;
+use crate::stream::legacy::{self, Legacy};
+
+const ROUND: Duration = Duration::from_secs(1);
+
+/// One per process.
+pub struct LegacyKeys {
+    /// `None` while that is to be found out.
+    wanted: Option<bool>,
+    legacy: Legacy,
+    redis: Redis,
+    store: Option<Store>,
+    status: Arc<Status>,
+    connection: Option<MultiplexedConnection>,
+}
+
+impl LegacyKeys {
+    /// `wanted`: `None` for where the database was that of the old workers. `url`: the relay's, without secrets.
+    #[must_use]
+    pub fn new(
+        wanted: Option<bool>,
+        url: String,
+        redis: Redis,
+        store: Option<Store>,
+        status: Arc<Status>,
+    ) -> Self {
+        Self { wanted, legacy: Legacy::new(url), redis, store, status, connection: None }
+    }
+
+    async fn are_wanted(&self, connection: &mut MultiplexedConnection) -> Result<bool> {
+        if legacy::is_there(connection).await? {
+            return Ok(true);
+        }
+        match &self.store {
+            Some(store) => Ok(takeover::was_theirs(store.session().await?.client()).await?),
+            None => Ok(false),
+        }
+    }
+}
+
+impl Task for LegacyKeys {
+    async fn round(&mut self) -> Result<Duration> {
+        if self.wanted == Some(false) {
+            return Ok(Duration::from_hours(1));
+        }
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.redis.connect().await?,
+        };
+        if self.wanted.is_none() {
+            self.wanted = Some(self.are_wanted(&mut connection).await?);
+        }
+        if self.wanted == Some(true) {
+            self.legacy.write(&mut connection, &self.status).await?;
+        }
+        self.connection = Some(connection);
+        Ok(ROUND)
+    }
+
+    async fn last(&mut self) {
+        if self.wanted == Some(true) {
+            // A page that misses the last second shows it after the next start.
+            let _ = self.round().await;
+        }
+    }
+}

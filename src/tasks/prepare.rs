@@ -1,0 +1,147 @@
+//! Before the first entry: the database is brought up to date, another program's work is replayed, and the consumer names
+//! are taken. They are kept until the end, and then given back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::RedisResult;
+use redis::aio::MultiplexedConnection;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{schema, takeover};
+use crate::config::Config;
+use crate::pipeline::{Names, Pipeline};
+use crate::status::State;
+use crate::store::verdict::Verdict;
+use crate::store::{Store, StoreError};
+use crate::stream::{Keys, Redis, group, is_oom, lease};
+use crate::time::Backoff;
+
+/// A consumer that sent a read within this time is active: pipelines read every second, the Python worker ten times a second.
+const ACTIVE: Duration = Duration::from_secs(3);
+/// The lease on the names is renewed this often.
+const RENEW: Duration = Duration::from_secs(3);
+/// How often it is tried while somebody else has them.
+const TRY_AGAIN: Duration = Duration::from_millis(250);
+
+/// Prepares the pipelines of a process.
+pub struct Prepare {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// Where the names are leased.
+    pub redis: Redis,
+    /// What is brought up to date.
+    pub store: Store,
+    /// What replays.
+    pub pipeline: Pipeline,
+    /// The pipelines wait until the names are ours.
+    pub names: watch::Sender<Names>,
+}
+
+impl Prepare {
+    /// Ends, and gives the names back, at `release`.
+    pub async fn run(self, release: CancellationToken) {
+        let keys = Keys::new(&self.config);
+        let token = lease::token(&self.config.consumer_id);
+        let work = async {
+            self.bring_up_to_date().await;
+            self.take_over(&keys, &release).await;
+            self.keep_names(&keys, &token).await;
+        };
+        release.run_until_cancelled(Box::pin(work)).await;
+        if let Ok(mut connection) = self.redis.connect().await {
+            // If it fails the lease runs out by itself.
+            let _ = lease::release(&mut connection, &keys.consumer_lease, &token).await;
+        }
+    }
+
+    async fn bring_up_to_date(&self) {
+        let mut delays = Backoff::default();
+        while let Err(error) = schema::bring_up_to_date(&self.store, self.config.auto_migrate).await {
+            let reason = error.message;
+            self.wait(match error.verdict {
+                Verdict::Halt | Verdict::Reject => State::Halted { reason },
+                Verdict::Reconnect | Verdict::Retry => State::WaitingForPostgres { reason },
+            });
+            tokio::time::sleep(delays.pause()).await;
+        }
+    }
+
+    async fn take_over(&self, keys: &Keys, stop: &CancellationToken) {
+        let mut delays = Backoff::default();
+        while let Err(error) = takeover::take_over(keys, &self.redis, &self.store, &self.pipeline, stop).await
+        {
+            let reason = format!("{error:#}");
+            self.wait(if error.is::<StoreError>() {
+                State::WaitingForPostgres { reason }
+            } else {
+                State::WaitingForRedis { reason }
+            });
+            tokio::time::sleep(delays.pause()).await;
+        }
+    }
+
+    /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
+    /// active under them without one.
+    async fn keep_names(&self, keys: &Keys, token: &str) {
+        let mut delays = Backoff::default();
+        loop {
+            let Err(error) = self.hold_names(keys, token).await;
+            // While Redis is down nobody else can take the lease either; we find out afterwards who holds it.
+            self.names.send_if_modified(|names| match names {
+                Names::Ours => false,
+                Names::Waiting(state) => {
+                    *state = State::WaitingForRedis { reason: error.to_string() };
+                    true
+                }
+            });
+            tokio::time::sleep(delays.pause().min(Duration::from_secs(1))).await;
+        }
+    }
+
+    async fn hold_names(&self, keys: &Keys, token: &str) -> RedisResult<std::convert::Infallible> {
+        let mut connection = self.redis.connect().await?;
+        loop {
+            let held = Self::holds(&mut connection, keys, token).await?;
+            let before = self.names.borrow().clone();
+            let active = if held && before != Names::Ours {
+                group::active(&mut connection, keys, &self.config.consumer_names(), ACTIVE).await?
+            } else {
+                None
+            };
+            if held && active.is_none() {
+                self.names.send_if_modified(|names| std::mem::replace(names, Names::Ours) != Names::Ours);
+                tokio::time::sleep(RENEW).await;
+                continue;
+            }
+            let reason = format!(
+                "another process works under CONSUMER_ID={}, or did a moment ago; an unused name is free after 10 s, \
+                 and concurrent processes need different names",
+                self.config.consumer_id
+            );
+            if !matches!(&before, Names::Waiting(State::WaitingForLease { .. })) {
+                warn!(reason, active, "waiting");
+            }
+            self.wait(State::WaitingForLease { reason });
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    /// Takes or renews the lease; false while somebody else has it.
+    async fn holds(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<bool> {
+        match lease::take(connection, &keys.consumer_lease, token).await {
+            // Redis refuses the lease because its memory is full: only our work can change that. That nobody holds it,
+            // and that nobody is active under our names, has to do.
+            Err(error) if is_oom(&error) => {
+                Ok(lease::life(connection, &keys.consumer_lease).await?.is_none())
+            }
+            held => held,
+        }
+    }
+
+    fn wait(&self, reason: State) {
+        self.names.send_replace(Names::Waiting(reason));
+    }
+}

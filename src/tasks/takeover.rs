@@ -1,0 +1,37 @@
+//! Replays what another program left in the group, before our first entry: at the first start on its database, and whenever
+//! such a program works beside us.
+
+use anyhow::Result;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::pipeline::Pipeline;
+use crate::store::{Store, takeover};
+use crate::stream::{Keys, Redis, group, is_nogroup};
+
+/// Once. `pipeline` replays; it reads nothing new.
+pub(super) async fn take_over(
+    keys: &Keys,
+    redis: &Redis,
+    store: &Store,
+    pipeline: &Pipeline,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let due = takeover::is_due(store.session().await?.client()).await?;
+    let mut connection = redis.connect().await?;
+    // Without a group nothing was left; the first reader creates one.
+    let others = match group::has_others(&mut connection, keys).await {
+        Ok(others) => others,
+        Err(error) if is_nogroup(&error) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if (due || others)
+        && let count @ 1.. = pipeline.take_over(stop).await?
+    {
+        info!(entries = count, "replayed entries that another program left pending");
+    }
+    if due {
+        takeover::done(store.session().await?.client()).await?;
+    }
+    Ok(())
+}

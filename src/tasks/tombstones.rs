@@ -1,0 +1,50 @@
+//! Once an hour, deletes tombstones that are older than the retention and than any entry that may still come.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use tracing::info;
+
+use super::Task;
+use crate::control::Control;
+use crate::store::{Store, tombstones};
+use crate::stream::{Keys, Redis, dead_letters};
+use crate::time::now_ms;
+
+const ROUND: Duration = Duration::from_hours(1);
+
+/// One per process with pipelines.
+pub struct Tombstones {
+    /// Where dead letters are, which may be retried.
+    pub keys: Keys,
+    /// As `keys`.
+    pub redis: Redis,
+    /// Where the tombstones are.
+    pub store: Store,
+    /// `TOMBSTONE_RETENTION`.
+    pub retention: Duration,
+    /// It pauses with the pipelines.
+    pub control: Arc<Control>,
+}
+
+impl Tombstones {
+    async fn sweep(&self) -> Result<u64> {
+        let mut connection = self.redis.connect().await?;
+        let oldest = dead_letters::oldest_source(&mut connection, &self.keys).await?;
+        let bound =
+            now_ms().saturating_sub(self.retention.as_millis() as u64).min(oldest.unwrap_or(u64::MAX));
+        Ok(tombstones::sweep(self.store.session().await?.client(), bound).await?)
+    }
+}
+
+impl Task for Tombstones {
+    async fn round(&mut self) -> Result<Duration> {
+        self.control.pipelines_go().await;
+        // If a server is down, try again in an hour.
+        if let Ok(count @ 1..) = self.sweep().await {
+            info!(count, "deleted tombstones older than the retention");
+        }
+        Ok(ROUND)
+    }
+}
