@@ -8,9 +8,9 @@ use std::hint::black_box;
 
 use standpipe::apply::{Context, interpret};
 use standpipe::config::Role;
+use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs};
 use standpipe::relay::decode::{Message, decode};
-use standpipe::stream::entry::Entry;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);

@@ -11,7 +11,7 @@ use tracing::info;
 
 use crate::config::LogLevel;
 use crate::metrics;
-use crate::status::lock;
+use crate::mutex::lock;
 
 /// Changes the log level.
 pub type SetLevel = Box<dyn Fn(LogLevel) -> Result<(), String> + Send + Sync>;

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 
 use crate::apply::{Context, interpret};
@@ -12,7 +11,7 @@ use crate::event::{EntryId, Reject};
 use crate::out;
 use crate::store::{Outcome, Store};
 use crate::stream::dead_letters::{self, Letter};
-use crate::stream::{Keys, epochs};
+use crate::stream::{Connection, Keys, epochs};
 
 /// Letters that are read at a time.
 const PAGE: usize = 200;
@@ -151,7 +150,7 @@ fn parsed(text: &str) -> Value {
 /// A walk over the letters, the oldest first. It ends at the letter that was the newest when it began: one whose retry
 /// failed comes back behind that.
 pub struct Walk {
-    connection: MultiplexedConnection,
+    connection: Connection,
     keys: Keys,
     filter: Filter,
     page: std::vec::IntoIter<Letter>,
@@ -176,7 +175,7 @@ impl Walk {
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn new(mut connection: MultiplexedConnection, keys: Keys, filter: Filter) -> Result<Self> {
+    pub async fn new(mut connection: Connection, keys: Keys, filter: Filter) -> Result<Self> {
         let end = dead_letters::newest(&mut connection, &keys).await?;
         let page = Vec::new().into_iter();
         Ok(Self { connection, keys, filter, page, after: None, end, until: None, interrupted: false })
@@ -271,7 +270,7 @@ pub enum Retried {
 ///
 /// Redis or PostgreSQL cannot be reached, or PostgreSQL refuses for a reason unrelated to the letter.
 pub async fn retry(
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     keys: &Keys,
     store: &Store,
     letter: Letter,

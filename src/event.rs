@@ -1,12 +1,14 @@
 //! The common language of the pipelines: an event is what one stream entry says, in operations that the database
 //! understands. Pure data; nothing here knows Redis or PostgreSQL.
 
+mod entry;
 mod epoch;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+pub use entry::Entry;
 pub use epoch::{Epochs, Start};
 
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.

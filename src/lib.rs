@@ -1,16 +1,30 @@
 //! standpipe: the AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL,
 //! one transaction per event.
 //!
-//! Data goes one way, and imports run down this list:
+//! Imports point up this list; a test reads the `use` lines.
 //!
-//! 1. [`relay`]: frames in: subscribe, decode
-//! 2. [`stream`]: the only place that knows Redis
-//! 3. [`pipeline`]: the loop: read, apply, acknowledge
-//! 4. [`apply`]: what each kind of event means
-//! 5. [`store`]: the only place that knows PostgreSQL
-//!
-//! [`event`] is the language they share, [`config`] the only place that reads the environment, [`run`] the only place
-//! that spawns.
+//! - [`mutex`]: locks that outlive a panic
+//! - [`stop`]: the end of a loop
+//! - [`time`]: the clock, and the pauses between attempts
+//! - [`out`]: what commands print
+//! - [`crash`]: the points at which tests make the process die
+//! - [`event`]: the common language: entries, events, operations, versions; pure
+//! - [`apply`]: what each kind of event means; pure
+//! - [`config`]: the only place that reads the environment
+//! - [`stream`]: the only place that knows Redis
+//! - [`status`]: what the parts are doing
+//! - [`metrics`]: names and meanings of what Prometheus scrapes
+//! - [`control`]: pause, resume, drain
+//! - [`logging`]: where log lines go
+//! - [`store`]: the only place that knows PostgreSQL
+//! - [`relay`]: frames in: subscribe, decode, append
+//! - [`pipeline`]: the loop: take, apply, settle
+//! - [`report`]: the state of stream and process, for people and programs
+//! - [`dead_letters`]: inspecting, retrying and purging what could not be applied
+//! - [`tasks`]: what else has to be done now and then
+//! - [`doctor`]: `standpipe check`
+//! - [`http`]: health, metrics, status, the dashboard, the operator's commands
+//! - [`run`]: the only place that spawns
 
 // Anything that would end the process or a pipeline needs a reason in place. Tests are exempt.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
@@ -25,6 +39,7 @@ pub mod event;
 pub mod http;
 pub mod logging;
 pub mod metrics;
+pub mod mutex;
 pub mod out;
 pub mod pipeline;
 pub mod relay;

@@ -132,12 +132,12 @@ pub fn operations(kind: Kind, total: u32, applied: u32) {
 
 /// Exports the state of the stream.
 pub fn look(look: &Look) {
-    let waiting = crate::report::waiting(look);
+    let waiting = look.waiting();
     metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
     metrics::gauge!(PENDING).set(look.pending as f64);
     metrics::gauge!(LAG_KNOWN).set(if waiting.is_some() { 1.0 } else { 0.0 });
     metrics::gauge!(WAITING).set(waiting.map_or(f64::NAN, |waiting| waiting as f64));
-    metrics::gauge!(OLDEST).set(crate::report::oldest_seconds(look).unwrap_or(0.0));
+    metrics::gauge!(OLDEST).set(look.oldest_seconds().unwrap_or(0.0));
     count(TRIMMED, look.trimmed);
     note_removed(look.removed);
     if look.set_back {

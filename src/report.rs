@@ -5,15 +5,14 @@ pub mod table;
 
 use std::sync::atomic::Ordering;
 
-use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
 use serde::{Deserialize, Serialize};
 
-use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, lock};
-use crate::stream::Keys;
+use crate::mutex::lock;
+use crate::status::{PipelineStatus, ReaderStatus, Settings, Status};
+use crate::stream::dead_letters as letters;
 use crate::stream::gap::{self, Missed};
 use crate::stream::group::{self, ConsumerInfo};
-use crate::stream::janitor::Look;
+use crate::stream::{Connection, Keys, StreamResult, server};
 use crate::time::now_ms;
 
 /// The whole of it.
@@ -99,13 +98,12 @@ pub struct PoolReport {
 /// # Errors
 ///
 /// It cannot be reached.
-pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Report> {
+pub async fn report(connection: &mut Connection, keys: &Keys) -> StreamResult<Report> {
     let look = crate::stream::janitor::look(connection, keys).await?;
-    let (cursor, relay): (Option<String>, Option<String>) =
-        redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await?;
+    let (cursor, relay) = server::cursor(connection, keys).await?;
     let missing = gap::read(connection, keys).await?;
     let consumers = if look.group { group::consumers(connection, keys).await? } else { Vec::new() };
-    let dead_letters = redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await?;
+    let dead_letters = letters::count(connection, keys).await?;
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         stream: StreamReport {
@@ -114,9 +112,9 @@ pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> Redi
             exists: look.exists,
             group_exists: look.group,
             length: look.length,
-            waiting: waiting(&look),
+            waiting: look.waiting(),
             pending: look.pending,
-            oldest_waiting_seconds: oldest_seconds(&look),
+            oldest_waiting_seconds: look.oldest_seconds(),
             trim_held_by: look.held_by,
             cursor: cursor.and_then(|cursor| cursor.parse().ok()),
             relay,
@@ -126,18 +124,6 @@ pub async fn report(connection: &mut MultiplexedConnection, keys: &Keys) -> Redi
         missing,
         process: None,
     })
-}
-
-/// Entries not yet delivered: `None` if Redis cannot tell. An empty backlog is 0 even then.
-#[must_use]
-pub fn waiting(look: &Look) -> Option<u64> {
-    if look.group && look.oldest_waiting.is_none() { Some(0) } else { look.lag }
-}
-
-/// Age of the oldest entry that is not acknowledged.
-#[must_use]
-pub fn oldest_seconds(look: &Look) -> Option<f64> {
-    look.oldest_unacknowledged().map(|id| now_ms().saturating_sub(id.ms) as f64 / 1000.0)
 }
 
 /// This process's own report.

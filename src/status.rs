@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use crate::mutex::lock;
 use crate::stream::janitor::Look;
 use crate::stream::legacy::Counts;
 use crate::stream::noted::Refill;
@@ -259,11 +260,6 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
         left -= count;
     }
     None
-}
-
-/// The lock's content, even after a panic: every write leaves it whole.
-pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Status {

@@ -269,7 +269,7 @@ fn jumps(numbers: impl Iterator<Item = u64>) -> impl Iterator<Item = (u64, u64)>
 /// Entries that were waiting or pending at the last look.
 fn unfinished(status: &Status) -> Option<u64> {
     let (look, _) = status.look()?;
-    Some(standpipe::report::waiting(&look)? + look.pending).filter(|count| *count > 0)
+    Some(look.waiting()? + look.pending).filter(|count| *count > 0)
 }
 
 /// Starts a server again that ended, so that its end can be tried.
@@ -336,14 +336,14 @@ async fn watch(
 /// Whether the last event is in the stream and everything in the stream is acknowledged. `arrived`: since when the first
 /// of these is so.
 fn is_finished(running: &Running, last_seq: Option<u64>, arrived: &mut Option<u64>) -> bool {
-    let cursor = running.status.reader.as_ref().and_then(|reader| standpipe::status::lock(reader).cursor);
+    let cursor = running.status.reader.as_ref().and_then(|reader| standpipe::mutex::lock(reader).cursor);
     if !matches!((cursor, last_seq), (Some(cursor), Some(last)) if cursor.unsigned_abs() >= last) {
         return false;
     }
     // A look taken after the last append: the state before it says nothing.
     let arrived = *arrived.get_or_insert_with(now_ms);
     running.status.look().is_some_and(|(look, at)| at > arrived + LOOK && look.is_drained())
-        && running.status.pipelines.iter().all(|pipeline| standpipe::status::lock(pipeline).in_flight == 0)
+        && running.status.pipelines.iter().all(|pipeline| standpipe::mutex::lock(pipeline).in_flight == 0)
 }
 
 /// CPU seconds and peak resident bytes of this process.

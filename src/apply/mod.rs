@@ -22,10 +22,10 @@ use std::collections::HashSet;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::event::Entry;
 #[cfg(test)]
 use crate::event::EntryId;
 use crate::event::{Epochs, Event, Kind, Micros, Op, Reason, Reject, Rejected, Version, check_rev};
-use crate::stream::entry::Entry;
 use crate::time::now_ms;
 use json::Text;
 

@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use super::json::Text;
 use super::{Context, MAX_NAME, check_did, datetime, parse};
+use crate::event::Entry;
 use crate::event::{Event, Json, Kind, Op, Reason, Reject, Version};
-use crate::stream::entry::Entry;
 
 #[derive(Deserialize)]
 struct Identity<'a> {

@@ -5,12 +5,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use standpipe::config::Config;
 use standpipe::report::table::{Beside, table};
 use standpipe::store::{Store, migrate};
-use standpipe::stream::{Keys, Redis, dead_letters};
+use standpipe::stream::{Connection, Keys, Redis, StreamResult, dead_letters};
 use standpipe::time::now_ms;
 use standpipe::{http, out, report};
 
@@ -124,7 +123,7 @@ struct Asker {
     keys: Keys,
     redis: Redis,
     /// Kept while it is good.
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
 }
 
 impl Asker {
@@ -168,7 +167,7 @@ impl Asker {
         status["process"].is_object().then_some(status)
     }
 
-    async fn connection(&mut self) -> redis::RedisResult<MultiplexedConnection> {
+    async fn connection(&mut self) -> StreamResult<Connection> {
         match self.connection.take() {
             Some(connection) => Ok(connection),
             None => self.redis.connect().await,
@@ -182,7 +181,7 @@ impl Asker {
         Ok(serde_json::to_value(report)?)
     }
 
-    async fn add_reasons(&mut self, status: &Value, beside: &mut Beside) -> redis::RedisResult<()> {
+    async fn add_reasons(&mut self, status: &Value, beside: &mut Beside) -> StreamResult<()> {
         let mut connection = self.connection().await?;
         let reasons = dead_letters::reasons(&mut connection, &self.keys, REASONS).await?;
         self.connection = Some(connection);

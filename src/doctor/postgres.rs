@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use tokio_postgres::{Client, Row};
+use crate::store::{Client, Row};
 
 use super::{Findings, rough, size, some_of};
 use crate::config::{Config, DatabaseUrl};

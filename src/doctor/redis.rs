@@ -3,15 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use redis::aio::MultiplexedConnection;
-use redis::{RedisError, RedisResult};
-
 use super::{Findings, rough, size, some_of};
 use crate::config::{Config, MemoryMark};
 use crate::report::Report;
+use crate::stream::dead_letters as letters;
 use crate::stream::group::{self, Pending};
 use crate::stream::noted::{self, Refill};
-use crate::stream::{Keys, Redis, rights};
+use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, lease, rights, server};
 
 /// Maximum number of pending entries to check.
 const PENDING_SEEN: usize = 1000;
@@ -49,11 +47,11 @@ pub async fn check(config: &Config, findings: &mut Findings) -> usize {
 async fn look(
     config: &Config,
     keys: &Keys,
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     findings: &mut Findings,
-) -> RedisResult<usize> {
+) -> StreamResult<usize> {
     // Missing permissions are reported by the rights check.
-    let info = permitted(redis::cmd("INFO").query_async::<String>(connection).await)?;
+    let info = permitted(server::info(connection).await)?;
     if let Some(info) = &info {
         let info = Info(info);
         let mode = info.text("redis_mode");
@@ -68,9 +66,7 @@ async fn look(
         memory(config, info, findings);
     }
     let asked = Instant::now();
-    if let Some((seconds, micros)) =
-        permitted(redis::cmd("TIME").query_async::<(u64, u64)>(connection).await)?
-    {
+    if let Some((seconds, micros)) = permitted(server::time(connection).await)? {
         findings.clock(seconds as f64 + micros as f64 / 1e6, asked.elapsed());
     }
     if !may_do_everything(config, keys, connection, findings).await? {
@@ -87,7 +83,7 @@ async fn look(
         .collect();
     let mut leased = BTreeSet::new();
     for id in ids {
-        if redis::cmd("EXISTS").arg(keys.lease_of(id)).query_async(connection).await? {
+        if lease::is_held(connection, &keys.lease_of(id)).await? {
             leased.insert(id);
         }
     }
@@ -115,7 +111,7 @@ fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
 }
 
 /// The answer, unless our user lacks the permission.
-fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
+fn permitted<T>(answer: StreamResult<T>) -> StreamResult<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
         Err(error) if error.code() == Some("NOPERM") => Ok(None),
@@ -124,7 +120,7 @@ fn permitted<T>(answer: RedisResult<T>) -> RedisResult<Option<T>> {
 }
 
 /// The cause of an error, and the remedy.
-fn explain(error: &RedisError) -> (String, &'static str) {
+fn explain(error: &StreamError) -> (String, &'static str) {
     let text = error.to_string();
     let says = |part: &str| text.contains(part);
     let other_name = says("NotValidForName") || says("not valid for name");
@@ -138,7 +134,7 @@ fn explain(error: &RedisError) -> (String, &'static str) {
         "write into REDIS_URL the host's name that stands in its certificate"
     } else if says("InvalidContentType") {
         "it does not speak TLS there: write redis:// into REDIS_URL, or its TLS port"
-    } else if matches!(error.kind(), redis::ErrorKind::AuthenticationFailed)
+    } else if server::refused_login(error)
         || says("WRONGPASS")
         || says("NOAUTH")
         || says("invalid username-password")
@@ -184,20 +180,11 @@ struct Settings {
 }
 
 impl Settings {
-    async fn read(connection: &mut MultiplexedConnection) -> RedisResult<Self> {
-        let mut values = Vec::new();
-        for name in ["appendfsync", "save"] {
-            let answer =
-                redis::cmd("CONFIG").arg("GET").arg(name).query_async::<Vec<String>>(connection).await;
-            values.push(match answer {
-                Ok(pair) => pair.into_iter().nth(1),
-                // Hosted servers do not have the command at all.
-                Err(error) if error.is_io_error() => return Err(error),
-                Err(_) => None,
-            });
-        }
-        let save = values.pop().flatten();
-        Ok(Self { append_fsync: values.pop().flatten(), save })
+    async fn read(connection: &mut Connection) -> StreamResult<Self> {
+        Ok(Self {
+            append_fsync: server::setting(connection, "appendfsync").await?,
+            save: server::setting(connection, "save").await?,
+        })
     }
 }
 
@@ -362,11 +349,11 @@ fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
 async fn may_do_everything(
     config: &Config,
     keys: &Keys,
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     findings: &mut Findings,
-) -> RedisResult<bool> {
+) -> StreamResult<bool> {
     const WHAT: &str = "rights";
-    let who = permitted(redis::cmd("ACL").arg("WHOAMI").query_async::<String>(connection).await);
+    let who = permitted(server::who_am_i(connection).await);
     let who = who.ok().flatten().map_or_else(|| "this user".to_owned(), |name| format!("user {name}"));
     let Some(missing) = rights::missing(connection, keys).await? else {
         findings.error(
@@ -541,12 +528,12 @@ async fn dead_letters(
     config: &Config,
     keys: &Keys,
     report: &Report,
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     findings: &mut Findings,
-) -> RedisResult<()> {
+) -> StreamResult<()> {
     const WHAT: &str = "dead letters";
-    let bytes: Option<u64> = redis::cmd("GET").arg(keys.dead_bytes()).query_async(connection).await?;
-    let (bytes, budget) = (bytes.unwrap_or(0), config.dead_letter_max_bytes);
+    let bytes = letters::bytes(connection, keys).await?;
+    let budget = config.dead_letter_max_bytes;
     if report.dead_letters == 0 {
         findings.ok(WHAT, "none");
     } else if bytes / 9 >= budget / 10 {
@@ -622,22 +609,12 @@ fn consumers(
 async fn dangling(
     keys: &Keys,
     pending: &[Pending],
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     findings: &mut Findings,
-) -> RedisResult<()> {
+) -> StreamResult<()> {
     const WHAT: &str = "pending entries";
-    let mut pipe = redis::pipe();
-    for entry in pending {
-        pipe.cmd("XRANGE").arg(&keys.stream).arg(&entry.id).arg(&entry.id);
-    }
-    let found: Vec<Vec<redis::Value>> =
-        if pending.is_empty() { Vec::new() } else { pipe.query_async(connection).await? };
-    let gone: Vec<&String> = pending
-        .iter()
-        .zip(&found)
-        .filter(|(_, entry)| entry.is_empty())
-        .map(|(entry, _)| &entry.id)
-        .collect();
+    let gone: Vec<&String> =
+        group::dangling(connection, keys, pending).await?.into_iter().map(|entry| &entry.id).collect();
     if gone.is_empty() {
         findings.ok(WHAT, "all of them are still in the stream");
     } else {

@@ -18,6 +18,7 @@ use crate::config::LogLevel;
 use crate::control::Part;
 use crate::dead_letters::{Filter, Retries, Walk};
 use crate::event::EntryId;
+use crate::stream::StreamResult;
 use crate::stream::dead_letters::{self, Letter};
 
 /// Dead letters in one answer.
@@ -242,7 +243,7 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
             }
         }
     };
-    let found: redis::RedisResult<(Vec<Value>, Option<String>, usize)> = work.await;
+    let found: StreamResult<(Vec<Value>, Option<String>, usize)> = work.await;
     match found {
         Ok((letters, next, looked)) => {
             Json(json!({ "letters": letters, "next": next, "looked_through": looked })).into_response()

@@ -18,8 +18,9 @@ use super::Server;
 use super::health::{Facts, Level, health, words};
 use crate::event::{Kind, Reason};
 use crate::metrics;
-use crate::report;
-use crate::status::{PipelineStatus, ReaderStatus, State, lock, percentile};
+use crate::mutex::lock;
+use crate::status::{PipelineStatus, ReaderStatus, State, percentile};
+use crate::stream::dead_letters as letters;
 use crate::time::now_ms;
 
 /// Maximum concurrent viewers: their connections stay open, and other requests need room.
@@ -206,7 +207,7 @@ pub async fn count_dead_letters(server: &Server) {
     loop {
         if let Ok(mut connection) = server.redis.connect().await {
             loop {
-                let count = redis::cmd("XLEN").arg(&server.keys.dead).query_async(&mut connection).await;
+                let count = letters::count(&mut connection, &server.keys).await;
                 let Ok(count) = count else { break };
                 server.live.dead_letters.store(count, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_secs(2)).await;
@@ -238,8 +239,8 @@ fn snapshot(server: &Server, samples: &mut VecDeque<Sample>) -> (Value, Point) {
         status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect();
     let reader: Option<ReaderStatus> = status.reader.as_ref().map(|reader| lock(reader).clone());
     let look = status.look();
-    let waiting = look.as_ref().and_then(|(look, _)| report::waiting(look));
-    let oldest = look.as_ref().and_then(|(look, _)| report::oldest_seconds(look));
+    let waiting = look.as_ref().and_then(|(look, _)| look.waiting());
+    let oldest = look.as_ref().and_then(|(look, _)| look.oldest_seconds());
 
     let sample = Sample {
         at: Instant::now(),

@@ -19,7 +19,6 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
-use redis::aio::MultiplexedConnection;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
@@ -29,10 +28,11 @@ use self::live::Live;
 use crate::config::{AdminToken, Config, LogLevel};
 use crate::control::Control;
 use crate::metrics;
+use crate::mutex::lock;
 use crate::report::{self, PoolReport};
-use crate::status::{State, Status, lock};
+use crate::status::{State, Status};
 use crate::store::Store;
-use crate::stream::{Keys, Redis};
+use crate::stream::{Connection, Keys, Redis, StreamError};
 use crate::time::now_ms;
 
 /// A backlog without progress for this long means not ready.
@@ -51,7 +51,7 @@ pub struct Server {
     status: Arc<Status>,
     keys: Keys,
     redis: Redis,
-    connection: Mutex<Option<MultiplexedConnection>>,
+    connection: Mutex<Option<Connection>>,
     store: Option<Store>,
     pool_max: usize,
     metrics: PrometheusHandle,
@@ -160,7 +160,7 @@ impl Server {
         match tokio::time::timeout(ANSWER, ask).await {
             Ok(Ok(report)) => Ok(report),
             Ok(Err(error)) => {
-                let error: redis::RedisError = error;
+                let error: StreamError = error;
                 Err(error.to_string())
             }
             Err(_) => Err(format!("no answer within {ANSWER:?}")),

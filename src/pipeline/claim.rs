@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::{Ended, Pipeline};
 use crate::crash::{self, Point};
+use crate::event::Entry;
 use crate::metrics;
-use crate::status::lock;
-use crate::stream::entry::{Batch, Entry};
-use crate::stream::{group, is_nogroup};
+use crate::mutex::lock;
+use crate::stream::entry::Batch;
+use crate::stream::{Connection, group, is_nogroup};
 
 /// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
 const CLAIM_BYTES: usize = 16 * 1024 * 1024;
@@ -21,7 +21,7 @@ impl Pipeline {
     /// taking entries from each other would not help.
     pub(super) async fn claim(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
         let mut start = Some("0-0".to_owned());

@@ -18,20 +18,20 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use redis::aio::MultiplexedConnection;
-use redis::{RedisError, RedisResult};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, TransactionMode};
 use crate::crash::{self, Point};
+use crate::event::Entry;
 use crate::event::{EntryId, Epochs};
 use crate::metrics;
-use crate::status::{State, Status, lock};
+use crate::mutex::lock;
+use crate::status::{State, Status};
 use crate::stop::{Stopped, or_stop};
 use crate::store::Store;
-use crate::stream::entry::{Batch, Entry};
-use crate::stream::{Keys, Redis, epochs, group, is_nogroup};
+use crate::stream::entry::Batch;
+use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, epochs, group, is_nogroup};
 use crate::time::Backoff;
 use work::Work;
 
@@ -75,7 +75,7 @@ pub enum Ended {
     Stopped(#[from] Stopped),
     /// Redis cannot be reached, or refuses.
     #[error(transparent)]
-    Redis(#[from] RedisError),
+    Redis(#[from] StreamError),
 }
 
 /// Whether this process has its consumer names to itself.
@@ -229,7 +229,7 @@ impl Pipeline {
     /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
     async fn finish_left(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         left: &mut Vec<Entry>,
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
@@ -241,7 +241,7 @@ impl Pipeline {
     /// process, its neighbours get through. The count alone never makes a dead letter.
     async fn work_again(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         mut batch: Batch,
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
@@ -266,7 +266,7 @@ impl Pipeline {
     /// where `may_leave` allows it.
     async fn work(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         batch: Batch,
         may_leave: bool,
         stop: &CancellationToken,
@@ -304,7 +304,7 @@ impl Pipeline {
     }
 
     /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
-    async fn keep_fresh<T>(&self, mut connection: MultiplexedConnection, ids: &[EntryId]) -> T {
+    async fn keep_fresh<T>(&self, mut connection: Connection, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
             let _ = group::keep_fresh(&mut connection, &self.keys, &self.consumer, ids).await;
@@ -315,7 +315,7 @@ impl Pipeline {
     /// what is done, and which are left.
     async fn finish<'a>(
         &self,
-        mut connection: MultiplexedConnection,
+        mut connection: Connection,
         entries: &'a [Entry],
         may_leave: bool,
         stop: &CancellationToken,
@@ -341,11 +341,7 @@ impl Pipeline {
     }
 
     /// The epochs of the stream, where one of these entries does not say which it belongs to.
-    async fn epochs_of(
-        &self,
-        connection: &mut MultiplexedConnection,
-        entries: &[Entry],
-    ) -> RedisResult<Epochs> {
+    async fn epochs_of(&self, connection: &mut Connection, entries: &[Entry]) -> StreamResult<Epochs> {
         if entries.iter().all(epochs::is_named) {
             return Ok(Epochs::default());
         }

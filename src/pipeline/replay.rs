@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use redis::aio::MultiplexedConnection;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::work::Work;
 use super::{Ended, Pipeline};
 use crate::event::{EntryId, Op};
+use crate::stream::Connection;
 use crate::stream::group::{self, LeaveOut};
 
 /// The scope of a replay of delivered entries.
@@ -37,7 +37,7 @@ impl Pipeline {
     /// is delivered from now on finds our rows.
     pub(super) async fn apply_later(
         &self,
-        mut connection: MultiplexedConnection,
+        mut connection: Connection,
         done: &[Work<'_>],
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
@@ -77,7 +77,7 @@ impl Pipeline {
     /// Returns how many entries were looked at.
     async fn replay_delivered(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         mut after: EntryId,
         mut replay: Replay,
         stop: &CancellationToken,

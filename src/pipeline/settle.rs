@@ -2,25 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
-
 use super::Pipeline;
 use super::work::{Stage, Work};
 use crate::crash::{self, Point};
 use crate::event::{EntryId, Kind};
 use crate::metrics;
 use crate::stream::dead_letters::{Buried, bury};
-use crate::stream::group;
+use crate::stream::{Connection, StreamResult, group};
 use crate::time::now_ms;
 
 impl Pipeline {
     /// Everything in `done` is durable or rejected.
     pub(super) async fn acknowledge(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         done: &[Work<'_>],
-    ) -> RedisResult<()> {
+    ) -> StreamResult<()> {
         let good: Vec<EntryId> =
             done.iter().filter(|work| work.rejected.is_empty()).map(|work| work.entry.id).collect();
         group::acknowledge(connection, &self.keys, &good).await?;

@@ -4,8 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::apply::{Context, interpret};
 use crate::crash;
+use crate::event::Entry;
 use crate::event::{Epochs, Event, Kind, Reason, Reject, Rejected};
-use crate::stream::entry::Entry;
 
 /// An entry, what is to be done about it, and what cannot be.
 pub(super) struct Work<'a> {

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use anyhow::Result as AnyResult;
 use futures_util::StreamExt as _;
-use redis::aio::MultiplexedConnection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_tungstenite::Connector;
@@ -32,7 +31,7 @@ use crate::stream::append::{
     self, AppendError, Appendix, Budget, Cursor, CursorError, Move, NewEntry, NewLetter,
 };
 use crate::stream::gap::Gap;
-use crate::stream::{Keys, Redis, group, is_oom, lease};
+use crate::stream::{Connection, Keys, Redis, StreamError, group, is_oom, lease};
 use crate::time::{Backoff, now_ms};
 
 /// Queue between the socket and Redis. A slow Redis then slows the socket.
@@ -73,7 +72,7 @@ pub struct Reader {
 #[derive(Debug, thiserror::Error)]
 enum End {
     #[error("Redis: {0}")]
-    Redis(#[from] redis::RedisError),
+    Redis(#[from] StreamError),
     #[error("{0}")]
     Append(#[from] AppendError),
     #[error("relay: {reason}")]
@@ -375,11 +374,7 @@ impl Reader {
     }
 
     /// Waits for the lease; `false` when it is time to stop.
-    async fn take_lease(
-        &self,
-        connection: &mut MultiplexedConnection,
-        stop: &CancellationToken,
-    ) -> Result<bool, End> {
+    async fn take_lease(&self, connection: &mut Connection, stop: &CancellationToken) -> Result<bool, End> {
         let mut said = false;
         while !lease::take(connection, &self.keys.lease, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
@@ -638,7 +633,7 @@ impl Reader {
     /// Queue -> stream, until the queue is closed and empty.
     async fn append(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         mut queue: mpsc::Receiver<Item>,
         cursor: &mut Cursor,
         plan: &Plan,
@@ -746,7 +741,7 @@ impl Reader {
     /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
     async fn look(
         &self,
-        connection: &mut MultiplexedConnection,
+        connection: &mut Connection,
         cursor: &mut Cursor,
         run_id: &mut Option<String>,
         stop: &CancellationToken,

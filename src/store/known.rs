@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
 use std::sync::Mutex;
 
-use crate::status::lock;
+use crate::mutex::lock;
 
 /// Accounts per generation: 16 bytes each, twice.
 const GENERATION: usize = 100_000;

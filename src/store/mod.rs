@@ -6,6 +6,7 @@ mod known;
 pub mod migrate;
 pub mod purge;
 pub mod settings;
+pub mod statements;
 pub mod takeover;
 pub mod tls;
 pub mod tombstones;
@@ -27,8 +28,10 @@ use futures_util::StreamExt as _;
 use futures_util::future::join;
 use futures_util::stream::FuturesOrdered;
 use tokio::sync::watch;
-use tokio_postgres::{Error, Row, Statement};
+use tokio_postgres::{Error, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
+
+pub use tokio_postgres::{Client, Row};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
@@ -278,12 +281,12 @@ pub struct Session {
 impl Session {
     /// The driver's client.
     #[must_use]
-    pub fn client(&self) -> &tokio_postgres::Client {
+    pub fn client(&self) -> &Client {
         &self.client
     }
 
     /// The driver's client, for transactions of one's own.
-    pub fn client_mut(&mut self) -> &mut tokio_postgres::Client {
+    pub fn client_mut(&mut self) -> &mut Client {
         &mut self.client
     }
 

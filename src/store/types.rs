@@ -371,8 +371,8 @@ fn kind_name(delete: bool, kind: Kind) -> &'static str {
 mod tests {
     use super::*;
     use crate::apply::{Context, interpret};
+    use crate::event::Entry;
     use crate::event::{EntryId, Epochs};
-    use crate::stream::entry::Entry;
 
     fn like(rkey: &str, post: &str) -> String {
         format!(

@@ -10,11 +10,29 @@ use serde::Serialize;
 
 use super::Keys;
 use super::append::NewLetter;
-use super::entry::Entry;
-use crate::event::{EntryId, InvalidEntryId, Reject, Rejected};
+use crate::event::{Entry, EntryId, InvalidEntryId, Reject, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
+
+/// How many there are.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn count(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<u64> {
+    redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await
+}
+
+/// How many bytes they take.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn bytes(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<u64> {
+    let bytes: Option<u64> = redis::cmd("GET").arg(keys.dead_bytes()).query_async(connection).await?;
+    Ok(bytes.unwrap_or(0))
+}
 
 /// The outcome for an entry with bad operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

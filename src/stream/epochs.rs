@@ -7,8 +7,7 @@ use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 
 use super::Keys;
-use super::entry::Entry;
-use crate::event::{EntryId, Epochs, Start};
+use crate::event::{Entry, EntryId, Epochs, Start};
 
 /// Whether an entry says itself which epoch it belongs to: our reader writes that last.
 #[must_use]

@@ -8,9 +8,9 @@ use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue as _, ParsingError, RedisError, RedisResult, Script, Value};
 use serde::{Deserialize, Serialize};
 
-use super::entry::{Batch, Entry};
+use super::entry::Batch;
 use super::{BLOCK, Keys};
-use crate::event::EntryId;
+use crate::event::{Entry, EntryId};
 
 /// A consumer of another program that has been idle for longer, and holds nothing, is gone.
 const OTHERS_IDLE: Duration = Duration::from_mins(10);
@@ -460,6 +460,27 @@ pub async fn delivered(
     batch.extend(entries)?;
     let entries = batch.entries.into_iter().zip(pending.into_iter().map(|pending| pending == 1)).collect();
     Ok(Delivered { last: last.parse().ok(), looked_at, entries })
+}
+
+/// Which of these pending entries are no longer in the stream.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn dangling<'a>(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    pending: &'a [Pending],
+) -> RedisResult<Vec<&'a Pending>> {
+    if pending.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut pipe = redis::pipe();
+    for entry in pending {
+        pipe.cmd("XRANGE").arg(&keys.stream).arg(&entry.id).arg(&entry.id);
+    }
+    let found: Vec<Vec<Value>> = pipe.query_async(connection).await?;
+    Ok(pending.iter().zip(&found).filter(|(_, entry)| entry.is_empty()).map(|(entry, _)| entry).collect())
 }
 
 #[cfg(test)]

@@ -46,6 +46,18 @@ pub struct Look {
 }
 
 impl Look {
+    /// Entries not yet delivered: `None` if Redis cannot tell. An empty backlog is 0 even then.
+    #[must_use]
+    pub fn waiting(&self) -> Option<u64> {
+        if self.group && self.oldest_waiting.is_none() { Some(0) } else { self.lag }
+    }
+
+    /// Age of the oldest entry that is not acknowledged.
+    #[must_use]
+    pub fn oldest_seconds(&self) -> Option<f64> {
+        self.oldest_unacknowledged().map(|id| now_ms().saturating_sub(id.ms) as f64 / 1000.0)
+    }
+
     /// The oldest entry whose effects may not be durable.
     #[must_use]
     pub fn oldest_unacknowledged(&self) -> Option<EntryId> {

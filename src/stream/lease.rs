@@ -75,3 +75,12 @@ pub async fn life(connection: &mut MultiplexedConnection, key: &str) -> RedisRes
 pub fn token(consumer_id: &str) -> String {
     format!("{consumer_id}:{}:{:016x}", std::process::id(), fastrand::u64(..))
 }
+
+/// Whether some process has this lease.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn is_held(connection: &mut MultiplexedConnection, key: &str) -> RedisResult<bool> {
+    redis::cmd("EXISTS").arg(key).query_async(connection).await
+}

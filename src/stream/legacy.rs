@@ -4,8 +4,6 @@
 use redis::RedisResult;
 use redis::aio::MultiplexedConnection;
 
-use crate::status::{State, Status, lock};
-
 const METRICS: &str = "cluster:metrics";
 const STATUS: &str = "firehose:status";
 /// Both.
@@ -36,6 +34,15 @@ pub struct Counts {
     pub errors: u64,
 }
 
+/// What the pages show of the reader.
+#[derive(Clone, Copy, Debug)]
+pub struct ReaderState {
+    /// Whether it gets events from the relay.
+    pub connected: bool,
+    /// The position up to which everything is in the stream.
+    pub cursor: Option<i64>,
+}
+
 /// Whether the old application's hash is there.
 ///
 /// # Errors
@@ -60,9 +67,9 @@ impl Legacy {
     pub async fn write(
         &mut self,
         connection: &mut MultiplexedConnection,
-        status: &Status,
+        counts: Counts,
+        reader: Option<ReaderState>,
     ) -> RedisResult<()> {
-        let counts = status.counts();
         let mut pipe = redis::pipe();
         pipe.atomic();
         for (field, now, before) in [
@@ -76,10 +83,9 @@ impl Legacy {
                 pipe.cmd("HINCRBY").arg(METRICS).arg(field).arg(now - before).ignore();
             }
         }
-        if let Some(reader) = &status.reader {
-            let reader = lock(reader).clone();
+        if let Some(reader) = reader {
             let text = serde_json::json!({
-                "connected": reader.connected && reader.state == State::Running,
+                "connected": reader.connected,
                 "url": self.url,
                 "currentCursor": reader.cursor.map(|cursor| cursor.to_string()),
             });

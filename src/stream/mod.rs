@@ -11,6 +11,7 @@ pub mod lease;
 pub mod legacy;
 pub mod noted;
 pub mod rights;
+pub mod server;
 
 use std::time::Duration;
 
@@ -20,6 +21,10 @@ use redis::io::tcp::socket2::TcpKeepalive;
 use redis::{AsyncConnectionConfig, ConnectionAddr, IntoConnectionInfo, RedisError, TlsCertificates};
 
 use crate::config::{CaFile, Config};
+
+pub use redis::RedisError as StreamError;
+pub use redis::RedisResult as StreamResult;
+pub use redis::aio::MultiplexedConnection as Connection;
 
 /// How long one XREADGROUP waits for entries; also how long a stop may have to wait for a quiet pipeline.
 pub const BLOCK: Duration = Duration::from_secs(1);

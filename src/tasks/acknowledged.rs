@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use redis::aio::MultiplexedConnection;
 use tracing::{error, warn};
 
 use super::Task;
 use crate::metrics;
-use crate::status::{Status, lock};
+use crate::mutex::lock;
+use crate::status::Status;
 use crate::store::acknowledged::{Known, Noted};
 use crate::store::{Store, acknowledged};
 use crate::stream::gap::Gap;
 use crate::stream::noted::Refill;
-use crate::stream::{Keys, Redis, noted};
+use crate::stream::{Connection, Keys, Redis, noted};
 
 const ROUND: Duration = Duration::from_secs(1);
 
@@ -25,7 +25,7 @@ pub struct Acknowledged {
     redis: Redis,
     store: Store,
     status: Arc<Status>,
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
     /// What was noted last.
     last: Option<Noted>,
 }
@@ -53,7 +53,7 @@ impl Task for Acknowledged {
 
 /// Notes what is new. `last`: what was noted last.
 async fn compare(
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     keys: &Keys,
     store: &Store,
     state: noted::State,
@@ -99,7 +99,7 @@ async fn compare(
 
 /// PostgreSQL knows less than it had recorded: sends the reader back to PostgreSQL's position.
 async fn go_back(
-    connection: &mut MultiplexedConnection,
+    connection: &mut Connection,
     keys: &Keys,
     state: &noted::State,
     known: &Known,

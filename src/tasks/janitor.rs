@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use redis::aio::MultiplexedConnection;
 use tracing::{error, info};
 
 use super::Task;
 use crate::metrics;
-use crate::status::{Status, lock};
-use crate::stream::{Keys, Redis, group, janitor};
+use crate::mutex::lock;
+use crate::status::Status;
+use crate::stream::{Connection, Keys, Redis, group, janitor};
 use crate::time::now_ms;
 
 /// Idle consumers with nothing pending are removed after this time.
@@ -24,7 +24,7 @@ pub struct Janitor {
     keys: Keys,
     redis: Redis,
     status: Arc<Status>,
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
     /// When idle consumers were last removed.
     cleaned: Option<Instant>,
     /// Whether another program works in the group.
@@ -40,7 +40,7 @@ impl Janitor {
         Self { keys, redis, status, connection: None, cleaned: None, beside: false, said: false }
     }
 
-    async fn sweep(&mut self, connection: &mut MultiplexedConnection) -> Result<Duration> {
+    async fn sweep(&mut self, connection: &mut Connection) -> Result<Duration> {
         let look = match janitor::sweep(connection, &self.keys).await {
             Ok(look) => look,
             Err(error) => {

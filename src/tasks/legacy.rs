@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use redis::aio::MultiplexedConnection;
 
 use super::Task;
-use crate::status::Status;
+use crate::mutex::lock;
+use crate::status::{State, Status};
 use crate::store::{Store, takeover};
-use crate::stream::Redis;
-use crate::stream::legacy::{self, Legacy};
+use crate::stream::legacy::{self, Legacy, ReaderState};
+use crate::stream::{Connection, Redis};
 
 const ROUND: Duration = Duration::from_secs(1);
 
@@ -22,7 +22,7 @@ pub struct LegacyKeys {
     redis: Redis,
     store: Option<Store>,
     status: Arc<Status>,
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
 }
 
 impl LegacyKeys {
@@ -38,7 +38,7 @@ impl LegacyKeys {
         Self { wanted, legacy: Legacy::new(url), redis, store, status, connection: None }
     }
 
-    async fn are_wanted(&self, connection: &mut MultiplexedConnection) -> Result<bool> {
+    async fn are_wanted(&self, connection: &mut Connection) -> Result<bool> {
         if legacy::is_there(connection).await? {
             return Ok(true);
         }
@@ -62,7 +62,12 @@ impl Task for LegacyKeys {
             self.wanted = Some(self.are_wanted(&mut connection).await?);
         }
         if self.wanted == Some(true) {
-            self.legacy.write(&mut connection, &self.status).await?;
+            let reader = self.status.reader.as_ref().map(|reader| {
+                let reader = lock(reader);
+                let connected = reader.connected && reader.state == State::Running;
+                ReaderState { connected, cursor: reader.cursor }
+            });
+            self.legacy.write(&mut connection, self.status.counts(), reader).await?;
         }
         self.connection = Some(connection);
         Ok(ROUND)

@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -16,7 +14,7 @@ use crate::pipeline::{Names, Pipeline};
 use crate::status::State;
 use crate::store::verdict::Verdict;
 use crate::store::{Store, StoreError};
-use crate::stream::{Keys, Redis, group, is_oom, lease};
+use crate::stream::{Connection, Keys, Redis, StreamResult, group, is_oom, lease};
 use crate::time::Backoff;
 
 /// A consumer that sent a read within this time is active: pipelines read every second, the Python worker ten times a second.
@@ -101,7 +99,7 @@ impl Prepare {
         }
     }
 
-    async fn hold_names(&self, keys: &Keys, token: &str) -> RedisResult<std::convert::Infallible> {
+    async fn hold_names(&self, keys: &Keys, token: &str) -> StreamResult<std::convert::Infallible> {
         let mut connection = self.redis.connect().await?;
         loop {
             let held = Self::holds(&mut connection, keys, token).await?;
@@ -130,7 +128,7 @@ impl Prepare {
     }
 
     /// Takes or renews the lease; false while somebody else has it.
-    async fn holds(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<bool> {
+    async fn holds(connection: &mut Connection, keys: &Keys, token: &str) -> StreamResult<bool> {
         match lease::take(connection, &keys.consumer_lease, token).await {
             // Redis refuses the lease because its memory is full: only our work can change that. That nobody holds it,
             // and that nobody is active under our names, has to do.

@@ -9,8 +9,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tracing::info;
 
 use super::Task;
-use crate::report;
-use crate::status::{Status, lock};
+use crate::mutex::lock;
+use crate::status::Status;
 
 const ROUND: Duration = Duration::from_secs(5);
 
@@ -52,9 +52,9 @@ impl Task for Progress {
             info!(
                 events_per_second = format_args!("{rate:.0}"),
                 entries = now,
-                waiting = report::waiting(&look).map_or_else(|| "unknown".to_owned(), |n| n.to_string()),
+                waiting = look.waiting().map_or_else(|| "unknown".to_owned(), |n| n.to_string()),
                 pending = look.pending,
-                oldest_seconds = format_args!("{:.1}", report::oldest_seconds(&look).unwrap_or(0.0)),
+                oldest_seconds = format_args!("{:.1}", look.oldest_seconds().unwrap_or(0.0)),
                 "progress"
             );
         }

@@ -17,10 +17,10 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 use standpipe::apply::{Context, datetime, interpret};
 use standpipe::config::{Role, from_env};
+use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::verdict::Verdict;
 use standpipe::store::{Outcome, Store, audit, migrate, purge};
-use standpipe::stream::entry::Entry;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 

@@ -7,9 +7,9 @@ use proptest::prelude::*;
 use serde_json::Value;
 use standpipe::apply::{Context, interpret};
 use standpipe::config::{self, Collections, Role};
+use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Reason};
 use standpipe::relay::decode::{Message, decode};
-use standpipe::stream::entry::Entry;
 use standpipe_lab::simulate::read_frames;
 
 fn collections(wanted: &str) -> Collections {

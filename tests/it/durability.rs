@@ -13,9 +13,9 @@ use crate::support::{
 use serde_json::json;
 use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, from_env};
+use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::{Outcome, Session, Store, migrate};
-use standpipe::stream::entry::Entry;
 use standpipe_lab::servers::{PostgresOptions, send_signal};
 
 const EVENTS: u64 = 6_000;

@@ -18,6 +18,7 @@ mod docs;
 mod durability;
 mod epochs;
 mod frozen;
+mod layers;
 mod monitoring;
 mod output;
 mod packaging;

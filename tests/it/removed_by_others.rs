@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use crate::support::Redis;
 use crate::support::chain::{GROUP, STREAM, redis_command};
 use redis::aio::MultiplexedConnection;
+use standpipe::event::Entry;
 use standpipe::stream::append::{self, AppendError, Appended, Appendix, Budget, Move, NewEntry};
-use standpipe::stream::entry::Entry;
 use standpipe::stream::{Keys, group, is_nogroup, janitor};
 
 /// A stream that is appended to, read and looked at by hand: what happens between two looks of the janitor is decided here.

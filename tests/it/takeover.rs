@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, from_env};
 use standpipe::crash::Point;
+use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::{Outcome, Store};
-use standpipe::stream::entry::Entry;
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 

@@ -18,7 +18,8 @@ use tokio_postgres::types::ToSql;
 use super::lab::Lab;
 use super::postgres::Connection;
 use super::stream::Prepared;
-use standpipe::stream::entry::{Batch, Entry};
+use standpipe::event::Entry;
+use standpipe::stream::entry::Batch;
 use standpipe::stream::{Keys, group};
 
 /// Entries that are read at a time.
