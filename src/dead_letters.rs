@@ -7,9 +7,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::apply::{Context, interpret};
+use crate::config::TransactionMode;
 use crate::event::{EntryId, Reject};
 use crate::out;
-use crate::store::{Outcome, Store};
+use crate::store::{Contended, Fate, Store};
 use crate::stream::dead_letters::{self, Letter};
 use crate::stream::{Connection, Keys, epochs};
 
@@ -286,17 +287,18 @@ pub async fn retry(
         }
         Ok(event) => {
             let session = store.session().await?;
-            match session.apply(&[&event]).await.pop() {
-                Some(Ok(Outcome::Applied(_))) => {
+            let fates = session.apply(&[&event], TransactionMode::Event, Contended::Wait).await;
+            match fates.map(|mut fates| fates.pop()) {
+                Ok(Some(Fate::Applied(_))) => {
                     session.flush(&[&event]).await?;
                     None
                 }
-                Some(Ok(Outcome::Rejected(bad))) => bad.into_iter().next().map(|(_, reject)| reject),
-                Some(Err(error)) => {
+                Ok(Some(Fate::Rejected(bad))) => bad.into_iter().next().map(|(_, reject)| reject),
+                Ok(Some(Fate::Lost(error))) | Err(error) => {
                     session.discard();
                     return Err(error.into());
                 }
-                None => bail!("the database gave no answer"),
+                Ok(Some(Fate::Deferred) | None) => bail!("the database gave no answer"),
             }
         }
     };

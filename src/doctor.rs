@@ -280,7 +280,7 @@ pub async fn check(config: &Config, warnings: &[String]) -> Examination {
         findings.warning("variables", warning, "");
     }
     findings.section = Section::Redis;
-    let processes = self::redis::check(config, &mut findings).await;
+    let processes = redis::check(config, &mut findings).await;
     findings.section = Section::Postgres;
     if config.database_url.is_some() {
         postgres::check(config, processes, &mut findings).await;

@@ -16,12 +16,9 @@ use crate::metrics;
 use crate::status::State;
 use crate::stop::{Stopped, or_stop};
 use crate::store::verdict::Verdict;
-use crate::store::{Outcome, Session, StoreError};
+use crate::store::{Contended, Fate, Session, StoreError};
 use crate::time::Backoff;
 
-/// Maximum operations per transaction: five pipelines then use less than half of the locks that a server with PostgreSQL's
-/// defaults can hold.
-const TRANSACTION_OPERATIONS: usize = 400;
 /// How long a halted pipeline waits before it tries again.
 pub(super) const HALTED: Duration = Duration::from_secs(10);
 /// Report PostgreSQL as unresponsive after this long.
@@ -34,7 +31,7 @@ impl Pipeline {
     pub(super) async fn apply<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
-        may_leave: bool,
+        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<Vec<Work<'a>>, Stopped> {
         let mut delays = Backoff::default();
@@ -42,7 +39,7 @@ impl Pipeline {
             let error = match self.store.session().await {
                 Ok(session) => {
                     let attempt =
-                        AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, may_leave, stop)));
+                        AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, contended, stop)));
                     let error = match attempt.catch_unwind().await {
                         Ok(Ok(())) => return Ok(batch),
                         Ok(Err(error)) => Ok(error),
@@ -78,7 +75,7 @@ impl Pipeline {
         }
         let mut done = Vec::with_capacity(batch.len());
         for work in batch {
-            done.extend(self.apply(vec![work], false, stop).await?);
+            done.extend(self.apply(vec![work], Contended::Wait, stop).await?);
         }
         Ok(done)
     }
@@ -99,35 +96,31 @@ impl Pipeline {
         &self,
         session: &Session,
         batch: &mut [Work<'_>],
-        may_leave: bool,
+        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<(), StoreError> {
         let began = Instant::now();
         let mut delays = Backoff::default();
-        let mut together = self.transaction == TransactionMode::Batch;
+        let mut mode = self.transaction;
         loop {
             let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
             if open.is_empty() {
                 break;
             }
-            if together && open.len() > 1 {
-                // Once. Events that fail together are applied one by one.
-                together = false;
-                self.attempt_together(session, batch, open, may_leave).await?;
-                continue;
-            }
             let events: Vec<&Event<'_>> = open.iter().filter_map(|&index| batch[index].event()).collect();
             for &index in &open {
                 crash::panic_over("apply", &batch[index].entry.data);
             }
-            let results = session.apply(&events).await;
+            let fates = session.apply(&events, mode, contended).await?;
+            // Once. What has failed is applied by itself.
+            mode = TransactionMode::Event;
             let mut again = None;
-            for (&index, result) in open.iter().zip(results) {
-                match result {
-                    Ok(Outcome::Rejected(bad)) => batch[index].reject(bad),
-                    Ok(Outcome::Applied(counts)) => batch[index].applied(counts),
-                    Err(error) if error.verdict == Verdict::Retry => again = Some(error),
-                    Err(error) => return Err(error),
+            for (&index, fate) in open.iter().zip(fates) {
+                match fate {
+                    Fate::Applied(counts) => batch[index].applied(counts),
+                    Fate::Rejected(bad) => batch[index].reject(bad),
+                    Fate::Deferred => batch[index].defer(),
+                    Fate::Lost(error) => again = Some(error),
                 }
             }
             if let Some(error) = again
@@ -144,47 +137,6 @@ impl Pipeline {
         crash::at(Point::AfterFlush);
         ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());
         self.say(State::Running);
-        Ok(())
-    }
-
-    /// Applies what is open in as few transactions as the locks allow. Still open afterwards is everything that shared one
-    /// with an event which the database refused, or for which it had not room. `may_leave`: what others are at work on is
-    /// left to the next batch.
-    async fn attempt_together(
-        &self,
-        session: &Session,
-        batch: &mut [Work<'_>],
-        open: Vec<usize>,
-        may_leave: bool,
-    ) -> Result<(), StoreError> {
-        let (claims, others): (Vec<usize>, Vec<usize>) =
-            open.into_iter().partition(|&index| batch[index].event().is_some_and(Event::claims_handle));
-        let parts = by_operations(batch, &others).into_iter().map(|part| (part, false));
-        let parts: Vec<_> =
-            parts.chain(by_operations(batch, &claims).into_iter().map(|part| (part, true))).collect();
-        for (indexes, claims) in parts {
-            let events: Vec<&Event<'_>> = indexes.iter().filter_map(|&index| batch[index].event()).collect();
-            let done = if claims {
-                session.apply_claims(&events).await
-            } else {
-                session.apply_together(&events, may_leave).await
-            };
-            match done {
-                Ok(outcomes) => {
-                    for (&index, outcome) in indexes.iter().zip(outcomes) {
-                        match outcome {
-                            Some(Outcome::Applied(counts)) => batch[index].applied(counts),
-                            Some(Outcome::Rejected(bad)) => batch[index].reject(bad),
-                            None => batch[index].defer(),
-                        }
-                    }
-                }
-                Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
-                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
-                }
-                Err(error) => return Err(error),
-            }
-        }
         Ok(())
     }
 
@@ -210,22 +162,4 @@ impl Pipeline {
         }
         or_stop(stop, tokio::time::sleep(delay)).await
     }
-}
-
-/// Cuts a batch where its operations become too many for one transaction. Each takes a lock or a few.
-fn by_operations(batch: &[Work<'_>], open: &[usize]) -> Vec<Vec<usize>> {
-    let mut parts: Vec<Vec<usize>> = Vec::new();
-    let mut operations = TRANSACTION_OPERATIONS;
-    for &index in open {
-        let count = batch[index].event().map_or(0, |event| event.ops.len());
-        operations += count;
-        match parts.last_mut() {
-            Some(part) if operations <= TRANSACTION_OPERATIONS => part.push(index),
-            _ => {
-                parts.push(vec![index]);
-                operations = count;
-            }
-        }
-    }
-    parts
 }

@@ -29,7 +29,7 @@ use crate::metrics;
 use crate::mutex::lock;
 use crate::status::{State, Status};
 use crate::stop::{Stopped, or_stop};
-use crate::store::Store;
+use crate::store::{Contended, Store};
 use crate::stream::entry::Batch;
 use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, epochs, group, is_nogroup};
 use crate::time::Backoff;
@@ -214,10 +214,11 @@ impl Pipeline {
             if anything_new {
                 missing.reset();
             }
-            let may_leave = anything_new && rounds < LEAVE_ROUNDS && left.len() <= count / 2;
+            let may_defer = anything_new && rounds < LEAVE_ROUNDS && left.len() <= count / 2;
+            let contended = if may_defer { Contended::Defer } else { Contended::Wait };
             batch.entries.append(left);
             count = self.next_count(&batch, count);
-            *left = self.work(&mut connection, batch, may_leave, stop).await?;
+            *left = self.work(&mut connection, batch, contended, stop).await?;
             rounds = if left.is_empty() { 0 } else { rounds + 1 };
         }
         if *self.names.borrow() == Names::Ours {
@@ -234,7 +235,7 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
         let batch = Batch { entries: std::mem::take(left), gone: Vec::new() };
-        self.work(connection, batch, false, stop).await.map(drop)
+        self.work(connection, batch, Contended::Wait, stop).await.map(drop)
     }
 
     /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
@@ -252,23 +253,23 @@ impl Pipeline {
                 times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
             let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
             batch.entries = together;
-            self.work(connection, batch, false, stop).await?;
+            self.work(connection, batch, Contended::Wait, stop).await?;
             for entry in Vec::<Entry>::into_iter(alone) {
                 let batch = Batch { entries: vec![entry], gone: Vec::new() };
-                self.work(connection, batch, false, stop).await?;
+                self.work(connection, batch, Contended::Wait, stop).await?;
             }
             return Ok(());
         }
-        self.work(connection, batch, false, stop).await.map(drop)
+        self.work(connection, batch, Contended::Wait, stop).await.map(drop)
     }
 
     /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts. Returns what is left,
-    /// where `may_leave` allows it.
+    /// where `contended` allows it.
     async fn work(
         &self,
         connection: &mut Connection,
         batch: Batch,
-        may_leave: bool,
+        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<Vec<Entry>, Ended> {
         if !batch.gone.is_empty() {
@@ -284,7 +285,7 @@ impl Pipeline {
         lock(&self.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
-            done = self.finish(connection.clone(), &batch.entries, may_leave, stop) => done,
+            done = self.finish(connection.clone(), &batch.entries, contended, stop) => done,
             never = self.keep_fresh(connection.clone(), &ids) => never,
         };
         let acknowledged = match done {
@@ -317,14 +318,14 @@ impl Pipeline {
         &self,
         mut connection: Connection,
         entries: &'a [Entry],
-        may_leave: bool,
+        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<(Vec<Work<'a>>, HashSet<EntryId>), Ended> {
         let epochs = self.epochs_of(&mut connection, entries).await?;
         let mut worked = Vec::with_capacity(entries.len());
         for part in entries.chunks(self.batch_size.max(entries.len().min(2 * self.batch_size))) {
             let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
-            worked.extend(self.apply(works, may_leave, stop).await?);
+            worked.extend(self.apply(works, contended, stop).await?);
         }
         let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(Work::is_deferred);
         let left = left.iter().map(|work| work.entry.id).collect();

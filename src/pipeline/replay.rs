@@ -9,6 +9,7 @@ use tracing::info;
 use super::work::Work;
 use super::{Ended, Pipeline};
 use crate::event::{EntryId, Op};
+use crate::store::Contended;
 use crate::stream::Connection;
 use crate::stream::group::{self, LeaveOut};
 
@@ -105,7 +106,7 @@ impl Pipeline {
                 }
                 found |= !batch.is_empty();
                 if !batch.is_empty() {
-                    self.apply(batch, false, stop).await?;
+                    self.apply(batch, Contended::Wait, stop).await?;
                 }
             }
             if !found {

@@ -5,7 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::apply::{Context, interpret};
 use crate::crash;
 use crate::event::Entry;
-use crate::event::{Epochs, Event, Kind, Reason, Reject, Rejected};
+use crate::event::{Epochs, Event, Reason, Reject, Rejected};
+use crate::store::Counts;
 
 /// An entry, what is to be done about it, and what cannot be.
 pub(super) struct Work<'a> {
@@ -22,7 +23,7 @@ pub(super) enum Stage<'a> {
     /// The database has still work to do.
     Open(Event<'a>),
     /// In the database: how many operations of each kind there were, and how many of them changed anything.
-    Applied(Event<'a>, Vec<(Kind, u32, u32)>),
+    Applied(Event<'a>, Counts),
     /// Left to the next batch, because others hold locks on the same accounts.
     Deferred(Event<'a>),
 }
@@ -87,7 +88,7 @@ impl<'a> Work<'a> {
     }
 
     /// Moves it on.
-    pub(super) fn applied(&mut self, counts: Vec<(Kind, u32, u32)>) {
+    pub(super) fn applied(&mut self, counts: Counts) {
         self.change(|event| Stage::Applied(event, counts));
     }
 

@@ -16,11 +16,11 @@ use crate::support::{HOSTILE_DEFAULTS, Postgres, connect, old_database, wait_unt
 use fastrand::Rng;
 use serde_json::{Value, json};
 use standpipe::apply::{Context, datetime, interpret};
-use standpipe::config::{Role, from_env};
+use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::verdict::Verdict;
-use standpipe::store::{Outcome, Store, audit, migrate, purge};
+use standpipe::store::{Contended, Fate, Store, audit, migrate, purge};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -147,39 +147,24 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
             .filter(|event| !event.repo.is_empty())
             .collect();
         let mut done = Vec::new();
-        if batch.len() % 2 == 0 && !open.is_empty() {
-            // As with TRANSACTION=batch, but that what is left is not left for long.
-            let may_leave = batch.len() % 4 == 0;
-            let (claims, others): (Vec<_>, Vec<_>) = open.into_iter().partition(Event::claims_handle);
-            open = Vec::new();
-            for (events, are_claims) in [(others, false), (claims, true)] {
-                let sent: Vec<&Event<'_>> = events.iter().collect();
-                let outcomes = if are_claims {
-                    session.apply_claims(&sent).await
-                } else {
-                    session.apply_together(&sent, may_leave).await
-                };
-                match outcomes {
-                    Ok(outcomes) => {
-                        assert_eq!(outcomes.len(), events.len());
-                        for (event, outcome) in events.into_iter().zip(outcomes) {
-                            assert!(outcome.is_some() || may_leave && !are_claims);
-                            if outcome.is_some() { done.push(event) } else { open.push(event) }
-                        }
-                    }
-                    Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
-                        open.extend(events);
-                    }
-                    Err(error) => panic!("{:?}: {error}", error.verdict),
-                }
-            }
-        }
+        // Both ways of writing, and that what is left to the next batch is not left for long.
+        let mut mode = if batch.len() % 2 == 0 { TransactionMode::Batch } else { TransactionMode::Event };
+        let mut contended = if batch.len() % 4 == 0 { Contended::Defer } else { Contended::Wait };
         while !open.is_empty() {
-            let results = session.apply(&open.iter().collect::<Vec<_>>()).await;
+            let sent: Vec<&Event<'_>> = open.iter().collect();
+            let fates = session.apply(&sent, mode, contended).await;
+            let fates = fates.unwrap_or_else(|error| panic!("{:?}: {error}", error.verdict));
+            assert_eq!(fates.len(), open.len());
             let mut again = Vec::new();
-            for (mut event, result) in open.into_iter().zip(results) {
-                match result {
-                    Ok(Outcome::Rejected(mut bad)) => {
+            for (mut event, fate) in open.into_iter().zip(fates) {
+                match fate {
+                    Fate::Applied(_) => done.push(event),
+                    Fate::Lost(_) => again.push(event),
+                    Fate::Deferred => {
+                        assert!(contended == Contended::Defer && mode == TransactionMode::Batch);
+                        again.push(event);
+                    }
+                    Fate::Rejected(mut bad) => {
                         bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
                         for (index, _) in bad {
                             event.ops.remove(index);
@@ -187,12 +172,10 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
                         }
                         again.push(event);
                     }
-                    Ok(Outcome::Applied(_)) => done.push(event),
-                    Err(error) if error.verdict == Verdict::Retry => again.push(event),
-                    Err(error) => panic!("{:?}: {error}", error.verdict),
                 }
             }
             open = again;
+            (mode, contended) = (TransactionMode::Event, Contended::Wait);
         }
         session.flush(&done.iter().collect::<Vec<_>>()).await.unwrap();
     }

@@ -12,10 +12,10 @@ use crate::support::{
 };
 use serde_json::json;
 use standpipe::apply::{Context, interpret};
-use standpipe::config::{Role, from_env};
+use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
-use standpipe::store::{Outcome, Session, Store, migrate};
+use standpipe::store::{Contended, Fate, Session, Store, migrate};
 use standpipe_lab::servers::{PostgresOptions, send_signal};
 
 const EVENTS: u64 = 6_000;
@@ -71,8 +71,8 @@ fn likes(from: u64, count: u64) -> Vec<Entry> {
 }
 
 async fn apply(session: &Session, events: &[&Event<'_>]) {
-    for result in session.apply(events).await {
-        assert!(matches!(result, Ok(Outcome::Applied(_))), "{result:?}");
+    for fate in session.apply(events, TransactionMode::Event, Contended::Wait).await.unwrap() {
+        assert!(matches!(fate, Fate::Applied(_)), "{fate:?}");
     }
 }
 

@@ -14,11 +14,11 @@ use crate::support::{
 use fastrand::Rng;
 use serde_json::{Value, json};
 use standpipe::apply::{Context, interpret};
-use standpipe::config::{Role, from_env};
+use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::crash::Point;
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
-use standpipe::store::{Outcome, Store};
+use standpipe::store::{Contended, Fate, Store};
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
@@ -245,16 +245,16 @@ async fn apply(store: &Store, entries: &[Entry]) {
     let mut open: Vec<Event<'_>> =
         entries.iter().map(|entry| interpret(entry, Context::now(&Epochs::UNNAMED)).unwrap()).collect();
     while !open.is_empty() {
-        let results = session.apply(&open.iter().collect::<Vec<_>>()).await;
+        let sent: Vec<&Event<'_>> = open.iter().collect();
+        let results = session.apply(&sent, TransactionMode::Event, Contended::Wait).await.unwrap();
         let pairs = open.into_iter().zip(results);
         open = pairs
             .filter_map(|(event, result)| match result {
-                Ok(Outcome::Applied(_)) => None,
-                Ok(Outcome::Rejected(bad)) => panic!("{bad:?}"),
-                Err(error) if error.sqlstate.as_deref().is_some_and(|code| code.starts_with("40")) => {
+                Fate::Applied(_) => None,
+                Fate::Lost(error) if error.sqlstate.as_deref().is_some_and(|code| code.starts_with("40")) => {
                     Some(event)
                 }
-                Err(error) => panic!("{error:?}"),
+                other => panic!("{other:?}"),
             })
             .collect();
     }

@@ -1,0 +1,88 @@
+//! Why the store did not do its work.
+
+use deadpool_postgres::{HookError, PoolError, TimeoutType};
+use tokio_postgres::Error;
+
+use super::verdict::{self, Verdict, describe, judge};
+use crate::event::{Reason, Reject};
+
+/// Prefix of a message that needs operator action.
+const HALT: &str = "halt: ";
+
+/// Why a call to the store did not do its work.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct StoreError {
+    /// What to do about it.
+    pub verdict: Verdict,
+    /// What happened, without secrets.
+    pub message: String,
+    /// The SQLSTATE, when PostgreSQL reported it.
+    pub sqlstate: Option<String>,
+    /// The function of the operator's that it comes from, a trigger's for example.
+    pub function: Option<String>,
+}
+
+impl StoreError {
+    /// An error that PostgreSQL did not report.
+    #[must_use]
+    pub fn new(verdict: Verdict, message: impl Into<String>) -> Self {
+        Self { verdict, message: message.into(), sqlstate: None, function: None }
+    }
+
+    /// The event's side of a refusal.
+    pub(super) fn reject(&self) -> Reject {
+        let (reason, message) = match &self.function {
+            Some(function) => {
+                (Reason::Trigger, format!("the function {function} refused it: {}", self.message))
+            }
+            None => (Reason::Database, self.message.clone()),
+        };
+        Reject { reason, message, sqlstate: self.sqlstate.clone() }
+    }
+}
+
+impl From<&Error> for StoreError {
+    fn from(error: &Error) -> Self {
+        Self {
+            verdict: judge(error),
+            message: describe(error),
+            sqlstate: error.code().map(|code| code.code().to_owned()),
+            function: verdict::operators_function(error),
+        }
+    }
+}
+
+impl From<Error> for StoreError {
+    fn from(error: Error) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<PoolError> for StoreError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Backend(error) | PoolError::PostCreateHook(HookError::Backend(error)) => {
+                Self::from(&error)
+            }
+            PoolError::Timeout(TimeoutType::Wait) => Self::new(
+                Verdict::Retry,
+                "all connections were in use for 10 s: DB_POOL_SIZE may be too small",
+            ),
+            PoolError::Timeout(_) => {
+                Self::new(Verdict::Reconnect, "no answer to an attempt to connect, for 10 s")
+            }
+            PoolError::PostCreateHook(HookError::Message(message)) => match message.strip_prefix(HALT) {
+                Some(message) => Self::new(Verdict::Halt, message),
+                None => Self::new(Verdict::Reconnect, message),
+            },
+            other => Self::new(Verdict::Reconnect, other.to_string()),
+        }
+    }
+}
+
+pub(super) fn hook_error(error: &StoreError) -> HookError {
+    // The pool's error carries text alone: the verdict goes in front of it, for `From<PoolError>`.
+    let verdict = if error.verdict == Verdict::Halt { HALT } else { "" };
+    HookError::message(format!("{verdict}{}", error.message))
+}

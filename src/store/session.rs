@@ -1,0 +1,176 @@
+//! One connection out of the pool, and its end.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use deadpool_postgres::Object;
+use tokio::sync::watch;
+use tokio_postgres::{Client, Error};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::StoreError;
+use super::known::KnownAccounts;
+use super::verdict::Verdict;
+use crate::event::Event;
+
+/// How long a server may take to end a cancelled statement.
+const CANCEL: Duration = Duration::from_secs(5);
+const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
+    pg_logical_emit_message(true, 'standpipe', '')";
+
+/// One connection, held for one batch: what is applied on it is flushed on it.
+pub struct Session {
+    pub(super) client: Lent,
+    pub(super) known: Arc<KnownAccounts>,
+    pub(super) answer_limit: Duration,
+}
+
+impl Session {
+    /// The driver's client.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The driver's client, for transactions of one's own.
+    pub fn client_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
+    ///
+    /// Its running statement is cancelled first, and the connection keeps its place in the pool until that is
+    /// done: a server process that waits, for a standby for example, does not notice that its client is gone, and there
+    /// would be one more with each attempt.
+    pub fn discard(mut self) {
+        self.known.clear();
+        self.client.discarded = true;
+    }
+
+    /// As [`Session::discard`], where an answer has not come.
+    pub fn give_up(self) {
+        self.client.unanswered.fetch_add(1, Ordering::Relaxed);
+        self.discard();
+    }
+
+    /// Makes everything that was committed on this connection durable, `events` among it.
+    ///
+    /// The transactions themselves commit without waiting for the disk. This one waits, and the log is written in
+    /// order: when it has answered, all of them are on disk. It must write something of its own: a transaction
+    /// that writes nothing flushes nothing.
+    ///
+    /// # Errors
+    ///
+    /// The flush has not answered: everything since the last one counts as not applied.
+    pub async fn flush(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(FLUSH)).await?;
+        self.in_time(self.client.query_one(&statement, &[])).await?;
+        let dids = events.iter().flat_map(|event| std::iter::once(&event.repo).chain(&event.mentions));
+        self.known.insert(dids.map(|did| &**did));
+        Ok(())
+    }
+
+    /// Waits for an answer, but not for ever.
+    pub(super) async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, StoreError> {
+        self.client.unanswered.fetch_add(1, Ordering::Relaxed);
+        match tokio::time::timeout(self.answer_limit, answer).await {
+            Ok(answer) => {
+                self.client.unanswered.fetch_sub(1, Ordering::Relaxed);
+                Ok(answer?)
+            }
+            Err(_) => Err(self.no_answer()),
+        }
+    }
+
+    pub(super) fn no_answer(&self) -> StoreError {
+        StoreError::new(Verdict::Reconnect, format!("no answer within {:?}", self.answer_limit))
+    }
+}
+
+/// A connection out of the pool. It goes back unless a request on it is unanswered, whatever the reason: then it is closed.
+pub(super) struct Lent {
+    /// There until the drop.
+    pub(super) object: Option<Object>,
+    pub(super) unanswered: AtomicUsize,
+    pub(super) discarded: bool,
+    pub(super) cancel: Arc<Cancel>,
+}
+
+impl Deref for Lent {
+    type Target = Object;
+
+    fn deref(&self) -> &Object {
+        match &self.object {
+            Some(object) => object,
+            None => unreachable!("only the drop takes it"),
+        }
+    }
+}
+
+impl DerefMut for Lent {
+    fn deref_mut(&mut self) -> &mut Object {
+        match &mut self.object {
+            Some(object) => object,
+            None => unreachable!("only the drop takes it"),
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else { return };
+        if self.unanswered.load(Ordering::Relaxed) > 0 {
+            self.cancel.end(object);
+        } else if self.discarded {
+            drop(Object::take(object));
+        }
+    }
+}
+
+/// Ends connections on which the server is still busy. Only those: a cancellation that has nothing to cancel may meet what
+/// is asked next, and poolers have been seen to fall over it.
+pub(super) struct Cancel {
+    tls: MakeRustlsConnect,
+    /// How many are being ended.
+    ending: watch::Sender<usize>,
+}
+
+impl Cancel {
+    pub(super) fn new(tls: MakeRustlsConnect) -> Self {
+        Self { tls, ending: watch::channel(0).0 }
+    }
+
+    /// Waits until those that are being ended have ended, but not for long.
+    pub(super) async fn ended(&self) {
+        let mut ending = self.ending.subscribe();
+        let _ =
+            tokio::time::timeout(Duration::from_millis(1500), ending.wait_for(|ending| *ending == 0)).await;
+    }
+
+    /// Has the server stop what it does for a connection, and closes that. Until then it counts as one of the pool's.
+    fn end(self: &Arc<Self>, client: Object) {
+        let runtime = tokio::runtime::Handle::try_current();
+        let (Ok(runtime), false) = (runtime, client.is_closed()) else {
+            drop(Object::take(client));
+            return;
+        };
+        let cancel = Arc::clone(self);
+        cancel.ending.send_modify(|ending| *ending += 1);
+        runtime.spawn(async move {
+            let cancelled = async {
+                // The answer to whatever is asked next comes after that to what was cancelled.
+                client.cancel_token().cancel_query(cancel.tls.clone()).await.ok()?;
+                client.simple_query("SELECT 1").await.ok()
+            };
+            let _ = tokio::time::timeout(CANCEL, cancelled).await;
+            drop(Object::take(client));
+            cancel.ending.send_modify(|ending| *ending -= 1);
+        });
+    }
+}
