@@ -407,10 +407,7 @@ async fn migrations(
 }
 
 async fn owns_functions(client: &Client) -> Result<bool, StoreError> {
-    let sql = "SELECT coalesce(bool_and(pg_has_role(nspowner, 'USAGE') OR has_schema_privilege(oid, 'CREATE')), true)
-                  AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = ANY (array_agg(n.oid))
-                                  AND NOT pg_has_role(p.proowner, 'USAGE'))
-               FROM pg_namespace n WHERE nspname = 'standpipe'";
+    let sql = include_str!("../../sql/store/may_create.sql");
     Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
@@ -465,7 +462,7 @@ async fn indexes(client: &Client, tables: &[&str], findings: &mut Findings) -> R
         })
         .collect();
     let before: Vec<String> = client
-        .query("SELECT name FROM standpipe.tables_before", &[])
+        .query(include_str!("../../sql/store/tables_before.sql"), &[])
         .await?
         .iter()
         .map(|row| row.get(0))

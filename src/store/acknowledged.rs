@@ -31,19 +31,14 @@ pub struct Known {
 ///
 /// The server cannot be reached or refuses.
 pub async fn known(session: &Session, stream: &str, group: &str) -> Result<Known, StoreError> {
-    let sql = "SELECT noted_ms, relay, epoch, position FROM standpipe.acknowledged
-               WHERE stream = $1 AND consumer_group = $2";
+    let sql = include_str!("../../sql/store/acknowledged.sql");
     let row = session.in_time(session.client.query_opt(sql, &[&stream, &group])).await?;
     let noted = row.map(|row| {
         let number = |column: usize| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
         Noted { ms: number(0), relay: row.get(1), epoch: number(2), position: row.get(3) }
     });
     // Managed servers may keep these functions to themselves.
-    let sql =
-        "SELECT (pg_control_system()).system_identifier::text || '/' || (pg_control_checkpoint()).timeline_id
-                   || '/' || (SELECT oid FROM pg_database WHERE datname = current_database())
-               WHERE has_function_privilege('pg_control_system()', 'EXECUTE')
-                 AND has_function_privilege('pg_control_checkpoint()', 'EXECUTE')";
+    let sql = include_str!("../../sql/store/server.sql");
     let row = session.in_time(session.client.query_opt(sql, &[])).await?;
     Ok(Known { server: row.map(|row| row.get(0)).unwrap_or_default(), noted })
 }
@@ -54,13 +49,7 @@ pub async fn known(session: &Session, stream: &str, group: &str) -> Result<Known
 ///
 /// The server cannot be reached or refuses.
 pub async fn note(session: &Session, stream: &str, group: &str, new: &Noted) -> Result<(), StoreError> {
-    let sql = "WITH durable AS MATERIALIZED (SELECT set_config('synchronous_commit', 'on', true))
-               INSERT INTO standpipe.acknowledged AS a (stream, consumer_group, noted_ms, relay, epoch, position)
-               SELECT $1, $2, $3, $4, $5, $6 FROM durable
-               ON CONFLICT (stream, consumer_group) DO UPDATE SET
-                   noted_ms = excluded.noted_ms, relay = excluded.relay, epoch = excluded.epoch,
-                   position = excluded.position
-               WHERE a.noted_ms < excluded.noted_ms";
+    let sql = include_str!("../../sql/store/note_acknowledged.sql");
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     let (ms, epoch) = (number(new.ms), number(new.epoch));
     session

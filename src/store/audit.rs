@@ -291,18 +291,7 @@ impl Rule {
     /// analyze, times the pages that there are now. `None` where a table was never counted.
     async fn rows(&self, client: &Client) -> Result<Option<f64>, StoreError> {
         let tables: Vec<&str> = self.walks.iter().map(|walk| walk.table).collect();
-        let rows = client
-            .query_one(
-                "SELECT CASE WHEN bool_and(pages = 0 OR reltuples >= 0 AND relpages > 0)
-                             THEN sum(CASE WHEN pages = 0 THEN 0 ELSE reltuples / nullif(relpages, 0) * pages END) END::float8
-                 FROM (
-                     SELECT c.reltuples::float8, c.relpages::float8,
-                            pg_relation_size(c.oid) / current_setting('block_size')::float8 AS pages
-                     FROM unnest($1::text[]) AS t (name) JOIN pg_class c ON c.oid = to_regclass(t.name)
-                 ) counted",
-                &[&tables],
-            )
-            .await?;
+        let rows = client.query_one(include_str!("../../sql/store/estimated_rows.sql"), &[&tables]).await?;
         Ok(rows.get(0))
     }
 

@@ -25,10 +25,10 @@ use crate::metrics;
 /// defaults can hold.
 const TRANSACTION_OPERATIONS: usize = 400;
 
-const APPLY: &str = "SELECT standpipe.apply($1, $2, $3, $4, $5, $6, $7)";
-const APPLY_EACH: &str = "CALL standpipe.apply_each($1, $2)";
-const TRY_LOCK: &str = "SELECT standpipe.try_lock($1)";
-const NOTE_EPOCHS: &str = "INSERT INTO standpipe.epochs SELECT unnest($1::bigint[]) ON CONFLICT DO NOTHING";
+const APPLY: &str = include_str!("../../sql/store/apply.sql");
+const APPLY_EACH: &str = include_str!("../../sql/store/apply_each.sql");
+const TRY_LOCK: &str = include_str!("../../sql/store/try_lock.sql");
+const NOTE_EPOCHS: &str = include_str!("../../sql/store/note_epochs.sql");
 
 /// Operations by kind, and how many of them changed something; the others met something newer.
 pub type Counts = Vec<(Kind, u32, u32)>;

@@ -116,17 +116,11 @@ impl Found {
 pub async fn look(client: &Client) -> Result<Found, StoreError> {
     let indexes = catalogue::unique_by_subject(client).await?.is_empty();
     let exists: bool =
-        client.query_one("SELECT to_regclass('standpipe.migrations') IS NOT NULL", &[]).await?.get(0);
+        client.query_one(include_str!("../../sql/store/migrations_exist.sql"), &[]).await?.get(0);
     if !exists {
         return Ok(Found { version: 0, functions: false, indexes });
     }
-    let row = client
-        .query_one(
-            "SELECT coalesce((SELECT max(version) FROM standpipe.migrations WHERE version > 0), 0),
-                    EXISTS (SELECT FROM standpipe.migrations WHERE version = 0 AND name = $1)",
-            &[&fingerprint()],
-        )
-        .await?;
+    let row = client.query_one(include_str!("../../sql/store/version.sql"), &[&fingerprint()]).await?;
     Ok(Found { version: row.get(0), functions: row.get(1), indexes })
 }
 

@@ -44,8 +44,7 @@ pub struct Deletion {
 ///
 /// The server cannot be reached or refuses.
 pub async fn next(client: &Client) -> Result<Option<Deletion>, StoreError> {
-    let sql = "SELECT did, standpipe.deletion(deleted_seq, deleted_time) FROM standpipe.accounts
-               WHERE purge_pending AND deleted_time IS NOT NULL ORDER BY did LIMIT 1";
+    let sql = include_str!("../../sql/store/next_deletion.sql");
     let row = client.query_opt(sql, &[]).await?;
     Ok(row.map(|row| Deletion { did: row.get(0), which: row.get(1) }))
 }
@@ -62,7 +61,7 @@ pub async fn purge(client: &Client, deletion: &Deletion) -> Result<u64, StoreErr
     for kind in KINDS {
         loop {
             let removed: i32 = client
-                .query_one("SELECT standpipe.purge($1, $2, $3)", &[did, &kind.name(), &CHUNK])
+                .query_one(include_str!("../../sql/store/purge.sql"), &[did, &kind.name(), &CHUNK])
                 .await?
                 .get(0);
             match u64::try_from(removed) {
@@ -71,6 +70,6 @@ pub async fn purge(client: &Client, deletion: &Deletion) -> Result<u64, StoreErr
             }
         }
     }
-    client.execute("SELECT standpipe.purged($1, $2)", &[did, which]).await?;
+    client.execute(include_str!("../../sql/store/purged.sql"), &[did, which]).await?;
     Ok(total)
 }

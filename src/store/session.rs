@@ -17,9 +17,7 @@ use crate::event::Event;
 
 /// How long a server may take to end a cancelled statement.
 const CANCEL: Duration = Duration::from_secs(5);
-const FLUSH: &str = "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-        WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true),
-    pg_logical_emit_message(true, 'standpipe', '')";
+const FLUSH: &str = include_str!("../../sql/store/flush.sql");
 
 /// One connection, held for one batch: what is applied on it is flushed on it.
 pub struct Session {

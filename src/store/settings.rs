@@ -138,7 +138,7 @@ async fn session_is_ours(client: &Client, token: &str) -> Result<(), StoreError>
 ///
 /// As for [`apply`].
 pub async fn refuse_transaction_pooling(one: &Client, other: &Client) -> Result<(), StoreError> {
-    const PID: &str = "SELECT pg_backend_pid()::text";
+    const PID: &str = include_str!("../../sql/store/backend_pid.sql");
     let pid = async |client: &Client| -> Result<Option<String>, StoreError> {
         let answers = client.simple_query(PID).await?;
         Ok(answers.iter().find_map(|message| match message {

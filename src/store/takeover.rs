@@ -10,8 +10,7 @@ use super::StoreError;
 ///
 /// The server cannot be reached or refuses.
 pub async fn is_due(client: &Client) -> Result<bool, StoreError> {
-    let sql = "SELECT EXISTS (SELECT FROM standpipe.tables_before WHERE name IN ('posts', 'likes'))
-                  AND NOT EXISTS (SELECT FROM standpipe.migrations WHERE version = -1)";
+    let sql = include_str!("../../sql/store/takeover_is_due.sql");
     Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
@@ -21,7 +20,7 @@ pub async fn is_due(client: &Client) -> Result<bool, StoreError> {
 ///
 /// The server cannot be reached or refuses.
 pub async fn was_theirs(client: &Client) -> Result<bool, StoreError> {
-    let sql = "SELECT EXISTS (SELECT FROM standpipe.tables_before WHERE name IN ('posts', 'likes'))";
+    let sql = include_str!("../../sql/store/tables_were_theirs.sql");
     Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
@@ -31,8 +30,7 @@ pub async fn was_theirs(client: &Client) -> Result<bool, StoreError> {
 ///
 /// The server cannot be reached or refuses.
 pub async fn done(client: &Client) -> Result<(), StoreError> {
-    let sql =
-        "INSERT INTO standpipe.migrations (version, name) VALUES (-1, 'taken over') ON CONFLICT DO NOTHING";
+    let sql = include_str!("../../sql/store/takeover_done.sql");
     client.execute(sql, &[]).await?;
     Ok(())
 }

@@ -18,13 +18,8 @@ pub async fn sweep(client: &Client, before_ms: u64) -> Result<u64, StoreError> {
     let mut total = 0;
     loop {
         // Rows that a delete of the same record is moving forward just now are left for the next time.
-        let deleted = client
-            .execute(
-                "DELETE FROM standpipe.tombstones WHERE uri IN (
-                     SELECT uri FROM standpipe.tombstones WHERE stream_ms < $1 LIMIT $2 FOR UPDATE SKIP LOCKED)",
-                &[&before, &CHUNK],
-            )
-            .await?;
+        let deleted =
+            client.execute(include_str!("../../sql/store/delete_tombstones.sql"), &[&before, &CHUNK]).await?;
         total += deleted;
         if deleted < CHUNK as u64 {
             return Ok(total);

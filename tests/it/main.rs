@@ -28,6 +28,7 @@ mod recorded;
 mod recovery;
 mod removed_by_others;
 mod side_by_side;
+mod sql;
 mod status;
 mod takeover;
 mod tls;

@@ -93,21 +93,10 @@ impl Catalogue {
     /// Reads it.
     pub async fn read(client: &Client) -> Result<Self, StoreError> {
         let schema: String =
-            client.query_one("SELECT coalesce(current_schema(), 'public')::text", &[]).await?.get(0);
+            client.query_one(include_str!("../../../sql/store/schema.sql"), &[]).await?.get(0);
         let mut relations = BTreeMap::new();
         let mut foreign = Vec::new();
-        let rows = client
-            .query(
-                "SELECT CASE n.nspname WHEN 'standpipe' THEN 'standpipe.' ELSE '' END || c.relname,
-                        array_remove(array_agg(a.attname::text), NULL), pg_has_role(c.relowner, 'USAGE')
-                 FROM pg_class c
-                 JOIN pg_namespace n ON n.oid = c.relnamespace
-                 LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-                 WHERE c.relkind IN ('r', 'p', 'c') AND n.nspname IN ($1, 'standpipe')
-                 GROUP BY n.nspname, c.oid",
-                &[&schema],
-            )
-            .await?;
+        let rows = client.query(include_str!("../../../sql/store/columns.sql"), &[&schema]).await?;
         for row in rows {
             let name: String = row.get(0);
             if !row.get::<_, bool>(2) && KEYS.iter().any(|(table, _)| *table == name) {
@@ -115,20 +104,11 @@ impl Catalogue {
             }
             relations.insert(name, row.get::<_, Vec<String>>(1).into_iter().collect());
         }
-        let indexes = client
-            .query(
-                "SELECT CASE n.nspname WHEN 'standpipe' THEN 'standpipe.' ELSE '' END || c.relname, i.indisvalid
-                 FROM pg_class c
-                 JOIN pg_namespace n ON n.oid = c.relnamespace
-                 JOIN pg_index i ON i.indexrelid = c.oid
-                 WHERE n.nspname IN ($1, 'standpipe')",
-                &[&schema],
-            )
-            .await?;
+        let indexes = client.query(include_str!("../../../sql/store/index_names.sql"), &[&schema]).await?;
         let indexes = indexes.iter().map(|row| (row.get(0), row.get(1))).collect();
         let before: Vec<String> = if relations.contains_key("standpipe.tables_before") {
             client
-                .query("SELECT name FROM standpipe.tables_before", &[])
+                .query(include_str!("../../../sql/store/tables_before.sql"), &[])
                 .await?
                 .iter()
                 .map(|row| row.get(0))
@@ -154,13 +134,7 @@ impl Catalogue {
     }
 
     async fn read_own_notes(&mut self, client: &Client) -> Result<(), StoreError> {
-        let rows = client
-            .query(
-                "SELECT name, table_name, definition, keys, predicate, constraint_words, replacement
-                 FROM standpipe.replaced_indexes ORDER BY table_name, name",
-                &[],
-            )
-            .await?;
+        let rows = client.query(include_str!("../../../sql/store/replaced_indexes.sql"), &[]).await?;
         self.replaced = rows
             .iter()
             .map(|row| ReplacedIndex {
@@ -173,10 +147,7 @@ impl Catalogue {
                 replacement: row.get(6),
             })
             .collect();
-        for row in client
-            .query("SELECT table_name, column_name FROM standpipe.added_columns ORDER BY 1, 2", &[])
-            .await?
-        {
+        for row in client.query(include_str!("../../../sql/store/added_columns.sql"), &[]).await? {
             self.added.entry(row.get(0)).or_default().push(row.get(1));
         }
         Ok(())
@@ -197,36 +168,7 @@ impl Catalogue {
 /// Unique indexes on our tables that hold a record's subject unique, whatever they are called.
 pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, StoreError> {
     let (tables, keys): (Vec<&str>, Vec<&str>) = KEYS.iter().copied().unzip();
-    let rows = client
-        .query(
-            "SELECT c.relname::text, quote_ident(c.relname), t.relname::text, pg_get_indexdef(c.oid),
-                    ARRAY(SELECT pg_get_indexdef(c.oid, n, true) FROM generate_series(1, i.indnkeyatts::int) n),
-                    pg_get_expr(i.indpred, i.indrelid),
-                    CASE WHEN k.oid IS NOT NULL THEN
-                        CASE WHEN k.condeferrable THEN 'DEFERRABLE' ELSE '' END
-                        || CASE WHEN k.condeferred THEN ' INITIALLY DEFERRED' ELSE '' END
-                    END,
-                    (SELECT p.relname::text FROM pg_index o JOIN pg_class p ON p.oid = o.indexrelid
-                     WHERE o.indrelid = i.indrelid AND o.indisvalid AND NOT o.indisunique
-                       AND (o.indkey::text, o.indclass::text, o.indcollation::text, o.indoption::text)
-                         = (i.indkey::text, i.indclass::text, i.indcollation::text, i.indoption::text)
-                       AND o.indexprs IS NULL AND i.indexprs IS NULL
-                       AND pg_get_expr(o.indpred, o.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indpred, i.indrelid)
-                     ORDER BY p.relname LIMIT 1)
-             FROM pg_index i
-             JOIN pg_class c ON c.oid = i.indexrelid
-             JOIN pg_class t ON t.oid = i.indrelid
-             JOIN pg_namespace n ON n.oid = t.relnamespace
-             LEFT JOIN pg_constraint k ON k.conindid = c.oid AND k.contype = 'u'
-             WHERE n.nspname = current_schema() AND i.indisunique AND NOT i.indisprimary AND t.relname = ANY ($1)
-               AND NOT EXISTS (
-                   SELECT FROM pg_attribute a JOIN unnest($1::text[], $2::text[]) AS x (relname, attname)
-                       ON x.relname = t.relname AND x.attname = a.attname
-                   WHERE a.attrelid = t.oid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
-             ORDER BY 3, 1",
-            &[&tables, &keys],
-        )
-        .await?;
+    let rows = client.query(include_str!("../../../sql/store/unique_indexes.sql"), &[&tables, &keys]).await?;
     let index = |row: &tokio_postgres::Row| UniqueIndex {
         name: row.get(0),
         quoted: row.get(1),
@@ -242,16 +184,6 @@ pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, Stor
 
 async fn foreign_keys(client: &Client) -> Result<Vec<String>, StoreError> {
     let tables: Vec<&str> = KEYS.iter().map(|(table, _)| *table).collect();
-    let rows = client
-        .query(
-            "SELECT format('%s of %s to %s', k.conname, t.relname, k.confrelid::regclass)
-             FROM pg_constraint k
-             JOIN pg_class t ON t.oid = k.conrelid
-             JOIN pg_namespace n ON n.oid = t.relnamespace
-             WHERE k.contype = 'f' AND n.nspname = current_schema() AND t.relname = ANY ($1)
-             ORDER BY 1",
-            &[&tables],
-        )
-        .await?;
+    let rows = client.query(include_str!("../../../sql/store/foreign_keys.sql"), &[&tables]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }

@@ -175,19 +175,7 @@ async fn with_heartbeat<T>(work: impl Future<Output = T>, what: &str, say: &mut 
 
 /// Transactions open on one of the tables for long enough to block the step.
 async fn holders(client: &Client) -> Result<String, StoreError> {
-    let rows = client
-        .query(
-            "SELECT DISTINCT format('process %s (%s, %s, since %s s)', a.pid,
-                        coalesce(nullif(a.application_name, ''), a.backend_type), coalesce(a.state, 'state unknown'),
-                        extract(epoch FROM clock_timestamp() - a.xact_start)::int)
-             FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-             WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database
-                                                                           WHERE datname = current_database())
-               AND a.pid <> pg_backend_pid() AND a.xact_start < clock_timestamp() - interval '1 second'
-             LIMIT 3",
-            &[],
-        )
-        .await?;
+    let rows = client.query(include_str!("../../../sql/store/lock_holders.sql"), &[]).await?;
     let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     Ok(if names.is_empty() { String::new() } else { format!("; possibly blocked by {}", names.join(", ")) })
 }

@@ -52,14 +52,8 @@ pub async fn plan(client: &Client) -> Result<Undo, StoreError> {
                 .to_owned(),
         );
     }
-    let others: i64 = client
-        .query_one(
-            "SELECT count(*) FROM pg_stat_activity
-             WHERE datname = current_database() AND application_name = 'standpipe' AND pid <> pg_backend_pid()",
-            &[],
-        )
-        .await?
-        .get(0);
+    let others: i64 =
+        client.query_one(include_str!("../../../sql/store/other_sessions.sql"), &[]).await?.get(0);
     if others > 0 {
         return halt(format!("standpipe is working on this database ({others} connections): stop it first"));
     }
@@ -163,11 +157,7 @@ impl Restore {
             )));
         }
         let is_constraint = client
-            .query_one(
-                "SELECT EXISTS (SELECT FROM pg_constraint k JOIN pg_namespace n ON n.oid = k.connamespace
-                                WHERE k.conname = $1 AND n.nspname = current_schema())",
-                &[&index.name],
-            )
+            .query_one(include_str!("../../../sql/store/constraint_exists.sql"), &[&index.name])
             .await?;
         if let (Some(words), false) = (&index.constraint, is_constraint.get(0)) {
             restore.finish.push(Run::Transaction(format!(

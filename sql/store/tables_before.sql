@@ -1,0 +1,2 @@
+-- The tables that were there before us.
+SELECT name FROM standpipe.tables_before

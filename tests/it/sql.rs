@@ -1,0 +1,96 @@
+//! Every statement in a file is one that PostgreSQL accepts, and every file is used.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use standpipe::config::{Role, from_env};
+use standpipe::store::{Store, migrate};
+
+use crate::support::{Postgres, connect};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
+}
+
+/// The files below `sql/`.
+fn files(folder: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(root().join("sql").join(folder))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "sql"))
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "sql/{folder} is empty");
+    found
+}
+
+#[tokio::test]
+async fn every_statement_can_be_prepared_on_a_migrated_database() {
+    let database = Postgres::shared().await.fresh_database().await;
+    let (config, _) = from_env([("DATABASE_URL", database.as_str())], Role::Worker).unwrap();
+    let store = Store::new(&config).unwrap();
+    let mut session = store.session().await.unwrap();
+    migrate::migrate(session.client_mut()).await.unwrap();
+    // The page shows what this extension counts. Without the library in memory its view cannot be read, but prepared.
+    let client = connect(&database).await;
+    client.batch_execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements").await.unwrap();
+    let schema = std::fs::read_to_string(root().join("sql/store/statements_schema.sql")).unwrap();
+    let schema: String = client.query_one(&schema, &[]).await.unwrap().get(0);
+    let mut prepared = 0;
+    for path in ["store", "check", "audit"].into_iter().flat_map(files) {
+        let sql = std::fs::read_to_string(&path).unwrap().replace("pg_stat_schema", &schema);
+        assert!(sql.starts_with("-- "), "{} does not say what it is for", path.display());
+        if let Err(error) = session.client().prepare(&sql).await {
+            panic!(
+                "{}: {}",
+                path.display(),
+                error.as_db_error().map_or(error.to_string(), |e| e.to_string())
+            );
+        }
+        prepared += 1;
+    }
+    println!("{prepared} statements");
+    let wrong = session.client().prepare("SELECT nothing FROM standpipe.nowhere").await;
+    assert!(wrong.is_err(), "a statement that cannot be prepared was");
+}
+
+#[test]
+fn every_file_is_used_and_the_sources_hold_no_statement_of_their_own() {
+    fn walk(folder: &Path, into: &mut Vec<(PathBuf, String)>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, into);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                into.push((path, text));
+            }
+        }
+    }
+    let mut sources = Vec::new();
+    walk(&root().join("src"), &mut sources);
+    let used: BTreeSet<String> = sources
+        .iter()
+        .flat_map(|(_, text)| text.split("include_str!(\"").skip(1))
+        .filter_map(|rest| rest.split('"').next()?.rsplit_once("sql/").map(|(_, name)| name.to_owned()))
+        .collect();
+    for folder in ["store", "check", "audit", "apply", "migrations"] {
+        for path in files(folder) {
+            let name = format!("{folder}/{}", path.file_name().unwrap().to_str().unwrap());
+            assert!(used.contains(&name), "sql/{name} is used nowhere");
+        }
+    }
+    // Statements that are put together at run time, for names that are known only then, and those of a session's own.
+    let built = ["migrate.rs", "undo.rs", "step.rs", "statement.rs", "settings.rs", "audit.rs"];
+    for (path, text) in &sources {
+        if built.iter().any(|name| path.ends_with(name)) {
+            continue;
+        }
+        for start in ["\"SELECT ", "\"INSERT ", "\"UPDATE ", "\"DELETE ", "\"WITH ", "\"CALL "] {
+            for (at, _) in text.match_indices(start) {
+                let statement = text[at..].lines().next().unwrap();
+                assert!(statement.starts_with("\"SELECT 1\""), "{}: {statement}", path.display());
+            }
+        }
+    }
+}
