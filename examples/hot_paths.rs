@@ -10,7 +10,7 @@ use standpipe::apply::{Context, interpret};
 use standpipe::config::Role;
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs};
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);

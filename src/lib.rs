@@ -17,7 +17,7 @@
 //! - [`control`]: pause, resume, drain
 //! - [`logging`]: where log lines go
 //! - [`store`]: the only place that knows PostgreSQL
-//! - [`relay`]: frames in: subscribe, decode, append
+//! - [`origin`]: entries in: the relay, and the reader that appends
 //! - [`pipeline`]: the loop: take, apply, settle
 //! - [`report`]: the state of stream and process, for people and programs
 //! - [`dead_letters`]: inspecting, retrying and purging what could not be applied
@@ -40,9 +40,9 @@ pub mod http;
 pub mod logging;
 pub mod metrics;
 pub mod mutex;
+pub mod origin;
 pub mod out;
 pub mod pipeline;
-pub mod relay;
 pub mod report;
 pub mod run;
 pub mod status;

@@ -12,7 +12,7 @@ use crate::status::{PipelineStatus, ReaderStatus, Settings, Status};
 use crate::stream::dead_letters as letters;
 use crate::stream::gap::{self, Missed};
 use crate::stream::group::{self, ConsumerInfo};
-use crate::stream::{Connection, Keys, StreamResult, server};
+use crate::stream::{Connection, Keys, StreamResult, append};
 use crate::time::now_ms;
 
 /// The whole of it.
@@ -100,7 +100,7 @@ pub struct PoolReport {
 /// It cannot be reached.
 pub async fn report(connection: &mut Connection, keys: &Keys) -> StreamResult<Report> {
     let look = crate::stream::janitor::look(connection, keys).await?;
-    let (cursor, relay) = server::cursor(connection, keys).await?;
+    let (cursor, relay) = append::cursor_and_relay(connection, keys).await?;
     let missing = gap::read(connection, keys).await?;
     let consumers = if look.group { group::consumers(connection, keys).await? } else { Vec::new() };
     let dead_letters = letters::count(connection, keys).await?;

@@ -16,8 +16,9 @@ use tracing::{error, info, warn};
 use crate::config::Config;
 use crate::control::Control;
 use crate::http::{self, Server};
+use crate::origin::Reader;
+use crate::origin::relay::Relay;
 use crate::pipeline::{InHand, Names, Pipeline};
-use crate::relay::reader::Reader;
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
 use crate::stream::{Keys, Redis};
@@ -223,8 +224,9 @@ pub fn start(
         }
     }
     if parts.reader() {
-        let reader = Reader::new(Arc::clone(&config), redis, Arc::clone(&status), control.reader())?;
-        running.readers.spawn(reader.run(running.stop_reader.clone()));
+        let relay = Relay::new(Arc::clone(&config), Arc::clone(&status))?;
+        let reader = Reader::new(Arc::clone(&config), redis, status, control.reader());
+        running.readers.spawn(reader.run(relay, running.stop_reader.clone()));
     }
     info!(
         ?parts,

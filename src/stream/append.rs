@@ -323,6 +323,18 @@ pub async fn append(
     Ok(Appended { length, letters, refused })
 }
 
+/// The cursor, and the relay whose numbers it has.
+///
+/// # Errors
+///
+/// Redis cannot be reached.
+pub async fn cursor_and_relay(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+) -> RedisResult<(Option<String>, Option<String>)> {
+    redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

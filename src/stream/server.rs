@@ -1,6 +1,6 @@
 //! What the server says of itself.
 
-use super::{Connection, Keys, StreamError, StreamResult};
+use super::{Connection, StreamError, StreamResult};
 
 /// INFO, whole.
 ///
@@ -46,16 +46,4 @@ pub async fn who_am_i(connection: &mut Connection) -> StreamResult<String> {
 #[must_use]
 pub fn refused_login(error: &StreamError) -> bool {
     matches!(error.kind(), redis::ErrorKind::AuthenticationFailed)
-}
-
-/// The cursor, and the relay whose numbers it has.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn cursor(
-    connection: &mut Connection,
-    keys: &Keys,
-) -> StreamResult<(Option<String>, Option<String>)> {
-    redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await
 }

@@ -9,7 +9,7 @@ use standpipe::apply::{Context, interpret};
 use standpipe::config::{self, Collections, Role};
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Reason};
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 use standpipe_lab::simulate::read_frames;
 
 fn collections(wanted: &str) -> Collections {

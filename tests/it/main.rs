@@ -20,6 +20,7 @@ mod epochs;
 mod frozen;
 mod layers;
 mod monitoring;
+mod origins;
 mod output;
 mod packaging;
 mod poison;

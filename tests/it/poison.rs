@@ -8,7 +8,7 @@ use crate::support::chain::{EndState, RUN, SOON, STREAM, Variables, look, networ
 use crate::support::{Postgres, Redis, Standpipe, execute, query_value, wait_until};
 use serde_json::{Value, json};
 use standpipe::config::{self, Role};
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 use standpipe_lab::simulate::Network;
 
 const EVENTS: u64 = 10_000;

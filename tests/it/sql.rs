@@ -44,7 +44,7 @@ async fn every_statement_can_be_prepared_on_a_migrated_database() {
             panic!(
                 "{}: {}",
                 path.display(),
-                error.as_db_error().map_or(error.to_string(), |e| e.to_string())
+                error.as_db_error().map_or(error.to_string(), ToString::to_string)
             );
         }
         prepared += 1;

@@ -13,7 +13,7 @@ use crate::support::{
 use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use standpipe::config::{self, Role};
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 use standpipe::store::migrate;
 use standpipe_lab::simulate::{Network, NetworkOptions};
 

@@ -5,7 +5,7 @@ use redis::aio::MultiplexedConnection;
 
 use crate::simulate::{Network, NetworkOptions};
 use standpipe::config::Collections;
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 use standpipe::stream::Keys;
 use standpipe::stream::append::NewEntry;
 

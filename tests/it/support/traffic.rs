@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 use standpipe::config::{self, Role};
-use standpipe::relay::decode::{Message, decode};
+use standpipe::origin::relay::decode::{Message, decode};
 use standpipe_lab::simulate::{Network, NetworkOptions};
 
 use super::model::{Event, Kind, Op, Version};

@@ -1,0 +1,289 @@
+//! Queue -> stream: the entries, the cursor and what is known to be missing, in one step each; and the marks at which the
+//! reader waits.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::Arrival;
+use super::reader::{End, Plan, Reader};
+use crate::config::MemoryMark;
+use crate::crash::{self, Point};
+use crate::metrics;
+use crate::status::State;
+use crate::stream::append::{self, AppendError, Appendix, Budget, Cursor, Move};
+use crate::stream::gap::Gap;
+use crate::stream::{Connection, is_oom};
+use crate::time::now_ms;
+
+/// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this much,
+/// because it checks the limit before a script and not within.
+const APPEND_BYTES: usize = 512 * 1024;
+const APPEND_ENTRIES: usize = 500;
+/// Beyond this an append is cut into pieces: what was gathered, and then one commit that is larger than all of it.
+const PIECE_BYTES: usize = 2 * APPEND_BYTES;
+/// How often the cursor, the lease and the marks are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// Dead letters that the reader keeps of one account.
+const LETTERS_PER_ACCOUNT: u64 = 100;
+
+/// An arrival on its way to the stream, with the room that it takes in the queue.
+pub(super) struct Item {
+    pub(super) arrival: Arrival,
+    pub(super) _room: OwnedSemaphorePermit,
+}
+
+impl Reader {
+    /// Queue -> stream, until the queue is closed and empty.
+    pub(super) async fn append(
+        &self,
+        connection: &mut Connection,
+        mut queue: mpsc::Receiver<Item>,
+        settled: watch::Sender<Option<i64>>,
+        cursor: &mut Cursor,
+        plan: &Plan,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let relay = &plan.origin;
+        let budget = Budget { bytes: self.config.dead_letter_max_bytes, per_account: LETTERS_PER_ACCOUNT };
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut run_id = None;
+        // Repeats of events already in the stream do not set the cursor back.
+        let mut position = plan.from;
+        let mut items = Vec::new();
+        loop {
+            tokio::select! {
+                item = queue.recv() => match item {
+                    Some(item) => items.push(item),
+                    None => return Ok(()),
+                },
+                _ = look.tick() => {
+                    self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
+                    continue;
+                }
+            }
+            let size = |item: &Item| item.arrival.entries.iter().map(|entry| entry.data.len()).sum::<usize>();
+            let mut bytes = size(&items[0]);
+            while items.len() < APPEND_ENTRIES && bytes < APPEND_BYTES {
+                let Ok(item) = queue.try_recv() else { break };
+                bytes += size(&item);
+                items.push(item);
+            }
+            let last = items.iter().map(|item| item.arrival.position).max().unwrap_or_default();
+            position = Some(position.map_or(last, |before| before.max(last)));
+            let mut length = 0;
+            let pieces = in_pieces(gather(&mut items, plan.epoch));
+            let count = pieces.len();
+            for (number, what) in pieces.into_iter().enumerate() {
+                let to = if number + 1 == count {
+                    position.unwrap_or(last)
+                } else {
+                    // Until the last piece is there, all of them have to come again. Another relay's numbers mean nothing.
+                    cursor.position.filter(|_| cursor.is_current).unwrap_or(what.entries[0].seq - 1)
+                };
+                let appended = loop {
+                    let to = Move {
+                        token: &self.token,
+                        relay,
+                        epoch: plan.epoch,
+                        believed: cursor.position,
+                        position: to,
+                    };
+                    match append::append(connection, &self.keys, to, budget, &what).await {
+                        Ok(appended) => break appended,
+                        Err(AppendError::Redis(error)) if is_oom(&error) => {
+                            // Refused before anything was written.
+                            if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
+                                return Ok(());
+                            }
+                            self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                };
+                crash::at(Point::AfterAppend);
+                cursor.position = Some(to);
+                cursor.is_current = true;
+                plan.appended.store(true, Ordering::Relaxed);
+                self.note(&what, appended);
+                length = appended.length;
+            }
+            items.clear();
+            settled.send_replace(position);
+            ::metrics::gauge!(metrics::CURSOR).set(position.unwrap_or_default() as f64);
+            self.status.reader(|reader| {
+                reader.cursor = position;
+                reader.taking_in_ms = now_ms();
+                if reader.state != State::Running {
+                    reader.enter(State::Running);
+                }
+            });
+            if length >= self.config.max_stream_len {
+                self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
+            }
+        }
+    }
+
+    /// Counts what was appended besides entries.
+    fn note(&self, what: &Appendix, appended: append::Appended) {
+        if let Some(gap) = &what.gap {
+            self.note_gap(gap);
+        }
+        for (class, count) in &what.missed {
+            metrics::missed(class, *count);
+        }
+        metrics::count(metrics::RELAY_BAD_RECORDS, what.letters.len() as u64);
+        if appended.letters > 0 {
+            for letter in &what.letters {
+                metrics::dead_letter(letter.reject.reason);
+            }
+        }
+        if appended.refused > 0 {
+            metrics::missed("no_room", appended.refused);
+        }
+    }
+
+    fn note_gap(&self, gap: &Gap) {
+        warn!(
+            reason = gap.reason,
+            after = gap.after,
+            until = gap.until,
+            events = gap.size(),
+            "gap: events are missing that the relay no longer sends"
+        );
+        metrics::count(metrics::RELAY_GAPS, 1);
+        self.status.reader(|reader| reader.gaps += 1);
+    }
+
+    /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
+    async fn look(
+        &self,
+        connection: &mut Connection,
+        cursor: &mut Cursor,
+        origin: &str,
+        run_id: &mut Option<String>,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let mut waiting = false;
+        loop {
+            let gauge = append::gauge(connection, &self.keys, &self.token).await?;
+            if run_id.get_or_insert_with(|| gauge.run_id.clone()) != &gauge.run_id {
+                return Err(AppendError::CursorMoved.into());
+            }
+            if !gauge.lease {
+                return Err(AppendError::LeaseLost.into());
+            }
+            if gauge.cursor != cursor.position.map(|position| position.to_string()) {
+                return Err(AppendError::CursorMoved.into());
+            }
+            // Another numbering's positions mean nothing here.
+            if cursor.is_current && gauge.relay.as_ref().is_none_or(|relay| relay == origin) {
+                cursor.acked = gauge.acked.or(cursor.acked);
+            }
+            let Some(reason) = self.full(&gauge, waiting) else {
+                if waiting {
+                    self.enter(State::Running);
+                }
+                return Ok(());
+            };
+            waiting = true;
+            if !self.wait_for_room(&reason, stop).await {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Which mark is reached. Once waiting, a little below the mark: no stuttering.
+    fn full(&self, gauge: &append::Gauge, waiting: bool) -> Option<String> {
+        let margin = |mark: u64| if waiting { mark - mark / 20 } else { mark };
+        let length = self.config.max_stream_len;
+        if gauge.length >= margin(length) {
+            return Some(format!(
+                "the stream holds {} entries (REDIS_MAX_STREAM_LEN={length})",
+                gauge.length
+            ));
+        }
+        let memory = match self.config.memory_mark {
+            MemoryMark::Bytes(bytes) => bytes,
+            MemoryMark::Percent(percent) => gauge.max_memory / 100 * u64::from(percent),
+        };
+        if memory > 0 && gauge.used_memory >= margin(memory) {
+            return Some(format!(
+                "Redis uses {} MiB of memory (REDIS_MEMORY_MARK={})",
+                gauge.used_memory >> 20,
+                self.config.memory_mark
+            ));
+        }
+        None
+    }
+
+    /// Waits a moment; `false` when it is time to stop.
+    async fn wait_for_room(&self, reason: &str, stop: &CancellationToken) -> bool {
+        let mut first = false;
+        self.status.reader(|reader| {
+            first = !matches!(reader.state, State::WaitingForRoom { .. });
+            reader.enter(State::WaitingForRoom { reason: reason.to_owned() });
+        });
+        if first {
+            info!(reason, "the reader waits for room; the relay keeps what comes meanwhile");
+        }
+        let began = Instant::now();
+        let go_on = tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(200)) => true,
+            () = stop.cancelled() => false,
+        };
+        metrics::backpressure(began.elapsed());
+        go_on
+    }
+}
+
+/// The items' contents combined, in order, with the epoch in every entry.
+fn gather(items: &mut [Item], epoch: u64) -> Appendix {
+    let mut what = Appendix::default();
+    for Item { arrival: item, .. } in items {
+        for mut entry in item.entries.drain(..) {
+            // An object always ends with a brace. Last, where the pipelines look for it.
+            entry.data.pop();
+            entry.data.push_str(",\"epoch\":");
+            entry.data.push_str(&epoch.to_string());
+            entry.data.push('}');
+            what.entries.push(entry);
+        }
+        what.letters.append(&mut item.letters);
+        for (class, count) in &item.missed {
+            *what.missed.entry(class).or_default() += count;
+        }
+        if item.rev > what.rev {
+            what.rev = std::mem::take(&mut item.rev);
+        }
+        what.gap = what.gap.take().or(item.gap.take());
+    }
+    what
+}
+
+/// Cuts what one append would carry too much of. A gap goes with the first piece, which may begin an epoch; what is counted,
+/// and must not be twice, with the last, which moves the cursor.
+fn in_pieces(mut what: Appendix) -> Vec<Appendix> {
+    if what.entries.iter().map(|entry| entry.data.len()).sum::<usize>() <= PIECE_BYTES {
+        return vec![what];
+    }
+    let mut pieces = Vec::new();
+    let mut bytes = 0;
+    let mut entries = Vec::new();
+    for entry in std::mem::take(&mut what.entries) {
+        if !entries.is_empty() && bytes + entry.data.len() > PIECE_BYTES {
+            let (rev, gap) = (what.rev.clone(), what.gap.take());
+            pieces.push(Appendix { entries: std::mem::take(&mut entries), rev, gap, ..Appendix::default() });
+            bytes = 0;
+        }
+        bytes += entry.data.len();
+        entries.push(entry);
+    }
+    pieces.push(Appendix { entries, ..what });
+    pieces
+}

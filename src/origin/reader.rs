@@ -1,0 +1,431 @@
+//! The reader: origin -> stream. It never waits for PostgreSQL, and slows down instead of discarding.
+//!
+//! A session is one connection to the origin and one to Redis. Whatever goes wrong with either ends the session, and the
+//! next one starts from the cursor that Redis has: it may have lost its last second, stream and cursor together, and a
+//! reader that carried on from its own memory would leave a hole under a clean cursor.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::append::Item;
+use super::{Origin, OriginError};
+use crate::config::{Config, OnFutureCursor};
+use crate::metrics;
+use crate::status::{State, Status};
+use crate::stream::append::{self, AppendError, Cursor, CursorError};
+use crate::stream::gap::Gap;
+use crate::stream::{Connection, Keys, Redis, StreamError, group, lease};
+use crate::time::{Backoff, now_ms};
+
+/// Queue between origin and Redis. A slow Redis then slows the origin.
+const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
+/// The same trouble is reported again after this time.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
+/// A condition that needs operator action is checked again after this time.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// The reader and what it needs.
+pub struct Reader {
+    pub(super) config: Arc<Config>,
+    pub(super) keys: Keys,
+    redis: Redis,
+    pub(super) status: Arc<Status>,
+    /// Our identity to the lease.
+    pub(super) token: String,
+    /// Whether an operator has paused us.
+    pause: watch::Receiver<bool>,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    #[error("Redis: {0}")]
+    Redis(#[from] StreamError),
+    #[error("{0}")]
+    Append(#[from] AppendError),
+    #[error("{0}")]
+    Origin(#[from] OriginError),
+    /// Operator action needed.
+    #[error("{0}")]
+    Operator(String),
+}
+
+impl End {
+    /// The key of a repeated log line: digits, such as times and ports, may differ.
+    fn cause(&self) -> String {
+        self.to_string().replace(|c: char| c.is_ascii_digit(), "")
+    }
+}
+
+impl From<CursorError> for End {
+    fn from(error: CursorError) -> Self {
+        match error {
+            CursorError::Redis(error) => Self::Redis(error),
+            CursorError::Unreadable { .. } => Self::Operator(error.to_string()),
+        }
+    }
+}
+
+/// State that the reader keeps between sessions.
+#[derive(Default)]
+struct Memory {
+    /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
+    acked: Option<i64>,
+    /// Where to begin with a new numbering, until something of it is in the stream.
+    restart: Option<Restart>,
+    /// The lease was ours.
+    leased: bool,
+    /// Why a session ended, when that was last logged.
+    said: Option<(String, Instant)>,
+}
+
+/// A new numbering: from which position of it to read, and the gap in front of it.
+#[derive(Clone, Debug)]
+struct Restart {
+    from: Option<i64>,
+    gap: Gap,
+}
+
+/// A session's starting point.
+pub(super) struct Plan {
+    /// Whose positions these are.
+    pub(super) origin: String,
+    /// The position to ask for; `None` is from now on.
+    pub(super) from: Option<i64>,
+    pub(super) epoch: u64,
+    /// In front of what comes first.
+    gap: Option<Gap>,
+    /// Whether something has been appended.
+    pub(super) appended: AtomicBool,
+}
+
+impl Reader {
+    /// A reader that pauses while `pause` is true.
+    #[must_use]
+    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>, pause: watch::Receiver<bool>) -> Self {
+        let token = lease::token(&config.consumer_id);
+        Self { keys: Keys::new(&config), config, redis, status, token, pause }
+    }
+
+    /// Reads from `origin` until `stop`.
+    pub async fn run(self, mut origin: impl Origin, stop: CancellationToken) {
+        let mut memory = Memory::default();
+        let mut delays = Backoff::default();
+        while !stop.is_cancelled() {
+            if self.is_paused() {
+                self.rest(memory.leased, &stop).await;
+                continue;
+            }
+            let began = Instant::now();
+            let ended = self.until_paused(&mut origin, &mut memory, &stop).await;
+            self.status.reader(|reader| {
+                if std::mem::take(&mut reader.connected) {
+                    reader.connected_ms = now_ms();
+                }
+            });
+            let Err(end) = ended else { continue };
+            if began.elapsed() > Duration::from_secs(30) {
+                delays.reset();
+            }
+            match &end {
+                End::Origin(OriginError::Reset(reason)) => {
+                    memory.restart = Some(Restart { from: Some(0), gap: Gap::new(reason.clone(), None) });
+                    memory.acked = None;
+                    continue;
+                }
+                End::Origin(OriginError::Future(reason)) => {
+                    self.enter(State::Halted { reason: reason.clone() });
+                    if self.future_cursor(&mut memory) {
+                        continue;
+                    }
+                    error!(reason, "the reader has stopped");
+                    stop.cancelled().await;
+                    break;
+                }
+                _ => {}
+            }
+            let delay = self.report(&end, delays.pause(), &mut memory);
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.pause_begins() => {}
+                () = stop.cancelled() => {}
+            }
+        }
+        if let Ok(mut connection) = self.redis.connect().await {
+            // If this fails the lease runs out by itself.
+            let _ = lease::release(&mut connection, &self.keys.lease, &self.token).await;
+        }
+        self.enter(State::Stopped);
+    }
+
+    /// A session. A pause ends it like a stop: what is queued is still appended, and the origin is disconnected.
+    async fn until_paused(
+        &self,
+        origin: &mut impl Origin,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let until = stop.child_token();
+        let session = self.session(origin, memory, &until);
+        tokio::pin!(session);
+        tokio::select! {
+            ended = &mut session => ended,
+            () = self.pause_begins() => {
+                until.cancel();
+                session.await
+            }
+        }
+    }
+
+    /// Enters the state, and logs it where it is news: an outage is a line a minute, not one per attempt. Returns how long
+    /// to wait.
+    fn report(&self, end: &End, delay: Duration, memory: &mut Memory) -> Duration {
+        let reason = end.to_string();
+        self.enter(match end {
+            End::Redis(_) | End::Append(_) => State::WaitingForRedis { reason: reason.clone() },
+            End::Operator(_) | End::Origin(OriginError::Operator(_) | OriginError::Future(_)) => {
+                State::Halted { reason: reason.clone() }
+            }
+            End::Origin(_) => State::WaitingForRelay { reason: reason.clone() },
+        });
+        let cause = end.cause();
+        let news = memory.said.as_ref().is_none_or(|(said, at)| *said != cause || at.elapsed() > SAY_AGAIN);
+        if news {
+            memory.said = Some((cause, Instant::now()));
+        }
+        match end {
+            End::Operator(_) | End::Origin(OriginError::Operator(_)) => {
+                if news {
+                    error!(reason, "the reader has stopped; operator action needed");
+                }
+                LOOK_AGAIN
+            }
+            End::Origin(OriginError::Away { retry_after: Some(wanted), .. }) => {
+                let delay = delay.max(*wanted);
+                if news {
+                    warn!(reason, wait = ?delay, "the relay asks us to back off; nothing is lost meanwhile");
+                }
+                delay
+            }
+            _ => {
+                if news {
+                    warn!(
+                        reason,
+                        "the reader waits and starts again from the cursor in Redis; nothing is lost"
+                    );
+                }
+                delay
+            }
+        }
+    }
+
+    /// True while an operator has paused us. If the control side is gone, we count as running: nobody could resume us.
+    fn is_paused(&self) -> bool {
+        *self.pause.borrow() && self.pause.has_changed().is_ok()
+    }
+
+    /// Resolves when an operator pauses us.
+    async fn pause_begins(&self) {
+        if self.pause.clone().wait_for(|paused| *paused).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Waits until resumed. We keep our lease: nobody else may read meanwhile.
+    async fn rest(&self, leased: bool, stop: &CancellationToken) {
+        info!("the reader is paused manually; the relay keeps what comes meanwhile");
+        self.enter(State::Paused);
+        let hold = async {
+            if !leased {
+                return std::future::pending::<()>().await;
+            }
+            loop {
+                if let Ok(mut connection) = self.redis.connect().await {
+                    while lease::take(&mut connection, &self.keys.lease, &self.token).await.is_ok() {
+                        tokio::time::sleep(lease::LIFE / 4).await;
+                    }
+                }
+                tokio::time::sleep(lease::LIFE / 10).await;
+            }
+        };
+        let mut pause = self.pause.clone();
+        tokio::select! {
+            () = hold => {}
+            _ = pause.wait_for(|paused| !paused) => info!("the reader resumes"),
+            () = stop.cancelled() => {}
+        }
+    }
+
+    pub(super) fn enter(&self, state: State) {
+        self.status.reader(|reader| {
+            reader.enter(state);
+        });
+    }
+
+    /// Whether the configuration lets us resume, and from where.
+    fn future_cursor(&self, memory: &mut Memory) -> bool {
+        let (from, what) = match self.config.on_future_cursor {
+            OnFutureCursor::Stop => return false,
+            OnFutureCursor::Live => (None, "continuing from now (ON_FUTURE_CURSOR=live)"),
+            OnFutureCursor::Oldest => (Some(0), "continuing from its oldest event (ON_FUTURE_CURSOR=oldest)"),
+        };
+        memory.restart = Some(Restart {
+            from,
+            gap: Gap::new(format!("the cursor was in the relay's future; {what}"), None),
+        });
+        true
+    }
+
+    async fn session(
+        &self,
+        origin: &mut impl Origin,
+        memory: &mut Memory,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let mut connection = self.redis.connect().await?;
+        let ensured = group::ensure(&mut connection, &self.keys).await?;
+        metrics::note_ensured(ensured);
+        memory.leased = self.take_lease(&mut connection, stop).await?;
+        if !memory.leased {
+            return Ok(());
+        }
+        let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
+        let plan = Self::plan(origin.name(), &mut cursor, memory);
+        if cursor.position.is_none() && memory.acked.is_some() {
+            warn!(
+                position = memory.acked,
+                "Redis lost the cursor: going back to what was last known to be applied"
+            );
+        }
+        if cursor.is_current {
+            memory.acked = cursor.acked.or(memory.acked);
+        }
+
+        origin.open(plan.from).await?;
+        self.status.reader(|reader| {
+            reader.enter(State::Running);
+            reader.connected = true;
+            reader.cursor = cursor.position;
+        });
+
+        let (sender, receiver) = mpsc::channel(4096);
+        let (settle, mut settled) = watch::channel(None);
+        let ended = {
+            let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
+            let stream = self.append(&mut connection, receiver, settle, &mut cursor, &plan, stop);
+            tokio::pin!(arrivals, stream);
+            // The stream's error ends the session at once; after the origin's, what is queued is still appended.
+            tokio::select! {
+                ended = &mut stream => ended,
+                read = &mut arrivals => stream.await.and(read),
+            }
+        };
+        let last = *settled.borrow_and_update();
+        if let Some(position) = last
+            && !matches!(ended, Err(End::Origin(_)))
+        {
+            origin.settled(position).await?;
+        }
+        if ended.is_ok() {
+            origin.close().await;
+        }
+        if plan.appended.load(Ordering::Relaxed) && !matches!(ended, Err(End::Origin(OriginError::Reset(_))))
+        {
+            memory.restart = None;
+        }
+        if cursor.is_current {
+            memory.acked = cursor.acked.or(memory.acked);
+        }
+        ended
+    }
+
+    /// Origin -> queue, until the origin ends it or `stop`.
+    async fn arrivals(
+        origin: &mut impl Origin,
+        queue: mpsc::Sender<Item>,
+        settled: &mut watch::Receiver<Option<i64>>,
+        plan: &Plan,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let room = Arc::new(Semaphore::new(QUEUE_BYTES as usize));
+        // In front of what comes first.
+        let mut gap = plan.gap.clone();
+        loop {
+            let mut arrival = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Ok(()) = settled.changed() => {
+                    let position = *settled.borrow_and_update();
+                    if let Some(position) = position {
+                        origin.settled(position).await?;
+                    }
+                    continue;
+                }
+                arrival = origin.next() => arrival?,
+            };
+            arrival.gap = gap.take().or(arrival.gap);
+            let bytes: usize = arrival.entries.iter().map(|entry| entry.data.len() + 64).sum();
+            let bytes = u32::try_from(bytes).unwrap_or(QUEUE_BYTES).clamp(64, QUEUE_BYTES);
+            let Ok(room) = Arc::clone(&room).acquire_many_owned(bytes).await else { return Ok(()) };
+            if queue.send(Item { arrival, _room: room }).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for the lease; `false` when it is time to stop.
+    async fn take_lease(&self, connection: &mut Connection, stop: &CancellationToken) -> Result<bool, End> {
+        let mut said = false;
+        while !lease::take(connection, &self.keys.lease, &self.token).await? {
+            if !std::mem::replace(&mut said, true) {
+                let reason = format!("another reader holds the lease {}", self.keys.lease);
+                info!(reason, "the reader waits; a lease that is not renewed expires after 10 s");
+                self.enter(State::WaitingForLease { reason });
+            }
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+                () = stop.cancelled() => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Where to begin, and in which epoch. A new one begins where the numbering does, as far as we know: at a first start,
+    /// after a reset, at another relay, and where Redis lost the cursor.
+    fn plan(origin: String, cursor: &mut Cursor, memory: &mut Memory) -> Plan {
+        let new = |from, gap| (from, cursor.next_epoch, gap);
+        let elsewhere =
+            cursor.relay.as_ref().filter(|before| **before != origin && cursor.position.is_some());
+        let (from, epoch, gap) = if let Some(restart) = &memory.restart {
+            new(restart.from, Some(restart.gap.clone()))
+        } else if let Some(before) = elsewhere {
+            // Its positions mean nothing here.
+            memory.acked = None;
+            let reason = format!(
+                "the cursor belongs to {before}, not to {origin}: the events between the two are unknown; continuing \
+                 from now"
+            );
+            new(None, Some(Gap::new(reason, None)))
+        } else {
+            cursor.is_current = cursor.position.is_some();
+            match (cursor.position, cursor.epoch) {
+                (Some(position), Some(epoch)) => (Some(position), epoch, None),
+                // From a reader that knew no epochs, and of the numbering that is read.
+                (Some(position), None) => (Some(position), cursor.next_epoch, None),
+                (None, _) if memory.acked.is_some() => (memory.acked, cursor.next_epoch, None),
+                (None, Some(_)) => {
+                    let reason = "the cursor is gone from Redis; continuing from what the relay sends now";
+                    (None, cursor.next_epoch, Some(Gap::new(reason, None)))
+                }
+                (None, None) => (None, cursor.next_epoch, None),
+            }
+        };
+        Plan { origin, from, epoch, gap, appended: AtomicBool::new(false) }
+    }
+}
