@@ -48,13 +48,9 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     let without = nobody_at_http(&chain.variables());
     let page = status(&without, &[]).await;
     assert_eq!(page.code, 0, "{page:?}");
-    for words in [
-        "firehose:events: ",
-        "1: 1 undecodable",
-        "no process answers at HTTP_ADDR",
-        "CONSUMER",
-        "test-4",
-    ] {
+    for words in
+        ["firehose:events: ", "1: 1 undecodable", "no process answers at HTTP_ADDR", "CONSUMER", "test-4"]
+    {
         assert!(page.stdout.contains(words), "{words:?} is not in\n{}", page.stdout);
     }
     assert!(page.stdout.contains("PostgreSQL    answers, tables at version"), "{}", page.stdout);
