@@ -334,7 +334,7 @@ async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
     is(&format!("SELECT account_status FROM users WHERE did = '{GONE}'"), "deleted").await;
     let cursor: String = redis_command(&chain.redis, &["GET", CURSOR]).await;
     assert_eq!(cursor, "15");
-    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
+    program.metric_is("standpipe_relay_gaps_total", 1.0).await;
     let status = program.status().await;
     assert_eq!(status["missing"]["gaps"], 1, "{status}");
     assert!(
@@ -382,5 +382,5 @@ async fn after_a_switch_to_lower_numbers_later_statuses_win_and_one_gap_is_count
 
     let program = Program::start("run", &chain.variables().with("RELAY_URL", second.url())).await;
     is("new.test active").await;
-    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
+    program.metric_is("standpipe_relay_gaps_total", 1.0).await;
 }

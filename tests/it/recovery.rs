@@ -215,7 +215,7 @@ async fn a_stream_deleted_while_nothing_happens_costs_no_processor() {
         assert!(cpu < IDLE_CPU, "{cpu} s of processor time in {IDLE:?} after {command:?}");
         chain.ends_like_an_undisturbed_run().await;
     }
-    assert_eq!(program.metric(LOSSES).await, 1.0);
+    program.metric_is(LOSSES, 1.0).await;
     assert!(program.is_running());
 }
 
@@ -993,7 +993,7 @@ async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
     assert!(line.contains("another.example") && line.contains(&chain.relay.name()), "{line}");
     wait_until("the last frame", SOON, async || chain.look().await.cursor == Some(chain.relay.last_seq))
         .await;
-    assert_eq!(reader.metric("standpipe_relay_gaps_total").await, 1.0);
+    reader.metric_is("standpipe_relay_gaps_total", 1.0).await;
     assert_eq!(reader.status().await["process"]["reader"]["gaps"], 1);
     let relay: String = redis_command(&chain.redis, &["GET", CURSOR_RELAY]).await;
     assert_eq!(relay, chain.relay.name());
@@ -1063,7 +1063,7 @@ async fn a_cursor_in_the_future_stops_the_reader_unless_it_is_told_otherwise() {
 
     let program = Program::start("run", &chain.variables().with("ON_FUTURE_CURSOR", "oldest")).await;
     chain.ends_like_an_undisturbed_run().await;
-    assert_eq!(program.metric("standpipe_relay_gaps_total").await, 1.0);
+    program.metric_is("standpipe_relay_gaps_total", 1.0).await;
     becomes_ready(&program).await;
 }
 

@@ -244,6 +244,15 @@ impl Program {
             .sum()
     }
 
+    /// Waits until a metric has this value: what the servers show may be there before it is counted.
+    pub async fn metric_is(&self, name: &str, value: f64) {
+        wait_for(&format!("{name} to be {value}"), SOON, async || {
+            let now = self.metric(name).await;
+            if (now - value).abs() < f64::EPSILON { Ok(()) } else { Err(format!("it is {now}")) }
+        })
+        .await;
+    }
+
     /// Entries finished since its start.
     pub async fn entries(&self) -> f64 {
         self.metric("standpipe_entries_total").await
