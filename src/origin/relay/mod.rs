@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tokio_tungstenite::Connector;
 use tokio_tungstenite::tungstenite::error::CapacityError;
 use tokio_tungstenite::tungstenite::{Bytes, Error as WsError, Message as WsMessage};
-use tracing::info;
+use tracing::{debug, info};
 
 use super::{Arrival, Origin, OriginError};
 use crate::config::Config;
@@ -52,6 +52,8 @@ pub struct Relay {
     outdated: Option<i64>,
     /// When a message from the relay was last logged, and how many were suppressed since.
     info: Option<(Instant, u64)>,
+    /// Whether a connection has been logged since the last event.
+    announced: bool,
 }
 
 /// A connection, and how far it is.
@@ -110,7 +112,12 @@ impl Origin for Relay {
         })?;
         self.connection = Some(Subscription::new(socket, from));
         metrics::count(metrics::RELAY_CONNECTS, 1);
-        info!(relay = self.name(), cursor = from, "connected to the relay");
+        // A relay that accepts every connection and sends nothing must not fill the log.
+        if std::mem::replace(&mut self.announced, true) {
+            debug!(relay = self.name(), cursor = from, "connected to the relay again");
+        } else {
+            info!(relay = self.name(), cursor = from, "connected to the relay");
+        }
         Ok(())
     }
 
@@ -144,7 +151,16 @@ impl Relay {
     /// There is no authority for `wss://` to trust.
     pub fn new(config: Arc<Config>, status: Arc<Status>) -> AnyResult<Self> {
         let tls = connect::tls(&config)?;
-        Ok(Self { config, status, tls, connection: None, bad_frame: None, outdated: None, info: None })
+        Ok(Self {
+            config,
+            status,
+            tls,
+            connection: None,
+            bad_frame: None,
+            outdated: None,
+            info: None,
+            announced: false,
+        })
     }
 
     fn connection(&mut self) -> Result<&mut Subscription, OriginError> {
@@ -260,6 +276,7 @@ impl Relay {
         for (class, count) in std::mem::take(&mut connection.missed) {
             *arrival.missed.entry(class).or_default() += count;
         }
+        self.announced = false;
         Ok(Some(arrival))
     }
 
