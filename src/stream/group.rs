@@ -433,7 +433,7 @@ pub struct LeaveOut<'a> {
     pub pending_at_first: bool,
 }
 
-/// Entries of the stream, whoever got them: a page of those after `after`, up to and with `until`.
+/// One page of the entries in (`after`, `until`], whichever consumer they were delivered to.
 ///
 /// # Errors
 ///
