@@ -27,7 +27,7 @@ pub trait Origin: Send {
     /// The next arrival. Cancel-safe: what was dropped while it waited is not lost.
     fn next(&mut self) -> impl Future<Output = Result<Arrival, OriginError>> + Send;
 
-    /// Everything up to `position` is in the stream.
+    /// Everything up to `position` is in the stream. It may be told more than once.
     fn settled(&mut self, position: i64) -> impl Future<Output = Result<(), OriginError>> + Send {
         let _ = position;
         std::future::ready(Ok(()))

@@ -41,6 +41,7 @@ const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The configured relay.
 pub struct Relay {
+    name: String,
     config: Arc<Config>,
     status: Arc<Status>,
     tls: Connector,
@@ -90,7 +91,7 @@ impl Subscription {
 
 impl Origin for Relay {
     fn name(&self) -> String {
-        self.config.relay_url.relay()
+        self.name.clone()
     }
 
     async fn open(&mut self, from: Option<i64>) -> Result<(), OriginError> {
@@ -107,24 +108,22 @@ impl Origin for Relay {
             url.push_str(&(cursor + step).to_string());
         }
         let limit = if tries >= BAD_FRAME_TRIES { PASSED_OVER_BYTES } else { MESSAGE_BYTES };
-        let socket = connect::open(url, &self.name(), self.tls.clone(), limit).await.map_err(|refused| {
+        let socket = connect::open(url, &self.name, self.tls.clone(), limit).await.map_err(|refused| {
             OriginError::Away { reason: refused.reason, retry_after: refused.retry_after }
         })?;
         self.connection = Some(Subscription::new(socket, from));
         metrics::count(metrics::RELAY_CONNECTS, 1);
         // A relay that accepts every connection and sends nothing must not fill the log.
         if std::mem::replace(&mut self.announced, true) {
-            debug!(relay = self.name(), cursor = from, "connected to the relay again");
+            debug!(relay = self.name, cursor = from, "connected to the relay again");
         } else {
-            info!(relay = self.name(), cursor = from, "connected to the relay");
+            info!(relay = self.name, cursor = from, "connected to the relay");
         }
         Ok(())
     }
 
     async fn next(&mut self) -> Result<Arrival, OriginError> {
         loop {
-            // A relay that always has something must not keep the lease and what is queued waiting.
-            tokio::task::coop::consume_budget().await;
             let frame = self.frame().await?;
             self.status.reader(|reader| {
                 reader.frames += 1;
@@ -152,6 +151,7 @@ impl Relay {
     pub fn new(config: Arc<Config>, status: Arc<Status>) -> AnyResult<Self> {
         let tls = connect::tls(&config)?;
         Ok(Self {
+            name: config.relay_url.relay(),
             config,
             status,
             tls,
@@ -163,25 +163,20 @@ impl Relay {
         })
     }
 
-    fn connection(&mut self) -> Result<&mut Subscription, OriginError> {
-        self.connection.as_mut().ok_or_else(|| OriginError::away("not connected"))
-    }
-
     /// The next data frame.
     async fn frame(&mut self) -> Result<Bytes, OriginError> {
-        let relay = self.name();
-        let idle = self.config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
-        let status = Arc::clone(&self.status);
-        let connection = self.connection()?;
+        let Self { name, config, status, connection, bad_frame, .. } = self;
+        let connection = connected(connection)?;
+        let idle = config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
         let quiet = if connection.sequence.set_aside() > 0 { QUIET } else { idle };
-        let last_seq = connection.last_seq;
         loop {
+            // A relay that always has something must not keep the lease and what is queued waiting.
             tokio::task::coop::consume_budget().await;
             let message = tokio::select! {
                 biased;
                 message = connection.socket.next() => message,
                 () = sleep_until(connection.last_data, quiet), if connection.sequence.set_aside() > 0 => {
-                    return Err(restarted(&relay, &connection.sequence));
+                    return Err(restarted(name, &connection.sequence));
                 }
                 // Only data counts: a dead feed can still answer pings.
                 () = sleep_until(connection.last_data, idle) => {
@@ -198,7 +193,7 @@ impl Relay {
                 }
                 Some(Ok(WsMessage::Text(_))) => {
                     return Err(OriginError::Operator(format!(
-                        "{relay} sends text, which no relay does: is it a Jetstream? RELAY_URL has to name a relay"
+                        "{name} sends text, which no relay does: is it a Jetstream? RELAY_URL has to name a relay"
                     )));
                 }
                 Some(Ok(WsMessage::Close(reason))) => {
@@ -210,7 +205,7 @@ impl Relay {
                 }
                 Some(Ok(_)) => {}
                 Some(Err(WsError::Capacity(CapacityError::MessageTooLong { size, max_size }))) => {
-                    self.failed_after(last_seq);
+                    failed_after(bad_frame, connection.last_seq);
                     metrics::count(metrics::RELAY_BAD_FRAMES, 1);
                     return Err(OriginError::away(format!("a frame of {size} bytes; {max_size} are read")));
                 }
@@ -254,13 +249,12 @@ impl Relay {
 
     /// An event that follows what came before; `None` for one that does not.
     fn place(&mut self, mut arrival: Arrival) -> Result<Option<Arrival>, OriginError> {
-        let relay = self.name();
         let seq = arrival.position;
-        let connection = self.connection()?;
+        let connection = connected(&mut self.connection)?;
         match connection.sequence.judge(seq, connection.last_data) {
             Place::Follows => {}
             Place::Elsewhere => return Ok(None),
-            Place::Reset => return Err(restarted(&relay, &connection.sequence)),
+            Place::Reset => return Err(restarted(&self.name, &connection.sequence)),
             Place::Impossible => {
                 let why = format!("its sequence number is {seq}");
                 passed_over(&mut connection.gap, connection.last_seq, &why);
@@ -283,7 +277,7 @@ impl Relay {
     /// However often it is repeated, it is one gap.
     fn outdated_cursor(&mut self, message: &str) -> Result<(), OriginError> {
         let before = self.outdated;
-        let connection = self.connection()?;
+        let connection = connected(&mut self.connection)?;
         let from = connection.from;
         if std::mem::replace(&mut connection.outdated, true)
             || from == Some(0)
@@ -302,12 +296,12 @@ impl Relay {
     /// enough connections it is skipped.
     fn unusable(&mut self, error: String) -> Result<Option<Arrival>, OriginError> {
         metrics::count(metrics::RELAY_BAD_FRAMES, 1);
-        let last_seq = self.connection()?.last_seq;
-        if self.failed_after(last_seq) < BAD_FRAME_TRIES {
+        let connection = connected(&mut self.connection)?;
+        let last_seq = connection.last_seq;
+        if failed_after(&mut self.bad_frame, last_seq) < BAD_FRAME_TRIES {
             return Err(OriginError::away(error));
         }
         self.bad_frame = None;
-        let connection = self.connection()?;
         *connection.missed.entry("frame").or_default() += 1;
         passed_over(&mut connection.gap, last_seq, &error);
         Ok(None)
@@ -319,22 +313,12 @@ impl Relay {
             return OriginError::Future(format!(
                 "{} says that the cursor {} lies in its future: it was reset, or the cursor comes from another relay. \
                  Set ON_FUTURE_CURSOR=live or oldest to resume with a gap, or correct {}",
-                self.name(),
+                self.name,
                 from.map_or_else(|| "none".to_owned(), |cursor| cursor.to_string()),
                 self.config.cursor_key,
             ));
         }
         OriginError::away(format!("the relay ended the connection: {} {}", shorten(error), shorten(message)))
-    }
-
-    /// Records that the frame behind this position could not be used; returns how often by now.
-    fn failed_after(&mut self, position: Option<i64>) -> u32 {
-        let tries = match self.bad_frame {
-            Some((at, tries)) if at == position => tries + 1,
-            _ => 1,
-        };
-        self.bad_frame = Some((position, tries));
-        tries
     }
 
     /// Logs messages from the relay, at most once a minute.
@@ -348,6 +332,20 @@ impl Relay {
             }
         }
     }
+}
+
+fn connected(connection: &mut Option<Subscription>) -> Result<&mut Subscription, OriginError> {
+    connection.as_mut().ok_or_else(|| OriginError::away("not connected"))
+}
+
+/// Records that the frame behind this position could not be used; returns how often by now.
+fn failed_after(bad_frame: &mut Option<(Option<i64>, u32)>, position: Option<i64>) -> u32 {
+    let tries = match bad_frame {
+        Some((at, tries)) if *at == position => *tries + 1,
+        _ => 1,
+    };
+    *bad_frame = Some((position, tries));
+    tries
 }
 
 /// The numbering restarts: to be read from the relay's oldest event, in a new epoch.
