@@ -3,6 +3,7 @@
 
 mod entry;
 mod epoch;
+mod kind;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,6 +11,7 @@ use std::str::FromStr;
 
 pub use entry::Entry;
 pub use epoch::{Epochs, Start};
+pub use kind::Kind;
 
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -118,107 +120,6 @@ pub fn tid_time(tid: &str) -> Option<Micros> {
         bits = (bits << 5) | digit as u64;
     }
     i64::try_from(bits >> 10).ok().map(Micros)
-}
-
-/// The kinds of operation, one per file in `sql/apply` and `src/apply`.
-///
-/// Their order is that of the operations of one call. Gates come first: a post that is written after its gate has its
-/// flags at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// `app.bsky.feed.threadgate`
-    ThreadGate,
-    /// `app.bsky.feed.postgate`
-    PostGate,
-    /// `app.bsky.feed.post`
-    Post,
-    /// `app.bsky.feed.like`
-    Like,
-    /// `app.bsky.feed.repost`
-    Repost,
-    /// `app.bsky.bookmark`
-    Bookmark,
-    /// `app.bsky.graph.follow`
-    Follow,
-    /// `app.bsky.graph.block`
-    Block,
-    /// `app.bsky.graph.list`
-    List,
-    /// `app.bsky.graph.listitem`
-    ListItem,
-    /// `app.bsky.graph.listblock`
-    ListBlock,
-    /// `app.bsky.graph.starterpack`
-    StarterPack,
-    /// `app.bsky.feed.generator`
-    FeedGenerator,
-    /// `app.bsky.labeler.service`
-    LabelerService,
-    /// `com.atproto.label.label`
-    Label,
-    /// `app.bsky.graph.verification`
-    Verification,
-    /// Any other collection.
-    Record,
-    /// `app.bsky.actor.profile/self`
-    Profile,
-    /// `#identity`
-    Identity,
-    /// `#account`
-    Account,
-}
-
-impl Kind {
-    /// Every kind, in the order in which metrics list them.
-    pub const ALL: [Kind; 20] = [
-        Kind::Post,
-        Kind::Like,
-        Kind::Repost,
-        Kind::Bookmark,
-        Kind::Follow,
-        Kind::Block,
-        Kind::List,
-        Kind::ListItem,
-        Kind::ListBlock,
-        Kind::StarterPack,
-        Kind::FeedGenerator,
-        Kind::LabelerService,
-        Kind::Label,
-        Kind::Verification,
-        Kind::ThreadGate,
-        Kind::PostGate,
-        Kind::Record,
-        Kind::Profile,
-        Kind::Identity,
-        Kind::Account,
-    ];
-
-    /// The name in metrics, logs and the apply function's sections.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Post => "post",
-            Kind::Like => "like",
-            Kind::Repost => "repost",
-            Kind::Bookmark => "bookmark",
-            Kind::Follow => "follow",
-            Kind::Block => "block",
-            Kind::List => "list",
-            Kind::ListItem => "list_item",
-            Kind::ListBlock => "list_block",
-            Kind::StarterPack => "starter_pack",
-            Kind::FeedGenerator => "feed_generator",
-            Kind::LabelerService => "labeler_service",
-            Kind::Label => "label",
-            Kind::Verification => "verification",
-            Kind::ThreadGate => "thread_gate",
-            Kind::PostGate => "post_gate",
-            Kind::Record => "record",
-            Kind::Profile => "profile",
-            Kind::Identity => "identity",
-            Kind::Account => "account",
-        }
-    }
 }
 
 /// JSON text that PostgreSQL's `jsonb` accepts: valid, and without U+0000.

@@ -23,6 +23,7 @@
 //! - [`dead_letters`]: inspecting, retrying and purging what could not be applied
 //! - [`tasks`]: what else has to be done now and then
 //! - [`doctor`]: `standpipe check`
+//! - [`health`]: how this process is, judged in one place
 //! - [`http`]: health, metrics, status, the dashboard, the operator's commands
 //! - [`run`]: the only place that spawns
 
@@ -36,6 +37,7 @@ pub mod crash;
 pub mod dead_letters;
 pub mod doctor;
 pub mod event;
+pub mod health;
 pub mod http;
 pub mod logging;
 pub mod metrics;

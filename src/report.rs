@@ -3,12 +3,13 @@
 
 pub mod table;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
-use crate::status::{PipelineStatus, ReaderStatus, Settings, Status};
+use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, TaskStatus};
 use crate::stream::dead_letters as letters;
 use crate::stream::gap::{self, Missed};
 use crate::stream::group::{self, ConsumerInfo};
@@ -80,6 +81,8 @@ pub struct ProcessReport {
     /// Connections to PostgreSQL.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolReport>,
+    /// The background tasks by name.
+    pub tasks: BTreeMap<&'static str, TaskStatus>,
 }
 
 /// Connections to PostgreSQL.
@@ -139,5 +142,6 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
         pool,
+        tasks: lock(&status.tasks).clone(),
     }
 }

@@ -22,7 +22,6 @@ use crate::pipeline::{InHand, Names, Pipeline};
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
 use crate::stream::{Keys, Redis};
-use crate::tasks;
 use crate::tasks::acknowledged::Acknowledged;
 use crate::tasks::janitor::Janitor;
 use crate::tasks::legacy::LegacyKeys;
@@ -30,6 +29,7 @@ use crate::tasks::prepare::Prepare;
 use crate::tasks::progress::Progress;
 use crate::tasks::purge::Purge;
 use crate::tasks::tombstones::Tombstones;
+use crate::tasks::{self, Task};
 
 /// Which parts this process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +55,13 @@ impl Parts {
 /// A started process.
 pub struct Running {
     config: Arc<Config>,
+    keys: Keys,
+    redis: Redis,
+    /// Where there are pipelines.
+    store: Option<Store>,
     /// The status of its parts.
     pub status: Arc<Status>,
+    control: Arc<Control>,
     /// Where its HTTP server listens.
     pub http: Option<SocketAddr>,
     stop_reader: CancellationToken,
@@ -67,10 +72,8 @@ pub struct Running {
     pipelines: JoinSet<()>,
     /// Tasks that end at `release`.
     keepers: JoinSet<()>,
-    /// Runs until aborted.
+    /// Runs until aborted, when everything else has ended.
     helpers: JoinSet<()>,
-    store: Option<Store>,
-    control: Arc<Control>,
 }
 
 /// Runs until SIGTERM, SIGINT or an operator's drain request, then drains. A second signal ends the process immediately.
@@ -150,7 +153,12 @@ pub fn start(
         Settings { transaction: config.transaction.as_str(), batch_size: config.batch_size },
     ));
     let mut running = Running {
-        status: Arc::clone(&status),
+        keys: Keys::new(&config),
+        config: Arc::clone(&config),
+        redis,
+        store,
+        status,
+        control,
         http: None,
         stop_reader: stop.child_token(),
         stop: stop.clone(),
@@ -159,74 +167,12 @@ pub fn start(
         pipelines: JoinSet::new(),
         keepers: JoinSet::new(),
         helpers: JoinSet::new(),
-        store: store.clone(),
-        config: Arc::clone(&config),
-        control: Arc::clone(&control),
     };
-
-    // Helpers live until everything else has ended.
-    if let Some(address) = config.http_addr {
-        let listener =
-            http::listen(address).with_context(|| format!("HTTP_ADDR: cannot listen on {address}"))?;
-        let address = listener.local_addr()?;
-        running.http = Some(address);
-        info!(%address, "HTTP");
-        let server = Server::new(
-            &config,
-            redis.clone(),
-            store.clone(),
-            Arc::clone(&status),
-            metrics.clone(),
-            Arc::clone(&control),
-        );
-        running.helpers.spawn(server.serve(listener));
-    }
-    let keys = Keys::new(&config);
-    // These end with `release`, the others when they are aborted.
-    let (release, never) = (running.release.clone(), CancellationToken::new());
-    running.helpers.spawn(tasks::run(Progress::new(metrics, Arc::clone(&status)), never.clone()));
-    let url = config.relay_url.to_string();
-    let legacy =
-        LegacyKeys::new(config.legacy_status, url, redis.clone(), store.clone(), Arc::clone(&status));
-    running.keepers.spawn(tasks::run(legacy, release.clone()));
-    let janitor = Janitor::new(keys.clone(), redis.clone(), Arc::clone(&status));
-    running.helpers.spawn(tasks::run(janitor, never.clone()));
-    if let Some(store) = &store {
-        let retention = config.tombstone_retention;
-        let tombstones = Tombstones {
-            keys: keys.clone(),
-            redis: redis.clone(),
-            store: store.clone(),
-            retention,
-            control: Arc::clone(&control),
-        };
-        running.helpers.spawn(tasks::run(tombstones, never.clone()));
-        let purge = Purge { store: store.clone(), control: Arc::clone(&control) };
-        running.helpers.spawn(tasks::run(purge, never.clone()));
-        let acknowledged = Acknowledged::new(keys, redis.clone(), store.clone(), Arc::clone(&status));
-        running.helpers.spawn(tasks::run(acknowledged, never));
-        let in_hand = InHand::default();
-        let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
-        let pipeline = |index| {
-            let (redis, store, status) = (redis.clone(), store.clone(), Arc::clone(&status));
-            Pipeline::new(index, &config, redis, store, status, Arc::clone(&in_hand), names.clone())
-        };
-        let prepare = Prepare {
-            config: Arc::clone(&config),
-            redis: redis.clone(),
-            store: store.clone(),
-            pipeline: pipeline(0),
-            names: say_names,
-        };
-        running.keepers.spawn(prepare.run(release));
-        for index in 0..consumers {
-            running.pipelines.spawn(pipeline(index).paused_by(control.pipelines()).run(stop.clone()));
-        }
-    }
+    running.start_http(&metrics)?;
+    running.start_tasks(metrics);
+    running.start_pipelines(consumers);
     if parts.reader() {
-        let relay = Relay::new(Arc::clone(&config), Arc::clone(&status))?;
-        let reader = Reader::new(Arc::clone(&config), redis, status, control.reader());
-        running.readers.spawn(reader.run(relay, running.stop_reader.clone()));
+        running.start_reader()?;
     }
     info!(
         ?parts,
@@ -240,6 +186,91 @@ pub fn start(
 }
 
 impl Running {
+    fn start_http(&mut self, metrics: &PrometheusHandle) -> Result<()> {
+        let Some(address) = self.config.http_addr else { return Ok(()) };
+        let listener =
+            http::listen(address).with_context(|| format!("HTTP_ADDR: cannot listen on {address}"))?;
+        let address = listener.local_addr()?;
+        self.http = Some(address);
+        info!(%address, "HTTP");
+        let (status, control) = (Arc::clone(&self.status), Arc::clone(&self.control));
+        let server = Server::new(
+            &self.config,
+            self.redis.clone(),
+            self.store.clone(),
+            status,
+            metrics.clone(),
+            control,
+        );
+        self.helpers.spawn(server.serve(listener));
+        Ok(())
+    }
+
+    fn start_tasks(&mut self, metrics: PrometheusHandle) {
+        let (keys, redis) = (&self.keys.clone(), &self.redis.clone());
+        let status = || Arc::clone(&self.status);
+        let progress = Progress::new(metrics, status());
+        let janitor = Janitor::new(keys.clone(), redis.clone(), status());
+        let url = self.config.relay_url.to_string();
+        let legacy =
+            LegacyKeys::new(self.config.legacy_status, url, redis.clone(), self.store.clone(), status());
+        self.help(progress);
+        self.help(janitor);
+        self.keep(legacy);
+        let Some(store) = &self.store.clone() else { return };
+        let control = Arc::clone(&self.control);
+        self.help(Tombstones {
+            keys: keys.clone(),
+            redis: redis.clone(),
+            store: store.clone(),
+            retention: self.config.tombstone_retention,
+            control: Arc::clone(&control),
+        });
+        self.help(Purge { store: store.clone(), control });
+        self.help(Acknowledged::new(keys.clone(), redis.clone(), store.clone(), Arc::clone(&self.status)));
+    }
+
+    /// A task that is aborted when everything else has ended.
+    fn help(&mut self, task: impl Task + 'static) {
+        self.helpers.spawn(tasks::run(task, Arc::clone(&self.status), CancellationToken::new()));
+    }
+
+    /// A task that ends at `release`.
+    fn keep(&mut self, task: impl Task + 'static) {
+        self.keepers.spawn(tasks::run(task, Arc::clone(&self.status), self.release.clone()));
+    }
+
+    fn start_pipelines(&mut self, count: usize) {
+        let Some(store) = &self.store else { return };
+        let in_hand = InHand::default();
+        let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
+        let pipeline = |index| {
+            let (redis, store, status) = (self.redis.clone(), store.clone(), Arc::clone(&self.status));
+            Pipeline::new(index, &self.config, redis, store, status, Arc::clone(&in_hand), names.clone())
+        };
+        let prepare = Prepare {
+            config: Arc::clone(&self.config),
+            redis: self.redis.clone(),
+            store: store.clone(),
+            pipeline: pipeline(0),
+            names: say_names,
+        };
+        self.keepers.spawn(prepare.run(self.release.clone()));
+        for index in 0..count {
+            let pipeline = pipeline(index).paused_by(self.control.pipelines());
+            self.pipelines.spawn(pipeline.run(self.stop.clone()));
+        }
+    }
+
+    fn start_reader(&mut self) -> Result<()> {
+        let status = || Arc::clone(&self.status);
+        let relay = Relay::new(Arc::clone(&self.config), status())?;
+        let (config, redis) = (Arc::clone(&self.config), self.redis.clone());
+        let reader = Reader::new(config, redis, status(), self.control.reader());
+        self.readers.spawn(reader.run(relay, self.stop_reader.clone()));
+        Ok(())
+    }
+
     /// Resolves when a part ended unexpectedly: it panicked.
     pub async fn failed(&mut self) {
         tokio::select! {

@@ -1,5 +1,6 @@
 //! The status of the parts, for readiness, `/status` and the progress line.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -136,6 +137,15 @@ pub struct ReaderStatus {
     pub taking_in_ms: u64,
 }
 
+/// A background task.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct TaskStatus {
+    /// When a round last succeeded, Unix milliseconds.
+    pub last_ms: Option<u64>,
+    /// Why the last round failed; `None` where it did not.
+    pub error: Option<String>,
+}
+
 /// Everything.
 #[derive(Debug, Default)]
 pub struct Status {
@@ -145,6 +155,8 @@ pub struct Status {
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// How the stream was at the last look, and when that was; `None` before the first.
     pub stream: Mutex<Option<(Look, u64)>>,
+    /// The background tasks by name.
+    pub tasks: Mutex<BTreeMap<&'static str, TaskStatus>>,
     /// The refill in progress, because PostgreSQL lost events.
     pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.
@@ -286,6 +298,11 @@ impl Status {
             started_ms: now_ms(),
             ..Self::default()
         }
+    }
+
+    /// Updates a task's status.
+    pub fn task(&self, name: &'static str, change: impl FnOnce(&mut TaskStatus)) {
+        change(lock(&self.tasks).entry(name).or_default());
     }
 
     /// Updates the reader's status.

@@ -88,6 +88,77 @@ pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
     })
 }
 
+impl DemoOptions {
+    fn network(&self) -> NetworkOptions {
+        NetworkOptions {
+            seed: self.seed,
+            accounts: self.accounts,
+            events: self.events.unwrap_or(0),
+            ..NetworkOptions::default()
+        }
+    }
+
+    /// Events per second; one without an end is not to fill the disk.
+    fn rate(&self) -> Option<u32> {
+        self.rate.or_else(|| self.events.is_none().then_some(RATE))
+    }
+}
+
+async fn servers(folder: &PrivateFolder) -> Result<(PrivateRedis, PrivatePostgres)> {
+    let options = RedisOptions { max_memory: Some(REDIS_MEMORY), ..RedisOptions::default() };
+    let redis = PrivateRedis::start(&folder.path().join("redis"), options).await?;
+    let postgres =
+        PrivatePostgres::start(&folder.path().join("postgres"), PostgresOptions::default()).await?;
+    Ok((redis, postgres))
+}
+
+/// How to watch it and how to break it.
+fn announce(
+    addresses: &Addresses,
+    running: &Running,
+    redis: &PrivateRedis,
+    postgres: &PrivatePostgres,
+) -> Result<()> {
+    let Some(address) = running.http else { return Ok(()) };
+    let Addresses { relay, redis: redis_url, database, token } = addresses;
+    out::line(format_args!(
+        "dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops it and audits the database"
+    ))?;
+    out::line(format_args!(
+        "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={token} RELAY_URL={relay} \
+         REDIS_URL={redis_url} DATABASE_URL={database}"
+    ))?;
+    if let (Some(redis), Some(postgres)) = (redis.pid(), postgres.pid()) {
+        out::line(format_args!(
+            "to break it: kill -9 {postgres} ends its PostgreSQL, kill -9 {redis} its Redis"
+        ))?;
+    }
+    Ok(())
+}
+
+fn report(entries: u64, seconds: f64, cpu: f64, peak: u64) -> Result<()> {
+    out::line(format_args!(
+        "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 \
+         events (simulated relay included) and at most {:.0} MiB of memory in this process",
+        entries as f64 / seconds,
+        cpu / entries as f64 * 100_000.0,
+        peak as f64 / 1_048_576.0,
+    ))?;
+    Ok(())
+}
+
+/// `has_end`: it was to end by itself.
+fn report_unfinished(status: &Status, entries: u64, seconds: f64, has_end: bool) -> Result<()> {
+    let waiting = unfinished(status).map_or(String::new(), |count| {
+        format!("; {count} more were in the stream, which ends with the demo")
+    });
+    out::line(format_args!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}"))?;
+    if has_end {
+        out::line("stopped before all events had arrived")?;
+    }
+    Ok(())
+}
+
 /// Runs the demonstration; returns whether everything arrived and the audit found nothing wrong.
 ///
 /// # Errors
@@ -96,25 +167,16 @@ pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
 pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Control) -> Result<bool> {
     out::line("starting a private Redis and a private PostgreSQL ...")?;
     let folder = PrivateFolder::create("standpipe-demo")?;
-    let redis_options = RedisOptions { max_memory: Some(REDIS_MEMORY), ..RedisOptions::default() };
-    let mut redis = PrivateRedis::start(&folder.path().join("redis"), redis_options).await?;
-    let mut postgres =
-        PrivatePostgres::start(&folder.path().join("postgres"), PostgresOptions::default()).await?;
+    let (mut redis, mut postgres) = servers(&folder).await?;
     let database = postgres.create_database("standpipe").await?;
 
     let relay = TcpListener::bind("127.0.0.1:0").await?;
     let relay_address = relay.local_addr()?;
     let counters = Arc::new(Counters::default());
     let stop = CancellationToken::new();
-    let network = NetworkOptions {
-        seed: options.seed,
-        accounts: options.accounts,
-        events: options.events.unwrap_or(0),
-        ..NetworkOptions::default()
-    };
+    let network = options.network();
     let (mut sent, last_seq) = Sent::new(&network)?;
-    let rate = options.rate.or_else(|| options.events.is_none().then_some(RATE));
-    let relay_options = RelayOptions { source: Source::Network(network), rate };
+    let relay_options = RelayOptions { source: Source::Network(network), rate: options.rate() };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
     let mut serving = pin!(serving.fuse());
 
@@ -129,21 +191,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let store = Store::new(&config)?;
     let began = Instant::now();
     let mut running = run::start(config, Parts::All, metrics, control, &stop)?;
-    if let Some(address) = running.http {
-        let Addresses { relay, redis: redis_url, database, token } = &addresses;
-        out::line(format_args!(
-            "dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops it and audits the database"
-        ))?;
-        out::line(format_args!(
-            "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={token} RELAY_URL={relay} \
-             REDIS_URL={redis_url} DATABASE_URL={database}"
-        ))?;
-        if let (Some(redis), Some(postgres)) = (redis.pid(), postgres.pid()) {
-            out::line(format_args!(
-                "to break it: kill -9 {postgres} ends its PostgreSQL, kill -9 {redis} its Redis"
-            ))?;
-        }
-    }
+    announce(&addresses, &running, &redis, &postgres)?;
 
     let watch = watch(&running, &counters, &mut sent, last_seq);
     let finished = tokio::select! {
@@ -174,31 +222,23 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         _ = tokio::signal::ctrl_c() => return Ok(false),
     };
     if finished {
-        out::line(format_args!(
-            "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 \
-             events (simulated relay included) and at most {:.0} MiB of memory in this process",
-            entries as f64 / seconds,
-            cpu / entries as f64 * 100_000.0,
-            peak as f64 / 1_048_576.0,
-        ))?;
+        report(entries, seconds, cpu, peak)?;
     } else {
-        let waiting = unfinished(&status).map_or(String::new(), |count| {
-            format!("; {count} more were in the stream, which ends with the demo")
-        });
-        out::line(format_args!("{entries} events in {seconds:.0} s are in PostgreSQL{waiting}"))?;
-        if last_seq.is_some() {
-            out::line("stopped before all events had arrived")?;
-        }
+        report_unfinished(&status, entries, seconds, last_seq.is_some())?;
     }
-    let clean = tokio::select! {
-        clean = audit(&store) => clean?,
-        _ = tokio::signal::ctrl_c() => {
-            out::line("the audit was interrupted")?;
-            false
-        }
-    };
+    let clean = audit_unless_interrupted(&store).await?;
     // One that was to end by itself, and did not, has not shown what it was to show.
     Ok(clean && drained && (finished || last_seq.is_none()))
+}
+
+async fn audit_unless_interrupted(store: &Store) -> Result<bool> {
+    tokio::select! {
+        clean = audit(store) => clean,
+        _ = tokio::signal::ctrl_c() => {
+            out::line("the audit was interrupted")?;
+            Ok(false)
+        }
+    }
 }
 
 /// Audits the database and reports the result.

@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Mention, check_did, parse, set_created_at};
+use super::Mention;
+use super::field::{check_did, parse, set_created_at};
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

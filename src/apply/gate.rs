@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{parse, set_created_at, shaped};
 use super::json::{self, Text};
-use super::{parse, set_created_at, shaped};
 use crate::event::{Op, Reject};
 
 /// The post that a gate with this key is about: the one under the same key in the same repository.

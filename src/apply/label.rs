@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{MAX_URI, parse, set_created_at, shorten};
 use super::json::{self, Text, quote};
-use super::{MAX_URI, parse, set_created_at, shorten};
 use crate::event::{Op, Reason, Reject};
 
 #[derive(Deserialize)]

@@ -3,7 +3,8 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{StrongRef, json, parse, set_created_at};
+use super::field::{StrongRef, parse, set_created_at};
+use super::json;
 use crate::event::{Kind, Op, Reason, Reject};
 
 #[derive(Deserialize)]

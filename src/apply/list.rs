@@ -5,9 +5,10 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::Mention;
+use super::field::{check_did, check_uri, need_cid, parse, set_created_at, shaped};
 use super::json::{self, Text};
 use super::profile::blob_cid;
-use super::{Mention, check_did, check_uri, need_cid, parse, set_created_at, shaped};
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

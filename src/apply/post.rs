@@ -5,8 +5,9 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{StrongRef, need_cid, parse, set_created_at, shaped};
 use super::json::{self, Text};
-use super::{StrongRef, label, need_cid, parse, set_created_at, shaped};
+use super::label;
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

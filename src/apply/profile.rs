@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{parse, set_created_at};
 use super::json::{self, Text};
-use super::{label, parse, set_created_at};
+use super::label;
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

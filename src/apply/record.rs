@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::field::{MAX_NAME, need_cid, parse, set_created_at};
 use super::json::{self, Text};
-use super::{MAX_NAME, need_cid, parse, set_created_at};
 use crate::event::{Op, Reason, Reject};
 
 #[derive(Deserialize)]

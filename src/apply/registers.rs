@@ -4,8 +4,9 @@ use std::borrow::Cow;
 
 use serde::Deserialize;
 
+use super::field::{MAX_NAME, check_did, parse};
 use super::json::Text;
-use super::{Context, MAX_NAME, check_did, datetime, parse};
+use super::{Context, datetime};
 use crate::event::Entry;
 use crate::event::{Event, Json, Kind, Op, Reason, Reject, Version};
 

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{check_did, need_cid, parse, set_created_at, shaped};
 use super::json::{self, Text};
 use super::profile::blob_cid;
-use super::{check_did, need_cid, parse, set_created_at, shaped};
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

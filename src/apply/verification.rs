@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::field::{check_did, need_cid, parse, set_created_at};
 use super::json::{self, Text};
-use super::{check_did, need_cid, parse, set_created_at};
 use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]

@@ -3,13 +3,11 @@
 mod admin;
 pub mod client;
 mod connections;
-pub mod health;
 pub mod live;
 mod statements;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State as Shared};
@@ -19,7 +17,6 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
-use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 
@@ -27,6 +24,7 @@ pub use self::connections::{MAX_CONNECTIONS, listen};
 use self::live::Live;
 use crate::config::{AdminToken, Config, LogLevel};
 use crate::control::Control;
+use crate::health::{self, Answers, Facts, Readiness};
 use crate::metrics;
 use crate::mutex::lock;
 use crate::report::{self, PoolReport};
@@ -35,8 +33,6 @@ use crate::store::Store;
 use crate::stream::{Connection, Keys, Redis, StreamError};
 use crate::time::now_ms;
 
-/// A backlog without progress for this long means not ready.
-const NO_PROGRESS: Duration = Duration::from_secs(30);
 /// How long a server may take to answer us.
 const ANSWER: Duration = Duration::from_secs(2);
 /// The largest body of a request.
@@ -63,16 +59,6 @@ pub struct Server {
     /// The level it began to log with.
     level: LogLevel,
     live: Live,
-}
-
-/// The result of the readiness check.
-#[derive(Debug, Serialize)]
-pub struct Readiness {
-    ready: bool,
-    /// Not ready only because an operator paused it.
-    only_paused: bool,
-    /// Everything that is wrong, for people.
-    reasons: Vec<String>,
 }
 
 impl Server {
@@ -168,81 +154,24 @@ impl Server {
     }
 
     async fn readiness(&self) -> Readiness {
-        let mut reasons = Vec::new();
-        let mut paused = Vec::new();
-        let report = match self.ask_redis().await {
-            Ok(report) => Some(report),
+        let mut answers = Answers::default();
+        // The janitor's look may be old: this one is of now.
+        let oldest_seconds = match self.ask_redis().await {
+            Ok(report) => report.stream.oldest_waiting_seconds.unwrap_or(0.0),
             Err(reason) => {
-                reasons.push(format!("Redis: {reason}"));
-                None
+                answers.redis = Some(reason);
+                0.0
             }
         };
         if let Some(store) = &self.store {
             // All connections being in use is not a fault while work progresses.
             let (_, in_use) = store.pool_status();
-            if in_use < self.pool_max
-                && let Err(error) = store.ping(ANSWER).await
-            {
-                reasons.push(format!("PostgreSQL: {error}"));
+            if in_use < self.pool_max {
+                answers.postgres = store.ping(ANSWER).await.err().map(|error| error.to_string());
             }
         }
-        for pipeline in &self.status.pipelines {
-            let pipeline = lock(pipeline);
-            match &pipeline.state {
-                State::Halted { reason } => {
-                    reasons.push(format!("{} is halted: {reason}", pipeline.consumer));
-                }
-                State::Starting => reasons.push(format!("{} is starting", pipeline.consumer)),
-                State::Paused => paused.push(format!("{} is paused manually", pipeline.consumer)),
-                State::WaitingForLease { reason } if waited(pipeline.since_ms) > NO_PROGRESS => {
-                    reasons.push(format!("{} waits: {reason}", pipeline.consumer));
-                }
-                _ => {}
-            }
-        }
-        if let (Some(report), false) = (&report, self.status.pipelines.is_empty() || !paused.is_empty()) {
-            let oldest = report.stream.oldest_waiting_seconds.unwrap_or(0.0);
-            let since = self.status.last_ack_ms.load(Ordering::Relaxed).max(self.status.started_ms);
-            let idle = Duration::from_millis(now_ms().saturating_sub(since));
-            if oldest > NO_PROGRESS.as_secs_f64() && idle > NO_PROGRESS {
-                reasons.push(format!(
-                    "no progress: the oldest entry has waited for {oldest:.0} s and nothing was finished for {} s",
-                    idle.as_secs()
-                ));
-            }
-        }
-        if let Some(refill) = *lock(&self.status.refill) {
-            reasons.push(format!(
-                "PostgreSQL had lost acknowledged events: reading again from {} to {}",
-                refill.from, refill.until
-            ));
-        }
-        if let Some(reader) = &self.status.reader {
-            let reader = lock(reader);
-            let away = Duration::from_millis(now_ms().saturating_sub(reader.connected_ms));
-            match &reader.state {
-                State::Halted { reason } => reasons.push(format!("the reader has stopped: {reason}")),
-                State::WaitingForRelay { reason } if !reader.connected && away > NO_PROGRESS => {
-                    reasons.push(format!("no relay for {} s: {reason}", away.as_secs()));
-                }
-                State::Paused => paused.push("the reader is paused manually".to_owned()),
-                State::WaitingForLease { reason } if waited(reader.since_ms) > NO_PROGRESS => {
-                    reasons.push(format!("the reader waits: {reason}"));
-                }
-                _ if health::is_stuck(&reader, now_ms()) => reasons.push(format!(
-                    "the reader has taken nothing in for {} s{}",
-                    waited(reader.taking_in_ms).as_secs(),
-                    match &reader.state {
-                        State::WaitingForRelay { reason } => format!(": {reason}"),
-                        _ => String::new(),
-                    }
-                )),
-                _ => {}
-            }
-        }
-        let only_paused = reasons.is_empty() && !paused.is_empty();
-        reasons.append(&mut paused);
-        Readiness { ready: reasons.is_empty(), only_paused, reasons }
+        let facts = Facts { oldest_seconds, ..Facts::of(&self.status, self.control.is_draining()) };
+        health::readiness(&facts, answers)
     }
 
     fn pool(&self) -> Option<PoolReport> {
@@ -251,11 +180,6 @@ impl Server {
             PoolReport { size, in_use, max: self.pool_max }
         })
     }
-}
-
-/// How long ago that is.
-fn waited(since_ms: u64) -> Duration {
-    Duration::from_millis(now_ms().saturating_sub(since_ms))
 }
 
 /// A bound on the time of every request, and the headers that every answer has.
@@ -330,6 +254,7 @@ async fn readyz(Shared(server): Shared<Arc<Server>>) -> Response {
 
 async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
     server.process.collect();
+    metrics::totals::export();
     if let Some(pool) = server.pool() {
         ::metrics::gauge!(metrics::POOL_SIZE).set(pool.size as f64);
         ::metrics::gauge!(metrics::POOL_IN_USE).set(pool.in_use as f64);

@@ -15,6 +15,7 @@ use crate::config::MemoryMark;
 use crate::crash::{self, Point};
 use crate::metrics;
 use crate::status::State;
+use crate::stop::{Stopped, or_stop};
 use crate::stream::append::{self, AppendError, Appendix, Budget, Cursor, Move};
 use crate::stream::gap::Gap;
 use crate::stream::{Connection, is_oom};
@@ -37,24 +38,39 @@ pub(super) struct Item {
     pub(super) _room: OwnedSemaphorePermit,
 }
 
-impl Reader {
+/// Adds what waits in the queue, up to what one append may hold.
+fn take_along(items: &mut Vec<Item>, queue: &mut mpsc::Receiver<Item>) {
+    let size = |item: &Item| item.arrival.entries.iter().map(|entry| entry.data.len()).sum::<usize>();
+    let mut bytes: usize = items.iter().map(size).sum();
+    while items.len() < APPEND_ENTRIES && bytes < APPEND_BYTES {
+        let Ok(item) = queue.try_recv() else { break };
+        bytes += size(&item);
+        items.push(item);
+    }
+}
+
+/// One connection's way into the stream.
+pub(super) struct Appender<'a> {
+    pub(super) reader: &'a Reader,
+    pub(super) connection: &'a mut Connection,
+    pub(super) cursor: &'a mut Cursor,
+    pub(super) plan: &'a Plan,
+    /// Which server it is; `None` before the first look.
+    pub(super) run_id: Option<String>,
+    pub(super) stop: &'a CancellationToken,
+}
+
+impl Appender<'_> {
     /// Queue -> stream, until the queue is closed and empty.
-    pub(super) async fn append(
-        &self,
-        connection: &mut Connection,
+    pub(super) async fn run(
+        mut self,
         mut queue: mpsc::Receiver<Item>,
         settled: watch::Sender<Option<i64>>,
-        cursor: &mut Cursor,
-        plan: &Plan,
-        stop: &CancellationToken,
     ) -> Result<(), End> {
-        let relay = &plan.origin;
-        let budget = Budget { bytes: self.config.dead_letter_max_bytes, per_account: LETTERS_PER_ACCOUNT };
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut run_id = None;
         // Repeats of events already in the stream do not set the cursor back.
-        let mut position = plan.from;
+        let mut position = self.plan.from;
         let mut items = Vec::new();
         loop {
             tokio::select! {
@@ -63,72 +79,110 @@ impl Reader {
                     None => return Ok(()),
                 },
                 _ = look.tick() => {
-                    self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
+                    self.look().await?;
                     continue;
                 }
             }
-            let size = |item: &Item| item.arrival.entries.iter().map(|entry| entry.data.len()).sum::<usize>();
-            let mut bytes = size(&items[0]);
-            while items.len() < APPEND_ENTRIES && bytes < APPEND_BYTES {
-                let Ok(item) = queue.try_recv() else { break };
-                bytes += size(&item);
-                items.push(item);
-            }
+            take_along(&mut items, &mut queue);
             let last = items.iter().map(|item| item.arrival.position).max().unwrap_or_default();
             position = Some(position.map_or(last, |before| before.max(last)));
             let mut length = 0;
-            let pieces = in_pieces(gather(&mut items, plan.epoch));
+            let pieces = in_pieces(gather(&mut items, self.plan.epoch));
             let count = pieces.len();
             for (number, what) in pieces.into_iter().enumerate() {
                 let to = if number + 1 == count {
                     position.unwrap_or(last)
                 } else {
                     // Until the last piece is there, all of them have to come again. Another relay's numbers mean nothing.
-                    cursor.position.filter(|_| cursor.is_current).unwrap_or(what.entries[0].seq - 1)
+                    self.cursor.position.filter(|_| self.cursor.is_current).unwrap_or(what.entries[0].seq - 1)
                 };
-                let appended = loop {
-                    let to = Move {
-                        token: &self.token,
-                        relay,
-                        epoch: plan.epoch,
-                        believed: cursor.position,
-                        position: to,
-                    };
-                    match append::append(connection, &self.keys, to, budget, &what).await {
-                        Ok(appended) => break appended,
-                        Err(AppendError::Redis(error)) if is_oom(&error) => {
-                            // Refused before anything was written.
-                            if !self.wait_for_room("Redis refuses writes: its memory is full", stop).await {
-                                return Ok(());
-                            }
-                            self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
-                        }
-                        Err(error) => return Err(error.into()),
-                    }
-                };
-                crash::at(Point::AfterAppend);
-                cursor.position = Some(to);
-                cursor.is_current = true;
-                plan.appended.store(true, Ordering::Relaxed);
-                self.note(&what, appended);
+                let Some(appended) = self.append(&what, to).await? else { return Ok(()) };
+                self.reader.note(&what, appended);
                 length = appended.length;
             }
             items.clear();
             settled.send_replace(position);
             ::metrics::gauge!(metrics::CURSOR).set(position.unwrap_or_default() as f64);
-            self.status.reader(|reader| {
+            self.reader.status.reader(|reader| {
                 reader.cursor = position;
                 reader.taking_in_ms = now_ms();
                 if reader.state != State::Running {
                     reader.enter(State::Running);
                 }
             });
-            if length >= self.config.max_stream_len {
-                self.look(connection, cursor, &plan.origin, &mut run_id, stop).await?;
+            if length >= self.reader.config.max_stream_len {
+                self.look().await?;
             }
         }
     }
 
+    /// Appends one piece and moves the cursor, as soon as there is room for it; `None` when it is time to stop.
+    async fn append(&mut self, what: &Appendix, position: i64) -> Result<Option<append::Appended>, End> {
+        let budget =
+            Budget { bytes: self.reader.config.dead_letter_max_bytes, per_account: LETTERS_PER_ACCOUNT };
+        loop {
+            let to = Move {
+                token: &self.reader.token,
+                relay: &self.plan.origin,
+                epoch: self.plan.epoch,
+                believed: self.cursor.position,
+                position,
+            };
+            match append::append(self.connection, &self.reader.keys, to, budget, what).await {
+                Ok(appended) => {
+                    crash::at(Point::AfterAppend);
+                    self.cursor.position = Some(position);
+                    self.cursor.is_current = true;
+                    self.plan.appended.store(true, Ordering::Relaxed);
+                    return Ok(Some(appended));
+                }
+                Err(AppendError::Redis(error)) if is_oom(&error) => {
+                    // Refused before anything was written.
+                    let reason = "Redis refuses writes: its memory is full";
+                    if self.reader.wait_for_room(reason, self.stop).await.is_err() {
+                        return Ok(None);
+                    }
+                    self.look().await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
+    async fn look(&mut self) -> Result<(), End> {
+        let mut waiting = false;
+        loop {
+            let gauge = append::gauge(self.connection, &self.reader.keys, &self.reader.token).await?;
+            if self.run_id.get_or_insert_with(|| gauge.run_id.clone()) != &gauge.run_id {
+                return Err(AppendError::CursorMoved.into());
+            }
+            if !gauge.lease {
+                return Err(AppendError::LeaseLost.into());
+            }
+            if gauge.cursor != self.cursor.position.map(|position| position.to_string()) {
+                return Err(AppendError::CursorMoved.into());
+            }
+            // Another numbering's positions mean nothing here.
+            let same = gauge.relay.as_ref().is_none_or(|relay| *relay == self.plan.origin);
+            if self.cursor.is_current && same {
+                self.cursor.acked = gauge.acked.or(self.cursor.acked);
+            }
+            let Some(reason) = self.reader.full(&gauge, waiting) else {
+                if waiting {
+                    self.reader.enter(State::Running);
+                }
+                return Ok(());
+            };
+            waiting = true;
+            if self.reader.wait_for_room(&reason, self.stop).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Reader {
     /// Counts what was appended besides entries.
     fn note(&self, what: &Appendix, appended: append::Appended) {
         if let Some(gap) = &what.gap {
@@ -160,44 +214,6 @@ impl Reader {
         self.status.reader(|reader| reader.gaps += 1);
     }
 
-    /// Checks that Redis is still the same server, and waits while the stream or the memory is at its mark.
-    async fn look(
-        &self,
-        connection: &mut Connection,
-        cursor: &mut Cursor,
-        origin: &str,
-        run_id: &mut Option<String>,
-        stop: &CancellationToken,
-    ) -> Result<(), End> {
-        let mut waiting = false;
-        loop {
-            let gauge = append::gauge(connection, &self.keys, &self.token).await?;
-            if run_id.get_or_insert_with(|| gauge.run_id.clone()) != &gauge.run_id {
-                return Err(AppendError::CursorMoved.into());
-            }
-            if !gauge.lease {
-                return Err(AppendError::LeaseLost.into());
-            }
-            if gauge.cursor != cursor.position.map(|position| position.to_string()) {
-                return Err(AppendError::CursorMoved.into());
-            }
-            // Another numbering's positions mean nothing here.
-            if cursor.is_current && gauge.relay.as_ref().is_none_or(|relay| relay == origin) {
-                cursor.acked = gauge.acked.or(cursor.acked);
-            }
-            let Some(reason) = self.full(&gauge, waiting) else {
-                if waiting {
-                    self.enter(State::Running);
-                }
-                return Ok(());
-            };
-            waiting = true;
-            if !self.wait_for_room(&reason, stop).await {
-                return Ok(());
-            }
-        }
-    }
-
     /// Which mark is reached. Once waiting, a little below the mark: no stuttering.
     fn full(&self, gauge: &append::Gauge, waiting: bool) -> Option<String> {
         let margin = |mark: u64| if waiting { mark - mark / 20 } else { mark };
@@ -222,8 +238,8 @@ impl Reader {
         None
     }
 
-    /// Waits a moment; `false` when it is time to stop.
-    async fn wait_for_room(&self, reason: &str, stop: &CancellationToken) -> bool {
+    /// Waits a moment.
+    async fn wait_for_room(&self, reason: &str, stop: &CancellationToken) -> Result<(), Stopped> {
         let mut first = false;
         self.status.reader(|reader| {
             first = !matches!(reader.state, State::WaitingForRoom { .. });
@@ -233,12 +249,9 @@ impl Reader {
             info!(reason, "the reader waits for room; the relay keeps what comes meanwhile");
         }
         let began = Instant::now();
-        let go_on = tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(200)) => true,
-            () = stop.cancelled() => false,
-        };
-        metrics::backpressure(began.elapsed());
-        go_on
+        let waited = or_stop(stop, tokio::time::sleep(Duration::from_millis(200))).await;
+        metrics::totals::backpressure(began.elapsed());
+        waited
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::append::Item;
+use super::append::{Appender, Item};
 use super::{Origin, OriginError};
 use crate::config::{Config, OnFutureCursor};
 use crate::metrics;
@@ -297,11 +297,8 @@ impl Reader {
         }
         let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
         let plan = Self::plan(origin.name(), &mut cursor, memory);
-        if cursor.position.is_none() && memory.acked.is_some() {
-            warn!(
-                position = memory.acked,
-                "Redis lost the cursor: going back to what was last known to be applied"
-            );
+        if let (None, Some(position)) = (cursor.position, memory.acked) {
+            warn!(position, "Redis lost the cursor: going back to what was last known to be applied");
         }
         if cursor.is_current {
             memory.acked = cursor.acked.or(memory.acked);
@@ -318,7 +315,15 @@ impl Reader {
         let (settle, mut settled) = watch::channel(None);
         let ended = {
             let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
-            let stream = self.append(&mut connection, receiver, settle, &mut cursor, &plan, stop);
+            let appender = Appender {
+                reader: self,
+                connection: &mut connection,
+                cursor: &mut cursor,
+                plan: &plan,
+                run_id: None,
+                stop,
+            };
+            let stream = appender.run(receiver, settle);
             tokio::pin!(arrivals, stream);
             // The stream's error ends the session at once; after the origin's, what is queued is still appended.
             tokio::select! {

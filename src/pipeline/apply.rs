@@ -154,7 +154,7 @@ impl Pipeline {
             Verdict::Reconnect => ("reconnect", delay, State::WaitingForPostgres { reason: reason.clone() }),
             Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
         };
-        ::metrics::counter!(metrics::RETRIES, "reason" => label).increment(1);
+        metrics::retry(label);
         self.status.pipeline(self.index, |status| status.retries += 1);
         // Losing to another transaction now and then is not an outage.
         if verdict != Verdict::Retry || delay > Duration::from_millis(500) {

@@ -182,21 +182,10 @@ impl Pipeline {
                 self.claim(&mut connection, stop).await?;
                 next_claim = Instant::now() + every;
             }
-            let read = if let Some(id) = after {
-                group::read_pending(&mut connection, &self.keys, &self.consumer, count, id).await
-            } else {
-                let room = count.saturating_sub(left.len()).max(1);
-                group::read_new(&mut connection, &self.keys, &self.consumer, room, left.is_empty()).await
-            };
-            let mut batch = match read {
-                Ok(batch) => batch,
-                Err(error) if is_nogroup(&error) => {
-                    metrics::note_ensured(group::ensure(&mut connection, &self.keys).await?);
-                    // Without a pause, a group that is destroyed again and again would keep a processor busy.
-                    or_stop(stop, tokio::time::sleep(missing.pause())).await?;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
+            let Some(mut batch) =
+                self.read(&mut connection, after, count, left.len(), &mut missing, stop).await?
+            else {
+                continue;
             };
             self.say(State::Running);
             if let Some(id) = &mut after {
@@ -225,6 +214,35 @@ impl Pipeline {
             self.finish_left(&mut connection, left, stop).await?;
         }
         Ok(())
+    }
+
+    /// The next entries: after `after` those that were delivered to us before, new ones where it is `None`. `None` when the
+    /// group had to be created again.
+    async fn read(
+        &self,
+        connection: &mut Connection,
+        after: Option<EntryId>,
+        count: usize,
+        left: usize,
+        missing: &mut Backoff,
+        stop: &CancellationToken,
+    ) -> Result<Option<Batch>, Ended> {
+        let read = if let Some(id) = after {
+            group::read_pending(connection, &self.keys, &self.consumer, count, id).await
+        } else {
+            let room = count.saturating_sub(left).max(1);
+            group::read_new(connection, &self.keys, &self.consumer, room, left == 0).await
+        };
+        match read {
+            Ok(batch) => Ok(Some(batch)),
+            Err(error) if is_nogroup(&error) => {
+                metrics::note_ensured(group::ensure(connection, &self.keys).await?);
+                // Without a pause, a group that is destroyed again and again would keep a processor busy.
+                or_stop(stop, tokio::time::sleep(missing.pause())).await?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Works on deferred entries until they are done, however long others hold locks on the same accounts.

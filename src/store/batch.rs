@@ -124,7 +124,7 @@ impl Session {
                     }
                 }
                 Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
-                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
+                    metrics::retry("split");
                 }
                 Err(error) => return Err(error),
             }
@@ -157,7 +157,7 @@ impl Session {
             // One of them. Which, they say themselves when they are sent one by one.
             Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
                 if events.len() > 1 {
-                    ::metrics::counter!(metrics::RETRIES, "reason" => "split").increment(1);
+                    metrics::retry("split");
                 }
             }
             Err(error) => return vec![Err(error); events.len()],

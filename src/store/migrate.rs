@@ -18,7 +18,7 @@ use tracing::info;
 use super::StoreError;
 use super::verdict::Verdict;
 use crate::crash::{self, Point};
-pub use catalogue::KEYS;
+pub use catalogue::keys;
 use catalogue::{Catalogue, UniqueIndex};
 use statement::{Kind, Statement};
 pub use step::Say;
@@ -308,6 +308,15 @@ pub struct Plan {
     warnings: Vec<String>,
 }
 
+/// Whether others may be using a table. What is not there yet is made by a step before this one, and nobody uses it.
+fn is_used(catalogue: &Catalogue, table: &str) -> bool {
+    catalogue.relations.contains_key(table) && !table.starts_with("standpipe.")
+}
+
+fn lock_of(catalogue: &Catalogue, table: &str, lock: fn(String) -> Lock) -> Lock {
+    if is_used(catalogue, table) { lock(table.to_owned()) } else { Lock::None }
+}
+
 impl Plan {
     /// Warnings for the operator, whether or not there is anything to do.
     #[must_use]
@@ -371,10 +380,6 @@ impl Plan {
         let sql = statement.sql.clone();
         let there = |relation: &str| catalogue.relations.contains_key(relation);
         let of = |relation: &str| catalogue.relations.get(relation);
-        // What is not there yet is made by a step before this one, and nobody uses it.
-        let lock = |table: &str, lock: fn(String) -> Lock| {
-            if there(table) && !table.starts_with("standpipe.") { lock(table.to_owned()) } else { Lock::None }
-        };
         match &statement.kind {
             Kind::Table(name) if !there(name) => {
                 self.add(&format!("create table {name}"), Lock::None, vec![Run::Transaction(sql)]);
@@ -388,50 +393,64 @@ impl Plan {
                 let what = format!("{name}: add attribute {attribute}");
                 self.add(&what, Lock::None, vec![Run::Transaction(sql)]);
             }
-            Kind::Columns { table, columns } => {
-                let missing: Vec<&str> = columns
-                    .iter()
-                    .filter(|column| !of(table).is_some_and(|has| has.contains(*column)))
-                    .map(String::as_str)
-                    .collect();
-                if missing.is_empty() {
-                    return;
-                }
-                // In the same transaction: noted if and only if it is ours.
-                let note = |column: &&str| {
-                    let (table, column) = (literal(table), literal(column));
-                    format!(
-                        "INSERT INTO standpipe.added_columns VALUES ({table}, {column}) ON CONFLICT DO NOTHING"
-                    )
-                };
-                let mut sql = vec![sql];
-                if catalogue.before.contains(table) {
-                    sql.extend(missing.iter().map(note));
-                }
-                let sql = sql.join(";\n");
-                let what = format!("{table}: add {}", missing.join(", "));
-                self.add(&what, lock(table, Lock::Moment), vec![Run::Transaction(sql)]);
-            }
+            Kind::Columns { table, columns } => self.columns(catalogue, table, columns, sql),
             Kind::Index { name, table, everywhere } => {
-                let whole = catalogue.indexes.get(&index_key(name, table));
-                if whole == Some(&true) || catalogue.before.contains(table) && !everywhere {
-                    return;
-                }
-                let mut runs = Vec::new();
-                if whole.is_some() {
-                    runs.push(drop_index(catalogue, name));
-                }
-                runs.push(if there(table) && !table.starts_with("standpipe.") {
-                    let plain = plain_index(statement);
-                    Run::Alone(plain.replacen("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1))
-                } else {
-                    Run::Transaction(plain_index(statement))
-                });
-                self.add(&format!("{table}: build index {name}"), lock(table, Lock::Beside), runs);
+                self.index(catalogue, name, table, *everywhere, statement);
             }
             Kind::Other => self.add(&first_words(&sql), Lock::None, vec![Run::Transaction(sql)]),
             Kind::Table(_) | Kind::Type(_) | Kind::Attribute { .. } => {}
         }
+    }
+
+    /// Adds the columns that a table lacks.
+    fn columns(&mut self, catalogue: &Catalogue, table: &str, columns: &[String], sql: String) {
+        let has = catalogue.relations.get(table);
+        let missing: Vec<&str> = columns
+            .iter()
+            .filter(|column| !has.is_some_and(|has| has.contains(*column)))
+            .map(String::as_str)
+            .collect();
+        if missing.is_empty() {
+            return;
+        }
+        // In the same transaction: noted if and only if it is ours.
+        let note = |column: &&str| {
+            let (table, column) = (literal(table), literal(column));
+            format!("INSERT INTO standpipe.added_columns VALUES ({table}, {column}) ON CONFLICT DO NOTHING")
+        };
+        let mut sql = vec![sql];
+        if catalogue.before.contains(table) {
+            sql.extend(missing.iter().map(note));
+        }
+        let sql = sql.join(";\n");
+        let what = format!("{table}: add {}", missing.join(", "));
+        self.add(&what, lock_of(catalogue, table, Lock::Moment), vec![Run::Transaction(sql)]);
+    }
+
+    /// Builds an index that is missing, or whose build was interrupted.
+    fn index(
+        &mut self,
+        catalogue: &Catalogue,
+        name: &str,
+        table: &str,
+        everywhere: bool,
+        statement: &Statement,
+    ) {
+        let whole = catalogue.indexes.get(&index_key(name, table));
+        if whole == Some(&true) || catalogue.before.contains(table) && !everywhere {
+            return;
+        }
+        let mut runs = Vec::new();
+        if whole.is_some() {
+            runs.push(drop_index(catalogue, name));
+        }
+        runs.push(if is_used(catalogue, table) {
+            let plain = plain_index(statement);
+            Run::Alone(plain.replacen("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1))
+        } else {
+            Run::Transaction(plain_index(statement))
+        });
+        self.add(&format!("{table}: build index {name}"), lock_of(catalogue, table, Lock::Beside), runs);
     }
 
     /// Puts a plain index in the place of a unique one. First the new one: nobody is without an index for a moment.

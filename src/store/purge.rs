@@ -8,27 +8,6 @@ use crate::event::Kind;
 /// Rows per transaction: short enough that nobody waits for it.
 const CHUNK: i32 = 200;
 
-/// The kinds that leave rows of their own, the most frequent first.
-const KINDS: [Kind; 17] = [
-    Kind::Like,
-    Kind::Post,
-    Kind::Follow,
-    Kind::Repost,
-    Kind::Block,
-    Kind::Bookmark,
-    Kind::ListItem,
-    Kind::List,
-    Kind::ListBlock,
-    Kind::StarterPack,
-    Kind::FeedGenerator,
-    Kind::LabelerService,
-    Kind::Label,
-    Kind::Verification,
-    Kind::ThreadGate,
-    Kind::PostGate,
-    Kind::Record,
-];
-
 /// A deletion whose account's rows are still there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Deletion {
@@ -58,7 +37,7 @@ pub async fn next(client: &Client) -> Result<Option<Deletion>, StoreError> {
 pub async fn purge(client: &Client, deletion: &Deletion) -> Result<u64, StoreError> {
     let Deletion { did, which } = deletion;
     let mut total = 0;
-    for kind in KINDS {
+    for kind in Kind::ALL.into_iter().filter(|kind| kind.table().is_some()) {
         loop {
             let removed: i32 = client
                 .query_one(include_str!("../../sql/store/purge.sql"), &[did, &kind.name(), &CHUNK])

@@ -344,27 +344,7 @@ pub(super) fn locks_of<'a>(event: &'a Event<'_>) -> impl Iterator<Item = Cow<'a,
 
 /// The operation's name in `sql/apply/90_apply.sql`.
 fn kind_name(delete: bool, kind: Kind) -> &'static str {
-    match (delete, kind) {
-        (false, kind) => kind.name(),
-        (true, Kind::Post) => "delete post",
-        (true, Kind::Like) => "delete like",
-        (true, Kind::Repost) => "delete repost",
-        (true, Kind::Bookmark) => "delete bookmark",
-        (true, Kind::Follow) => "delete follow",
-        (true, Kind::Block) => "delete block",
-        (true, Kind::List) => "delete list",
-        (true, Kind::ListItem) => "delete list_item",
-        (true, Kind::ListBlock) => "delete list_block",
-        (true, Kind::StarterPack) => "delete starter_pack",
-        (true, Kind::FeedGenerator) => "delete feed_generator",
-        (true, Kind::LabelerService) => "delete labeler_service",
-        (true, Kind::Label) => "delete label",
-        (true, Kind::Verification) => "delete verification",
-        (true, Kind::ThreadGate) => "delete thread_gate",
-        (true, Kind::PostGate) => "delete post_gate",
-        // Registers are never deleted: interpretation makes no such operation.
-        (true, Kind::Record | Kind::Profile | Kind::Identity | Kind::Account) => "delete record",
-    }
+    if delete { kind.delete_name() } else { kind.name() }
 }
 
 #[cfg(test)]

@@ -39,6 +39,8 @@ impl Acknowledged {
 }
 
 impl Task for Acknowledged {
+    const NAME: &'static str = "acknowledged";
+
     async fn round(&mut self) -> Result<Duration> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,

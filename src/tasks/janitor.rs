@@ -77,6 +77,8 @@ impl Janitor {
 }
 
 impl Task for Janitor {
+    const NAME: &'static str = "janitor";
+
     async fn round(&mut self) -> Result<Duration> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,

@@ -50,6 +50,8 @@ impl LegacyKeys {
 }
 
 impl Task for LegacyKeys {
+    const NAME: &'static str = "legacy";
+
     async fn round(&mut self) -> Result<Duration> {
         if self.wanted == Some(false) {
             return Ok(Duration::from_hours(1));

@@ -18,21 +18,29 @@ mod schema;
 mod takeover;
 pub mod tombstones;
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
 
-use crate::time::Backoff;
+use crate::status::Status;
+use crate::time::{Backoff, now_ms};
+
+/// A task that has failed for this long is reported. Shorter outages are reported by the parts that wait for the server.
+const FAILING: Duration = Duration::from_mins(1);
 
 /// A background task.
 pub trait Task: Send {
+    /// Its name in `/status` and the log.
+    const NAME: &'static str;
+
     /// Does what is due. Returns how long to wait before the next round.
     ///
     /// # Errors
     ///
-    /// A server cannot be reached, or refuses. The parts that wait for that server report it; a task that has more to say
-    /// says it itself.
+    /// A server cannot be reached, or refuses.
     fn round(&mut self) -> impl Future<Output = Result<Duration>> + Send;
 
     /// What is left to do at the end.
@@ -42,17 +50,51 @@ pub trait Task: Send {
 }
 
 /// Runs a task until `end`.
-pub async fn run(mut task: impl Task, end: CancellationToken) {
+pub async fn run<T: Task>(mut task: T, status: Arc<Status>, end: CancellationToken) {
     let mut delays = Backoff::default();
+    let mut failing: Option<Failing> = None;
+    status.task(T::NAME, |_| {});
     while !end.is_cancelled() {
         let pause = match task.round().await {
             Ok(pause) => {
                 delays.reset();
+                if failing.take().is_some_and(|failing| failing.reported) {
+                    info!(task = T::NAME, "works again");
+                }
+                status.task(T::NAME, |task| {
+                    task.last_ms = Some(now_ms());
+                    task.error = None;
+                });
                 pause
             }
-            Err(_) => delays.pause(),
+            Err(error) => {
+                let reason = format!("{error:#}");
+                let failing = failing.get_or_insert_with(Failing::default);
+                if failing.since.elapsed() > FAILING && !std::mem::replace(&mut failing.reported, true) {
+                    warn!(
+                        task = T::NAME,
+                        reason,
+                        seconds = failing.since.elapsed().as_secs(),
+                        "keeps failing"
+                    );
+                }
+                status.task(T::NAME, |task| task.error = Some(reason));
+                delays.pause()
+            }
         };
         end.run_until_cancelled(tokio::time::sleep(pause)).await;
     }
     task.last().await;
+}
+
+/// A task that does not succeed.
+struct Failing {
+    since: Instant,
+    reported: bool,
+}
+
+impl Default for Failing {
+    fn default() -> Self {
+        Self { since: Instant::now(), reported: false }
+    }
 }

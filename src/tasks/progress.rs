@@ -35,6 +35,8 @@ impl Progress {
 }
 
 impl Task for Progress {
+    const NAME: &'static str = "progress";
+
     async fn round(&mut self) -> Result<Duration> {
         // The first round is due after one period, and none drifts.
         let due = *self.due.get_or_insert_with(|| tokio::time::Instant::now() + ROUND);

@@ -22,6 +22,8 @@ pub struct Purge {
 }
 
 impl Task for Purge {
+    const NAME: &'static str = "purge";
+
     async fn round(&mut self) -> Result<Duration> {
         self.control.pipelines_go().await;
         // The statements are ended by the server's own limit, like all of this pool.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Task;
 use crate::control::Control;
@@ -39,11 +39,18 @@ impl Tombstones {
 }
 
 impl Task for Tombstones {
+    const NAME: &'static str = "tombstones";
+
     async fn round(&mut self) -> Result<Duration> {
         self.control.pipelines_go().await;
-        // If a server is down, try again in an hour.
-        if let Ok(count @ 1..) = self.sweep().await {
-            info!(count, "deleted tombstones older than the retention");
+        // Nothing depends on it, so that an hour is soon enough for another attempt.
+        match self.sweep().await {
+            Ok(0) => {}
+            Ok(count) => info!(count, "deleted tombstones older than the retention"),
+            Err(error) => warn!(
+                reason = format!("{error:#}"),
+                "could not delete old tombstones; trying again in an hour"
+            ),
         }
         Ok(ROUND)
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it, never itself in a circle and never one below. The command line stands below them all.
-const ORDER: [&str; 23] = [
+const ORDER: [&str; 24] = [
     "mutex",
     "stop",
     "time",
@@ -25,6 +25,7 @@ const ORDER: [&str; 23] = [
     "dead_letters",
     "tasks",
     "doctor",
+    "health",
     "http",
     "run",
     "cli",

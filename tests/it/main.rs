@@ -1,5 +1,8 @@
 //! The integration tests: the real binary against real servers. `cargo test --test it claims::` runs one module.
 
+// A test that tells a sequence from top to bottom is clearer whole.
+#![allow(clippy::too_many_lines)]
+
 mod support;
 
 mod accounts;

@@ -79,7 +79,7 @@ async fn every_metric_of_the_kit_is_exported_with_its_labels() {
 fn the_dashboard_shows_most_of_what_is_exported() {
     let dashboard: Value = serde_json::from_str(&file("monitoring/grafana/standpipe.json")).unwrap();
     let shown = metrics_in(&expressions(&dashboard).join("\n"));
-    let source = file("src/metrics.rs");
+    let source = file("src/metrics/mod.rs");
     let names: BTreeSet<&str> = source
         .split('"')
         .skip(1)

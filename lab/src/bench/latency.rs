@@ -84,6 +84,37 @@ pub async fn server(folder: &Path, options: &BenchOptions) -> Result<Postgres> {
     Ok(postgres)
 }
 
+/// Sends the entries at their pace; returns when each of those behind the warm-up was sent, and when the first of them was.
+async fn send(
+    connection: &mut redis::aio::MultiplexedConnection,
+    stream: &str,
+    entries: &[NewEntry],
+    rate: f64,
+    warm_up: usize,
+) -> Result<(HashMap<EntryId, i64>, i64)> {
+    let began = Instant::now();
+    let mut sent: HashMap<EntryId, i64> = HashMap::with_capacity(entries.len());
+    let mut next = 0;
+    let mut first = None;
+    while next < entries.len() {
+        let due = ((began.elapsed().as_secs_f64() * rate) as usize + 1).min(entries.len());
+        for entry in &entries[next..due] {
+            let mut pipe = redis::pipe();
+            add(&mut pipe, stream, entry);
+            let at = now_micros();
+            let (id,): (String,) = pipe.query_async(connection).await?;
+            if next >= warm_up {
+                first.get_or_insert(at);
+                sent.insert(id.parse()?, at);
+            }
+            next += 1;
+        }
+        let next_due = Duration::from_secs_f64(next as f64 / rate);
+        tokio::time::sleep_until((began + next_due).into()).await;
+    }
+    Ok((sent, first.unwrap_or_default()))
+}
+
 /// Measures once.
 ///
 /// # Errors
@@ -122,27 +153,8 @@ pub async fn round(
         }
     }));
     let mut connection = lab.streams.connection();
-    let began = Instant::now();
-    let mut sent: HashMap<EntryId, i64> = HashMap::with_capacity(entries.len());
-    let mut next = 0;
-    let mut first = None;
-    while next < entries.len() {
-        let due = ((began.elapsed().as_secs_f64() * rate) as usize + 1).min(entries.len());
-        for entry in &entries[next..due] {
-            let mut pipe = redis::pipe();
-            add(&mut pipe, &lab.keys.stream, entry);
-            let at = now_micros();
-            let (id,): (String,) = pipe.query_async(&mut connection).await?;
-            if next >= warm_up {
-                first.get_or_insert(at);
-                sent.insert(id.parse()?, at);
-            }
-            next += 1;
-        }
-        let next_due = Duration::from_secs_f64(next as f64 / rate);
-        tokio::time::sleep_until((began + next_due).into()).await;
-    }
-    let seconds = (now_micros() - first.unwrap_or_default()) as f64 / 1e6;
+    let (sent, first) = send(&mut connection, &lab.keys.stream, &entries, rate, warm_up).await?;
+    let seconds = (now_micros() - first) as f64 / 1e6;
     worker::until_empty(&mut connection, &lab.keys, &mut program).await?;
     program.stop().await?;
 

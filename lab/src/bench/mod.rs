@@ -135,8 +135,50 @@ pub async fn bench(options: &BenchOptions) -> Result<Report> {
         Ok(()) => modes.push("batch"),
         Err(reason) => notes.push(format!("TRANSACTION=batch is not available: {reason}")),
     }
+    let mut report = describe(&mut lab, &prepared, options, notes).await?;
+    let wants = |part| options.only.is_empty() || options.only.contains(&part);
+    if wants(Part::Throughput) {
+        let mut templates = vec![OWN];
+        if options.existing {
+            lab.postgres.make_template(EXISTING, EXISTING_TABLES).await?;
+            templates.push(EXISTING);
+        }
+        for template in templates {
+            let notes = &mut report.notes;
+            let figures = throughput(&mut lab, &prepared, options, &modes, template, notes).await?;
+            report.throughput.push(figures);
+        }
+    }
+    if wants(Part::Latency) {
+        report.latency = latencies(&mut lab, options, &modes).await?;
+    }
+    if wants(Part::Reader) {
+        out::note("the reader ...");
+        report.reader = Some(reader::measure(&mut lab, options).await?);
+    }
+    if let Some(events) = options.backlog {
+        out::note(format_args!("preparing a backlog of {events} events ..."));
+        let long = lab.streams.prepare("backlog", &network, &collections, events).await?;
+        for mode in &modes {
+            report.backlog.push(backlog(&mut lab, &long, mode).await?);
+        }
+        lab.streams.forget(long).await?;
+    }
+    if options.sweep {
+        report.sweeps = sweep::sweep(&mut lab, &prepared, options, &modes).await?;
+    }
+    Ok(report)
+}
+
+/// What is measured, and on what.
+async fn describe(
+    lab: &mut Lab,
+    prepared: &Prepared,
+    options: &BenchOptions,
+    notes: Vec<String>,
+) -> Result<Report> {
     let (version, settings) = lab.postgres.describe().await?;
-    let mut report = Report {
+    Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         release_build: !cfg!(debug_assertions),
         machine: Machine::this(),
@@ -160,49 +202,25 @@ pub async fn bench(options: &BenchOptions) -> Result<Report> {
         backlog: Vec::new(),
         sweeps: Vec::new(),
         notes,
-    };
-    let wants = |part| options.only.is_empty() || options.only.contains(&part);
-    if wants(Part::Throughput) {
-        let mut templates = vec![OWN];
-        if options.existing {
-            lab.postgres.make_template(EXISTING, EXISTING_TABLES).await?;
-            templates.push(EXISTING);
+    })
+}
+
+async fn latencies(
+    lab: &mut Lab,
+    options: &BenchOptions,
+    modes: &[&'static str],
+) -> Result<Vec<latency::Latency>> {
+    out::note(format_args!("latency at {} events/s ...", options.rate));
+    let postgres = latency::server(lab.folder().path(), options).await?;
+    let mut rounds: Vec<Vec<latency::Round>> = modes.iter().map(|_| Vec::new()).collect();
+    for number in 1..=options.rounds {
+        for (rounds, mode) in rounds.iter_mut().zip(modes) {
+            out::note(format_args!("  {mode}, round {number}"));
+            rounds.push(latency::round(lab, &postgres, options, mode).await?);
         }
-        for template in templates {
-            let notes = &mut report.notes;
-            let figures = throughput(&mut lab, &prepared, options, &modes, template, notes).await?;
-            report.throughput.push(figures);
-        }
     }
-    if wants(Part::Latency) {
-        out::note(format_args!("latency at {} events/s ...", options.rate));
-        let postgres = latency::server(lab.folder().path(), options).await?;
-        let mut rounds: Vec<Vec<latency::Round>> = modes.iter().map(|_| Vec::new()).collect();
-        for number in 1..=options.rounds {
-            for (rounds, mode) in rounds.iter_mut().zip(&modes) {
-                out::note(format_args!("  {mode}, round {number}"));
-                rounds.push(latency::round(&mut lab, &postgres, options, mode).await?);
-            }
-        }
-        let figures = modes.iter().zip(&mut rounds);
-        report.latency = figures.map(|(mode, rounds)| latency::figures(mode, rounds)).collect();
-    }
-    if wants(Part::Reader) {
-        out::note("the reader ...");
-        report.reader = Some(reader::measure(&mut lab, options).await?);
-    }
-    if let Some(events) = options.backlog {
-        out::note(format_args!("preparing a backlog of {events} events ..."));
-        let long = lab.streams.prepare("backlog", &network, &collections, events).await?;
-        for mode in &modes {
-            report.backlog.push(backlog(&mut lab, &long, mode).await?);
-        }
-        lab.streams.forget(long).await?;
-    }
-    if options.sweep {
-        report.sweeps = sweep::sweep(&mut lab, &prepared, options, &modes).await?;
-    }
-    Ok(report)
+    let figures = modes.iter().zip(&mut rounds);
+    Ok(figures.map(|(mode, rounds)| latency::figures(mode, rounds)).collect())
 }
 
 /// Whether the program that is measured, which is this one, has the batch mode.

@@ -171,39 +171,7 @@ const MEBI: f64 = 1_048_576.0;
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (machine, servers, workload) = (&self.machine, &self.servers, &self.workload);
-        writeln!(
-            f,
-            "standpipe {}{} on {} cores of {}, {:.0} GiB, Linux {}",
-            self.version,
-            if self.release_build { "" } else { " (NOT a release build)" },
-            machine.cores,
-            machine.cpu,
-            machine.memory_bytes as f64 / MEBI / 1024.0,
-            machine.kernel,
-        )?;
-        writeln!(
-            f,
-            "{} (append-only file, flushed every second), PostgreSQL {} ({}); one flush alone {:.2} ms",
-            servers.redis,
-            servers.postgresql,
-            servers.postgresql_settings.join(", "),
-            servers.flush_ms,
-        )?;
-        writeln!(
-            f,
-            "{} events of {:.0} bytes, seed {}, {} accounts; medians of {} rounds (lowest to highest){}",
-            workload.events,
-            workload.event_bytes,
-            workload.seed,
-            workload.accounts,
-            workload.rounds,
-            if workload.settings.is_empty() {
-                "; defaults".to_owned()
-            } else {
-                format!("; {}", workload.settings.join(" "))
-            },
-        )?;
+        self.write_head(f)?;
         for throughput in &self.throughput {
             write!(f, "\n{throughput}")?;
         }
@@ -241,6 +209,42 @@ impl fmt::Display for Report {
 }
 
 impl Report {
+    fn write_head(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (machine, servers, workload) = (&self.machine, &self.servers, &self.workload);
+        writeln!(
+            f,
+            "standpipe {}{} on {} cores of {}, {:.0} GiB, Linux {}",
+            self.version,
+            if self.release_build { "" } else { " (NOT a release build)" },
+            machine.cores,
+            machine.cpu,
+            machine.memory_bytes as f64 / MEBI / 1024.0,
+            machine.kernel,
+        )?;
+        writeln!(
+            f,
+            "{} (append-only file, flushed every second), PostgreSQL {} ({}); one flush alone {:.2} ms",
+            servers.redis,
+            servers.postgresql,
+            servers.postgresql_settings.join(", "),
+            servers.flush_ms,
+        )?;
+        writeln!(
+            f,
+            "{} events of {:.0} bytes, seed {}, {} accounts; medians of {} rounds (lowest to highest){}",
+            workload.events,
+            workload.event_bytes,
+            workload.seed,
+            workload.accounts,
+            workload.rounds,
+            if workload.settings.is_empty() {
+                "; defaults".to_owned()
+            } else {
+                format!("; {}", workload.settings.join(" "))
+            },
+        )
+    }
+
     fn write_latency(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\nlatency from XADD, ms{:>17}{:>27}{:>27}{:>27}", "events/s", "p50", "p99", "p99.9")?;
         for latency in &self.latency {

@@ -5,34 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Client;
 
 use super::super::StoreError;
+use crate::event::Kind;
 
 /// The tables that standpipe writes and what may be unique in them: the record, never its subject. A repository can
 /// hold two likes of one post.
-pub const KEYS: &[(&str, &str)] = &[
-    ("users", "did"),
-    ("posts", "uri"),
-    ("post_aggregations", "post_uri"),
-    ("feed_items", "uri"),
-    ("likes", "uri"),
-    ("reposts", "uri"),
-    ("quotes", "uri"),
-    ("bookmarks", "uri"),
-    ("follows", "uri"),
-    ("blocks", "uri"),
-    ("lists", "uri"),
-    ("list_items", "uri"),
-    ("list_blocks", "uri"),
-    ("feed_generators", "uri"),
-    ("starter_packs", "uri"),
-    ("labeler_services", "uri"),
-    ("labels", "uri"),
-    ("verifications", "uri"),
-    ("post_gates", "post_uri"),
-    ("thread_gates", "post_uri"),
-    ("notifications", "id"),
-    ("notifications", "uri"),
-    ("generic_records", "uri"),
-];
+pub fn keys() -> Vec<(&'static str, &'static str)> {
+    let own = [
+        ("users", "did"),
+        ("post_aggregations", "post_uri"),
+        ("feed_items", "uri"),
+        ("quotes", "uri"),
+        ("notifications", "id"),
+        ("notifications", "uri"),
+    ];
+    own.into_iter().chain(Kind::ALL.into_iter().filter_map(Kind::table)).collect()
+}
 
 /// What is there. Names are as in the migration files: a table of the application by its name, ours as
 /// `standpipe.<name>`; indexes likewise.
@@ -99,7 +86,7 @@ impl Catalogue {
         let rows = client.query(include_str!("../../../sql/store/columns.sql"), &[&schema]).await?;
         for row in rows {
             let name: String = row.get(0);
-            if !row.get::<_, bool>(2) && KEYS.iter().any(|(table, _)| *table == name) {
+            if !row.get::<_, bool>(2) && keys().iter().any(|(table, _)| *table == name) {
                 foreign.push(name.clone());
             }
             relations.insert(name, row.get::<_, Vec<String>>(1).into_iter().collect());
@@ -155,7 +142,7 @@ impl Catalogue {
 
     /// Tables that standpipe writes and that were here before it, or that it made.
     pub fn tables(&self, before: bool) -> Vec<&'static str> {
-        let mut tables: Vec<_> = KEYS
+        let mut tables: Vec<_> = keys()
             .iter()
             .map(|(table, _)| *table)
             .filter(|table| self.relations.contains_key(*table) && self.before.contains(*table) == before)
@@ -167,7 +154,7 @@ impl Catalogue {
 
 /// Unique indexes on our tables that hold a record's subject unique, whatever they are called.
 pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, StoreError> {
-    let (tables, keys): (Vec<&str>, Vec<&str>) = KEYS.iter().copied().unzip();
+    let (tables, keys): (Vec<&str>, Vec<&str>) = keys().into_iter().unzip();
     let rows = client.query(include_str!("../../../sql/store/unique_indexes.sql"), &[&tables, &keys]).await?;
     let index = |row: &tokio_postgres::Row| UniqueIndex {
         name: row.get(0),
@@ -183,7 +170,7 @@ pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, Stor
 }
 
 async fn foreign_keys(client: &Client) -> Result<Vec<String>, StoreError> {
-    let tables: Vec<&str> = KEYS.iter().map(|(table, _)| *table).collect();
+    let tables: Vec<&str> = keys().into_iter().map(|(table, _)| table).collect();
     let rows = client.query(include_str!("../../../sql/store/foreign_keys.sql"), &[&tables]).await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }

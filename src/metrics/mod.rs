@@ -1,12 +1,11 @@
 //! Every metric's name and help, once. Counters exist at zero from the start: absence is never ambiguous.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+mod describe;
+pub mod totals;
 
-use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::event::{Kind, Reason};
+pub use self::totals::{count, dead_letter, operations, retry};
 use crate::stream::group::Ensured;
 use crate::stream::janitor::Look;
 
@@ -107,27 +106,9 @@ pub fn missed(class: &'static str, by: u64) {
     metrics::counter!(RELAY_MISSED, "reason" => class).increment(by);
 }
 
-/// Counts a dead letter.
-pub fn dead_letter(reason: Reason) {
-    metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).increment(1);
-}
-
 /// Sets whether events that PostgreSQL lost are being read again.
 pub fn refilling(refilling: bool) {
     metrics::gauge!(REFILLING).set(if refilling { 1.0 } else { 0.0 });
-}
-
-/// Adds to a counter without labels.
-pub fn count(name: &'static str, by: u64) {
-    metrics::counter!(name).increment(by);
-}
-
-/// Counts a run of operations of one kind.
-pub fn operations(kind: Kind, total: u32, applied: u32) {
-    let name = kind.name();
-    metrics::counter!(EVENTS, "kind" => name, "outcome" => "applied").increment(applied.into());
-    metrics::counter!(EVENTS, "kind" => name, "outcome" => "stale")
-        .increment(total.saturating_sub(applied).into());
 }
 
 /// Exports the state of the stream.
@@ -164,14 +145,6 @@ pub fn frame(event_type: &str) {
     metrics::counter!(RELAY_FRAMES, "type" => type_label(event_type)).increment(1);
 }
 
-/// Adds to [`BACKPRESSURE`]. Counters hold whole numbers: the rest below a second waits for the next.
-pub fn backpressure(waited: Duration) {
-    static MILLISECONDS: AtomicU64 = AtomicU64::new(0);
-    let waited = u64::try_from(waited.as_millis()).unwrap_or(0);
-    let total = MILLISECONDS.fetch_add(waited, Ordering::Relaxed) + waited;
-    metrics::counter!(BACKPRESSURE).absolute(total / 1000);
-}
-
 /// Counts and logs that the stream or the group had to be created again.
 pub fn note_ensured(ensured: Ensured) {
     if ensured.stream_lost {
@@ -203,116 +176,19 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
             &[1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 5000.0],
         )?
         .install_recorder()?;
-    describe();
+    describe::describe();
     zero();
     Ok(handle)
 }
 
-fn describe() {
-    describe_counter!(
-        EVENTS,
-        "Operations finished, by kind and outcome (applied; stale: something newer was there)"
-    );
-    describe_counter!(ENTRIES, "Stream entries finished, by type");
-    describe_histogram!(EVENT_SECONDS, Unit::Seconds, "From XADD to durable in PostgreSQL");
-    describe_histogram!(BATCH_SECONDS, Unit::Seconds, "From sending a batch's calls to the end of its flush");
-    describe_histogram!(TRANSACTION_SECONDS, Unit::Seconds, "From sending a batch's calls to their commits");
-    describe_histogram!(BATCH_SIZE, "Entries per batch");
-    describe_counter!(RETRIES, "Repeated attempts, by reason");
-    describe_counter!(DEAD_LETTERS, "Operations and entries that can never be applied, by reason");
-    describe_counter!(
-        DEAD_LETTERS_FULL,
-        "Entries left pending because the dead letters reached their budget"
-    );
-    describe_counter!(
-        LOST,
-        "Entries that somebody else removed from the stream and that may not have been acknowledged; a reader goes back for them"
-    );
-    describe_counter!(
-        SET_BACK,
-        "Times the reader was set back to re-read entries that somebody else removed"
-    );
-    describe_counter!(PURGED_ACCOUNTS, "Deleted accounts whose records have been removed");
-    describe_counter!(PURGED_RECORDS, "Records of deleted accounts that have been removed");
-    describe_counter!(CLAIMED, "Entries taken over from consumers that are gone");
-    describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
-    describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
-    describe_gauge!(STREAM_LENGTH, "Entries in the stream");
-    describe_gauge!(
-        WAITING,
-        "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"
-    );
-    describe_gauge!(LAG_KNOWN, "1 when Redis knows how many entries wait");
-    describe_gauge!(PENDING, "Entries delivered and not acknowledged");
-    describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
-    describe_counter!(TRIMMED, "Entries trimmed after every group had acknowledged them");
-    describe_gauge!(PIPELINES, "Pipelines, by state: at work, or what they wait for");
-    describe_gauge!(PAUSED, "1 while a part is paused manually: reader or pipelines");
-    describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
-    describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
-    describe_histogram!(POOL_WAIT, Unit::Seconds, "Time spent waiting for a connection from the pool");
-    describe_counter!(REDIS_RECONNECTS, "Connections to Redis given up after an error");
-    describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
-    describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
-    describe_counter!(RELAY_BAD_RECORDS, "Records left out because they could not be decoded");
-    describe_counter!(
-        RELAY_MISSED,
-        "What is missing from the tables because events of the relay could not be used, by reason"
-    );
-    describe_counter!(RELAY_CONNECTS, "Connections to the relay");
-    describe_counter!(
-        RELAY_GAPS,
-        "Gaps: the relay no longer had the requested events, or the relay was changed"
-    );
-    describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
-    describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
-    describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
-    describe_counter!(
-        DATABASE_WENT_BACK,
-        "Times PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
-    );
-    describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
-    describe_gauge!(BUILD, "1, with the version and the commit");
-}
-
 fn zero() {
-    for kind in Kind::ALL {
-        for outcome in ["applied", "stale"] {
-            metrics::counter!(EVENTS, "kind" => kind.name(), "outcome" => outcome).absolute(0);
-        }
-    }
-    for reason in Reason::ALL {
-        metrics::counter!(DEAD_LETTERS, "reason" => reason.name()).absolute(0);
-    }
+    totals::export();
     for class in crate::stream::gap::MISSED {
         metrics::counter!(RELAY_MISSED, "reason" => class).absolute(0);
-    }
-    for reason in RETRY_REASONS {
-        metrics::counter!(RETRIES, "reason" => reason).absolute(0);
     }
     for name in TYPES {
         metrics::counter!(RELAY_FRAMES, "type" => name).absolute(0);
         metrics::counter!(ENTRIES, "type" => name).absolute(0);
-    }
-    for name in [
-        DEAD_LETTERS_FULL,
-        LOST,
-        SET_BACK,
-        PURGED_ACCOUNTS,
-        PURGED_RECORDS,
-        CLAIMED,
-        GROUP_RECREATED,
-        STREAM_LOST,
-        TRIMMED,
-        REDIS_RECONNECTS,
-        RELAY_BAD_FRAMES,
-        RELAY_BAD_RECORDS,
-        RELAY_CONNECTS,
-        RELAY_GAPS,
-        BACKPRESSURE,
-        DATABASE_WENT_BACK,
-    ] {
-        metrics::counter!(name).absolute(0);
     }
     for part in ["reader", "pipelines"] {
         metrics::gauge!(PAUSED, "part" => part).set(0.0);

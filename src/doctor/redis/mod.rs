@@ -1,0 +1,162 @@
+//! Redis: what it is, how it keeps what it has, what our user may do, and how the stream is.
+
+mod consumers;
+mod rights;
+mod server;
+mod stream;
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use self::consumers::{consumers, dangling};
+use self::rights::may_do_everything;
+use self::server::{Info, Settings, eviction, memory, persistence, version};
+use self::stream::{dead_letters, missing, stream};
+use super::Findings;
+use crate::config::Config;
+use crate::stream::server as commands;
+use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, group, lease, noted};
+
+/// Maximum number of pending entries to check.
+const PENDING_SEEN: usize = 1000;
+
+/// Returns how many processes have pipelines at work.
+pub async fn check(config: &Config, findings: &mut Findings) -> usize {
+    let connected = match Redis::open(config) {
+        Ok(redis) => redis.connect().await,
+        Err(error) => Err(error),
+    };
+    let mut connection = match connected {
+        Ok(connection) => connection,
+        Err(error) => {
+            let (found, remedy) = explain(&error);
+            findings.unreachable(format!("{} {found}", config.redis_url), remedy);
+            return 1;
+        }
+    };
+    findings.ok("connection", format!("{} answers", config.redis_url));
+    let keys = Keys::new(config);
+    match look(config, &keys, &mut connection, findings).await {
+        Ok(processes) => processes.max(1),
+        Err(error) => {
+            let (found, remedy) = explain(&error);
+            if error.is_io_error() || error.is_connection_dropped() {
+                findings.unreachable(format!("{} {found}", config.redis_url), remedy);
+            } else {
+                findings.error("stream", format!("cannot be looked at: {error}"), remedy);
+            }
+            1
+        }
+    }
+}
+
+async fn look(
+    config: &Config,
+    keys: &Keys,
+    connection: &mut Connection,
+    findings: &mut Findings,
+) -> StreamResult<usize> {
+    // Missing permissions are reported by the rights check.
+    let info = permitted(commands::info(connection).await)?;
+    if let Some(info) = &info {
+        let info = Info(info);
+        let mode = info.text("redis_mode");
+        if let Some((what, remedy)) = not_a_server(mode) {
+            findings.error("mode", what, remedy);
+            return Ok(0);
+        }
+        version(info, findings);
+        eviction(info, findings);
+        let settings = Settings::read(connection).await?;
+        persistence(info, &settings, findings);
+        memory(config, info, findings);
+    }
+    let asked = Instant::now();
+    if let Some((seconds, micros)) = permitted(commands::time(connection).await)? {
+        findings.clock(seconds as f64 + micros as f64 / 1e6, asked.elapsed());
+    }
+    if !may_do_everything(config, keys, connection, findings).await? {
+        return Ok(0);
+    }
+    let report = crate::report::report(connection, keys).await?;
+    stream(config, &report, findings);
+    dead_letters(config, keys, &report, connection, findings).await?;
+    missing(&report, noted::read(connection, keys).await?.refill, findings);
+    let ids: BTreeSet<&str> = report
+        .consumers
+        .iter()
+        .filter_map(|consumer| consumer.name.rsplit_once('-').map(|(id, _)| id))
+        .collect();
+    let mut leased = BTreeSet::new();
+    for id in ids {
+        if lease::is_held(connection, &keys.lease_of(id)).await? {
+            leased.insert(id);
+        }
+    }
+    if report.stream.group_exists {
+        let pending = group::pending(connection, keys, PENDING_SEEN).await?;
+        consumers(config, &report, &pending, &leased, findings);
+        dangling(keys, &pending, connection, findings).await?;
+    }
+    Ok(leased.len())
+}
+
+/// The kind of server, where it is not one that holds all keys.
+fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
+    match mode {
+        "sentinel" => Some((
+            "this is a Sentinel, which holds no data",
+            "name the master itself in REDIS_URL: redis-cli -p <this port> SENTINEL get-master-addr-by-name <name>",
+        )),
+        "cluster" => Some((
+            "this is a node of a Redis Cluster, which standpipe cannot use yet",
+            "name a single server in REDIS_URL (cluster-enabled no)",
+        )),
+        _ => None,
+    }
+}
+
+/// The answer, unless our user lacks the permission.
+fn permitted<T>(answer: StreamResult<T>) -> StreamResult<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.code() == Some("NOPERM") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The cause of an error, and the remedy.
+fn explain(error: &StreamError) -> (String, &'static str) {
+    let text = error.to_string();
+    let says = |part: &str| text.contains(part);
+    let other_name = says("NotValidForName") || says("not valid for name");
+    let remedy = if says("MOVED") || says("CROSSSLOT") || says("CrossSlot") || says("CLUSTERDOWN") {
+        "this is a node of a Redis Cluster, which standpipe cannot use yet: name a single server in REDIS_URL"
+    } else if says("READONLY") {
+        "this is a replica: name its master in REDIS_URL"
+    } else if says("invalid peer certificate") && !other_name {
+        "have a trusted authority sign its certificate, or set REDIS_CA_FILE to the file of the authority that did"
+    } else if other_name {
+        "write into REDIS_URL the host's name that stands in its certificate"
+    } else if says("InvalidContentType") {
+        "it does not speak TLS there: write redis:// into REDIS_URL, or its TLS port"
+    } else if commands::refused_login(error)
+        || says("WRONGPASS")
+        || says("NOAUTH")
+        || says("invalid username-password")
+    {
+        "correct the user and password in REDIS_URL; percent-encode special characters"
+    } else if says("LOADING") {
+        "wait until it has loaded its data"
+    } else {
+        "start it, or correct the host and port in REDIS_URL"
+    };
+    let found = if says("invalid peer certificate") {
+        format!("has a certificate that is not trusted: {text}")
+    } else if remedy.starts_with("correct the user") {
+        format!("refuses the user or password: {text}")
+    } else {
+        format!("cannot be used: {text}")
+    };
+    (found, remedy)
+}

@@ -1,0 +1,62 @@
+//! What our user may do.
+
+use super::permitted;
+use crate::config::Config;
+use crate::doctor::Findings;
+use crate::stream::{Connection, Keys, StreamResult, rights, server};
+
+/// Whether our user may do everything that the pipelines and the reader do.
+pub(super) async fn may_do_everything(
+    config: &Config,
+    keys: &Keys,
+    connection: &mut Connection,
+    findings: &mut Findings,
+) -> StreamResult<bool> {
+    const WHAT: &str = "rights";
+    let who = permitted(server::who_am_i(connection).await);
+    let who = who.ok().flatten().map_or_else(|| "this user".to_owned(), |name| format!("user {name}"));
+    let Some(missing) = rights::missing(connection, keys).await? else {
+        findings.error(
+            WHAT,
+            format!("{who} may not use MULTI and DISCARD, without which its rights cannot be tried"),
+            "ACL SETUSER <user> +multi +exec +discard; docs/security.md has the whole rule",
+        );
+        return Ok(false);
+    };
+    let mut good = true;
+    if !missing.commands.is_empty() {
+        good = false;
+        let upper: Vec<String> =
+            missing.commands.iter().map(|command| command.to_uppercase().replace('|', " ")).collect();
+        let rule: Vec<String> = missing.commands.iter().map(|command| format!("+{command}")).collect();
+        findings.error(
+            WHAT,
+            format!("{who} may not use {}", upper.join(", ")),
+            format!("ACL SETUSER <user> {}", rule.join(" ")),
+        );
+    }
+    if !missing.keys.is_empty() {
+        good = false;
+        let rule: Vec<String> = missing.keys.iter().map(|key| format!("~{key}")).collect();
+        findings.error(
+            WHAT,
+            format!("{who} may not read and write {}", missing.keys.join(", ")),
+            format!("ACL SETUSER <user> {}", rule.join(" ")),
+        );
+    }
+    if !missing.legacy_keys.is_empty() && config.legacy_status != Some(false) {
+        let rule: Vec<String> = missing.legacy_keys.iter().map(|key| format!("~{key}")).collect();
+        findings.warning(
+            WHAT,
+            format!(
+                "{who} may not use {}, which the old application's pages read",
+                missing.legacy_keys.join(", ")
+            ),
+            format!("ACL SETUSER <user> {}, or set LEGACY_STATUS=false", rule.join(" ")),
+        );
+    }
+    if good {
+        findings.ok(WHAT, format!("{who} may use all {} commands on all keys", rights::COMMANDS.len()));
+    }
+    Ok(good)
+}

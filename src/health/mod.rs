@@ -1,0 +1,129 @@
+//! How this process is: one look at its parts, judged in one place, for the page's sentence and for readiness.
+
+mod ready;
+mod rules;
+mod words;
+
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+
+pub use self::ready::{Answers, Readiness, readiness};
+pub use self::rules::health;
+pub use self::words::state as words;
+use crate::mutex::lock;
+use crate::status::{PipelineStatus, ReaderStatus, State, Status};
+use crate::stream::noted::Refill;
+use crate::time::now_ms;
+
+/// A backlog with no acknowledgement for this long counts as stalled; a part that waits for its lease for so long is not
+/// ready, and neither is a reader without a relay.
+const NO_PROGRESS_MS: u64 = 30_000;
+/// A reader that has received nothing for this long, and was not steadily connected either, is stuck.
+const NOTHING_IN_MS: u64 = 60_000;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// As it should be.
+    Well,
+    /// Running, but not keeping up.
+    Busy,
+    /// Paused by an operator.
+    Paused,
+    /// A server is down; work resumes by itself.
+    Waiting,
+    /// Operator action needed.
+    Bad,
+}
+
+/// The state of the process in one sentence, for a reader who has never seen it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// How bad it is.
+    pub level: Level,
+    /// The topic: while it stays the same, only the sentence's figures change.
+    pub about: &'static str,
+    /// In words.
+    pub sentence: String,
+    /// Further detail; empty for none.
+    pub detail: String,
+}
+
+/// The facts that are judged.
+#[derive(Debug, Default)]
+pub struct Facts {
+    /// Unix milliseconds.
+    pub now_ms: u64,
+    /// The pipelines of this process.
+    pub pipelines: Vec<PipelineStatus>,
+    /// Its reader.
+    pub reader: Option<ReaderStatus>,
+    /// The process is about to end.
+    pub draining: bool,
+    /// When the stream was last looked at.
+    pub look_ms: Option<u64>,
+    /// Since when the process runs.
+    pub started_ms: u64,
+    /// When anything was last acknowledged.
+    pub last_ack_ms: u64,
+    /// Entries not yet delivered; `None` when unknown.
+    pub waiting: Option<u64>,
+    /// Age of the oldest entry that is not acknowledged.
+    pub oldest_seconds: f64,
+    /// Events finished per second.
+    pub rate: f64,
+    /// Frames from the relay per second.
+    pub frames: f64,
+    /// How many fewer wait than a second before.
+    pub shrinking: f64,
+    /// 99 of 100 events are durable within this, in milliseconds.
+    pub p99_ms: Option<f64>,
+    /// The refill in progress, because PostgreSQL lost events.
+    pub refill: Option<Refill>,
+}
+
+impl Facts {
+    /// What the parts report of themselves now. The rates are the caller's to add.
+    #[must_use]
+    pub fn of(status: &Status, draining: bool) -> Self {
+        let look = status.look();
+        Self {
+            now_ms: now_ms(),
+            pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
+            reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
+            draining,
+            look_ms: look.as_ref().map(|(_, at)| *at),
+            started_ms: status.started_ms,
+            last_ack_ms: status.last_ack_ms.load(Ordering::Relaxed),
+            waiting: look.as_ref().and_then(|(look, _)| look.waiting()),
+            oldest_seconds: look.as_ref().and_then(|(look, _)| look.oldest_seconds()).unwrap_or(0.0),
+            refill: *lock(&status.refill),
+            ..Self::default()
+        }
+    }
+
+    /// How long ago that was.
+    fn since_ms(&self, since_ms: u64) -> u64 {
+        self.now_ms.saturating_sub(since_ms)
+    }
+
+    /// Since when nothing was acknowledged although entries wait; `None` while there is progress.
+    fn stalled_since_ms(&self) -> Option<u64> {
+        let idle_since = self.last_ack_ms.max(self.started_ms);
+        let stalled = !self.pipelines.is_empty()
+            && self.oldest_seconds * 1000.0 > NO_PROGRESS_MS as f64
+            && self.since_ms(idle_since) > NO_PROGRESS_MS;
+        stalled.then_some(idle_since)
+    }
+
+    /// The reader, where it receives nothing although it should. Room, Redis and leases have states of their own.
+    fn stuck_reader(&self) -> Option<&ReaderStatus> {
+        let receives =
+            |state: &State| matches!(state, State::Starting | State::Running | State::WaitingForRelay { .. });
+        self.reader
+            .as_ref()
+            .filter(|reader| receives(&reader.state) && self.since_ms(reader.taking_in_ms) > NOTHING_IN_MS)
+    }
+}

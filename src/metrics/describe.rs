@@ -1,0 +1,95 @@
+//! The help of every metric.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+use super::{
+    BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK, DEAD_LETTERS,
+    DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, LAG_KNOWN, LOST, OLDEST, PAUSED,
+    PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS,
+    REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES,
+    RELAY_GAPS, RELAY_MISSED, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED,
+    WAITING,
+};
+
+/// Describes them all to the recorder.
+pub(super) fn describe() {
+    describe_work();
+    describe_stream();
+    describe_reader();
+}
+
+/// Events and their transactions.
+fn describe_work() {
+    describe_counter!(
+        EVENTS,
+        "Operations finished, by kind and outcome (applied; stale: something newer was there)"
+    );
+    describe_counter!(ENTRIES, "Stream entries finished, by type");
+    describe_histogram!(EVENT_SECONDS, Unit::Seconds, "From XADD to durable in PostgreSQL");
+    describe_histogram!(BATCH_SECONDS, Unit::Seconds, "From sending a batch's calls to the end of its flush");
+    describe_histogram!(TRANSACTION_SECONDS, Unit::Seconds, "From sending a batch's calls to their commits");
+    describe_histogram!(BATCH_SIZE, "Entries per batch");
+    describe_counter!(RETRIES, "Repeated attempts, by reason");
+    describe_counter!(DEAD_LETTERS, "Operations and entries that can never be applied, by reason");
+    describe_counter!(
+        DEAD_LETTERS_FULL,
+        "Entries left pending because the dead letters reached their budget"
+    );
+}
+
+/// The stream, the pipelines and the pool.
+fn describe_stream() {
+    describe_counter!(
+        LOST,
+        "Entries that somebody else removed from the stream and that may not have been acknowledged; a reader goes back for them"
+    );
+    describe_counter!(
+        SET_BACK,
+        "Times the reader was set back to re-read entries that somebody else removed"
+    );
+    describe_counter!(PURGED_ACCOUNTS, "Deleted accounts whose records have been removed");
+    describe_counter!(PURGED_RECORDS, "Records of deleted accounts that have been removed");
+    describe_counter!(CLAIMED, "Entries taken over from consumers that are gone");
+    describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
+    describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
+    describe_gauge!(STREAM_LENGTH, "Entries in the stream");
+    describe_gauge!(
+        WAITING,
+        "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"
+    );
+    describe_gauge!(LAG_KNOWN, "1 when Redis knows how many entries wait");
+    describe_gauge!(PENDING, "Entries delivered and not acknowledged");
+    describe_gauge!(OLDEST, Unit::Seconds, "Age of the oldest entry that is not acknowledged");
+    describe_counter!(TRIMMED, "Entries trimmed after every group had acknowledged them");
+    describe_gauge!(PIPELINES, "Pipelines, by state: at work, or what they wait for");
+    describe_gauge!(PAUSED, "1 while a part is paused manually: reader or pipelines");
+    describe_gauge!(POOL_SIZE, "Connections to PostgreSQL");
+    describe_gauge!(POOL_IN_USE, "Connections to PostgreSQL in use");
+    describe_histogram!(POOL_WAIT, Unit::Seconds, "Time spent waiting for a connection from the pool");
+}
+
+/// The relay and the reader.
+fn describe_reader() {
+    describe_counter!(REDIS_RECONNECTS, "Connections to Redis given up after an error");
+    describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
+    describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
+    describe_counter!(RELAY_BAD_RECORDS, "Records left out because they could not be decoded");
+    describe_counter!(
+        RELAY_MISSED,
+        "What is missing from the tables because events of the relay could not be used, by reason"
+    );
+    describe_counter!(RELAY_CONNECTS, "Connections to the relay");
+    describe_counter!(
+        RELAY_GAPS,
+        "Gaps: the relay no longer had the requested events, or the relay was changed"
+    );
+    describe_gauge!(RELAY_FRAME_AGE, Unit::Seconds, "Age of the last data frame");
+    describe_gauge!(CURSOR, "The relay position up to which everything is in the stream");
+    describe_counter!(BACKPRESSURE, Unit::Seconds, "Time that the reader waited for room in Redis");
+    describe_counter!(
+        DATABASE_WENT_BACK,
+        "Times PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
+    );
+    describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
+    describe_gauge!(BUILD, "1, with the version and the commit");
+}
