@@ -71,6 +71,7 @@ DECLARE
     deleted record;
     relation text;
     key text := 'uri';
+    owner text;
     condition text;
     old CONSTANT text := ' AND standpipe.before_deletion(r.commit_rev, r.commit_seq, r.stream_ms, $2, $3)';
     keys text[];
@@ -80,25 +81,21 @@ BEGIN
     SELECT a.deleted_seq, a.deleted_time INTO deleted FROM standpipe.accounts a WHERE a.did = account;
     relation := CASE kind
         WHEN 'like' THEN 'likes' WHEN 'repost' THEN 'reposts' WHEN 'bookmark' THEN 'bookmarks'
-        WHEN 'post' THEN 'posts' WHEN 'follow' THEN 'follows' WHEN 'block' THEN 'blocks'
-        WHEN 'list' THEN 'lists' WHEN 'list_item' THEN 'list_items' WHEN 'list_block' THEN 'list_blocks'
-        WHEN 'feed_generator' THEN 'feed_generators' WHEN 'starter_pack' THEN 'starter_packs'
-        WHEN 'labeler_service' THEN 'labeler_services' WHEN 'label' THEN 'labels'
-        WHEN 'verification' THEN 'verifications' WHEN 'thread_gate' THEN 'thread_gates'
-        WHEN 'post_gate' THEN 'post_gates' WHEN 'record' THEN 'generic_records' END;
+        WHEN 'post' THEN 'posts' WHEN 'follow' THEN 'follows' WHEN 'thread_gate' THEN 'thread_gates'
+        WHEN 'post_gate' THEN 'post_gates' ELSE (standpipe.plain_table(kind))[1] END;
     IF kind IN ('thread_gate', 'post_gate') THEN
         key := 'post_uri';
     END IF;
-    condition := CASE
-        WHEN kind IN ('like', 'repost', 'bookmark') THEN 'r.user_did = $1'
-        WHEN kind IN ('post', 'record') THEN 'r.author_did = $1'
-        WHEN kind = 'follow' THEN 'r.follower_did = $1'
-        WHEN kind IN ('block', 'list_block') THEN 'r.blocker_did = $1'
-        WHEN kind IN ('list', 'feed_generator', 'starter_pack', 'labeler_service') THEN 'r.creator_did = $1'
-        WHEN kind = 'thread_gate' THEN 'r.owner_did = $1'
-        -- These know their account by their key alone. A self-label goes with what it labels.
-        ELSE format('r.%1$I COLLATE "C" >= ''at://'' || $1 || ''/'' AND r.%1$I COLLATE "C" < ''at://'' || $1 || ''0'''
-                    ' AND position(''#'' IN r.%1$I) = 0', key)
+    owner := CASE kind
+        WHEN 'like' THEN 'user_did' WHEN 'repost' THEN 'user_did' WHEN 'bookmark' THEN 'user_did'
+        WHEN 'post' THEN 'author_did' WHEN 'follow' THEN 'follower_did' WHEN 'thread_gate' THEN 'owner_did'
+        WHEN 'post_gate' THEN '' ELSE (standpipe.plain_table(kind))[2] END;
+    condition := CASE owner
+        -- Some know their account by their key alone. A self-label goes with what it labels.
+        WHEN '' THEN
+            format('r.%1$I COLLATE "C" >= ''at://'' || $1 || ''/'' AND r.%1$I COLLATE "C" < ''at://'' || $1 || ''0'''
+                   ' AND position(''#'' IN r.%1$I) = 0', key)
+        ELSE format('r.%I = $1', owner)
     END;
     EXECUTE format('SELECT array_agg(s.%1$I ORDER BY s.%1$I COLLATE "C") FROM (
                         SELECT r.%1$I FROM %2$I r WHERE ' || condition || old || ' LIMIT $4) s', key, relation)

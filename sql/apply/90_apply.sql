@@ -201,30 +201,14 @@ BEGIN
             WHEN 'delete follow' THEN e.applied := standpipe.delete_follow(o);
             WHEN 'delete post' THEN e := standpipe.delete_post(o);
             WHEN 'delete repost' THEN e := standpipe.delete_repost(o);
-            WHEN 'block' THEN e.applied := standpipe.put_block(o);
             WHEN 'like' THEN e := standpipe.put_like(o);
             WHEN 'post' THEN e := standpipe.put_post(o);
             WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
             WHEN 'repost' THEN e := standpipe.put_repost(o);
-            WHEN 'delete block' THEN e.applied := standpipe.delete_block(o);
-            WHEN 'record' THEN e.applied := standpipe.put_record(o);
-            WHEN 'delete record' THEN e.applied := standpipe.delete_record(o);
-            WHEN 'list_item' THEN e.applied := standpipe.put_list_item(o);
-            WHEN 'delete list_item' THEN e.applied := standpipe.delete_list_item(o);
             WHEN 'thread_gate' THEN e.applied := standpipe.put_thread_gate(o);
             WHEN 'delete thread_gate' THEN e.applied := standpipe.delete_thread_gate(o);
             WHEN 'post_gate' THEN e.applied := standpipe.put_post_gate(o);
             WHEN 'delete post_gate' THEN e.applied := standpipe.delete_post_gate(o);
-            WHEN 'list' THEN e.applied := standpipe.put_list(o);
-            WHEN 'delete list' THEN e.applied := standpipe.delete_list(o);
-            WHEN 'list_block' THEN e.applied := standpipe.put_list_block(o);
-            WHEN 'delete list_block' THEN e.applied := standpipe.delete_list_block(o);
-            WHEN 'starter_pack' THEN e.applied := standpipe.put_starter_pack(o);
-            WHEN 'delete starter_pack' THEN e.applied := standpipe.delete_starter_pack(o);
-            WHEN 'label' THEN e.applied := standpipe.put_label(o);
-            WHEN 'delete label' THEN e.applied := standpipe.delete_label(o);
-            WHEN 'verification' THEN e.applied := standpipe.put_verification(o);
-            WHEN 'delete verification' THEN e.applied := standpipe.delete_verification(o);
             WHEN 'bookmark' THEN e := standpipe.put_bookmark(o);
             WHEN 'delete bookmark' THEN e := standpipe.delete_bookmark(o);
             WHEN 'feed_generator', 'labeler_service', 'delete feed_generator', 'delete labeler_service' THEN
@@ -236,6 +220,7 @@ BEGIN
                         OR EXISTS (SELECT FROM labeler_services s WHERE s.uri = o.uri) THEN
                     e.deltas := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
                 END IF;
+            ELSE e.applied := standpipe.apply_plain(kinds[i], o);
         END CASE;
         outcomes := outcomes || e.applied;
         deltas := deltas || e.deltas;

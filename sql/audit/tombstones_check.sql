@@ -11,16 +11,7 @@ FROM (
         UNION ALL SELECT 'delete repost', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM reposts WHERE uri = k.key
         UNION ALL SELECT 'delete bookmark', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM bookmarks WHERE uri = k.key
         UNION ALL SELECT 'delete follow', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM follows WHERE uri = k.key
-        UNION ALL SELECT 'delete block', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM blocks WHERE uri = k.key
-        UNION ALL SELECT 'delete list', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM lists WHERE uri = k.key
-        UNION ALL SELECT 'delete list_item', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM list_items WHERE uri = k.key
-        UNION ALL SELECT 'delete list_block', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM list_blocks WHERE uri = k.key
-        UNION ALL SELECT 'delete feed_generator', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM feed_generators WHERE uri = k.key
-        UNION ALL SELECT 'delete starter_pack', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM starter_packs WHERE uri = k.key
-        UNION ALL SELECT 'delete labeler_service', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM labeler_services WHERE uri = k.key
-        UNION ALL SELECT 'delete label', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM labels WHERE uri = k.key
-        UNION ALL SELECT 'delete verification', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM verifications WHERE uri = k.key
-        UNION ALL SELECT 'delete record', NULL, commit_rev, commit_seq, stream_ms, stream_seq FROM generic_records WHERE uri = k.key
+        UNION ALL SELECT * FROM standpipe.plain_rows(k.key)
         UNION ALL SELECT 'delete thread_gate', post_uri, commit_rev, commit_seq, stream_ms, stream_seq FROM thread_gates
             WHERE k.key LIKE '%/app.bsky.feed.threadgate/%'
               AND post_uri = replace(k.key, '/app.bsky.feed.threadgate/', '/app.bsky.feed.post/')

@@ -37,14 +37,12 @@ const FUNCTIONS: &[&str] = &[
     include_str!("../../sql/apply/10_tombstones.sql"),
     include_str!("../../sql/apply/11_notifications.sql"),
     include_str!("../../sql/apply/12_self_labels.sql"),
-    include_str!("../../sql/apply/20_likes.sql"),
-    include_str!("../../sql/apply/21_reposts.sql"),
-    include_str!("../../sql/apply/22_bookmarks.sql"),
+    include_str!("../../sql/apply/20_pointers.sql"),
+    include_str!("../../sql/apply/21_pointer_sets.sql"),
     include_str!("../../sql/apply/30_posts.sql"),
     include_str!("../../sql/apply/31_gates.sql"),
-    include_str!("../../sql/apply/40_graph.sql"),
-    include_str!("../../sql/apply/41_lists.sql"),
-    include_str!("../../sql/apply/50_records.sql"),
+    include_str!("../../sql/apply/40_follows.sql"),
+    include_str!("../../sql/apply/41_plain.sql"),
     include_str!("../../sql/apply/60_users.sql"),
     include_str!("../../sql/apply/70_time.sql"),
     include_str!("../../sql/apply/80_purge.sql"),
@@ -273,8 +271,8 @@ pub(super) fn is_ours(table: &str, column: &str) -> bool {
 #[must_use]
 pub(super) fn is_our_function(name: &str) -> bool {
     name.strip_prefix("standpipe.").is_some_and(|name| {
-        // Those of sql/apply/41_lists.sql are made from a template.
-        let made = ["put_", "delete_"].iter().any(|prefix| {
+        // Those of sql/apply/20_pointers.sql and 41_plain.sql are made from templates.
+        let made = ["put_", "new_", "delete_", "remove_"].iter().any(|prefix| {
             name.strip_prefix(prefix)
                 .is_some_and(|kind| crate::event::Kind::ALL.iter().any(|one| one.name() == kind))
         });

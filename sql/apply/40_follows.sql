@@ -1,5 +1,5 @@
--- app.bsky.graph.follow and app.bsky.graph.block. subject: the DID of the followed or blocked account.
--- Nothing is counted from them, so that a write is one statement. A follow notifies, a block does not.
+-- app.bsky.graph.follow. subject: the DID of the followed account, who is told. Nothing is counted from it, so that a write
+-- is one statement.
 
 CREATE OR REPLACE FUNCTION standpipe.put_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -108,28 +108,4 @@ BEGIN
         ignored := standpipe.unnotify_keys(ARRAY(SELECT g || '#notification' FROM unnest(gone) g));
     END IF;
     RETURN all_of;
-END $$;
-
-CREATE OR REPLACE FUNCTION standpipe.put_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    IF standpipe.is_dead(o) THEN
-        RETURN false;
-    END IF;
-    INSERT INTO blocks AS r (uri, blocker_did, blocked_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
-    VALUES (o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq)
-    ON CONFLICT (uri) DO UPDATE SET
-        blocked_did = excluded.blocked_did, created_at = excluded.created_at,
-        commit_rev = excluded.commit_rev, commit_seq = excluded.commit_seq,
-        stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
-    WHERE standpipe.newer(excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
-                          r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    RETURN FOUND;
-END $$;
-
-CREATE OR REPLACE FUNCTION standpipe.delete_block(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM standpipe.put_tombstone(o);
-    DELETE FROM blocks r WHERE r.uri = o.uri AND standpipe.newer(
-        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    RETURN FOUND;
 END $$;

@@ -1,6 +1,8 @@
 -- Kinds whose row says what the record says, and from which nothing is counted and nobody is told. subject and body
 -- for each:
 --
+--   block              subject: the DID of the blocked account
+--   record             any other collection, kept whole. subject: the record's $type; body: the record
 --   list               body: name, purpose, description, avatar_url
 --   list_item          subject: the DID on the list; body: list
 --   list_block         subject: the list's URI
@@ -11,28 +13,33 @@
 --   labeler_service    body: policies
 --
 -- One pattern, written out for each of their tables: functions of their own, so that their statements are planned
--- once. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
+-- once. What names all of them is made from the same list: a new kind is one line here. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
 -- standpipe.apply for why their rows are written after the counters.
 DO $do$
 DECLARE
+    -- kind, table, the columns that are its own, their values, and the column that holds the repository's account: ''
+    -- where only the key tells it.
     wanted CONSTANT text[][] := ARRAY[
+        ARRAY['block', 'blocks', 'blocker_did, blocked_did', 'o.repo, o.subject', 'blocker_did'],
+        ARRAY['record', 'generic_records', 'cid, author_did, record_type, record', 'o.cid, o.repo, o.subject, o.body',
+            'author_did'],
         ARRAY['list', 'lists', 'cid, creator_did, name, purpose, description, avatar_url',
             $$o.cid, o.repo, o.body ->> 'name', o.body ->> 'purpose', o.body ->> 'description',
-              o.body ->> 'avatar_url'$$],
-        ARRAY['list_item', 'list_items', 'cid, list_uri, subject_did', $$o.cid, o.body ->> 'list', o.subject$$],
-        ARRAY['list_block', 'list_blocks', 'blocker_did, list_uri', $$o.repo, o.subject$$],
+              o.body ->> 'avatar_url'$$, 'creator_did'],
+        ARRAY['list_item', 'list_items', 'cid, list_uri, subject_did', $$o.cid, o.body ->> 'list', o.subject$$, ''],
+        ARRAY['list_block', 'list_blocks', 'blocker_did, list_uri', $$o.repo, o.subject$$, 'blocker_did'],
         ARRAY['starter_pack', 'starter_packs', 'cid, creator_did, name, description, list_uri, feeds',
-            $$o.cid, o.repo, o.body ->> 'name', o.body ->> 'description', o.subject, o.body -> 'feeds'$$],
+            $$o.cid, o.repo, o.body ->> 'name', o.body ->> 'description', o.subject, o.body -> 'feeds'$$, 'creator_did'],
         ARRAY['label', 'labels', 'src, subject, val, neg',
-            $$o.repo, o.subject, o.body ->> 'val', (o.body ->> 'neg')::boolean$$],
+            $$o.repo, o.subject, o.body ->> 'val', (o.body ->> 'neg')::boolean$$, ''],
         ARRAY['verification', 'verifications', 'cid, subject_did, handle, verified_at',
-            $$o.cid, o.subject, o.body ->> 'handle', o.created_at$$],
+            $$o.cid, o.subject, o.body ->> 'handle', o.created_at$$, ''],
         ARRAY['feed_generator', 'feed_generators',
             'cid, creator_did, did, display_name, description, avatar_url, like_count',
             $$o.cid, o.repo, o.subject, o.body ->> 'display_name', o.body ->> 'description',
-              o.body ->> 'avatar_url', standpipe.like_count(o.uri)$$],
+              o.body ->> 'avatar_url', standpipe.like_count(o.uri)$$, 'creator_did'],
         ARRAY['labeler_service', 'labeler_services', 'cid, creator_did, policies, like_count',
-            $$o.cid, o.repo, o.body -> 'policies', standpipe.like_count(o.uri)$$]
+            $$o.cid, o.repo, o.body -> 'policies', standpipe.like_count(o.uri)$$, 'creator_did']
     ];
     kind text[];
 BEGIN
@@ -66,6 +73,39 @@ BEGIN
             kind[1], kind[2], kind[3], kind[4],
             (SELECT string_agg('excluded.' || c, ', ') FROM unnest(string_to_array(kind[3], ', ')) c));
     END LOOP;
+
+    -- One of them, whichever it is.
+    EXECUTE format($sql$
+        CREATE OR REPLACE FUNCTION standpipe.apply_plain(kind text, o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+        BEGIN
+            CASE kind %s
+            END CASE;
+        END $$;
+        $sql$,
+        (SELECT string_agg(format('
+                WHEN %1$L THEN RETURN standpipe.put_%1$s(o);
+                WHEN %2$L THEN RETURN standpipe.delete_%1$s(o);', wanted[i][1], 'delete ' || wanted[i][1]), '' ORDER BY i)
+         FROM generate_subscripts(wanted, 1) i));
+
+    -- The table of a kind, and the column that holds the repository's account.
+    EXECUTE format($sql$
+        CREATE OR REPLACE FUNCTION standpipe.plain_table(kind text) RETURNS text[] LANGUAGE sql IMMUTABLE AS $$
+            SELECT CASE kind %s END
+        $$;
+        $sql$,
+        (SELECT string_agg(format(' WHEN %L THEN ARRAY[%L, %L]', wanted[i][1], wanted[i][2], wanted[i][5]), '' ORDER BY i)
+         FROM generate_subscripts(wanted, 1) i));
+
+    -- The rows under a key, with the kind of their delete and their versions.
+    EXECUTE format($sql$
+        CREATE OR REPLACE FUNCTION standpipe.plain_rows(key text) RETURNS TABLE (
+            kind text, subject text, commit_rev text, commit_seq text, stream_ms bigint, stream_seq bigint
+        ) LANGUAGE sql STABLE AS $$ %s $$;
+        $sql$,
+        (SELECT string_agg(format('
+            SELECT %L::text, NULL::text, r.commit_rev::text, r.commit_seq::text, r.stream_ms, r.stream_seq
+            FROM %I r WHERE r.uri = key', 'delete ' || wanted[i][1], wanted[i][2]), ' UNION ALL ' ORDER BY i)
+         FROM generate_subscripts(wanted, 1) i));
 END $do$;
 
 CREATE OR REPLACE FUNCTION standpipe.like_count(subject text) RETURNS integer LANGUAGE plpgsql AS $$

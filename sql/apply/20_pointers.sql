@@ -1,0 +1,143 @@
+-- Records that point at another one and are counted there: who likes, reposts or bookmarks it. Of each:
+--
+--   subject        the URI of what it points at; subject_cid: its CID, except of a bookmark
+--   body           `via`, where a like or repost came from
+--
+-- The counter counts distinct accounts: a repository can hold two likes of one post. A like and a repost notify (like,
+-- like-via-repost, and so on), and every live repost has a feed item.
+--
+-- One pattern, written out for each of their tables: functions of their own, so that their statements are planned once.
+--
+--   put_<kind>     whatever is there
+--   new_<kind>     fast path of event mode: one record about a post, without `via`, of which nothing is known
+--   delete_<kind>  deletes the row if it is older than its delete
+--   remove_<kind>  removes a row, whatever its age
+DO $do$
+DECLARE
+    p record;
+BEGIN
+    FOR p IN SELECT * FROM (VALUES
+        ('like', 'likes', ', subject_cid, via', ', o.subject_cid, o.body', '', ', 0, 0, 0, 0', false),
+        ('repost', 'reposts', ', subject_cid, via', ', o.subject_cid, o.body', '0, ', ', 0, 0, 0', true),
+        ('bookmark', 'bookmarks', '', '', '0, 0, 0, 0, ', '', false)
+    ) AS v (kind, relation, columns, fields, before, after, has_feed_item) LOOP
+        -- A delta is returned for the subject even when nothing changed, of zero then: a counter row exists as soon as
+        -- anything refers to the post, in whatever order the events came.
+        EXECUTE format($sql$
+            CREATE OR REPLACE FUNCTION standpipe.put_%1$s(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+            DECLARE
+                removed standpipe.delta[] := '{}';
+                replaces boolean := false;
+                counted integer;
+                ignored text;
+            BEGIN
+                IF standpipe.is_dead(o) THEN
+                    RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
+                END IF;
+                -- At most twice: an older row is removed, and the second attempt finds nothing in the way.
+                LOOP
+                    -- Before the insert, so that only others are seen: was there one of it by this account already?
+                    PERFORM FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo;
+                    counted := CASE WHEN FOUND THEN 0 ELSE 1 END;
+                    INSERT INTO %2$I (uri, user_did, post_uri%3$s, created_at,
+                                      commit_rev, commit_seq, stream_ms, stream_seq)
+                    VALUES (o.uri, o.repo, o.subject%4$s, o.created_at, o.rev, o.seq, o.ms, o.sq)
+                    ON CONFLICT (uri) DO NOTHING;
+                    EXIT WHEN FOUND;
+                    PERFORM FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
+                        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                    IF NOT FOUND THEN
+                        RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
+                    END IF;
+                    removed := standpipe.remove_%1$s(o.uri);
+                    replaces := true;
+                END LOOP;
+                %7$s
+                RETURN ROW(true, removed || ROW(o.subject, %5$scounted%6$s)::standpipe.delta);
+            END $$;
+
+            CREATE OR REPLACE FUNCTION standpipe.remove_%1$s(gone text) RETURNS standpipe.delta[] LANGUAGE plpgsql AS $$
+            DECLARE
+                post text;
+                account text;
+            BEGIN
+                DELETE FROM %2$I r WHERE r.uri = gone RETURNING r.post_uri, r.user_did INTO post, account;
+                %8$s
+                -- Counts its account out if no other one of the same record by it is left.
+                PERFORM FROM %2$I x WHERE x.post_uri = post AND x.user_did = account;
+                RETURN CASE WHEN FOUND THEN ARRAY[]::standpipe.delta[]
+                            ELSE ARRAY[ROW(post, %5$s-1%6$s)::standpipe.delta] END;
+            END $$;
+            $sql$,
+            p.kind, p.relation, p.columns, p.fields, p.before, p.after,
+            CASE WHEN p.has_feed_item THEN $put$
+                INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+                VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at)
+                ON CONFLICT (uri) DO UPDATE SET
+                    post_uri = excluded.post_uri, originator_did = excluded.originator_did, type = excluded.type,
+                    sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
+                $put$ ELSE '' END
+            || CASE WHEN p.kind <> 'bookmark' THEN
+                format('ignored := standpipe.notify_pointer(o, %L, replaces);', p.kind) ELSE '' END,
+            CASE WHEN p.has_feed_item THEN 'DELETE FROM feed_items f WHERE f.uri = gone;' ELSE '' END);
+
+        -- Nobody is told of a bookmark, and it has no fast path: see the end.
+        CONTINUE WHEN p.kind = 'bookmark';
+
+        EXECUTE format($sql$
+            CREATE OR REPLACE FUNCTION standpipe.new_%1$s(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+            DECLARE
+                another boolean;
+                ignored text;
+            BEGIN
+                INSERT INTO %2$I (uri, user_did, post_uri, subject_cid, created_at,
+                                  commit_rev, commit_seq, stream_ms, stream_seq)
+                SELECT o.uri, o.repo, o.subject, o.subject_cid, o.created_at, o.rev, o.seq, o.ms, o.sq
+                WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
+                ON CONFLICT (uri) DO NOTHING
+                -- The statement sees the table as it was before: was there one of it by this account already?
+                RETURNING EXISTS (SELECT FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo) INTO another;
+                -- There is a row or a tombstone already, and nothing was written.
+                IF another IS NULL THEN
+                    RETURN false;
+                END IF;
+                %5$s
+                ignored := standpipe.notify_one(o, split_part(o.subject, '/', 3), %1$L, o.subject);
+                ignored := standpipe.count_one(ROW(o.subject, %3$s(NOT another)::integer%4$s));
+                RETURN true;
+            END $$;
+
+            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+            DECLARE
+                endings text[];
+                ignored text;
+            BEGIN
+                PERFORM standpipe.put_tombstone(o);
+                SELECT CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END INTO endings
+                FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
+                    o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                IF NOT FOUND THEN
+                    RETURN ROW(false, ARRAY[]::standpipe.delta[]);
+                END IF;
+                ignored := standpipe.unnotify(o.uri, endings);
+                RETURN ROW(true, standpipe.remove_%1$s(o.uri));
+            END $$;
+            $sql$,
+            p.kind, p.relation, p.before, p.after,
+            CASE WHEN p.has_feed_item THEN $new$
+                INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
+                VALUES (o.uri, o.subject, o.repo, 'repost', o.sort_at, o.cid, o.created_at);
+                $new$ ELSE '' END);
+    END LOOP;
+END $do$;
+
+CREATE OR REPLACE FUNCTION standpipe.delete_bookmark(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM standpipe.put_tombstone(o);
+    PERFORM FROM bookmarks r WHERE r.uri = o.uri AND standpipe.newer(
+        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+    IF NOT FOUND THEN
+        RETURN ROW(false, ARRAY[]::standpipe.delta[]);
+    END IF;
+    RETURN ROW(true, standpipe.remove_bookmark(o.uri));
+END $$;
