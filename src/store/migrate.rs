@@ -24,30 +24,9 @@ use statement::{Kind, Statement};
 pub use step::Say;
 use step::{Lock, Run, Step};
 
-/// Numbered migrations.
-const MIGRATIONS: &[(i32, &str, &str)] = &[
-    (1, "tables", include_str!("../../sql/migrations/0001_tables.sql")),
-    (2, "every_kind", include_str!("../../sql/migrations/0002_every_kind.sql")),
-    (3, "epochs", include_str!("../../sql/migrations/0003_epochs.sql")),
-];
-
-/// The functions: written anew whenever they differ from what the database has.
-const FUNCTIONS: &[&str] = &[
-    include_str!("../../sql/apply/00_newer.sql"),
-    include_str!("../../sql/apply/10_tombstones.sql"),
-    include_str!("../../sql/apply/11_notifications.sql"),
-    include_str!("../../sql/apply/12_self_labels.sql"),
-    include_str!("../../sql/apply/20_pointers.sql"),
-    include_str!("../../sql/apply/21_pointer_sets.sql"),
-    include_str!("../../sql/apply/30_posts.sql"),
-    include_str!("../../sql/apply/31_gates.sql"),
-    include_str!("../../sql/apply/40_follows.sql"),
-    include_str!("../../sql/apply/41_plain.sql"),
-    include_str!("../../sql/apply/60_users.sql"),
-    include_str!("../../sql/apply/70_time.sql"),
-    include_str!("../../sql/apply/80_purge.sql"),
-    include_str!("../../sql/apply/90_apply.sql"),
-];
+// `MIGRATIONS`: numbered, from `sql/migrations`. `FUNCTIONS`: from `sql/apply`, written anew whenever they differ from what the
+// database has. build.rs lists both folders.
+include!(concat!(env!("OUT_DIR"), "/sql.rs"));
 
 /// Any number, the same in every process: migrations run one at a time.
 const LOCK: i64 = 0x5354_414e_4450_4950;
