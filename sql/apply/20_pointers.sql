@@ -12,6 +12,9 @@
 --   new_<kind>     fast path of event mode: one record about a post, without `via`, of which nothing is known
 --   delete_<kind>  deletes the row if it is older than its delete
 --   remove_<kind>  removes a row, whatever its age
+--
+-- These are put_like, new_like, delete_like, remove_like; put_repost, new_repost, delete_repost, remove_repost; put_bookmark,
+-- delete_bookmark, remove_bookmark.
 DO $do$
 DECLARE
     p record;

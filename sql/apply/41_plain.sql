@@ -13,7 +13,8 @@
 --   labeler_service    body: policies
 --
 -- One pattern, written out for each of their tables: functions of their own, so that their statements are planned
--- once. What names all of them is made from the same list: a new kind is one line here. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
+-- once (put_list and delete_list, and so on). What names all of them is made from the same list: a new kind is one line
+-- here. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
 -- standpipe.apply for why their rows are written after the counters.
 DO $do$
 DECLARE

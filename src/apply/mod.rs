@@ -1,5 +1,16 @@
-//! What each kind of event means: from the text of a stream entry to operations on the database. One file per
-//! kind; the SQL that carries the operations out stands in `sql/apply` under the same names.
+//! What each kind of event means: from the text of a stream entry to operations on the database, which `sql/apply` carries
+//! out. Kinds that are read alike share a file.
+//!
+//! | kinds | read in | applied in |
+//! |---|---|---|
+//! | post | `post` | `30_posts.sql` |
+//! | like, repost, bookmark | `like` | `20_pointers.sql`, `21_pointer_sets.sql` |
+//! | follow | `follow` | `40_follows.sql` |
+//! | thread gate, post gate | `gate` | `31_gates.sql` |
+//! | profile; identity, account | `profile`; `registers` | `60_users.sql` |
+//! | block; list, list item, list block, starter pack | `follow`; `list` | `41_plain.sql` |
+//! | feed generator, labeler service | `service` | `41_plain.sql` |
+//! | label; verification; every other record | `label`; `verification`; `record` | `41_plain.sql` |
 
 mod commit;
 pub mod datetime;

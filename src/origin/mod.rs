@@ -1,4 +1,5 @@
-//! Where entries come from: an origin behind three verbs, and the reader, which appends what it yields to the stream.
+//! Where entries come from: an origin behind three verbs (`open`, `next`, `settled`), and the reader, which appends what it
+//! yields to the stream.
 //!
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after the other: lease, cursor, origin
@@ -16,18 +17,24 @@ use crate::stream::gap::Gap;
 
 pub use reader::Reader;
 
-/// Something that entries come from. It acknowledges upstream only what is in the stream.
+/// Something that entries come from.
+///
+/// The reader keeps the lease, the cursor and the queue; an origin only connects and reads. What the status and the page
+/// show of it, the origin reports itself: `frames` and `last_frame_ms` of [`crate::status::ReaderStatus`] for whatever it
+/// receives, and `taking_in_ms` while it is steadily connected and there is nothing to receive.
 pub trait Origin: Send {
     /// What it is called, `host` or `host:port`: a position means something only together with it.
     fn name(&self) -> String;
 
-    /// Connects. The first arrival is the one after `from`; without it, what comes from now on.
+    /// Connects. The first arrival is the one behind `from`: `None` is from now on, `Some(0)` from the oldest that there is.
+    /// It may send the one at `from` once more.
     fn open(&mut self, from: Option<i64>) -> impl Future<Output = Result<(), OriginError>> + Send;
 
     /// The next arrival. Cancel-safe: what was dropped while it waited is not lost.
     fn next(&mut self) -> impl Future<Output = Result<Arrival, OriginError>> + Send;
 
-    /// Everything up to `position` is in the stream. It may be told more than once.
+    /// Everything up to `position` is in the stream, whatever has become of it behind that: the moment to acknowledge upstream.
+    /// Called as the stream grows and once more at the end, so that a position may come again.
     fn settled(&mut self, position: i64) -> impl Future<Output = Result<(), OriginError>> + Send {
         let _ = position;
         std::future::ready(Ok(()))
@@ -42,9 +49,9 @@ pub trait Origin: Send {
 /// What arrived, and its position.
 #[derive(Clone, Debug, Default)]
 pub struct Arrival {
-    /// Positions grow; one that was there before is a repeat.
+    /// Positions grow by one or more; one that was there before is a repeat.
     pub position: i64,
-    /// What goes into the stream, in this order. `data` is a JSON object.
+    /// What goes into the stream, in this order. `data` is a JSON object that ends with its brace; `seq` a position.
     pub entries: Vec<NewEntry>,
     /// What can never be applied.
     pub letters: Vec<NewLetter>,

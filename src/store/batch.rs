@@ -13,7 +13,8 @@ use futures_util::future::join;
 use futures_util::stream::FuturesOrdered;
 use tokio_postgres::{Row, Statement};
 
-use super::types::{Call, Planned, locks_of};
+use super::call::Call;
+use super::plan::{Planned, locks_of};
 use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::config::TransactionMode;

@@ -3,9 +3,11 @@
 pub mod acknowledged;
 pub mod audit;
 mod batch;
+mod call;
 mod error;
 mod known;
 pub mod migrate;
+mod plan;
 pub mod purge;
 mod session;
 pub mod settings;
@@ -13,7 +15,6 @@ pub mod statements;
 pub mod takeover;
 pub mod tls;
 pub mod tombstones;
-mod types;
 pub mod verdict;
 
 use std::sync::Arc;

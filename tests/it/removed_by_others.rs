@@ -288,8 +288,10 @@ async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
     let mut stream = ByHand::start().await;
     let mut now = 0;
     let mut sets_back = 0;
+    let mut furthest = 0;
     for second in 0..300 {
         let next = stream.cursor().await.unwrap_or(0) + 1;
+        furthest = furthest.max(next);
         stream.append(next..=next + 9).await;
         stream.deliver("100").await;
         stream.acknowledge_all().await;
@@ -308,7 +310,8 @@ async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
         }
     }
     assert!((3..=6).contains(&sets_back), "{sets_back}, the last after {now} s");
-    assert!(stream.cursor().await >= Some(300), "{:?}", stream.cursor().await);
+    // Not where it is now: it may have been set back a moment ago.
+    assert!(furthest >= 300, "{furthest}");
 }
 
 /// The server's own count of what waits keeps what was trimmed before its delivery.

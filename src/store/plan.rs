@@ -1,116 +1,16 @@
-//! The apply function's parameters as PostgreSQL takes them.
+//! Which statement each operation of an event takes: a call of `standpipe.apply`, or of its short cut.
+//!
+//! - fast, one transaction for each event: one record of which nothing is known takes the short cut (`new_like`); four and
+//!   more operations go to the functions over sets (`put_likes`), the others to those for one (`put_like`)
+//! - together, one transaction for several events: the same, without the short cut
+//! - careful: whatever rows there are, `put_like` alone
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::error::Error;
 
-use bytes::{BufMut as _, BytesMut};
-use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
-
+use super::call::{Call, List, SqlOp, SqlSet};
 use super::known::KnownAccounts;
-use crate::event::{Event, Json, Kind, Micros, Op};
-
-impl ToSql for Micros {
-    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
-        // PostgreSQL counts from 2000-01-01.
-        const EPOCH: i64 = 946_684_800_000_000;
-        out.put_i64(self.0.saturating_sub(EPOCH));
-        Ok(IsNull::No)
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        *ty == Type::TIMESTAMP
-    }
-
-    to_sql_checked!();
-}
-
-impl ToSql for Json<'_> {
-    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
-        // The version of jsonb's binary form, then the text.
-        out.put_u8(1);
-        out.put_slice(self.0.as_bytes());
-        Ok(IsNull::No)
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        *ty == Type::JSONB
-    }
-
-    to_sql_checked!();
-}
-
-/// `standpipe.op`, field by field.
-#[derive(Debug, ToSql)]
-#[postgres(name = "op")]
-struct SqlOp<'a> {
-    repo: &'a str,
-    uri: &'a str,
-    cid: Option<&'a str>,
-    rev: Option<&'a str>,
-    seq: Option<&'a str>,
-    ms: i64,
-    sq: i64,
-    subject: Option<&'a str>,
-    subject_cid: Option<&'a str>,
-    created_at: Micros,
-    sort_at: Micros,
-    body: Option<&'a Json<'a>>,
-}
-
-/// `standpipe.set`, field by field.
-#[derive(Debug, ToSql)]
-#[postgres(name = "set")]
-struct SqlSet<'a> {
-    kind: &'static str,
-    ops: Vec<SqlOp<'a>>,
-}
-
-/// A list that is NULL when nothing is in it: to PostgreSQL an empty one costs more.
-#[derive(Debug)]
-struct List<T>(Vec<T>);
-
-impl<T> Default for List<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T: ToSql> ToSql for List<T> {
-    fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
-        if self.0.is_empty() { Ok(IsNull::Yes) } else { self.0.to_sql(ty, out) }
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        Vec::<T>::accepts(ty)
-    }
-
-    to_sql_checked!();
-}
-
-/// The parameters of `standpipe.apply`, and `standpipe.call`, field by field.
-#[derive(Debug, Default, ToSql)]
-#[postgres(name = "call")]
-pub(super) struct Call<'a> {
-    /// For `apply_each` only, with `record`: nothing else but locks and accounts is there then.
-    kind: Option<&'static str>,
-    record: Option<SqlOp<'a>>,
-    /// Sorted, without the `~` of a shared one.
-    locks: List<Cow<'a, str>>,
-    repos: List<&'a str>,
-    handles: List<&'a str>,
-    dids: List<&'a str>,
-    sets: List<SqlSet<'a>>,
-    ops: List<SqlOp<'a>>,
-    kinds: List<&'static str>,
-}
-
-impl Call<'_> {
-    /// The parameters in the function's order.
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 7] {
-        [&self.locks, &self.repos, &self.handles, &self.dids, &self.sets, &self.ops, &self.kinds]
-    }
-}
+use crate::event::{Event, Kind, Op};
 
 fn is_post(uri: &str) -> bool {
     uri.split('/').nth(3) == Some("app.bsky.feed.post")

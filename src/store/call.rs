@@ -1,0 +1,111 @@
+//! The apply function's parameters as PostgreSQL takes them.
+
+use std::borrow::Cow;
+use std::error::Error;
+
+use bytes::{BufMut as _, BytesMut};
+use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
+
+use crate::event::{Json, Micros};
+
+impl ToSql for Micros {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        // PostgreSQL counts from 2000-01-01.
+        const EPOCH: i64 = 946_684_800_000_000;
+        out.put_i64(self.0.saturating_sub(EPOCH));
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::TIMESTAMP
+    }
+
+    to_sql_checked!();
+}
+
+impl ToSql for Json<'_> {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        // The version of jsonb's binary form, then the text.
+        out.put_u8(1);
+        out.put_slice(self.0.as_bytes());
+        Ok(IsNull::No)
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::JSONB
+    }
+
+    to_sql_checked!();
+}
+
+/// `standpipe.op`, field by field.
+#[derive(Debug, ToSql)]
+#[postgres(name = "op")]
+pub(super) struct SqlOp<'a> {
+    pub(super) repo: &'a str,
+    pub(super) uri: &'a str,
+    pub(super) cid: Option<&'a str>,
+    pub(super) rev: Option<&'a str>,
+    pub(super) seq: Option<&'a str>,
+    pub(super) ms: i64,
+    pub(super) sq: i64,
+    pub(super) subject: Option<&'a str>,
+    pub(super) subject_cid: Option<&'a str>,
+    pub(super) created_at: Micros,
+    pub(super) sort_at: Micros,
+    pub(super) body: Option<&'a Json<'a>>,
+}
+
+/// `standpipe.set`, field by field.
+#[derive(Debug, ToSql)]
+#[postgres(name = "set")]
+pub(super) struct SqlSet<'a> {
+    pub(super) kind: &'static str,
+    pub(super) ops: Vec<SqlOp<'a>>,
+}
+
+/// A list that is NULL when nothing is in it: to PostgreSQL an empty one costs more.
+#[derive(Debug)]
+pub(super) struct List<T>(pub(super) Vec<T>);
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: ToSql> ToSql for List<T> {
+    fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        if self.0.is_empty() { Ok(IsNull::Yes) } else { self.0.to_sql(ty, out) }
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        Vec::<T>::accepts(ty)
+    }
+
+    to_sql_checked!();
+}
+
+/// The parameters of `standpipe.apply`, and `standpipe.call`, field by field.
+#[derive(Debug, Default, ToSql)]
+#[postgres(name = "call")]
+pub(super) struct Call<'a> {
+    /// For `apply_each` only, with `record`: nothing else but locks and accounts is there then.
+    pub(super) kind: Option<&'static str>,
+    pub(super) record: Option<SqlOp<'a>>,
+    /// Sorted, without the `~` of a shared one.
+    pub(super) locks: List<Cow<'a, str>>,
+    pub(super) repos: List<&'a str>,
+    pub(super) handles: List<&'a str>,
+    pub(super) dids: List<&'a str>,
+    pub(super) sets: List<SqlSet<'a>>,
+    pub(super) ops: List<SqlOp<'a>>,
+    pub(super) kinds: List<&'static str>,
+}
+
+impl Call<'_> {
+    /// The parameters in the function's order.
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 7] {
+        [&self.locks, &self.repos, &self.handles, &self.dids, &self.sets, &self.ops, &self.kinds]
+    }
+}
