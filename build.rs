@@ -26,11 +26,11 @@ fn list_sql() -> std::io::Result<()> {
         let name = file.file_stem().unwrap_or_default().to_string_lossy();
         let (version, name) = name.split_once('_').unwrap_or_default();
         let version: i32 = version.parse().expect("a migration is named <version>_<name>.sql");
-        let _ = writeln!(lists, "    ({version}, {name:?}, include_str!({file:?})),");
+        let _ = writeln!(lists, "    ({version}, {name:?}, include_str!(\"{}\")),", file.display());
     }
     lists.push_str("];\nconst FUNCTIONS: &[&str] = &[\n");
     for file in sql_files("apply")? {
-        let _ = writeln!(lists, "    include_str!({file:?}),");
+        let _ = writeln!(lists, "    include_str!(\"{}\"),", file.display());
     }
     lists.push_str("];\n");
     std::fs::write(Path::new(&std::env::var_os("OUT_DIR").unwrap_or_default()).join("sql.rs"), lists)
