@@ -11,8 +11,8 @@ use crate::config::TransactionMode;
 use crate::event::{EntryId, Reject};
 use crate::out;
 use crate::store::{Contended, Fate, Store};
-use crate::stream::dead_letters::{self, Letter};
-use crate::stream::{Connection, Keys, epochs};
+use crate::stream::Stream;
+use crate::stream::dead_letters::Letter;
 
 /// Letters that are read at a time.
 const PAGE: usize = 200;
@@ -151,8 +151,7 @@ fn parsed(text: &str) -> Value {
 /// A walk over the letters, the oldest first. It ends at the letter that was the newest when it began: one whose retry
 /// failed comes back behind that.
 pub struct Walk {
-    connection: Connection,
-    keys: Keys,
+    stream: Stream,
     filter: Filter,
     page: std::vec::IntoIter<Letter>,
     after: Option<String>,
@@ -176,10 +175,10 @@ impl Walk {
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn new(mut connection: Connection, keys: Keys, filter: Filter) -> Result<Self> {
-        let end = dead_letters::newest(&mut connection, &keys).await?;
+    pub async fn new(mut stream: Stream, filter: Filter) -> Result<Self> {
+        let end = stream.newest_dead_letter().await?;
         let page = Vec::new().into_iter();
-        Ok(Self { connection, keys, filter, page, after: None, end, until: None, interrupted: false })
+        Ok(Self { stream, filter, page, after: None, end, until: None, interrupted: false })
     }
 
     /// Ends it after this time.
@@ -211,7 +210,7 @@ impl Walk {
                 return Ok(Some(letter));
             }
             let after = self.after.as_deref();
-            let mut page = dead_letters::page(&mut self.connection, &self.keys, after, PAGE).await?;
+            let mut page = self.stream.dead_letters(after, PAGE).await?;
             page.retain(|letter| letter.id.parse::<EntryId>().is_ok_and(|id| id <= end));
             let Some(last) = page.last() else { return Ok(None) };
             self.after = Some(last.id.clone());
@@ -232,7 +231,7 @@ impl Walk {
     ) -> Result<()> {
         while let Some(letter) = self.next().await? {
             let id = letter.id.clone();
-            match retry(&mut self.connection, &self.keys, store, letter).await? {
+            match retry(&mut self.stream, store, letter).await? {
                 Retried::Applied => counts.applied += 1,
                 Retried::StillBad(reject) => {
                     counts.kept += 1;
@@ -250,7 +249,7 @@ impl Walk {
     /// Redis cannot be reached.
     pub async fn purge_all(&mut self, removed: &mut u64) -> Result<()> {
         while let Some(letter) = self.next().await? {
-            *removed += u64::from(dead_letters::remove(&mut self.connection, &self.keys, &letter).await?);
+            *removed += u64::from(self.stream.remove_dead_letter(&letter).await?);
         }
         Ok(())
     }
@@ -270,16 +269,11 @@ pub enum Retried {
 /// # Errors
 ///
 /// Redis or PostgreSQL cannot be reached, or PostgreSQL refuses for a reason unrelated to the letter.
-pub async fn retry(
-    connection: &mut Connection,
-    keys: &Keys,
-    store: &Store,
-    letter: Letter,
-) -> Result<Retried> {
+pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result<Retried> {
     let entry = letter
         .entry()
         .with_context(|| format!("dead letter {}: source_id {}", letter.id, letter.source_id))?;
-    let epochs = epochs::read(connection, keys).await?;
+    let epochs = stream.epochs().await?;
     let bad = match interpret(&entry, Context::now(&epochs)) {
         Err(reject) => Some(reject),
         Ok(event) if !event.rejected.is_empty() => {
@@ -304,11 +298,11 @@ pub async fn retry(
     };
     match bad {
         None => {
-            dead_letters::remove(connection, keys, &letter).await?;
+            stream.remove_dead_letter(&letter).await?;
             Ok(Retried::Applied)
         }
         Some(reject) => {
-            dead_letters::tried_again(connection, keys, letter, &reject).await?;
+            stream.update_dead_letter(letter, &reject).await?;
             Ok(Retried::StillBad(reject))
         }
     }
@@ -335,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_letter_for_people_is_bounded_and_harmless() {
+    fn a_displayed_letter_is_bounded_and_escaped() {
         let line = line(&letter());
         assert!(line.starts_with("1-1  invalid_field  commit app.bsky.feed.like\\u{1b}]0;x"), "{line}");
         assert!(line.ends_with("... (1 attempt)") && line.len() < 500, "{line}");
@@ -353,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_found_anywhere_and_in_any_case() {
+    fn text_is_found_in_any_field_and_any_case() {
         let has = |text: &str| Filter { text: Some(text.to_owned()), ..Filter::default() }.fits(&letter());
         for text in ["did:plc:A", "ärger", "2-2", "OF 900000", "invalid_", ""] {
             assert!(has(text), "{text}");

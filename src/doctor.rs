@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_are_broken_between_words() {
+    fn long_lines_wrap_between_words() {
         let text = "one two three four five six seven eight nine ten";
         assert_eq!(broken(text, 4, None), text);
         assert_eq!(broken(text, 4, Some(20)), text, "too narrow");
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn clocks_that_differ_are_said() {
+    fn a_clock_difference_is_reported() {
         let mut findings = Findings { section: Section::Redis, list: Vec::new(), unreachable: false };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
         for (theirs, level) in [(now, Level::Ok), (now - 60.0, Level::Warning), (now + 60.0, Level::Warning)]

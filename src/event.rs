@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn entry_ids_order_by_both_parts() {
+    fn entry_ids_are_ordered_by_both_parts() {
         let id = |text: &str| text.parse::<EntryId>().unwrap();
         assert!(id("1-2") < id("1-10"));
         assert!(id("9-0") < id("10-0"));

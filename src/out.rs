@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_controls_a_terminal_is_shown_and_not_sent() {
+    fn terminal_control_characters_are_escaped() {
         let text = "a\u{1b}[2Jb\0c\u{7}d\ne\u{9b}1mf\u{202e}g\u{2069}h";
         let shown = "a\\u{1b}[2Jb\\u{0}c\\u{7}d\\u{a}e\\u{9b}1mf\\u{202e}g\\u{2069}h";
         assert_eq!(safe(text, 100), shown);
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_no_longer_than_there_is_room_for() {
+    fn long_texts_are_truncated() {
         assert_eq!(safe("12345", 5), "12345");
         assert_eq!(safe("123456", 5), "12345...");
         assert_eq!(safe(&"\u{202e}".repeat(900_000), 2), "\\u{202e}\\u{202e}...");
@@ -148,14 +148,14 @@ mod tests {
     }
 
     #[test]
-    fn who_stops_reading_ends_a_command_and_changes_no_verdict() {
+    fn a_closed_output_is_not_an_error_but_other_failures_are() {
         assert!(unless_closed(Err(Closed.into())).is_ok());
         assert!(unless_closed(Err(anyhow::anyhow!("no space left"))).is_err());
         assert!(anyhow::Error::from(Closed).context("while printing").is::<Closed>());
     }
 
     #[test]
-    fn safe_json_says_the_same() {
+    fn safe_json_parses_to_the_same_value() {
         let value = serde_json::json!({"a\u{7f}": "x\u{1b}\u{9b}\u{202e}\u{2028}\n\"\\ü"});
         let safe = safe_json(&value.to_string());
         assert!(!safe.chars().any(is_harmful), "{safe}");

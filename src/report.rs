@@ -10,10 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
 use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, TaskStatus};
-use crate::stream::dead_letters as letters;
-use crate::stream::gap::{self, Missed};
-use crate::stream::group::{self, ConsumerInfo};
-use crate::stream::{Connection, Keys, StreamResult, append};
+use crate::stream::gap::Missed;
+use crate::stream::group::ConsumerInfo;
+use crate::stream::{Stream, StreamResult};
 use crate::time::now_ms;
 
 /// The whole of it.
@@ -101,17 +100,17 @@ pub struct PoolReport {
 /// # Errors
 ///
 /// It cannot be reached.
-pub async fn report(connection: &mut Connection, keys: &Keys) -> StreamResult<Report> {
-    let look = crate::stream::janitor::look(connection, keys).await?;
-    let (cursor, relay) = append::cursor_and_relay(connection, keys).await?;
-    let missing = gap::read(connection, keys).await?;
-    let consumers = if look.group { group::consumers(connection, keys).await? } else { Vec::new() };
-    let dead_letters = letters::count(connection, keys).await?;
+pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
+    let look = stream.look().await?;
+    let (cursor, relay) = stream.cursor_and_relay().await?;
+    let missing = stream.missed().await?;
+    let consumers = if look.group { stream.consumers().await? } else { Vec::new() };
+    let dead_letters = stream.count_dead_letters().await?;
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         stream: StreamReport {
-            key: keys.stream.clone(),
-            group: keys.group.clone(),
+            key: stream.keys().stream.clone(),
+            group: stream.keys().group.clone(),
             exists: look.exists,
             group_exists: look.group,
             length: look.length,

@@ -21,7 +21,7 @@ use crate::origin::relay::Relay;
 use crate::pipeline::{InHand, Names, Pipeline};
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
-use crate::stream::{Keys, Redis};
+use crate::stream::Redis;
 use crate::tasks::acknowledged::Acknowledged;
 use crate::tasks::janitor::Janitor;
 use crate::tasks::legacy::LegacyKeys;
@@ -55,7 +55,6 @@ impl Parts {
 /// A started process.
 pub struct Running {
     config: Arc<Config>,
-    keys: Keys,
     redis: Redis,
     /// Where there are pipelines.
     store: Option<Store>,
@@ -153,7 +152,6 @@ pub fn start(
         Settings { transaction: config.transaction.as_str(), batch_size: config.batch_size },
     ));
     let mut running = Running {
-        keys: Keys::new(&config),
         config: Arc::clone(&config),
         redis,
         store,
@@ -207,10 +205,10 @@ impl Running {
     }
 
     fn start_tasks(&mut self, metrics: PrometheusHandle) {
-        let (keys, redis) = (&self.keys.clone(), &self.redis.clone());
+        let redis = &self.redis.clone();
         let status = || Arc::clone(&self.status);
         let progress = Progress::new(metrics, status());
-        let janitor = Janitor::new(keys.clone(), redis.clone(), status());
+        let janitor = Janitor::new(redis.clone(), status());
         let url = self.config.relay_url.to_string();
         let legacy =
             LegacyKeys::new(self.config.legacy_status, url, redis.clone(), self.store.clone(), status());
@@ -220,14 +218,13 @@ impl Running {
         let Some(store) = &self.store.clone() else { return };
         let control = Arc::clone(&self.control);
         self.help(Tombstones {
-            keys: keys.clone(),
             redis: redis.clone(),
             store: store.clone(),
             retention: self.config.tombstone_retention,
             control: Arc::clone(&control),
         });
         self.help(Purge { store: store.clone(), control });
-        self.help(Acknowledged::new(keys.clone(), redis.clone(), store.clone(), Arc::clone(&self.status)));
+        self.help(Acknowledged::new(redis.clone(), store.clone(), Arc::clone(&self.status)));
     }
 
     /// A task that is aborted when everything else has ended.

@@ -368,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_state_has_one_name() {
+    fn a_state_serialises_to_its_name() {
         let reason = String::new;
         for state in [
             State::Starting,

@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn offsets_become_utc_and_nonsense_nothing() {
+    fn offsets_are_converted_to_utc_and_invalid_dates_give_none() {
         let utc = parse("2031-01-01T00:00:00.000Z").unwrap();
         assert_eq!(parse("2031-01-01T05:30:00.000+05:30"), Some(utc));
         assert_eq!(parse("1985-04-12T23:20:50.123456789123Z").unwrap().0, 482_196_050_123_456);

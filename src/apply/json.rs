@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nul_goes_and_everything_else_stays() {
+    fn nul_characters_are_removed_and_everything_else_is_kept() {
         assert_eq!(without_nul(r#"{"a":"x\u0000y"}"#), r#"{"a":"xy"}"#);
         assert_eq!(without_nul(r#""no: \\u0000 \\\u0000""#), r#""no: \\u0000 \\""#);
         assert_eq!(without_nul(r#""ü\n\u0000\u0041""#), r#""ü\n\u0041""#);

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_fields_and_foreign_types_have_their_own_verdicts() {
+    fn missing_fields_bad_json_and_unknown_types_get_distinct_reasons() {
         let entry = commit_of(r#"{"action":"create","path":"app.bsky.feed.like/2","cid":"x","record":{}}"#);
         let event = interpret_now(&entry).unwrap();
         assert_eq!(event.rejected[0].reject.reason, Reason::MissingField);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_dates_come_from_the_revision_and_future_ones_are_not_sorted_by() {
+    fn invalid_dates_fall_back_to_the_revision_and_future_dates_do_not_affect_sorting() {
         let with = |created: &str| {
             let entry = commit_of(&LIKE.replace("\"2026-11-21T04:17:51.287Z\"", created));
             let event = interpret_now(&entry).unwrap();

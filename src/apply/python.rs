@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_python_form_becomes_the_protocols() {
+    fn python_records_are_converted_to_the_protocol_form() {
         let python = serde_json::json!({
             "avatar": {"mime_type": "image/png", "size": 84, "py_type": "blob",
                 "ref": "01551220968c7baa65ab1a2d901508b3c290b4caf2ce2ba9b82d5726f3adc6958aea7a47"},

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_good_handles_are_claimed() {
+    fn only_valid_handles_are_claimed() {
         for good in ["alice.test", "xn--bcher-kva.example", "a.b-c.d1"] {
             assert!(is_handle(good), "{good}");
         }

@@ -11,8 +11,7 @@ use standpipe::dead_letters::{self, Filter, Retries, Walk};
 use standpipe::event::Reason;
 use standpipe::out;
 use standpipe::store::Store;
-use standpipe::stream::dead_letters as letters;
-use standpipe::stream::{Keys, Redis};
+use standpipe::stream::Redis;
 
 use super::{EX_USAGE, unavailable};
 
@@ -89,17 +88,16 @@ impl From<Which> for Filter {
 /// Redis or PostgreSQL fails midway, or the output cannot be written.
 pub async fn dead_letters(config: Config, action: Action) -> Result<ExitCode> {
     let redis = Redis::open(&config).context("REDIS_URL")?;
-    let keys = Keys::new(&config);
-    let mut connection = match redis.connect().await {
-        Ok(connection) => connection,
+    let mut stream = match redis.connect().await {
+        Ok(stream) => stream,
         Err(error) => return Ok(unavailable("Redis", &error)),
     };
     match action {
         Action::List { which, limit, json } => {
-            list(Walk::new(connection, keys, which.into()).await?, limit, json).await
+            list(Walk::new(stream, which.into()).await?, limit, json).await
         }
         Action::Show { id, json } => {
-            let Some(letter) = letters::get(&mut connection, &keys, &id).await? else {
+            let Some(letter) = stream.dead_letter(&id).await? else {
                 out::note(format_args!("standpipe: there is no dead letter {id}"));
                 return Ok(ExitCode::FAILURE);
             };
@@ -119,7 +117,7 @@ pub async fn dead_letters(config: Config, action: Action) -> Result<ExitCode> {
         Action::Retry { which, .. } => {
             let store = Store::new(&config)?;
             let mut counts = Retries::default();
-            let mut walk = Walk::new(connection, keys, which.into()).await?;
+            let mut walk = Walk::new(stream, which.into()).await?;
             walk.retry_all(&store, &mut counts, |id, reject| {
                 let why = out::safe(&reject.to_string(), out::LINE);
                 out::line(format_args!("{id}  still cannot be applied: {why}"))
@@ -130,7 +128,7 @@ pub async fn dead_letters(config: Config, action: Action) -> Result<ExitCode> {
         }
         Action::Purge { which, .. } => {
             let mut removed = 0;
-            Walk::new(connection, keys, which.into()).await?.purge_all(&mut removed).await?;
+            Walk::new(stream, which.into()).await?.purge_all(&mut removed).await?;
             out::line(format_args!("purged {removed}"))?;
             Ok(ExitCode::SUCCESS)
         }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use standpipe::config::Config;
 use standpipe::report::table::{Beside, table};
 use standpipe::store::{Store, migrate};
-use standpipe::stream::{Connection, Keys, Redis, StreamResult, dead_letters};
+use standpipe::stream::{Redis, Stream, StreamResult};
 use standpipe::time::now_ms;
 use standpipe::{http, out, report};
 
@@ -38,8 +38,7 @@ pub struct Options {
 ///
 /// The output cannot be written.
 pub async fn status(config: Config, options: Options) -> Result<ExitCode> {
-    let mut asker =
-        Asker { keys: Keys::new(&config), redis: Redis::open(&config)?, connection: None, config };
+    let mut asker = Asker { redis: Redis::open(&config)?, stream: None, config };
     let Some(seconds) = options.watch else {
         let answer = asker.ask(options.json).await;
         out::unless_closed(print(&answer, options.json))?;
@@ -120,10 +119,9 @@ impl Answer {
 
 struct Asker {
     config: Config,
-    keys: Keys,
     redis: Redis,
     /// Kept while it is good.
-    connection: Option<Connection>,
+    stream: Option<Stream>,
 }
 
 impl Asker {
@@ -167,24 +165,24 @@ impl Asker {
         status["process"].is_object().then_some(status)
     }
 
-    async fn connection(&mut self) -> StreamResult<Connection> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
+    async fn stream(&mut self) -> StreamResult<Stream> {
+        match self.stream.take() {
+            Some(stream) => Ok(stream),
             None => self.redis.connect().await,
         }
     }
 
     async fn ask_redis(&mut self) -> Result<Value> {
-        let mut connection = self.connection().await?;
-        let report = report::report(&mut connection, &self.keys).await?;
-        self.connection = Some(connection);
+        let mut stream = self.stream().await?;
+        let report = report::report(&mut stream).await?;
+        self.stream = Some(stream);
         Ok(serde_json::to_value(report)?)
     }
 
     async fn add_reasons(&mut self, status: &Value, beside: &mut Beside) -> StreamResult<()> {
-        let mut connection = self.connection().await?;
-        let reasons = dead_letters::reasons(&mut connection, &self.keys, REASONS).await?;
-        self.connection = Some(connection);
+        let mut stream = self.stream().await?;
+        let reasons = stream.dead_letter_reasons(REASONS).await?;
+        self.stream = Some(stream);
         let seen: u64 = reasons.iter().map(|(_, count)| count).sum();
         let all = status["dead_letters"].as_u64().is_some_and(|total| total <= REASONS as u64);
         beside.newest = (!all).then_some(seen);

@@ -84,7 +84,7 @@ fn an_empty_or_blank_value_counts_as_unset() {
 }
 
 #[test]
-fn each_wrong_value_is_named_shown_and_corrected() {
+fn each_invalid_value_is_reported_with_a_correction() {
     for (name, value, message) in [
         ("CLAIM_IDLE", "30", "CLAIM_IDLE: \"30\" has no unit; 30 what? write 30s, or use m, h or d"),
         (
@@ -111,7 +111,7 @@ fn each_wrong_value_is_named_shown_and_corrected() {
 }
 
 #[test]
-fn what_cannot_be_safe_is_refused_with_the_reason() {
+fn unsafe_values_are_refused_with_the_reason() {
     assert!(problem("CLAIM_IDLE", "9s").contains("work that is still running"));
     assert!(problem("DRAIN_TIMEOUT", "0").contains("cut off work in progress"));
     assert!(problem("DRAIN_TIMEOUT", "0s").contains("cut off work in progress"));
@@ -137,7 +137,7 @@ fn a_worker_needs_a_database_and_the_others_do_not() {
 }
 
 #[test]
-fn a_relay_keeps_its_path_and_is_named_by_host_and_port() {
+fn a_relay_url_keeps_its_path_and_is_named_by_host_and_port() {
     let url = |text| RelayUrl::parse(text).ok().unwrap();
     assert_eq!(url("ws://localhost:7000/").expose(), format!("ws://localhost:7000{SUBSCRIBE_PATH}"));
     assert_eq!(url("ws://localhost:7000").relay(), "localhost:7000");
@@ -148,7 +148,7 @@ fn a_relay_keeps_its_path_and_is_named_by_host_and_port() {
 }
 
 #[test]
-fn redis_urls_may_be_of_hosts_and_of_sockets() {
+fn redis_urls_name_hosts_or_unix_sockets() {
     for right in [
         "redis://localhost",
         "rediss://user:p%40ss@[::1]:6380/3",
@@ -171,7 +171,7 @@ fn redis_urls_may_be_of_hosts_and_of_sockets() {
 }
 
 #[test]
-fn database_urls_are_those_of_libpq() {
+fn database_urls_follow_libpq_syntax() {
     for right in [
         "postgres://localhost/app",
         "postgresql://user:p%40ss@h1:5432,h2:5433/app?sslmode=verify-full",
@@ -198,7 +198,7 @@ fn database_urls_are_those_of_libpq() {
 }
 
 #[test]
-fn a_password_is_never_part_of_a_redacted_url() {
+fn redacted_urls_never_contain_the_password() {
     for (url, expected) in [
         ("redis://:hunter2@h:6379/0", "redis://:***@h:6379/0"),
         ("redis://hunter2@h", "redis://***@h"),
@@ -244,7 +244,7 @@ fn sizes_have_units() {
 }
 
 #[test]
-fn a_name_close_to_ours_is_pointed_out_without_its_value() {
+fn a_misspelt_name_is_pointed_out_without_its_value() {
     let (_, warnings) = read(&[
         ("PARALEL_CONSUMERS", "hunter2"),
         ("REDIS_URI", "redis://:hunter2@h"),
@@ -266,7 +266,7 @@ fn a_name_close_to_ours_is_pointed_out_without_its_value() {
 }
 
 #[test]
-fn beside_a_mistake_a_name_close_to_ours_is_pointed_out_too() {
+fn a_misspelt_name_is_pointed_out_alongside_an_error() {
     let error = read(&[("BATCH_SIZE", "many"), ("BATCH_SIZES", "10")]).unwrap_err();
     assert_eq!(error.problems.len(), 1, "{error:?}");
     assert!(
@@ -276,7 +276,7 @@ fn beside_a_mistake_a_name_close_to_ours_is_pointed_out_too() {
 }
 
 #[test]
-fn edits_counts_a_swap_as_one() {
+fn edit_distance_counts_a_swap_as_one() {
     for (a, b, distance) in
         [("", "abc", 3), ("abc", "acb", 1), ("abcd", "abxcd", 1), ("kitten", "sitting", 3)]
     {
@@ -286,7 +286,7 @@ fn edits_counts_a_swap_as_one() {
 }
 
 #[test]
-fn what_works_but_is_probably_not_wanted_is_a_warning() {
+fn values_that_work_but_look_like_mistakes_are_warned_about() {
     let vars = [
         ("DATABASE_URL", "postgres://h/d"),
         ("BATCH_SIZE", "10"),
@@ -307,7 +307,7 @@ fn what_works_but_is_probably_not_wanted_is_a_warning() {
 
 #[cfg(unix)]
 #[test]
-fn a_value_that_is_not_utf8_is_a_problem_of_its_variable_only() {
+fn a_non_utf8_value_is_reported_only_for_our_own_variables() {
     use std::os::unix::ffi::OsStringExt;
     let broken = || OsString::from_vec(vec![b'x', 0xff]);
     let vars = [("DATABASE_URL", broken()), ("SOMETHING_ELSE", broken())];
@@ -317,7 +317,7 @@ fn a_value_that_is_not_utf8_is_a_problem_of_its_variable_only() {
 }
 
 #[test]
-fn a_secret_in_the_wrong_place_is_not_shown() {
+fn a_secret_in_the_wrong_variable_is_not_shown() {
     // These two take any text, so a foreign URL is a valid value of theirs.
     for name in VARIABLES.iter().map(|v| v.name).filter(|name| !["RUST_LOG", "ADMIN_TOKEN"].contains(name)) {
         if let Err(error) = read(&[(name, "mongodb://root:hunter2@db")]) {
@@ -329,7 +329,7 @@ fn a_secret_in_the_wrong_place_is_not_shown() {
 }
 
 #[test]
-fn quotation_marks_of_an_env_file_are_pointed_out() {
+fn quotation_marks_left_over_from_an_env_file_are_pointed_out() {
     assert_eq!(
         problem("REDIS_URL", "\"redis://h\""),
         "REDIS_URL: has quotation marks around it; remove them"

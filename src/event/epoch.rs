@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_that_names_no_epoch_belongs_to_the_one_in_force() {
+    fn an_entry_without_an_epoch_belongs_to_the_one_in_force() {
         let id = |ms| EntryId { ms, seq: 0 };
         let start = |ms, epoch, rev: &str| Start { first: id(ms), epoch, rev: rev.to_owned() };
         let epochs = Epochs::new(vec![start(20, 15, "3n2samfdihk2n"), start(10, 9, "")]);

@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_alone_is_told_apart_from_a_fault() {
+    fn only_paused_is_set_only_when_nothing_else_is_wrong() {
         let paused = readiness(&facts(State::Paused, State::Running), Answers::default());
         assert!(!paused.ready && paused.only_paused, "{paused:?}");
         let halted = State::Halted { reason: "no right to write".to_owned() };
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn the_servers_answers_come_first() {
+    fn server_errors_are_listed_first() {
         let answers = Answers { redis: Some("connection refused".to_owned()), postgres: None };
         let said = readiness(&facts(State::Starting, State::Running), answers);
         assert_eq!(said.reasons, ["Redis: connection refused", "c-0 is starting"]);

@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_is_told_with_its_length_and_its_reason() {
+    fn an_outage_is_reported_with_its_duration_and_reason() {
         let pipelines = [
             pipeline(State::WaitingForPostgres { reason: "connection refused".to_owned() }, 88_000),
             pipeline(State::Running, 10_000),
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_a_hand_comes_before_everything_that_mends_itself() {
+    fn a_halt_outranks_outages_that_recover_by_themselves() {
         let pipelines = [
             pipeline(State::WaitingForRedis { reason: String::new() }, 1_000),
             pipeline(State::Halted { reason: "no right to write".to_owned() }, 95_000),
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_says_who_rests() {
+    fn a_pause_reports_which_parts_are_idle() {
         let rests = [pipeline(State::Paused, 40_000)];
         let works = [pipeline(State::Running, 40_000)];
         let reader =
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn work_is_told_with_its_pace() {
+    fn progress_is_reported_with_its_rate() {
         let pipelines = [pipeline(State::Running, 1_000)];
         let well = Facts { rate: 2143.0, waiting: Some(0), p99_ms: Some(48.2), ..facts(&pipelines, None) };
         assert_eq!(health(&well).sentence, "Well: 2,143 events/s, nothing waits.");
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_redis_that_does_not_answer_is_found_before_the_parts_say_so() {
+    fn a_silent_redis_is_reported_before_the_parts_notice() {
         let pipelines = [pipeline(State::Running, 1_000)];
         let said = health(&Facts { look_ms: Some(90_000), ..facts(&pipelines, None) });
         assert_eq!(said.sentence, "Redis has not answered for 10 s; nothing is lost.");

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_and_times_are_written_for_people() {
+    fn numbers_and_durations_are_human_readable() {
         assert_eq!(thousands(0.0), "0");
         assert_eq!(thousands(2143.4), "2,143");
         assert_eq!(thousands(1_234_567.0), "1,234,567");

@@ -19,7 +19,7 @@ use crate::control::Part;
 use crate::dead_letters::{Filter, Retries, Walk};
 use crate::event::EntryId;
 use crate::stream::StreamResult;
-use crate::stream::dead_letters::{self, Letter};
+use crate::stream::dead_letters::Letter;
 
 /// Dead letters in one answer.
 const PAGE: usize = 50;
@@ -218,12 +218,11 @@ pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>)
     let limit = list.limit.unwrap_or(PAGE).clamp(1, PAGE);
     let filter = Filter { reason: list.reason, kind: list.kind, text: list.text, ..Filter::default() };
     let work = async {
-        let mut connection = server.redis.connect().await?;
+        let mut stream = server.redis.connect().await?;
         let mut before = list.before;
         let (mut letters, mut looked) = (Vec::new(), 0);
         loop {
-            let page =
-                dead_letters::page_before(&mut connection, &server.keys, before.as_deref(), PAGE).await?;
+            let page = stream.dead_letters_before(before.as_deref(), PAGE).await?;
             let last = page.len() < PAGE;
             for letter in page {
                 before = Some(letter.id.clone());
@@ -258,8 +257,8 @@ pub async fn show(Shared(server): Shared<Arc<Server>>, Path(id): Path<String>) -
         return refuse(StatusCode::BAD_REQUEST, "this is not the id of a dead letter");
     }
     let found = async {
-        let mut connection = server.redis.connect().await?;
-        dead_letters::get(&mut connection, &server.keys, &id).await
+        let mut stream = server.redis.connect().await?;
+        stream.dead_letter(&id).await
     };
     match found.await {
         Ok(Some(letter)) => Json(letter).into_response(),
@@ -391,6 +390,6 @@ fn unavailable(error: &anyhow::Error) -> Response {
 
 /// The chosen letters, until the time of a request is up.
 async fn walk(server: &Server, filter: Filter) -> anyhow::Result<Walk> {
-    let connection = server.redis.connect().await?;
-    Ok(Walk::new(connection, server.keys.clone(), filter).await?.for_at_most(WORK))
+    let stream = server.redis.connect().await?;
+    Ok(Walk::new(stream, filter).await?.for_at_most(WORK))
 }

@@ -30,7 +30,7 @@ use crate::mutex::lock;
 use crate::report::{self, PoolReport};
 use crate::status::{State, Status};
 use crate::store::Store;
-use crate::stream::{Connection, Keys, Redis, StreamError};
+use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
 
 /// How long a server may take to answer us.
@@ -45,9 +45,8 @@ const PAGE: &str = include_str!("dashboard.html");
 /// State shared by the handlers.
 pub struct Server {
     status: Arc<Status>,
-    keys: Keys,
     redis: Redis,
-    connection: Mutex<Option<Connection>>,
+    stream: Mutex<Option<Stream>>,
     store: Option<Store>,
     pool_max: usize,
     metrics: PrometheusHandle,
@@ -76,9 +75,8 @@ impl Server {
         process.describe();
         Self {
             status,
-            keys: Keys::new(config),
             redis,
-            connection: Mutex::new(None),
+            stream: Mutex::new(None),
             store,
             pool_max: config.db_pool_size,
             metrics,
@@ -134,13 +132,13 @@ impl Server {
     /// Asks Redis, over a connection that is kept while it is good.
     async fn ask_redis(&self) -> Result<report::Report, String> {
         let ask = async {
-            let mut kept = self.connection.lock().await;
-            let mut connection = match kept.take() {
-                Some(connection) => connection,
+            let mut kept = self.stream.lock().await;
+            let mut stream = match kept.take() {
+                Some(stream) => stream,
                 None => self.redis.connect().await?,
             };
-            let report = report::report(&mut connection, &self.keys).await?;
-            *kept = Some(connection);
+            let report = report::report(&mut stream).await?;
+            *kept = Some(stream);
             Ok(report)
         };
         match tokio::time::timeout(ANSWER, ask).await {

@@ -18,7 +18,7 @@ use crate::status::State;
 use crate::stop::{Stopped, or_stop};
 use crate::stream::append::{self, AppendError, Appendix, Budget, Cursor, Move};
 use crate::stream::gap::Gap;
-use crate::stream::{Connection, is_oom};
+use crate::stream::{Stream, is_oom};
 use crate::time::now_ms;
 
 /// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this much,
@@ -52,7 +52,7 @@ fn take_along(items: &mut Vec<Item>, queue: &mut mpsc::Receiver<Item>) {
 /// One connection's way into the stream.
 pub(super) struct Appender<'a> {
     pub(super) reader: &'a Reader,
-    pub(super) connection: &'a mut Connection,
+    pub(super) stream: &'a mut Stream,
     pub(super) cursor: &'a mut Cursor,
     pub(super) plan: &'a Plan,
     /// Which server it is; `None` before the first look.
@@ -128,7 +128,7 @@ impl Appender<'_> {
                 believed: self.cursor.position,
                 position,
             };
-            match append::append(self.connection, &self.reader.keys, to, budget, what).await {
+            match self.stream.append(to, budget, what).await {
                 Ok(appended) => {
                     crash::at(Point::AfterAppend);
                     self.cursor.position = Some(position);
@@ -153,7 +153,7 @@ impl Appender<'_> {
     async fn look(&mut self) -> Result<(), End> {
         let mut waiting = false;
         loop {
-            let gauge = append::gauge(self.connection, &self.reader.keys, &self.reader.token).await?;
+            let gauge = self.stream.gauge(&self.reader.token).await?;
             if self.run_id.get_or_insert_with(|| gauge.run_id.clone()) != &gauge.run_id {
                 return Err(AppendError::CursorMoved.into());
             }

@@ -18,9 +18,10 @@ use super::{Origin, OriginError};
 use crate::config::{Config, OnFutureCursor};
 use crate::metrics;
 use crate::status::{State, Status};
-use crate::stream::append::{self, AppendError, Cursor, CursorError};
+use crate::stream::append::{AppendError, Cursor, CursorError};
 use crate::stream::gap::Gap;
-use crate::stream::{Connection, Keys, Redis, StreamError, group, lease};
+use crate::stream::lease::{self, Lease};
+use crate::stream::{Redis, Stream, StreamError};
 use crate::time::{Backoff, now_ms};
 
 /// Queue between origin and Redis. A slow Redis then slows the origin.
@@ -33,7 +34,6 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// The reader and what it needs.
 pub struct Reader {
     pub(super) config: Arc<Config>,
-    pub(super) keys: Keys,
     redis: Redis,
     pub(super) status: Arc<Status>,
     /// Our identity to the lease.
@@ -110,7 +110,7 @@ impl Reader {
     #[must_use]
     pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>, pause: watch::Receiver<bool>) -> Self {
         let token = lease::token(&config.consumer_id);
-        Self { keys: Keys::new(&config), config, redis, status, token, pause }
+        Self { config, redis, status, token, pause }
     }
 
     /// Reads from `origin` until `stop`.
@@ -157,9 +157,9 @@ impl Reader {
                 () = stop.cancelled() => {}
             }
         }
-        if let Ok(mut connection) = self.redis.connect().await {
+        if let Ok(mut stream) = self.redis.connect().await {
             // If this fails the lease runs out by itself.
-            let _ = lease::release(&mut connection, &self.keys.lease, &self.token).await;
+            let _ = stream.release_lease(Lease::Reader, &self.token).await;
         }
         self.enter(State::Stopped);
     }
@@ -246,8 +246,8 @@ impl Reader {
                 return std::future::pending::<()>().await;
             }
             loop {
-                if let Ok(mut connection) = self.redis.connect().await {
-                    while lease::take(&mut connection, &self.keys.lease, &self.token).await.is_ok() {
+                if let Ok(mut stream) = self.redis.connect().await {
+                    while stream.take_lease(Lease::Reader, &self.token).await.is_ok() {
                         tokio::time::sleep(lease::LIFE / 4).await;
                     }
                 }
@@ -288,14 +288,14 @@ impl Reader {
         memory: &mut Memory,
         stop: &CancellationToken,
     ) -> Result<(), End> {
-        let mut connection = self.redis.connect().await?;
-        let ensured = group::ensure(&mut connection, &self.keys).await?;
+        let mut stream = self.redis.connect().await?;
+        let ensured = stream.ensure().await?;
         metrics::note_ensured(ensured);
-        memory.leased = self.take_lease(&mut connection, stop).await?;
+        memory.leased = self.take_lease(&mut stream, stop).await?;
         if !memory.leased {
             return Ok(());
         }
-        let mut cursor = append::read_cursor(&mut connection, &self.keys).await?;
+        let mut cursor = stream.cursor().await?;
         let plan = Self::plan(origin.name(), &mut cursor, memory);
         if let (None, Some(position)) = (cursor.position, memory.acked) {
             warn!(position, "Redis lost the cursor: going back to what was last known to be applied");
@@ -317,7 +317,7 @@ impl Reader {
             let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
             let appender = Appender {
                 reader: self,
-                connection: &mut connection,
+                stream: &mut stream,
                 cursor: &mut cursor,
                 plan: &plan,
                 run_id: None,
@@ -385,11 +385,11 @@ impl Reader {
     }
 
     /// Waits for the lease; `false` when it is time to stop.
-    async fn take_lease(&self, connection: &mut Connection, stop: &CancellationToken) -> Result<bool, End> {
+    async fn take_lease(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<bool, End> {
         let mut said = false;
-        while !lease::take(connection, &self.keys.lease, &self.token).await? {
+        while !stream.take_lease(Lease::Reader, &self.token).await? {
             if !std::mem::replace(&mut said, true) {
-                let reason = format!("another reader holds the lease {}", self.keys.lease);
+                let reason = format!("another reader holds the lease {}", self.redis.keys().lease);
                 info!(reason, "the reader waits; a lease that is not renewed expires after 10 s");
                 self.enter(State::WaitingForLease { reason });
             }

@@ -11,7 +11,7 @@ use crate::event::Entry;
 use crate::metrics;
 use crate::mutex::lock;
 use crate::stream::entry::Batch;
-use crate::stream::{Connection, group, is_nogroup};
+use crate::stream::{Stream, is_nogroup};
 
 /// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
 const CLAIM_BYTES: usize = 16 * 1024 * 1024;
@@ -19,11 +19,7 @@ const CLAIM_BYTES: usize = 16 * 1024 * 1024;
 impl Pipeline {
     /// Takes over entries of consumers that are gone. Not while PostgreSQL is down: every holder is waiting for it too, and
     /// taking entries from each other would not help.
-    pub(super) async fn claim(
-        &self,
-        connection: &mut Connection,
-        stop: &CancellationToken,
-    ) -> Result<(), Ended> {
+    pub(super) async fn claim(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<(), Ended> {
         let mut start = Some("0-0".to_owned());
         while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
             // As many as fit into memory: one search for another program's later work covers all of them. A search per page
@@ -36,14 +32,7 @@ impl Pipeline {
                 if self.store.ping(Duration::from_secs(2)).await.is_err() {
                     break;
                 }
-                let page = group::claim(
-                    connection,
-                    &self.keys,
-                    &self.consumer,
-                    self.claim_idle,
-                    &from,
-                    self.batch_size,
-                );
+                let page = stream.claim(&self.consumer, self.claim_idle, &from, self.batch_size);
                 let page = match page.await {
                     Ok(page) => page,
                     // The next read meets it and has the group created.
@@ -71,7 +60,7 @@ impl Pipeline {
                     "took over entries of a consumer that is gone"
                 );
             }
-            self.work_again(connection, batch, stop).await?;
+            self.work_again(stream, batch, stop).await?;
         }
         Ok(())
     }

@@ -31,7 +31,7 @@ use crate::status::{State, Status};
 use crate::stop::{Stopped, or_stop};
 use crate::store::{Contended, Store};
 use crate::stream::entry::Batch;
-use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, epochs, group, is_nogroup};
+use crate::stream::{Redis, Stream, StreamError, StreamResult, epochs, is_nogroup};
 use crate::time::Backoff;
 use work::Work;
 
@@ -48,7 +48,6 @@ pub struct Pipeline {
     consumer: String,
     /// All names of this process.
     consumers: Vec<String>,
-    keys: Keys,
     redis: Redis,
     store: Store,
     status: Arc<Status>,
@@ -108,7 +107,6 @@ impl Pipeline {
             index,
             consumer: config.consumer_name(index),
             consumers: config.consumer_names(),
-            keys: Keys::new(config),
             redis,
             store,
             status,
@@ -164,7 +162,7 @@ impl Pipeline {
     /// the next, because other pipelines hold locks on the same accounts.
     async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> Result<(), Ended> {
         let mut rounds = 0;
-        let mut connection = self.redis.connect().await?;
+        let mut stream = self.redis.connect().await?;
         let mut missing = Backoff::default();
         let mut after = Some(EntryId::default());
         let mut count = self.batch_size;
@@ -173,17 +171,17 @@ impl Pipeline {
         let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
         while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
             if self.is_paused() {
-                self.finish_left(&mut connection, left, stop).await?;
+                self.finish_left(&mut stream, left, stop).await?;
                 self.rest(stop).await;
                 continue;
             }
             if after.is_none() && Instant::now() >= next_claim {
-                self.finish_left(&mut connection, left, stop).await?;
-                self.claim(&mut connection, stop).await?;
+                self.finish_left(&mut stream, left, stop).await?;
+                self.claim(&mut stream, stop).await?;
                 next_claim = Instant::now() + every;
             }
             let Some(mut batch) =
-                self.read(&mut connection, after, count, left.len(), &mut missing, stop).await?
+                self.read(&mut stream, after, count, left.len(), &mut missing, stop).await?
             else {
                 continue;
             };
@@ -196,7 +194,7 @@ impl Pipeline {
             }
             if after.is_some() {
                 count = self.next_count(&batch, count);
-                self.work_again(&mut connection, batch, stop).await?;
+                self.work_again(&mut stream, batch, stop).await?;
                 continue;
             }
             let anything_new = !batch.entries.is_empty();
@@ -207,11 +205,11 @@ impl Pipeline {
             let contended = if may_defer { Contended::Defer } else { Contended::Wait };
             batch.entries.append(left);
             count = self.next_count(&batch, count);
-            *left = self.work(&mut connection, batch, contended, stop).await?;
+            *left = self.work(&mut stream, batch, contended, stop).await?;
             rounds = if left.is_empty() { 0 } else { rounds + 1 };
         }
         if *self.names.borrow() == Names::Ours {
-            self.finish_left(&mut connection, left, stop).await?;
+            self.finish_left(&mut stream, left, stop).await?;
         }
         Ok(())
     }
@@ -220,7 +218,7 @@ impl Pipeline {
     /// group had to be created again.
     async fn read(
         &self,
-        connection: &mut Connection,
+        stream: &mut Stream,
         after: Option<EntryId>,
         count: usize,
         left: usize,
@@ -228,15 +226,15 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> Result<Option<Batch>, Ended> {
         let read = if let Some(id) = after {
-            group::read_pending(connection, &self.keys, &self.consumer, count, id).await
+            stream.read_pending(&self.consumer, count, id).await
         } else {
             let room = count.saturating_sub(left).max(1);
-            group::read_new(connection, &self.keys, &self.consumer, room, left == 0).await
+            stream.read_new(&self.consumer, room, left == 0).await
         };
         match read {
             Ok(batch) => Ok(Some(batch)),
             Err(error) if is_nogroup(&error) => {
-                metrics::note_ensured(group::ensure(connection, &self.keys).await?);
+                metrics::note_ensured(stream.ensure().await?);
                 // Without a pause, a group that is destroyed again and again would keep a processor busy.
                 or_stop(stop, tokio::time::sleep(missing.pause())).await?;
                 Ok(None)
@@ -248,51 +246,51 @@ impl Pipeline {
     /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
     async fn finish_left(
         &self,
-        connection: &mut Connection,
+        stream: &mut Stream,
         left: &mut Vec<Entry>,
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
         let batch = Batch { entries: std::mem::take(left), gone: Vec::new() };
-        self.work(connection, batch, Contended::Wait, stop).await.map(drop)
+        self.work(stream, batch, Contended::Wait, stop).await.map(drop)
     }
 
     /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
     /// process, its neighbours get through. The count alone never makes a dead letter.
     async fn work_again(
         &self,
-        connection: &mut Connection,
+        stream: &mut Stream,
         mut batch: Batch,
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
         if let (Some(first), Some(last)) = (batch.entries.first(), batch.entries.last()) {
             let (first, last, count) = (first.id, last.id, batch.entries.len());
-            let times = group::deliveries(connection, &self.keys, &self.consumer, first, last, count).await?;
+            let times = stream.deliveries(&self.consumer, first, last, count).await?;
             let often: HashSet<EntryId> =
                 times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
             let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
             batch.entries = together;
-            self.work(connection, batch, Contended::Wait, stop).await?;
+            self.work(stream, batch, Contended::Wait, stop).await?;
             for entry in Vec::<Entry>::into_iter(alone) {
                 let batch = Batch { entries: vec![entry], gone: Vec::new() };
-                self.work(connection, batch, Contended::Wait, stop).await?;
+                self.work(stream, batch, Contended::Wait, stop).await?;
             }
             return Ok(());
         }
-        self.work(connection, batch, Contended::Wait, stop).await.map(drop)
+        self.work(stream, batch, Contended::Wait, stop).await.map(drop)
     }
 
     /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts. Returns what is left,
     /// where `contended` allows it.
     async fn work(
         &self,
-        connection: &mut Connection,
+        stream: &mut Stream,
         batch: Batch,
         contended: Contended,
         stop: &CancellationToken,
     ) -> Result<Vec<Entry>, Ended> {
         if !batch.gone.is_empty() {
             metrics::note_removed(batch.gone.len() as u64);
-            group::give_up(connection, &self.keys, &batch.gone).await?;
+            stream.give_up(&batch.gone).await?;
         }
         if batch.entries.is_empty() {
             return Ok(Vec::new());
@@ -303,11 +301,11 @@ impl Pipeline {
         lock(&self.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
-            done = self.finish(connection.clone(), &batch.entries, contended, stop) => done,
-            never = self.keep_fresh(connection.clone(), &ids) => never,
+            done = self.finish(stream.clone(), &batch.entries, contended, stop) => done,
+            never = self.keep_fresh(stream.clone(), &ids) => never,
         };
         let acknowledged = match done {
-            Ok((done, left)) => self.acknowledge(connection, &done).await.map(|()| left).map_err(Ended::from),
+            Ok((done, left)) => self.acknowledge(stream, &done).await.map(|()| left).map_err(Ended::from),
             Err(ended) => Err(ended),
         };
         {
@@ -323,10 +321,10 @@ impl Pipeline {
     }
 
     /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
-    async fn keep_fresh<T>(&self, mut connection: Connection, ids: &[EntryId]) -> T {
+    async fn keep_fresh<T>(&self, mut stream: Stream, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
-            let _ = group::keep_fresh(&mut connection, &self.keys, &self.consumer, ids).await;
+            let _ = stream.keep_fresh(&self.consumer, ids).await;
         }
     }
 
@@ -334,12 +332,12 @@ impl Pipeline {
     /// what is done, and which are left.
     async fn finish<'a>(
         &self,
-        mut connection: Connection,
+        mut stream: Stream,
         entries: &'a [Entry],
         contended: Contended,
         stop: &CancellationToken,
     ) -> Result<(Vec<Work<'a>>, HashSet<EntryId>), Ended> {
-        let epochs = self.epochs_of(&mut connection, entries).await?;
+        let epochs = self.epochs_of(&mut stream, entries).await?;
         let mut worked = Vec::with_capacity(entries.len());
         for part in entries.chunks(self.batch_size.max(entries.len().min(2 * self.batch_size))) {
             let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
@@ -349,22 +347,22 @@ impl Pipeline {
         let left = left.iter().map(|work| work.entry.id).collect();
         // Asked after the commit: entries delivered to another program from now on find our rows, even if it has only just
         // started.
-        let others = match group::has_others(&mut connection, &self.keys).await {
+        let others = match stream.has_others().await {
             Err(error) if is_nogroup(&error) => false,
             others => others?,
         };
         if others {
-            self.apply_later(connection, &done, stop).await?;
+            self.apply_later(stream, &done, stop).await?;
         }
         Ok((done, left))
     }
 
     /// The epochs of the stream, where one of these entries does not say which it belongs to.
-    async fn epochs_of(&self, connection: &mut Connection, entries: &[Entry]) -> StreamResult<Epochs> {
+    async fn epochs_of(&self, stream: &mut Stream, entries: &[Entry]) -> StreamResult<Epochs> {
         if entries.iter().all(epochs::is_named) {
             return Ok(Epochs::default());
         }
-        epochs::read(connection, &self.keys).await
+        stream.epochs().await
     }
 
     fn next_count(&self, batch: &Batch, count: usize) -> usize {

@@ -10,8 +10,8 @@ use super::work::Work;
 use super::{Ended, Pipeline};
 use crate::event::{EntryId, Op};
 use crate::store::Contended;
-use crate::stream::Connection;
-use crate::stream::group::{self, LeaveOut};
+use crate::stream::Stream;
+use crate::stream::group::LeaveOut;
 
 /// The scope of a replay of delivered entries.
 #[derive(Default)]
@@ -38,7 +38,7 @@ impl Pipeline {
     /// is delivered from now on finds our rows.
     pub(super) async fn apply_later(
         &self,
-        mut connection: Connection,
+        mut stream: Stream,
         done: &[Work<'_>],
         stop: &CancellationToken,
     ) -> Result<(), Ended> {
@@ -49,7 +49,7 @@ impl Pipeline {
             .collect();
         let Some(first) = done.iter().map(|work| work.entry.id).min() else { return Ok(()) };
         let replay = Replay { touched, acknowledged: false };
-        self.replay_delivered(&mut connection, first, replay, stop).await.map(drop)
+        self.replay_delivered(&mut stream, first, replay, stop).await.map(drop)
     }
 
     /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
@@ -62,12 +62,12 @@ impl Pipeline {
     ///
     /// Redis cannot be reached, or it is time to stop.
     pub async fn take_over(&self, stop: &CancellationToken) -> Result<u64, Ended> {
-        let mut connection = self.redis.connect().await?;
-        let first = group::first_pending(&mut connection, &self.keys).await?;
+        let mut stream = self.redis.connect().await?;
+        let first = stream.first_pending().await?;
         let Some(first) = first else { return Ok(0) };
         info!(%first, "replaying what another program did after entries that are still pending");
         let replay = Replay { acknowledged: true, ..Replay::default() };
-        self.replay_delivered(&mut connection, first.before(), replay, stop).await
+        self.replay_delivered(&mut stream, first.before(), replay, stop).await
     }
 
     /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing. Repeats
@@ -78,25 +78,24 @@ impl Pipeline {
     /// Returns how many entries were looked at.
     async fn replay_delivered(
         &self,
-        connection: &mut Connection,
+        stream: &mut Stream,
         mut after: EntryId,
         mut replay: Replay,
         stop: &CancellationToken,
     ) -> Result<u64, Ended> {
         let mut looked_at = 0;
         loop {
-            let until = group::last_delivered(connection, &self.keys).await?;
+            let until = stream.last_delivered().await?;
             let mut found = false;
             while after < until {
                 let leave_out =
                     LeaveOut { consumers: &self.consumers, pending_at_first: replay.touched.is_empty() };
-                let page = group::delivered(connection, &self.keys, after, until, self.batch_size, leave_out)
-                    .await?;
+                let page = stream.delivered(after, until, self.batch_size, leave_out).await?;
                 let Some(last) = page.last else { break };
                 after = last;
                 looked_at += page.looked_at;
                 let (entries, pending): (Vec<_>, Vec<_>) = page.entries.into_iter().unzip();
-                let epochs = self.epochs_of(connection, &entries).await?;
+                let epochs = self.epochs_of(stream, &entries).await?;
                 let mut batch = Vec::new();
                 for (entry, pending) in entries.iter().zip(pending) {
                     let mut work = Work::new(entry, &epochs);

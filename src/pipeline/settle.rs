@@ -7,24 +7,20 @@ use super::work::{Stage, Work};
 use crate::crash::{self, Point};
 use crate::event::{EntryId, Kind};
 use crate::metrics;
-use crate::stream::dead_letters::{Buried, bury};
-use crate::stream::{Connection, StreamResult, group};
+use crate::stream::dead_letters::Buried;
+use crate::stream::{Stream, StreamResult};
 use crate::time::now_ms;
 
 impl Pipeline {
     /// Everything in `done` is durable or rejected.
-    pub(super) async fn acknowledge(
-        &self,
-        connection: &mut Connection,
-        done: &[Work<'_>],
-    ) -> StreamResult<()> {
+    pub(super) async fn acknowledge(&self, stream: &mut Stream, done: &[Work<'_>]) -> StreamResult<()> {
         let good: Vec<EntryId> =
             done.iter().filter(|work| work.rejected.is_empty()).map(|work| work.entry.id).collect();
-        group::acknowledge(connection, &self.keys, &good).await?;
+        stream.acknowledge(&good).await?;
         let mut finished = good.len() as u64;
         for work in done.iter().filter(|work| !work.rejected.is_empty()) {
             crash::at(Point::BeforeDeadLetter);
-            match bury(connection, &self.keys, work.entry, &work.rejected, self.dead_letter_budget).await? {
+            match stream.bury(work.entry, &work.rejected, self.dead_letter_budget).await? {
                 Buried::Done => {
                     crash::at(Point::AfterDeadLetter);
                     finished += 1;

@@ -9,7 +9,6 @@ use super::apply::HALTED;
 use super::{Names, Pipeline};
 use crate::status::State;
 use crate::stop::{Stopped, or_stop};
-use crate::stream::group;
 
 impl Pipeline {
     /// Waits until this process has its consumer names to itself.
@@ -34,10 +33,10 @@ impl Pipeline {
     /// Removes our consumer from the group when nothing is pending under it, so that the next start under this name need not
     /// wait to see whether we are still running.
     pub(super) async fn leave(&self) {
-        if let Ok(mut connection) = self.redis.connect().await {
+        if let Ok(mut stream) = self.redis.connect().await {
             let name = Some(self.consumer.as_str());
             // If it fails the name stays, and the next start waits for it to fall silent.
-            let _ = group::remove_idle_consumers(&mut connection, &self.keys, Duration::ZERO, name).await;
+            let _ = stream.remove_idle_consumers(Duration::ZERO, name).await;
         }
     }
 

@@ -274,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_says_everything_and_is_aligned() {
+    fn a_full_page_is_complete_and_aligned() {
         let status = serde_json::json!({
             "version": "1.2.3",
             "stream": {"key": "firehose:events", "group": "g", "exists": true, "group_exists": true, "length": 1_234_567,
@@ -317,7 +317,7 @@ dead\\u{1b}-0        2  24 h
     }
 
     #[test]
-    fn what_is_not_there_is_left_out() {
+    fn missing_parts_are_left_out() {
         let page = table(&serde_json::json!({"version": "1", "error": "Redis: away"}), &Beside::default(), 0);
         assert!(page.contains("trouble       Redis: away") && page.contains("no process answers"), "{page}");
         assert!(!page.contains("dead letters") && !page.contains("PIPELINE"), "{page}");

@@ -412,7 +412,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_never_passes_its_estimate() {
+    fn progress_never_exceeds_its_estimate() {
         assert_eq!(progress(1_000, Some(4_000.0)), "1000 of about 4000 rows (25 %)");
         assert_eq!(progress(3_999, Some(4_000.0)), "3999 of about 4000 rows (99 %)");
         assert_eq!(progress(4_000, Some(4_000.0)), "4000 rows so far");
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn an_example_is_bounded_and_harmless() {
+    fn an_example_is_bounded_and_escaped() {
         let violation = Violation {
             key: format!("at://did:plc:a\u{1b}[2J/{}", "x".repeat(900_000)),
             found: Some("\u{202e}".to_owned()),

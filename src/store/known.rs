@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_set_is_bounded_and_keeps_the_younger_ones() {
+    fn the_set_of_known_accounts_is_bounded_and_keeps_the_newer_ones() {
         let known = KnownAccounts::default();
         for n in 0..3 * GENERATION {
             known.insert([&*format!("did:plc:{n}")]);

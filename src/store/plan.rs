@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_put_back_into_the_order_of_the_operations() {
+    fn answers_are_restored_to_the_order_of_the_operations() {
         // Nine likes, two of them of one post; and a delete, which comes first and is a set of its own.
         let mut ops: Vec<_> = (0..8).map(|n| like(&n.to_string(), &n.to_string())).collect();
         ops.push(like("again", "7"));
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn one_new_record_takes_the_short_cut() {
+    fn a_single_new_record_takes_the_fast_path() {
         let entry = entry(&[like("1", "1")]);
         let event = interpret(&entry, Context::now(&Epochs::UNNAMED)).unwrap();
         let plan = Planned::fast(&event, &KnownAccounts::default());

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use redis::aio::MultiplexedConnection;
 use redis::{RedisError, RedisResult, Script};
 
 use super::gap::Gap;
-use super::{Keys, dead_letters, lease};
+use super::{Stream, dead_letters, lease};
 use crate::event::Reject;
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append.lua")));
@@ -141,31 +140,149 @@ impl From<RedisError> for AppendError {
     }
 }
 
-/// Reads where to resume, and notes where another program's reader appended since ours did.
-///
-/// # Errors
-///
-/// Redis cannot be reached, or the cursor holds something else than a number.
-pub async fn read_cursor(connection: &mut MultiplexedConnection, keys: &Keys) -> Result<Cursor, CursorError> {
-    static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("open.lua")));
-    type Answers = (Vec<u8>, String, String, String, u64);
-    let (cursor, relay, acked, epoch, next_epoch): Answers = SCRIPT
-        .key(&keys.stream)
-        .key(&keys.cursor)
-        .key(&keys.relay)
-        .key(&keys.acked)
-        .key(&keys.epoch)
-        .key(&keys.epochs)
-        .invoke_async(connection)
-        .await?;
-    Ok(Cursor {
-        position: position(&cursor, &keys.cursor)?,
-        relay: Some(relay).filter(|relay| !relay.is_empty()),
-        acked: acked.parse().ok(),
-        epoch: epoch.parse().ok(),
-        next_epoch,
-        is_current: false,
-    })
+impl Stream {
+    /// Reads where to resume, and notes where another program's reader appended since ours did.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or the cursor holds something else than a number.
+    pub async fn cursor(&mut self) -> Result<Cursor, CursorError> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("open.lua")));
+        type Answers = (Vec<u8>, String, String, String, u64);
+        let Self { connection, keys } = self;
+        let (cursor, relay, acked, epoch, next_epoch): Answers = SCRIPT
+            .key(&keys.stream)
+            .key(&keys.cursor)
+            .key(&keys.relay)
+            .key(&keys.acked)
+            .key(&keys.epoch)
+            .key(&keys.epochs)
+            .invoke_async(connection)
+            .await?;
+        Ok(Cursor {
+            position: position(&cursor, &keys.cursor)?,
+            relay: Some(relay).filter(|relay| !relay.is_empty()),
+            acked: acked.parse().ok(),
+            epoch: epoch.parse().ok(),
+            next_epoch,
+            is_current: false,
+        })
+    }
+
+    /// Prolongs the lease and looks at the marks.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn gauge(&mut self, token: &str) -> RedisResult<Gauge> {
+        type Answers = (Option<String>, Option<String>, Option<String>, Option<String>, u64, String);
+        let Self { connection, keys } = self;
+        let (cursor, holder, acked, relay, length, info): Answers = redis::pipe()
+            .get(&keys.cursor)
+            .get(&keys.lease)
+            .get(&keys.acked)
+            .get(&keys.relay)
+            .xlen(&keys.stream)
+            .cmd("INFO")
+            .query_async(connection)
+            .await?;
+        let field = |name: &str| {
+            info.lines()
+                .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
+                .unwrap_or("")
+        };
+        let lease = holder.as_deref() == Some(token);
+        if lease {
+            // PEXPIRE works when memory is full, SET does not.
+            redis::cmd("PEXPIRE")
+                .arg(&keys.lease)
+                .arg(lease::LIFE.as_millis() as u64)
+                .query_async::<i64>(connection)
+                .await?;
+        }
+        Ok(Gauge {
+            cursor,
+            lease,
+            acked: acked.and_then(|text| text.parse().ok()),
+            relay,
+            length,
+            used_memory: field("used_memory").trim().parse().unwrap_or(0),
+            max_memory: field("maxmemory").trim().parse().unwrap_or(0),
+            run_id: field("run_id").trim().to_owned(),
+        })
+    }
+
+    /// Appends entries and sets the cursor, in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// [`AppendError`]; nothing was written, except that after [`AppendError::Redis`] nobody knows.
+    pub async fn append(
+        &mut self,
+        to: Move<'_>,
+        budget: Budget,
+        what: &Appendix,
+    ) -> Result<Appended, AppendError> {
+        let Self { connection, keys } = self;
+        let mut invocation = SCRIPT.prepare_invoke();
+        invocation
+            .key(&keys.stream)
+            .key(&keys.cursor)
+            .key(&keys.relay)
+            .key(&keys.acked)
+            .key(&keys.lease)
+            .key(&keys.start)
+            .key(&keys.watch)
+            .key(&keys.trimmed)
+            .key(&keys.epoch)
+            .key(&keys.epochs)
+            .key(&keys.dead)
+            .key(keys.dead_bytes())
+            .key(keys.dead_keys())
+            .key(keys.dead_accounts())
+            .key(&keys.missed)
+            .key(&keys.gaps)
+            .arg(to.believed.map_or_else(String::new, |cursor| cursor.to_string()))
+            .arg(to.position)
+            .arg(to.relay)
+            .arg(to.token)
+            .arg(lease::LIFE.as_millis() as u64)
+            .arg(to.epoch)
+            .arg(&what.rev)
+            .arg(budget.bytes)
+            .arg(budget.per_account)
+            .arg(what.entries.len());
+        for entry in &what.entries {
+            invocation.arg(entry.event_type).arg(&entry.data).arg(entry.seq);
+        }
+        invocation.arg(what.letters.len());
+        for letter in &what.letters {
+            let fields = dead_letters::fields_of(letter);
+            invocation.arg(&letter.account).arg(&letter.key).arg(fields.len() * 2);
+            for (name, value) in fields {
+                invocation.arg(name).arg(value);
+            }
+        }
+        for (name, count) in &what.missed {
+            invocation.arg(*name).arg(*count);
+        }
+        if let Some(gap) = &what.gap {
+            // Text and numbers always have a form in JSON.
+            invocation.arg("gap").arg(serde_json::to_string(gap).unwrap_or_default());
+        }
+        let (length, letters, _, refused): (u64, u64, u64, u64) = invocation.invoke_async(connection).await?;
+        Ok(Appended { length, letters, refused })
+    }
+
+    /// The cursor, and the relay whose numbers it has.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn cursor_and_relay(&mut self) -> RedisResult<(Option<String>, Option<String>)> {
+        let Self { connection, keys } = self;
+        redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await
+    }
 }
 
 /// The number in the cursor's text. Strict: what is not exactly as we would write it, no append would find again.
@@ -204,48 +321,6 @@ pub struct Gauge {
     pub run_id: String,
 }
 
-/// Prolongs the lease and looks at the marks.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn gauge(connection: &mut MultiplexedConnection, keys: &Keys, token: &str) -> RedisResult<Gauge> {
-    type Answers = (Option<String>, Option<String>, Option<String>, Option<String>, u64, String);
-    let (cursor, holder, acked, relay, length, info): Answers = redis::pipe()
-        .get(&keys.cursor)
-        .get(&keys.lease)
-        .get(&keys.acked)
-        .get(&keys.relay)
-        .xlen(&keys.stream)
-        .cmd("INFO")
-        .query_async(connection)
-        .await?;
-    let field = |name: &str| {
-        info.lines()
-            .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
-            .unwrap_or("")
-    };
-    let lease = holder.as_deref() == Some(token);
-    if lease {
-        // PEXPIRE works when memory is full, SET does not.
-        redis::cmd("PEXPIRE")
-            .arg(&keys.lease)
-            .arg(lease::LIFE.as_millis() as u64)
-            .query_async::<i64>(connection)
-            .await?;
-    }
-    Ok(Gauge {
-        cursor,
-        lease,
-        acked: acked.and_then(|text| text.parse().ok()),
-        relay,
-        length,
-        used_memory: field("used_memory").trim().parse().unwrap_or(0),
-        max_memory: field("maxmemory").trim().parse().unwrap_or(0),
-        run_id: field("run_id").trim().to_owned(),
-    })
-}
-
 /// The cursor before and after an append.
 #[derive(Clone, Copy, Debug)]
 pub struct Move<'a> {
@@ -261,86 +336,12 @@ pub struct Move<'a> {
     pub position: i64,
 }
 
-/// Appends entries and sets the cursor, in one transaction.
-///
-/// # Errors
-///
-/// [`AppendError`]; nothing was written, except that after [`AppendError::Redis`] nobody knows.
-pub async fn append(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    to: Move<'_>,
-    budget: Budget,
-    what: &Appendix,
-) -> Result<Appended, AppendError> {
-    let mut invocation = SCRIPT.prepare_invoke();
-    invocation
-        .key(&keys.stream)
-        .key(&keys.cursor)
-        .key(&keys.relay)
-        .key(&keys.acked)
-        .key(&keys.lease)
-        .key(&keys.start)
-        .key(&keys.watch)
-        .key(&keys.trimmed)
-        .key(&keys.epoch)
-        .key(&keys.epochs)
-        .key(&keys.dead)
-        .key(keys.dead_bytes())
-        .key(keys.dead_keys())
-        .key(keys.dead_accounts())
-        .key(&keys.missed)
-        .key(&keys.gaps)
-        .arg(to.believed.map_or_else(String::new, |cursor| cursor.to_string()))
-        .arg(to.position)
-        .arg(to.relay)
-        .arg(to.token)
-        .arg(lease::LIFE.as_millis() as u64)
-        .arg(to.epoch)
-        .arg(&what.rev)
-        .arg(budget.bytes)
-        .arg(budget.per_account)
-        .arg(what.entries.len());
-    for entry in &what.entries {
-        invocation.arg(entry.event_type).arg(&entry.data).arg(entry.seq);
-    }
-    invocation.arg(what.letters.len());
-    for letter in &what.letters {
-        let fields = dead_letters::fields_of(letter);
-        invocation.arg(&letter.account).arg(&letter.key).arg(fields.len() * 2);
-        for (name, value) in fields {
-            invocation.arg(name).arg(value);
-        }
-    }
-    for (name, count) in &what.missed {
-        invocation.arg(*name).arg(*count);
-    }
-    if let Some(gap) = &what.gap {
-        // Text and numbers always have a form in JSON.
-        invocation.arg("gap").arg(serde_json::to_string(gap).unwrap_or_default());
-    }
-    let (length, letters, _, refused): (u64, u64, u64, u64) = invocation.invoke_async(connection).await?;
-    Ok(Appended { length, letters, refused })
-}
-
-/// The cursor, and the relay whose numbers it has.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn cursor_and_relay(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-) -> RedisResult<(Option<String>, Option<String>)> {
-    redis::cmd("MGET").arg(&keys.cursor).arg(&keys.relay).query_async(connection).await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_is_a_number_and_nothing_else() {
+    fn a_cursor_must_be_a_plain_number() {
         let read = |text: &str| position(text.as_bytes(), "firehose:cursor");
         assert_eq!(read("").unwrap(), None);
         assert_eq!(read("12345").unwrap(), Some(12345));

@@ -8,30 +8,218 @@ use redis::streams::{StreamId, StreamRangeReply};
 use redis::{RedisResult, Script};
 use serde::Serialize;
 
-use super::Keys;
+use super::Stream;
 use super::append::NewLetter;
 use crate::event::{Entry, EntryId, InvalidEntryId, Reject, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
 
-/// How many there are.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn count(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<u64> {
-    redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await
-}
+impl Stream {
+    /// How many there are.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn count_dead_letters(&mut self) -> RedisResult<u64> {
+        let Self { connection, keys } = self;
+        redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await
+    }
 
-/// How many bytes they take.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn bytes(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<u64> {
-    let bytes: Option<u64> = redis::cmd("GET").arg(keys.dead_bytes()).query_async(connection).await?;
-    Ok(bytes.unwrap_or(0))
+    /// How many bytes they take.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn dead_letter_bytes(&mut self) -> RedisResult<u64> {
+        let Self { connection, keys } = self;
+        let bytes: Option<u64> = redis::cmd("GET").arg(keys.dead_bytes()).query_async(connection).await?;
+        Ok(bytes.unwrap_or(0))
+    }
+
+    /// A page of letters, the oldest first, after the one with this id.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn dead_letters(&mut self, after: Option<&str>, count: usize) -> RedisResult<Vec<Letter>> {
+        let Self { connection, keys } = self;
+        let from = after.map_or_else(|| "-".to_owned(), |id| format!("({id}"));
+        let page = range(connection, &keys.dead, &from, count).await?;
+        Ok(page.ids.iter().map(Letter::from_stream).collect())
+    }
+
+    /// A page of letters, the newest first, before the one with this id.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn dead_letters_before(
+        &mut self,
+        before: Option<&str>,
+        count: usize,
+    ) -> RedisResult<Vec<Letter>> {
+        let Self { connection, keys } = self;
+        let from = before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
+        let page: StreamRangeReply = redis::cmd("XREVRANGE")
+            .arg(&keys.dead)
+            .arg(from)
+            .arg("-")
+            .arg("COUNT")
+            .arg(count)
+            .query_async(connection)
+            .await?;
+        Ok(page.ids.iter().map(Letter::from_stream).collect())
+    }
+
+    /// The id of the newest letter.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn newest_dead_letter(&mut self) -> RedisResult<Option<EntryId>> {
+        let Self { connection, keys } = self;
+        let found: StreamRangeReply = redis::cmd("XREVRANGE")
+            .arg(&keys.dead)
+            .arg("+")
+            .arg("-")
+            .arg("COUNT")
+            .arg(1)
+            .query_async(connection)
+            .await?;
+        Ok(found.ids.first().and_then(|letter| letter.id.parse().ok()))
+    }
+
+    /// How many letters have which reason, among the newest `count`.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn dead_letter_reasons(&mut self, count: usize) -> RedisResult<Vec<(String, u64)>> {
+        let Self { connection, keys } = self;
+        let mut reasons = BTreeMap::new();
+        let mut until = "+".to_owned();
+        let mut left = count;
+        while left > 0 {
+            let page: StreamRangeReply = redis::cmd("XREVRANGE")
+                .arg(&keys.dead)
+                .arg(&until)
+                .arg("-")
+                .arg("COUNT")
+                .arg(left.min(100))
+                .query_async(connection)
+                .await?;
+            let Some(last) = page.ids.last() else { break };
+            until = format!("({}", last.id);
+            left = left.saturating_sub(page.ids.len());
+            for letter in &page.ids {
+                *reasons.entry(letter.get::<String>("reason").unwrap_or_default()).or_default() += 1;
+            }
+        }
+        Ok(reasons.into_iter().collect())
+    }
+
+    /// The letter with this id.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or the text is not an id.
+    pub async fn dead_letter(&mut self, id: &str) -> RedisResult<Option<Letter>> {
+        let Self { connection, keys } = self;
+        let found: StreamRangeReply =
+            redis::cmd("XRANGE").arg(&keys.dead).arg(id).arg(id).query_async(connection).await?;
+        Ok(found.ids.first().map(Letter::from_stream))
+    }
+
+    /// Removes a letter; `false` when another process did.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn remove_dead_letter(&mut self, letter: &Letter) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        REPLACE
+            .key(&keys.dead)
+            .key(keys.dead_bytes())
+            .key(keys.dead_keys())
+            .key(keys.dead_accounts())
+            .arg(&letter.id)
+            .invoke_async(connection)
+            .await
+    }
+
+    /// Notes that another attempt at a letter failed, and why.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn update_dead_letter(&mut self, letter: Letter, reject: &Reject) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        let mut invocation = REPLACE.prepare_invoke();
+        invocation
+            .key(&keys.dead)
+            .key(keys.dead_bytes())
+            .key(keys.dead_keys())
+            .key(keys.dead_accounts())
+            .arg(&letter.id);
+        for (name, value) in letter.tried(reject, jiff::Timestamp::now().to_string()).fields() {
+            invocation.arg(name).arg(value);
+        }
+        invocation.invoke_async(connection).await
+    }
+
+    /// Acknowledges an entry and keeps its bad operations, in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or its memory is full; the entry then stays pending.
+    pub async fn bury(&mut self, entry: &Entry, rejected: &[Rejected], budget: u64) -> RedisResult<Buried> {
+        let Self { connection, keys } = self;
+        let mut invocation = SCRIPT.prepare_invoke();
+        invocation
+            .key(&keys.stream)
+            .key(&keys.dead)
+            .key(keys.dead_bytes())
+            .arg(&keys.group)
+            .arg(entry.id.to_string())
+            .arg(budget);
+        for rejected in rejected {
+            let fields = Letter::new(entry, rejected).fields();
+            invocation.arg(fields.len() * 2);
+            for (name, value) in fields {
+                invocation.arg(name).arg(value);
+            }
+        }
+        let answer: i64 = invocation.invoke_async(connection).await?;
+        Ok(match answer {
+            1 => Buried::Done,
+            0 => Buried::Already,
+            _ => Buried::Full,
+        })
+    }
+
+    /// The oldest entry that may still be applied: in the stream or among the dead letters; Unix milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn oldest_dead_letter_source(&mut self) -> RedisResult<Option<u64>> {
+        let Self { connection, keys } = self;
+        let mut oldest =
+            range(connection, &keys.stream, "-", 1).await?.ids.first().map(|entry| id_ms(&entry.id));
+        let mut from = "-".to_owned();
+        loop {
+            // Dead letters stand in the order in which they died, not in that of their sources: all are looked at.
+            let page = range(connection, &keys.dead, &from, 200).await?.ids;
+            let Some(last) = page.last() else { return Ok(oldest) };
+            from = format!("({}", last.id);
+            for letter in &page {
+                let source: Option<String> = letter.get("source_id");
+                let ms = source.map_or(0, |id| id_ms(&id));
+                oldest = Some(oldest.map_or(ms, |before| before.min(ms)));
+            }
+        }
+    }
 }
 
 /// The outcome for an entry with bad operations.
@@ -199,209 +387,6 @@ impl Letter {
             data: whole,
             seq: self.seq.clone(),
         })
-    }
-}
-
-/// A page of letters, the oldest first, after the one with this id.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn page(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    after: Option<&str>,
-    count: usize,
-) -> RedisResult<Vec<Letter>> {
-    let from = after.map_or_else(|| "-".to_owned(), |id| format!("({id}"));
-    let page = range(connection, &keys.dead, &from, count).await?;
-    Ok(page.ids.iter().map(Letter::from_stream).collect())
-}
-
-/// A page of letters, the newest first, before the one with this id.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn page_before(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    before: Option<&str>,
-    count: usize,
-) -> RedisResult<Vec<Letter>> {
-    let from = before.map_or_else(|| "+".to_owned(), |id| format!("({id}"));
-    let page: StreamRangeReply = redis::cmd("XREVRANGE")
-        .arg(&keys.dead)
-        .arg(from)
-        .arg("-")
-        .arg("COUNT")
-        .arg(count)
-        .query_async(connection)
-        .await?;
-    Ok(page.ids.iter().map(Letter::from_stream).collect())
-}
-
-/// The id of the newest letter.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn newest(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<EntryId>> {
-    let found: StreamRangeReply = redis::cmd("XREVRANGE")
-        .arg(&keys.dead)
-        .arg("+")
-        .arg("-")
-        .arg("COUNT")
-        .arg(1)
-        .query_async(connection)
-        .await?;
-    Ok(found.ids.first().and_then(|letter| letter.id.parse().ok()))
-}
-
-/// How many letters have which reason, among the newest `count`.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn reasons(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    count: usize,
-) -> RedisResult<Vec<(String, u64)>> {
-    let mut reasons = BTreeMap::new();
-    let mut until = "+".to_owned();
-    let mut left = count;
-    while left > 0 {
-        let page: StreamRangeReply = redis::cmd("XREVRANGE")
-            .arg(&keys.dead)
-            .arg(&until)
-            .arg("-")
-            .arg("COUNT")
-            .arg(left.min(100))
-            .query_async(connection)
-            .await?;
-        let Some(last) = page.ids.last() else { break };
-        until = format!("({}", last.id);
-        left = left.saturating_sub(page.ids.len());
-        for letter in &page.ids {
-            *reasons.entry(letter.get::<String>("reason").unwrap_or_default()).or_default() += 1;
-        }
-    }
-    Ok(reasons.into_iter().collect())
-}
-
-/// The letter with this id.
-///
-/// # Errors
-///
-/// Redis cannot be reached, or the text is not an id.
-pub async fn get(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    id: &str,
-) -> RedisResult<Option<Letter>> {
-    let found: StreamRangeReply =
-        redis::cmd("XRANGE").arg(&keys.dead).arg(id).arg(id).query_async(connection).await?;
-    Ok(found.ids.first().map(Letter::from_stream))
-}
-
-/// Removes a letter; `false` when another process did.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn remove(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    letter: &Letter,
-) -> RedisResult<bool> {
-    REPLACE
-        .key(&keys.dead)
-        .key(keys.dead_bytes())
-        .key(keys.dead_keys())
-        .key(keys.dead_accounts())
-        .arg(&letter.id)
-        .invoke_async(connection)
-        .await
-}
-
-/// Notes that another attempt at a letter failed, and why.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn tried_again(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    letter: Letter,
-    reject: &Reject,
-) -> RedisResult<bool> {
-    let mut invocation = REPLACE.prepare_invoke();
-    invocation
-        .key(&keys.dead)
-        .key(keys.dead_bytes())
-        .key(keys.dead_keys())
-        .key(keys.dead_accounts())
-        .arg(&letter.id);
-    for (name, value) in letter.tried(reject, jiff::Timestamp::now().to_string()).fields() {
-        invocation.arg(name).arg(value);
-    }
-    invocation.invoke_async(connection).await
-}
-
-/// Acknowledges an entry and keeps its bad operations, in one transaction.
-///
-/// # Errors
-///
-/// Redis cannot be reached or its memory is full; the entry then stays pending.
-pub async fn bury(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    entry: &Entry,
-    rejected: &[Rejected],
-    budget: u64,
-) -> RedisResult<Buried> {
-    let mut invocation = SCRIPT.prepare_invoke();
-    invocation
-        .key(&keys.stream)
-        .key(&keys.dead)
-        .key(keys.dead_bytes())
-        .arg(&keys.group)
-        .arg(entry.id.to_string())
-        .arg(budget);
-    for rejected in rejected {
-        let fields = Letter::new(entry, rejected).fields();
-        invocation.arg(fields.len() * 2);
-        for (name, value) in fields {
-            invocation.arg(name).arg(value);
-        }
-    }
-    let answer: i64 = invocation.invoke_async(connection).await?;
-    Ok(match answer {
-        1 => Buried::Done,
-        0 => Buried::Already,
-        _ => Buried::Full,
-    })
-}
-
-/// The oldest entry that may still be applied: in the stream or among the dead letters; Unix milliseconds.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn oldest_source(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<u64>> {
-    let mut oldest = range(connection, &keys.stream, "-", 1).await?.ids.first().map(|entry| id_ms(&entry.id));
-    let mut from = "-".to_owned();
-    loop {
-        // Dead letters stand in the order in which they died, not in that of their sources: all are looked at.
-        let page = range(connection, &keys.dead, &from, 200).await?.ids;
-        let Some(last) = page.last() else { return Ok(oldest) };
-        from = format!("({}", last.id);
-        for letter in &page {
-            let source: Option<String> = letter.get("source_id");
-            let ms = source.map_or(0, |id| id_ms(&id));
-            oldest = Some(oldest.map_or(ms, |before| before.min(ms)));
-        }
     }
 }
 

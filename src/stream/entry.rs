@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn both_protocols_and_deleted_entries_are_read() {
+    fn replies_of_both_protocols_and_deleted_entries_are_parsed() {
         let entries = || {
             Value::Array(vec![
                 Value::Array(vec![

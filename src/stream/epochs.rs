@@ -4,9 +4,8 @@
 use std::collections::HashMap;
 
 use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
 
-use super::Keys;
+use super::Stream;
 use crate::event::{Entry, EntryId, Epochs, Start};
 
 /// Whether an entry says itself which epoch it belongs to: our reader writes that last.
@@ -16,29 +15,32 @@ pub fn is_named(entry: &Entry) -> bool {
     entry.data.as_bytes()[tail..].windows(8).any(|part| part == b"\"epoch\":")
 }
 
-/// Reads the epochs of the stream.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn read(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Epochs> {
-    let (starts, present): (Vec<String>, HashMap<String, String>) = redis::pipe()
-        .cmd("LRANGE")
-        .arg(&keys.epochs)
-        .arg(0)
-        .arg(-1)
-        .cmd("HGETALL")
-        .arg(&keys.epoch)
-        .query_async(connection)
-        .await?;
-    let mut starts: Vec<Start> = starts.iter().filter_map(|text| start(text)).collect();
-    let field = |name: &str| present.get(name).map_or("", String::as_str);
-    // What follows our reader's last entry comes from another program's reader.
-    if let (Ok(last), Ok(epoch)) = (field("last").parse::<EntryId>(), field("id").parse()) {
-        let first = EntryId { seq: last.seq + 1, ..last };
-        starts.push(Start { first, epoch, rev: field("rev").to_owned() });
+impl Stream {
+    /// Reads the epochs of the stream.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn epochs(&mut self) -> RedisResult<Epochs> {
+        let Self { connection, keys } = self;
+        let (starts, present): (Vec<String>, HashMap<String, String>) = redis::pipe()
+            .cmd("LRANGE")
+            .arg(&keys.epochs)
+            .arg(0)
+            .arg(-1)
+            .cmd("HGETALL")
+            .arg(&keys.epoch)
+            .query_async(connection)
+            .await?;
+        let mut starts: Vec<Start> = starts.iter().filter_map(|text| start(text)).collect();
+        let field = |name: &str| present.get(name).map_or("", String::as_str);
+        // What follows our reader's last entry comes from another program's reader.
+        if let (Ok(last), Ok(epoch)) = (field("last").parse::<EntryId>(), field("id").parse()) {
+            let first = EntryId { seq: last.seq + 1, ..last };
+            starts.push(Start { first, epoch, rev: field("rev").to_owned() });
+        }
+        Ok(Epochs::new(starts))
     }
-    Ok(Epochs::new(starts))
 }
 
 /// `<first entry> <epoch> <revision>`, as append.lua and open.lua write it.
@@ -56,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_with_an_epoch_is_known_by_its_end() {
+    fn an_epoch_is_recognised_at_the_end_of_an_entry() {
         let entry = |data: &str| Entry { data: data.to_owned(), ..Entry::default() };
         assert!(is_named(&entry(r#"{"repo":"did:plc:a","ops":[],"epoch":1795234668000}"#)));
         assert!(!is_named(&entry(r#"{"repo":"did:plc:a","ops":[]}"#)));

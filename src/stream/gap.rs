@@ -4,10 +4,9 @@
 use std::collections::BTreeMap;
 
 use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
 use serde::{Deserialize, Serialize};
 
-use super::Keys;
+use super::Stream;
 
 /// A stretch of events that never came.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,22 +51,25 @@ pub struct Missed {
     pub by_reason: BTreeMap<String, u64>,
 }
 
-/// Reads what is known to be missing.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn read(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Missed> {
-    let (mut by_reason, last): (BTreeMap<String, u64>, Vec<String>) = redis::pipe()
-        .cmd("HGETALL")
-        .arg(&keys.missed)
-        .cmd("LRANGE")
-        .arg(&keys.gaps)
-        .arg(0)
-        .arg(0)
-        .query_async(connection)
-        .await?;
-    let gaps = by_reason.remove("gap").unwrap_or(0);
-    let last_gap = last.first().and_then(|text| serde_json::from_str(text).ok());
-    Ok(Missed { gaps, last_gap, by_reason })
+impl Stream {
+    /// Reads what is known to be missing.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn missed(&mut self) -> RedisResult<Missed> {
+        let Self { connection, keys } = self;
+        let (mut by_reason, last): (BTreeMap<String, u64>, Vec<String>) = redis::pipe()
+            .cmd("HGETALL")
+            .arg(&keys.missed)
+            .cmd("LRANGE")
+            .arg(&keys.gaps)
+            .arg(0)
+            .arg(0)
+            .query_async(connection)
+            .await?;
+        let gaps = by_reason.remove("gap").unwrap_or(0);
+        let last_gap = last.first().and_then(|text| serde_json::from_str(text).ok());
+        Ok(Missed { gaps, last_gap, by_reason })
+    }
 }

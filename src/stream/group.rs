@@ -4,12 +4,11 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue as _, ParsingError, RedisError, RedisResult, Script, Value};
 use serde::{Deserialize, Serialize};
 
 use super::entry::Batch;
-use super::{BLOCK, Keys};
+use super::{BLOCK, Stream};
 use crate::event::{Entry, EntryId};
 
 /// A consumer of another program that has been idle for longer, and holds nothing, is gone.
@@ -29,138 +28,359 @@ pub struct Ensured {
     pub group_created: bool,
 }
 
-/// Makes sure that stream and group exist. The only place that creates the group.
-///
-/// # Errors
-///
-/// Redis cannot be reached or refuses.
-pub async fn ensure(connection: &mut MultiplexedConnection, keys: &Keys) -> Result<Ensured, RedisError> {
-    let script = Script::new(include_str!("ensure.lua"));
-    let (lost, created): (i64, i64) = script
-        .key(&keys.stream)
-        .key(&keys.cursor)
-        .key(&keys.acked)
-        .key(&keys.lost)
-        .key(&keys.watch)
-        .key(&keys.start)
-        .arg(&keys.group)
-        .invoke_async(connection)
-        .await?;
-    Ok(Ensured { stream_lost: lost == 1, group_created: created == 1 })
-}
+impl Stream {
+    /// Makes sure that stream and group exist. The only place that creates the group.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or refuses.
+    pub async fn ensure(&mut self) -> Result<Ensured, RedisError> {
+        let Self { connection, keys } = self;
+        let script = Script::new(include_str!("ensure.lua"));
+        let (lost, created): (i64, i64) = script
+            .key(&keys.stream)
+            .key(&keys.cursor)
+            .key(&keys.acked)
+            .key(&keys.lost)
+            .key(&keys.watch)
+            .key(&keys.start)
+            .arg(&keys.group)
+            .invoke_async(connection)
+            .await?;
+        Ok(Ensured { stream_lost: lost == 1, group_created: created == 1 })
+    }
 
-/// Reads entries not yet delivered; `wait`: waits up to [`BLOCK`] for the first.
-///
-/// Do not drop the future and keep the connection: the entries would be ours without our knowing it.
-///
-/// # Errors
-///
-/// Redis cannot be reached or refuses; [`super::is_nogroup`] tells a missing group.
-pub async fn read_new(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    consumer: &str,
-    count: usize,
-    wait: bool,
-) -> RedisResult<Batch> {
-    let mut command = redis::cmd("XREADGROUP");
-    command.arg("GROUP").arg(&keys.group).arg(consumer).arg("COUNT").arg(count);
-    if wait {
-        command.arg("BLOCK").arg(BLOCK.as_millis() as u64);
+    /// Reads entries not yet delivered; `wait`: waits up to [`BLOCK`] for the first.
+    ///
+    /// Do not drop the future and keep the connection: the entries would be ours without our knowing it.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or refuses; [`super::is_nogroup`] tells a missing group.
+    pub async fn read_new(&mut self, consumer: &str, count: usize, wait: bool) -> RedisResult<Batch> {
+        let Self { connection, keys } = self;
+        let mut command = redis::cmd("XREADGROUP");
+        command.arg("GROUP").arg(&keys.group).arg(consumer).arg("COUNT").arg(count);
+        if wait {
+            command.arg("BLOCK").arg(BLOCK.as_millis() as u64);
+        }
+        command.arg("STREAMS").arg(&keys.stream).arg(">").query_async(connection).await
     }
-    command.arg("STREAMS").arg(&keys.stream).arg(">").query_async(connection).await
-}
 
-/// Reads entries that this consumer got earlier and never acknowledged, those after `after`.
-///
-/// For the start and after a reconnection only: it resets the entries' idle time.
-///
-/// # Errors
-///
-/// As for [`read_new`].
-pub async fn read_pending(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    consumer: &str,
-    count: usize,
-    after: EntryId,
-) -> RedisResult<Batch> {
-    redis::cmd("XREADGROUP")
-        .arg("GROUP")
-        .arg(&keys.group)
-        .arg(consumer)
-        .arg("COUNT")
-        .arg(count)
-        .arg("STREAMS")
-        .arg(&keys.stream)
-        .arg(after.to_string())
-        .query_async(connection)
-        .await
-}
+    /// Reads entries that this consumer got earlier and never acknowledged, those after `after`.
+    ///
+    /// For the start and after a reconnection only: it resets the entries' idle time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_new`].
+    pub async fn read_pending(&mut self, consumer: &str, count: usize, after: EntryId) -> RedisResult<Batch> {
+        let Self { connection, keys } = self;
+        redis::cmd("XREADGROUP")
+            .arg("GROUP")
+            .arg(&keys.group)
+            .arg(consumer)
+            .arg("COUNT")
+            .arg(count)
+            .arg("STREAMS")
+            .arg(&keys.stream)
+            .arg(after.to_string())
+            .query_async(connection)
+            .await
+    }
 
-/// Acknowledges entries. Only for entries whose effects are durable, or that are lost or dead letters already.
-///
-/// # Errors
-///
-/// Redis cannot be reached; the entries then stay pending and are applied again, which changes nothing.
-pub async fn acknowledge(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    ids: &[EntryId],
-) -> RedisResult<()> {
-    if ids.is_empty() {
-        return Ok(());
+    /// Acknowledges entries. Only for entries whose effects are durable, or that are lost or dead letters already.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached; the entries then stay pending and are applied again, which changes nothing.
+    pub async fn acknowledge(&mut self, ids: &[EntryId]) -> RedisResult<()> {
+        let Self { connection, keys } = self;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut command = redis::cmd("XACK");
+        command.arg(&keys.stream).arg(&keys.group);
+        for id in ids {
+            command.arg(id.to_string());
+        }
+        command.query_async::<i64>(connection).await?;
+        Ok(())
     }
-    let mut command = redis::cmd("XACK");
-    command.arg(&keys.stream).arg(&keys.group);
-    for id in ids {
-        command.arg(id.to_string());
-    }
-    command.query_async::<i64>(connection).await?;
-    Ok(())
-}
 
-/// Resets the idle time of entries in hand, so that nobody takes them for abandoned. Their delivery count stays.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn keep_fresh(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    consumer: &str,
-    ids: &[EntryId],
-) -> RedisResult<()> {
-    if ids.is_empty() {
-        return Ok(());
+    /// Resets the idle time of entries in hand, so that nobody takes them for abandoned. Their delivery count stays.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn keep_fresh(&mut self, consumer: &str, ids: &[EntryId]) -> RedisResult<()> {
+        let Self { connection, keys } = self;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut invocation = KEEP_FRESH.key(&keys.stream);
+        invocation.arg(&keys.group).arg(consumer);
+        for id in ids {
+            invocation.arg(id.to_string());
+        }
+        invocation.invoke_async(connection).await
     }
-    let mut invocation = KEEP_FRESH.key(&keys.stream);
-    invocation.arg(&keys.group).arg(consumer);
-    for id in ids {
-        invocation.arg(id.to_string());
-    }
-    invocation.invoke_async(connection).await
-}
 
-/// Acknowledges entries that somebody removed while they were pending, and has the reader go back for them.
-///
-/// # Errors
-///
-/// Redis cannot be reached or its memory is full; the entries then stay pending.
-pub async fn give_up(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    ids: &[EntryId],
-) -> RedisResult<()> {
-    if ids.is_empty() {
-        return Ok(());
+    /// Acknowledges entries that somebody removed while they were pending, and has the reader go back for them.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or its memory is full; the entries then stay pending.
+    pub async fn give_up(&mut self, ids: &[EntryId]) -> RedisResult<()> {
+        let Self { connection, keys } = self;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let mut invocation = GONE.key(&keys.stream);
+        invocation.key(&keys.relay).key(&keys.watch).arg(&keys.group);
+        for id in ids {
+            invocation.arg(id.to_string());
+        }
+        invocation.invoke_async(connection).await
     }
-    let mut invocation = GONE.key(&keys.stream);
-    invocation.key(&keys.relay).key(&keys.watch).arg(&keys.group);
-    for id in ids {
-        invocation.arg(id.to_string());
+
+    /// Takes over entries that have been idle for `idle`, from `start` ("0-0" for the beginning).
+    ///
+    /// The server scans at most ten times `count` entries, so an empty page is not the end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_new`].
+    pub async fn claim(
+        &mut self,
+        consumer: &str,
+        idle: Duration,
+        start: &str,
+        count: usize,
+    ) -> RedisResult<Claimed> {
+        let Self { connection, keys } = self;
+        let reply: Value = CLAIM
+            .key(&keys.stream)
+            .key(&keys.relay)
+            .key(&keys.watch)
+            .arg(&keys.group)
+            .arg(consumer)
+            .arg(idle.as_millis() as u64)
+            .arg(start)
+            .arg(count)
+            .invoke_async(connection)
+            .await?;
+        Ok(claimed(reply)?)
     }
-    invocation.invoke_async(connection).await
+
+    /// How often each of a consumer's entries has been delivered, for those with an id from `first` to `last`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_new`].
+    pub async fn deliveries(
+        &mut self,
+        consumer: &str,
+        first: EntryId,
+        last: EntryId,
+        count: usize,
+    ) -> RedisResult<Vec<(EntryId, u64)>> {
+        let Self { connection, keys } = self;
+        let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
+            .arg(&keys.stream)
+            .arg(&keys.group)
+            .arg(first.to_string())
+            .arg(last.to_string())
+            .arg(count)
+            .arg(consumer)
+            .query_async(connection)
+            .await?;
+        Ok(reply.into_iter().filter_map(|(id, _, _, times)| Some((id.parse().ok()?, times))).collect())
+    }
+
+    /// Removes consumers that have nothing pending and have not asked for anything for `idle`: all of them, or the one of
+    /// this name. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_new`].
+    pub async fn remove_idle_consumers(&mut self, idle: Duration, only: Option<&str>) -> RedisResult<u64> {
+        // One script: between a look and a removal the consumer may have got something, which the removal would destroy.
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("remove_consumers.lua")));
+        let Self { connection, keys } = self;
+        SCRIPT
+            .key(&keys.stream)
+            .arg(&keys.group)
+            .arg(idle.as_millis() as u64)
+            .arg(only.unwrap_or_default())
+            .invoke_async(connection)
+            .await
+    }
+
+    /// The first of `names` that sent a read within `limit`: a process works under it.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn active_consumer(
+        &mut self,
+        names: &[String],
+        limit: Duration,
+    ) -> RedisResult<Option<String>> {
+        let consumers = match self.consumers().await {
+            Ok(consumers) => consumers,
+            // No stream or no group: no consumers.
+            Err(error) if super::is_nogroup(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let active = consumers
+            .into_iter()
+            .find(|consumer| consumer.idle_seconds < limit.as_secs_f64() && names.contains(&consumer.name));
+        Ok(active.map(|consumer| consumer.name))
+    }
+
+    /// The group's consumers.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or there is no such group.
+    pub async fn consumers(&mut self) -> RedisResult<Vec<ConsumerInfo>> {
+        let Self { connection, keys } = self;
+        let reply: redis::streams::StreamInfoConsumersReply = redis::cmd("XINFO")
+            .arg("CONSUMERS")
+            .arg(&keys.stream)
+            .arg(&keys.group)
+            .query_async(connection)
+            .await?;
+        Ok(reply
+            .consumers
+            .into_iter()
+            .map(|consumer| ConsumerInfo {
+                name: consumer.name,
+                pending: consumer.pending as u64,
+                idle_seconds: consumer.idle as f64 / 1000.0,
+            })
+            .collect())
+    }
+
+    /// Whether a consumer of the group belongs to another program: it works, or holds entries, and no process of ours has
+    /// the lease of its name.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or there is no such group.
+    pub async fn has_others(&mut self) -> RedisResult<bool> {
+        let mut asked: HashMap<String, bool> = HashMap::new();
+        for consumer in self.consumers().await? {
+            if consumer.pending == 0 && consumer.idle_seconds > OTHERS_IDLE.as_secs_f64() {
+                continue;
+            }
+            let Some((id, _)) = consumer.name.rsplit_once('-') else { return Ok(true) };
+            let ours = match asked.get(id) {
+                Some(ours) => *ours,
+                // Our own one is held while this runs.
+                None if self.keys.lease_of(id) == self.keys.consumer_lease => true,
+                None => self.is_leased(id).await?,
+            };
+            if !ours {
+                return Ok(true);
+            }
+            asked.insert(id.to_owned(), ours);
+        }
+        Ok(false)
+    }
+
+    /// The newest entry that was delivered to anybody in the group.
+    ///
+    /// # Errors
+    ///
+    /// As for [`has_others`].
+    pub async fn last_delivered(&mut self) -> RedisResult<EntryId> {
+        let Self { connection, keys } = self;
+        let reply: redis::streams::StreamInfoGroupsReply =
+            redis::cmd("XINFO").arg("GROUPS").arg(&keys.stream).query_async(connection).await?;
+        let own = reply.groups.into_iter().find(|group| group.name == keys.group);
+        Ok(own.and_then(|group| group.last_delivered_id.parse().ok()).unwrap_or_default())
+    }
+
+    /// The oldest entry that was delivered and not acknowledged; `None` when everything is.
+    ///
+    /// # Errors
+    ///
+    /// As for [`has_others`].
+    pub async fn first_pending(&mut self) -> RedisResult<Option<EntryId>> {
+        let Self { connection, keys } = self;
+        let reply: (u64, Option<String>, Value, Value) =
+            redis::cmd("XPENDING").arg(&keys.stream).arg(&keys.group).query_async(connection).await?;
+        Ok(reply.1.and_then(|id| id.parse().ok()))
+    }
+
+    /// The oldest of the entries that were delivered and not acknowledged.
+    ///
+    /// # Errors
+    ///
+    /// As for [`has_others`].
+    pub async fn pending(&mut self, count: usize) -> RedisResult<Vec<Pending>> {
+        let Self { connection, keys } = self;
+        let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
+            .arg(&keys.stream)
+            .arg(&keys.group)
+            .arg("-")
+            .arg("+")
+            .arg(count)
+            .query_async(connection)
+            .await?;
+        let entry = |(id, consumer, idle, _)| Pending { id, consumer, idle: Duration::from_millis(idle) };
+        Ok(reply.into_iter().map(entry).collect())
+    }
+
+    /// One page of the entries in (`after`, `until`], whichever consumer they were delivered to.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or refuses.
+    pub async fn delivered(
+        &mut self,
+        after: EntryId,
+        until: EntryId,
+        count: usize,
+        leave_out: LeaveOut<'_>,
+    ) -> RedisResult<Delivered> {
+        let Self { connection, keys } = self;
+        let (last, looked_at, entries, pending): (String, u64, Value, Vec<u8>) = DELIVERED
+            .key(&keys.stream)
+            .arg(&keys.group)
+            .arg(after.to_string())
+            .arg(until.to_string())
+            .arg(count)
+            .arg(u8::from(leave_out.pending_at_first))
+            .arg(leave_out.consumers)
+            .invoke_async(connection)
+            .await?;
+        let mut batch = Batch::default();
+        batch.extend(entries)?;
+        let entries =
+            batch.entries.into_iter().zip(pending.into_iter().map(|pending| pending == 1)).collect();
+        Ok(Delivered { last: last.parse().ok(), looked_at, entries })
+    }
+
+    /// Which of these pending entries are no longer in the stream.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn dangling<'a>(&mut self, pending: &'a [Pending]) -> RedisResult<Vec<&'a Pending>> {
+        let Self { connection, keys } = self;
+        if pending.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut pipe = redis::pipe();
+        for entry in pending {
+            pipe.cmd("XRANGE").arg(&keys.stream).arg(&entry.id).arg(&entry.id);
+        }
+        let found: Vec<Vec<Value>> = pipe.query_async(connection).await?;
+        Ok(pending.iter().zip(&found).filter(|(_, entry)| entry.is_empty()).map(|(entry, _)| entry).collect())
+    }
 }
 
 /// A page of entries abandoned by their consumers.
@@ -170,35 +390,6 @@ pub struct Claimed {
     pub batch: Batch,
     /// Where to continue; `None` at the end. Handed back as it came: the server says where the next scan begins.
     pub next: Option<String>,
-}
-
-/// Takes over entries that have been idle for `idle`, from `start` ("0-0" for the beginning).
-///
-/// The server scans at most ten times `count` entries, so an empty page is not the end.
-///
-/// # Errors
-///
-/// As for [`read_new`].
-pub async fn claim(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    consumer: &str,
-    idle: Duration,
-    start: &str,
-    count: usize,
-) -> RedisResult<Claimed> {
-    let reply: Value = CLAIM
-        .key(&keys.stream)
-        .key(&keys.relay)
-        .key(&keys.watch)
-        .arg(&keys.group)
-        .arg(consumer)
-        .arg(idle.as_millis() as u64)
-        .arg(start)
-        .arg(count)
-        .invoke_async(connection)
-        .await?;
-    Ok(claimed(reply)?)
 }
 
 fn claimed(reply: Value) -> Result<Claimed, ParsingError> {
@@ -219,54 +410,6 @@ fn claimed(reply: Value) -> Result<Claimed, ParsingError> {
     Ok(Claimed { batch, next: (next != "0-0").then_some(next) })
 }
 
-/// How often each of a consumer's entries has been delivered, for those with an id from `first` to `last`.
-///
-/// # Errors
-///
-/// As for [`read_new`].
-pub async fn deliveries(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    consumer: &str,
-    first: EntryId,
-    last: EntryId,
-    count: usize,
-) -> RedisResult<Vec<(EntryId, u64)>> {
-    let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
-        .arg(&keys.stream)
-        .arg(&keys.group)
-        .arg(first.to_string())
-        .arg(last.to_string())
-        .arg(count)
-        .arg(consumer)
-        .query_async(connection)
-        .await?;
-    Ok(reply.into_iter().filter_map(|(id, _, _, times)| Some((id.parse().ok()?, times))).collect())
-}
-
-/// Removes consumers that have nothing pending and have not asked for anything for `idle`: all of them, or the one of
-/// this name. Returns how many.
-///
-/// # Errors
-///
-/// As for [`read_new`].
-pub async fn remove_idle_consumers(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    idle: Duration,
-    only: Option<&str>,
-) -> RedisResult<u64> {
-    // One script: between a look and a removal the consumer may have got something, which the removal would destroy.
-    static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("remove_consumers.lua")));
-    SCRIPT
-        .key(&keys.stream)
-        .arg(&keys.group)
-        .arg(idle.as_millis() as u64)
-        .arg(only.unwrap_or_default())
-        .invoke_async(connection)
-        .await
-}
-
 /// One consumer of the group, as Redis knows it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ConsumerInfo {
@@ -278,108 +421,6 @@ pub struct ConsumerInfo {
     pub idle_seconds: f64,
 }
 
-/// The first of `names` that sent a read within `limit`: a process works under it.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn active(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    names: &[String],
-    limit: Duration,
-) -> RedisResult<Option<String>> {
-    let consumers = match consumers(connection, keys).await {
-        Ok(consumers) => consumers,
-        // No stream or no group: no consumers.
-        Err(error) if super::is_nogroup(&error) => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let active = consumers
-        .into_iter()
-        .find(|consumer| consumer.idle_seconds < limit.as_secs_f64() && names.contains(&consumer.name));
-    Ok(active.map(|consumer| consumer.name))
-}
-
-/// The group's consumers.
-///
-/// # Errors
-///
-/// Redis cannot be reached, or there is no such group.
-pub async fn consumers(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-) -> RedisResult<Vec<ConsumerInfo>> {
-    let reply: redis::streams::StreamInfoConsumersReply = redis::cmd("XINFO")
-        .arg("CONSUMERS")
-        .arg(&keys.stream)
-        .arg(&keys.group)
-        .query_async(connection)
-        .await?;
-    Ok(reply
-        .consumers
-        .into_iter()
-        .map(|consumer| ConsumerInfo {
-            name: consumer.name,
-            pending: consumer.pending as u64,
-            idle_seconds: consumer.idle as f64 / 1000.0,
-        })
-        .collect())
-}
-
-/// Whether a consumer of the group belongs to another program: it works, or holds entries, and no process of ours has
-/// the lease of its name.
-///
-/// # Errors
-///
-/// Redis cannot be reached, or there is no such group.
-pub async fn has_others(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<bool> {
-    let mut asked: HashMap<String, bool> = HashMap::new();
-    for consumer in consumers(connection, keys).await? {
-        if consumer.pending == 0 && consumer.idle_seconds > OTHERS_IDLE.as_secs_f64() {
-            continue;
-        }
-        let Some((id, _)) = consumer.name.rsplit_once('-') else { return Ok(true) };
-        let ours = match asked.get(id) {
-            Some(ours) => *ours,
-            // Our own one is held while this runs.
-            None if keys.lease_of(id) == keys.consumer_lease => true,
-            None => redis::cmd("EXISTS").arg(keys.lease_of(id)).query_async(connection).await?,
-        };
-        if !ours {
-            return Ok(true);
-        }
-        asked.insert(id.to_owned(), ours);
-    }
-    Ok(false)
-}
-
-/// The newest entry that was delivered to anybody in the group.
-///
-/// # Errors
-///
-/// As for [`has_others`].
-pub async fn last_delivered(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<EntryId> {
-    let reply: redis::streams::StreamInfoGroupsReply =
-        redis::cmd("XINFO").arg("GROUPS").arg(&keys.stream).query_async(connection).await?;
-    let own = reply.groups.into_iter().find(|group| group.name == keys.group);
-    Ok(own.and_then(|group| group.last_delivered_id.parse().ok()).unwrap_or_default())
-}
-
-/// The oldest entry that was delivered and not acknowledged; `None` when everything is.
-///
-/// # Errors
-///
-/// As for [`has_others`].
-pub async fn first_pending(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-) -> RedisResult<Option<EntryId>> {
-    let reply: (u64, Option<String>, Value, Value) =
-        redis::cmd("XPENDING").arg(&keys.stream).arg(&keys.group).query_async(connection).await?;
-    Ok(reply.1.and_then(|id| id.parse().ok()))
-}
-
 /// An entry that was delivered and not acknowledged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pending {
@@ -389,28 +430,6 @@ pub struct Pending {
     pub consumer: String,
     /// How long ago it was delivered, or kept fresh.
     pub idle: Duration,
-}
-
-/// The oldest of the entries that were delivered and not acknowledged.
-///
-/// # Errors
-///
-/// As for [`has_others`].
-pub async fn pending(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    count: usize,
-) -> RedisResult<Vec<Pending>> {
-    let reply: Vec<(String, String, u64, u64)> = redis::cmd("XPENDING")
-        .arg(&keys.stream)
-        .arg(&keys.group)
-        .arg("-")
-        .arg("+")
-        .arg(count)
-        .query_async(connection)
-        .await?;
-    let entry = |(id, consumer, idle, _)| Pending { id, consumer, idle: Duration::from_millis(idle) };
-    Ok(reply.into_iter().map(entry).collect())
 }
 
 /// A page of delivered entries.
@@ -433,62 +452,12 @@ pub struct LeaveOut<'a> {
     pub pending_at_first: bool,
 }
 
-/// One page of the entries in (`after`, `until`], whichever consumer they were delivered to.
-///
-/// # Errors
-///
-/// Redis cannot be reached or refuses.
-pub async fn delivered(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    after: EntryId,
-    until: EntryId,
-    count: usize,
-    leave_out: LeaveOut<'_>,
-) -> RedisResult<Delivered> {
-    let (last, looked_at, entries, pending): (String, u64, Value, Vec<u8>) = DELIVERED
-        .key(&keys.stream)
-        .arg(&keys.group)
-        .arg(after.to_string())
-        .arg(until.to_string())
-        .arg(count)
-        .arg(u8::from(leave_out.pending_at_first))
-        .arg(leave_out.consumers)
-        .invoke_async(connection)
-        .await?;
-    let mut batch = Batch::default();
-    batch.extend(entries)?;
-    let entries = batch.entries.into_iter().zip(pending.into_iter().map(|pending| pending == 1)).collect();
-    Ok(Delivered { last: last.parse().ok(), looked_at, entries })
-}
-
-/// Which of these pending entries are no longer in the stream.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn dangling<'a>(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
-    pending: &'a [Pending],
-) -> RedisResult<Vec<&'a Pending>> {
-    if pending.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut pipe = redis::pipe();
-    for entry in pending {
-        pipe.cmd("XRANGE").arg(&keys.stream).arg(&entry.id).arg(&entry.id);
-    }
-    let found: Vec<Vec<Value>> = pipe.query_async(connection).await?;
-    Ok(pending.iter().zip(&found).filter(|(_, entry)| entry.is_empty()).map(|(entry, _)| entry).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn claims_of_both_generations_are_read() {
+    fn claim_replies_of_old_and_new_redis_are_parsed() {
         let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
         let entry = Value::Array(vec![bulk("7-1"), Value::Array(vec![bulk("type"), bulk("commit")])]);
         let new = Value::Array(vec![

@@ -6,7 +6,7 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue, ParsingError, RedisResult, Script, Value};
 
-use super::Keys;
+use super::{Keys, Stream};
 use crate::event::EntryId;
 use crate::time::now_ms;
 
@@ -74,23 +74,27 @@ impl Look {
     }
 }
 
-/// Looks, notes the position before the lowest that is not acknowledged, and trims once. More may be left to trim when it
-/// trimmed something.
-///
-/// # Errors
-///
-/// Redis cannot be reached or refuses.
-pub async fn sweep(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Look> {
-    call(connection, keys, TRIM_LIMIT).await
-}
+impl Stream {
+    /// Looks, notes the position before the lowest that is not acknowledged, and trims once. More may be left to trim when it
+    /// trimmed something.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or refuses.
+    pub async fn sweep(&mut self) -> RedisResult<Look> {
+        let Self { connection, keys } = self;
+        call(connection, keys, TRIM_LIMIT).await
+    }
 
-/// Looks without changing anything.
-///
-/// # Errors
-///
-/// As for [`sweep`].
-pub async fn look(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Look> {
-    call(connection, keys, 0).await
+    /// Looks without changing anything.
+    ///
+    /// # Errors
+    ///
+    /// As for [`sweep`].
+    pub async fn look(&mut self) -> RedisResult<Look> {
+        let Self { connection, keys } = self;
+        call(connection, keys, 0).await
+    }
 }
 
 async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -> RedisResult<Look> {

@@ -6,81 +6,106 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
+use super::{Keys, Stream};
 use redis::{RedisResult, Script};
 
 /// How long a vanished holder keeps others out.
 pub const LIFE: Duration = Duration::from_secs(10);
 
-/// Takes a lease if nobody holds it; also `true` when it is ours already.
-///
-/// # Errors
-///
-/// Redis cannot be reached or its memory is full.
-pub async fn take(connection: &mut MultiplexedConnection, key: &str, token: &str) -> RedisResult<bool> {
-    let answer: Option<String> = redis::cmd("SET")
-        .arg(key)
-        .arg(token)
-        .arg("NX")
-        .arg("PX")
-        .arg(LIFE.as_millis() as u64)
-        .query_async(connection)
-        .await?;
-    if answer.is_some() {
-        return Ok(true);
+/// What a process can have to itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// The cursor.
+    Reader,
+    /// The consumer names that begin with our `CONSUMER_ID`.
+    Names,
+}
+
+impl Keys {
+    fn of(&self, lease: Lease) -> &str {
+        match lease {
+            Lease::Reader => &self.lease,
+            Lease::Names => &self.consumer_lease,
+        }
     }
-    prolong(connection, key, token).await
 }
 
-/// Prolongs a lease; `false` when it is not ours any more.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn prolong(connection: &mut MultiplexedConnection, key: &str, token: &str) -> RedisResult<bool> {
-    // PEXPIRE works when memory is full, SET does not.
-    static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
-        Script::new(
-            "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-             return redis.call('PEXPIRE', KEYS[1], ARGV[2])",
-        )
-    });
-    SCRIPT.key(key).arg(token).arg(LIFE.as_millis() as u64).invoke_async(connection).await
-}
+impl Stream {
+    /// Takes a lease if nobody holds it; also `true` when it is ours already.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or its memory is full.
+    pub async fn take_lease(&mut self, lease: Lease, token: &str) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        let answer: Option<String> = redis::cmd("SET")
+            .arg(keys.of(lease))
+            .arg(token)
+            .arg("NX")
+            .arg("PX")
+            .arg(LIFE.as_millis() as u64)
+            .query_async(connection)
+            .await?;
+        if answer.is_some() {
+            return Ok(true);
+        }
+        self.prolong_lease(lease, token).await
+    }
 
-/// Gives a lease back, if it is ours.
-///
-/// # Errors
-///
-/// Redis cannot be reached; the lease then runs out by itself.
-pub async fn release(connection: &mut MultiplexedConnection, key: &str, token: &str) -> RedisResult<()> {
-    static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
-        Script::new("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
-    });
-    SCRIPT.key(key).arg(token).invoke_async(connection).await
-}
+    /// Prolongs a lease; `false` when it is not ours any more.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn prolong_lease(&mut self, lease: Lease, token: &str) -> RedisResult<bool> {
+        // PEXPIRE works when memory is full, SET does not.
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
+            Script::new(
+                "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+                 return redis.call('PEXPIRE', KEYS[1], ARGV[2])",
+            )
+        });
+        let Self { connection, keys } = self;
+        SCRIPT.key(keys.of(lease)).arg(token).arg(LIFE.as_millis() as u64).invoke_async(connection).await
+    }
 
-/// How long the lease still lives; `None` when nobody holds it.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn life(connection: &mut MultiplexedConnection, key: &str) -> RedisResult<Option<Duration>> {
-    let left: i64 = redis::cmd("PTTL").arg(key).query_async(connection).await?;
-    Ok(u64::try_from(left).ok().map(Duration::from_millis))
+    /// Gives a lease back, if it is ours.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached; the lease then runs out by itself.
+    pub async fn release_lease(&mut self, lease: Lease, token: &str) -> RedisResult<()> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
+            Script::new("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
+        });
+        let Self { connection, keys } = self;
+        SCRIPT.key(keys.of(lease)).arg(token).invoke_async(connection).await
+    }
+
+    /// How long the lease still lives; `None` when nobody holds it.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn lease_life(&mut self, lease: Lease) -> RedisResult<Option<Duration>> {
+        let Self { connection, keys } = self;
+        let left: i64 = redis::cmd("PTTL").arg(keys.of(lease)).query_async(connection).await?;
+        Ok(u64::try_from(left).ok().map(Duration::from_millis))
+    }
+
+    /// Whether some process has the consumer names of this `CONSUMER_ID`.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn is_leased(&mut self, consumer_id: &str) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        redis::cmd("EXISTS").arg(keys.lease_of(consumer_id)).query_async(connection).await
+    }
 }
 
 /// A token that no other process has.
 #[must_use]
 pub fn token(consumer_id: &str) -> String {
     format!("{consumer_id}:{}:{:016x}", std::process::id(), fastrand::u64(..))
-}
-
-/// Whether some process has this lease.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn is_held(connection: &mut MultiplexedConnection, key: &str) -> RedisResult<bool> {
-    redis::cmd("EXISTS").arg(key).query_async(connection).await
 }

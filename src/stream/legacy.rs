@@ -1,8 +1,8 @@
 //! The keys that the old application's pages read: the hash `cluster:metrics`, whose fields count events, and
 //! `firehose:status`, JSON that lives for ten seconds.
 
+use super::Stream;
 use redis::RedisResult;
-use redis::aio::MultiplexedConnection;
 
 const METRICS: &str = "cluster:metrics";
 const STATUS: &str = "firehose:status";
@@ -43,13 +43,16 @@ pub struct ReaderState {
     pub cursor: Option<i64>,
 }
 
-/// Whether the old application's hash is there.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn is_there(connection: &mut MultiplexedConnection) -> RedisResult<bool> {
-    redis::cmd("EXISTS").arg(METRICS).query_async(connection).await
+impl Stream {
+    /// Whether the old application's hash is there.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn has_legacy_keys(&mut self) -> RedisResult<bool> {
+        let connection = &mut self.connection;
+        redis::cmd("EXISTS").arg(METRICS).query_async(connection).await
+    }
 }
 
 impl Legacy {
@@ -66,7 +69,7 @@ impl Legacy {
     /// Redis cannot be reached or its memory is full; the next call writes the more.
     pub async fn write(
         &mut self,
-        connection: &mut MultiplexedConnection,
+        stream: &mut Stream,
         counts: Counts,
         reader: Option<ReaderState>,
     ) -> RedisResult<()> {
@@ -92,7 +95,7 @@ impl Legacy {
             pipe.cmd("SET").arg(STATUS).arg(text.to_string()).arg("EX").arg(STATUS_LIFE).ignore();
         }
         if pipe.cmd_iter().next().is_some() {
-            pipe.query_async::<()>(connection).await?;
+            pipe.query_async::<()>(&mut stream.connection).await?;
         }
         self.written = counts;
         Ok(())

@@ -13,6 +13,7 @@ pub mod noted;
 pub mod rights;
 pub mod server;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -24,7 +25,6 @@ use crate::config::{CaFile, Config};
 
 pub use redis::RedisError as StreamError;
 pub use redis::RedisResult as StreamResult;
-pub use redis::aio::MultiplexedConnection as Connection;
 
 /// How long one XREADGROUP waits for entries; also how long a stop may have to wait for a quiet pipeline.
 pub const BLOCK: Duration = Duration::from_secs(1);
@@ -151,10 +151,35 @@ fn lease_key(stream: &str, group: &str, consumer_id: &str) -> String {
     format!("{stream}:{group}:{consumer_id}:lease")
 }
 
-/// Opens connections. Every holder has its own: a blocking read holds up everything behind it.
+/// One connection to a stream, with all its keys: what reader, pipelines and tasks do in Redis are its methods, each in the file
+/// of its subject.
+///
+/// Every holder has its own: a blocking read holds up everything behind it. A clone shares the connection.
+#[derive(Clone)]
+pub struct Stream {
+    connection: MultiplexedConnection,
+    keys: Arc<Keys>,
+}
+
+impl Stream {
+    /// Over a connection that is open already.
+    #[must_use]
+    pub fn over(connection: MultiplexedConnection, keys: Keys) -> Self {
+        Self { connection, keys: Arc::new(keys) }
+    }
+
+    /// Its keys.
+    #[must_use]
+    pub fn keys(&self) -> &Keys {
+        &self.keys
+    }
+}
+
+/// Opens connections to one stream.
 #[derive(Clone)]
 pub struct Redis {
     client: redis::Client,
+    keys: Arc<Keys>,
 }
 
 impl Redis {
@@ -164,19 +189,17 @@ impl Redis {
     ///
     /// The URL is not one that the client understands.
     pub fn open(config: &Config) -> Result<Self, RedisError> {
-        Self::with(config.redis_url.expose(), config.redis_ca.as_ref().map(CaFile::pem))
+        let pem = config.redis_ca.as_ref().map(CaFile::pem);
+        Self::with(config.redis_url.expose(), pem, Keys::new(config))
     }
 
-    /// As [`Redis::open`], for a server of our own.
-    ///
-    /// # Errors
-    ///
-    /// The URL is not one that the client understands.
-    pub fn new(url: &str) -> Result<Self, RedisError> {
-        Self::with(url, None)
+    /// The stream's keys.
+    #[must_use]
+    pub fn keys(&self) -> &Keys {
+        &self.keys
     }
 
-    fn with(url: &str, ca: Option<&[u8]>) -> Result<Self, RedisError> {
+    fn with(url: &str, ca: Option<&[u8]>, keys: Keys) -> Result<Self, RedisError> {
         // The client's defaults would wait two hours for a peer that vanished silently.
         let tcp = TcpSettings::default()
             .set_nodelay(true)
@@ -195,7 +218,7 @@ impl Redis {
             }
             _ => redis::Client::open(info)?,
         };
-        Ok(Self { client })
+        Ok(Self { client, keys: Arc::new(keys) })
     }
 
     /// A connection whose answers may take [`BLOCK`] and then some.
@@ -206,12 +229,13 @@ impl Redis {
     /// # Errors
     ///
     /// The server cannot be reached or refuses us.
-    pub async fn connect(&self) -> Result<MultiplexedConnection, RedisError> {
+    pub async fn connect(&self) -> Result<Stream, RedisError> {
         // The client's default of 500 ms would cut off every blocking read, and a save to disk can take longer.
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(Duration::from_secs(5)))
             .set_response_timeout(Some(BLOCK + Duration::from_secs(9)));
-        self.client.get_multiplexed_async_connection_with_config(&config).await
+        let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        Ok(Stream { connection, keys: Arc::clone(&self.keys) })
     }
 }
 

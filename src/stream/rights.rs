@@ -3,7 +3,7 @@
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Value};
 
-use super::Keys;
+use super::{Keys, Stream};
 
 /// Every command, as an ACL rule writes it, with words after it that would run it. A test compares the list with the
 /// sources. `$` stands for the key that the command is used on.
@@ -70,47 +70,50 @@ pub struct Missing {
     pub legacy_keys: Vec<String>,
 }
 
-/// Tries every command on its keys, and changes nothing: the server checks the rights to a command when it takes it
-/// into a transaction, and the transaction is discarded. So it is the server itself that answers, for the user that we
-/// are, on every version; ACL DRYRUN would need the rights of an administrator and Redis 7.
-///
-/// `None` when the user may not begin and discard a transaction, so that nothing can be tried.
-///
-/// # Errors
-///
-/// The connection broke.
-pub async fn missing(connection: &mut MultiplexedConnection, keys: &Keys) -> RedisResult<Option<Missing>> {
-    if let Some(Refused::Command) = ask(connection, "multi", &[]).await? {
-        return Ok(None);
-    }
-    let mut missing = Missing::default();
-    for (command, words) in COMMANDS.iter().filter(|(command, _)| !BRACKETS.contains(command)) {
-        let words: Vec<String> = words.iter().map(|word| named(keys, word)).collect();
-        if ask(connection, command, &words).await? == Some(Refused::Command) {
-            missing.commands.push(command);
+impl Stream {
+    /// Tries every command on its keys, and changes nothing: the server checks the rights to a command when it takes it
+    /// into a transaction, and the transaction is discarded. So it is the server itself that answers, for the user that we
+    /// are, on every version; ACL DRYRUN would need the rights of an administrator and Redis 7.
+    ///
+    /// `None` when the user may not begin and discard a transaction, so that nothing can be tried.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke.
+    pub async fn missing_rights(&mut self) -> RedisResult<Option<Missing>> {
+        let Self { connection, keys } = self;
+        if let Some(Refused::Command) = ask(connection, "multi", &[]).await? {
+            return Ok(None);
         }
-    }
-    for key in keys.all() {
-        if !may_use(connection, &key).await? {
-            missing.keys.push(key);
+        let mut missing = Missing::default();
+        for (command, words) in COMMANDS.iter().filter(|(command, _)| !BRACKETS.contains(command)) {
+            let words: Vec<String> = words.iter().map(|word| named(keys, word)).collect();
+            if ask(connection, command, &words).await? == Some(Refused::Command) {
+                missing.commands.push(command);
+            }
         }
-    }
-    for key in super::legacy::KEYS {
-        if !may_use(connection, key).await? {
-            missing.legacy_keys.push((*key).to_owned());
+        for key in keys.all() {
+            if !may_use(connection, &key).await? {
+                missing.keys.push(key);
+            }
         }
+        for key in super::legacy::KEYS {
+            if !may_use(connection, key).await? {
+                missing.legacy_keys.push((*key).to_owned());
+            }
+        }
+        if ask(connection, "discard", &[]).await? == Some(Refused::Command) {
+            // The server forgets it with the connection.
+            return Ok(None);
+        }
+        // One that is refused aborts the transaction: nothing can come of it here either.
+        let _ = ask(connection, "multi", &[]).await?;
+        let exec = ask(connection, "exec", &[]).await?;
+        if exec == Some(Refused::Command) {
+            missing.commands.push("exec");
+        }
+        Ok(Some(missing))
     }
-    if ask(connection, "discard", &[]).await? == Some(Refused::Command) {
-        // The server forgets it with the connection.
-        return Ok(None);
-    }
-    // One that is refused aborts the transaction: nothing can come of it here either.
-    let _ = ask(connection, "multi", &[]).await?;
-    let exec = ask(connection, "exec", &[]).await?;
-    if exec == Some(Refused::Command) {
-        missing.commands.push("exec");
-    }
-    Ok(Some(missing))
 }
 
 /// Whether a key can be read and written. Where the command itself is refused nothing is known of the key.

@@ -1,45 +1,51 @@
 //! What the server says of itself.
 
-use super::{Connection, StreamError, StreamResult};
+use super::{Stream, StreamError, StreamResult};
 
-/// INFO, whole.
-///
-/// # Errors
-///
-/// Redis cannot be reached, or the user may not ask.
-pub async fn info(connection: &mut Connection) -> StreamResult<String> {
-    redis::cmd("INFO").query_async(connection).await
-}
-
-/// Its clock: seconds and microseconds since 1970.
-///
-/// # Errors
-///
-/// As [`info`].
-pub async fn time(connection: &mut Connection) -> StreamResult<(u64, u64)> {
-    redis::cmd("TIME").query_async(connection).await
-}
-
-/// A setting's value; `None` where hosted servers do not have the command at all, or the user may not ask.
-///
-/// # Errors
-///
-/// Redis cannot be reached.
-pub async fn setting(connection: &mut Connection, name: &str) -> StreamResult<Option<String>> {
-    match redis::cmd("CONFIG").arg("GET").arg(name).query_async::<Vec<String>>(connection).await {
-        Ok(pair) => Ok(pair.into_iter().nth(1)),
-        Err(error) if error.is_io_error() => Err(error),
-        Err(_) => Ok(None),
+impl Stream {
+    /// INFO, whole.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or the user may not ask.
+    pub async fn server_info(&mut self) -> StreamResult<String> {
+        let connection = &mut self.connection;
+        redis::cmd("INFO").query_async(connection).await
     }
-}
 
-/// The name of the user that we are.
-///
-/// # Errors
-///
-/// As [`info`].
-pub async fn who_am_i(connection: &mut Connection) -> StreamResult<String> {
-    redis::cmd("ACL").arg("WHOAMI").query_async(connection).await
+    /// Its clock: seconds and microseconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// As [`info`].
+    pub async fn server_time(&mut self) -> StreamResult<(u64, u64)> {
+        let connection = &mut self.connection;
+        redis::cmd("TIME").query_async(connection).await
+    }
+
+    /// A setting's value; `None` where hosted servers do not have the command at all, or the user may not ask.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn setting(&mut self, name: &str) -> StreamResult<Option<String>> {
+        let connection = &mut self.connection;
+        match redis::cmd("CONFIG").arg("GET").arg(name).query_async::<Vec<String>>(connection).await {
+            Ok(pair) => Ok(pair.into_iter().nth(1)),
+            Err(error) if error.is_io_error() => Err(error),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// The name of the user that we are.
+    ///
+    /// # Errors
+    ///
+    /// As [`info`].
+    pub async fn who_am_i(&mut self) -> StreamResult<String> {
+        let connection = &mut self.connection;
+        redis::cmd("ACL").arg("WHOAMI").query_async(connection).await
+    }
 }
 
 /// Whether it refused the user or the password.

@@ -15,17 +15,16 @@ use crate::store::acknowledged::{Known, Noted};
 use crate::store::{Store, acknowledged};
 use crate::stream::gap::Gap;
 use crate::stream::noted::Refill;
-use crate::stream::{Connection, Keys, Redis, noted};
+use crate::stream::{Redis, Stream, noted};
 
 const ROUND: Duration = Duration::from_secs(1);
 
 /// One per process with pipelines.
 pub struct Acknowledged {
-    keys: Keys,
     redis: Redis,
     store: Store,
     status: Arc<Status>,
-    connection: Option<Connection>,
+    stream: Option<Stream>,
     /// What was noted last.
     last: Option<Noted>,
 }
@@ -33,8 +32,8 @@ pub struct Acknowledged {
 impl Acknowledged {
     /// Has noted nothing yet.
     #[must_use]
-    pub fn new(keys: Keys, redis: Redis, store: Store, status: Arc<Status>) -> Self {
-        Self { keys, redis, store, status, connection: None, last: None }
+    pub fn new(redis: Redis, store: Store, status: Arc<Status>) -> Self {
+        Self { redis, store, status, stream: None, last: None }
     }
 }
 
@@ -42,28 +41,27 @@ impl Task for Acknowledged {
     const NAME: &'static str = "acknowledged";
 
     async fn round(&mut self) -> Result<Duration> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
             None => self.redis.connect().await?,
         };
-        let state = noted::read(&mut connection, &self.keys).await?;
-        compare(&mut connection, &self.keys, &self.store, state, &mut self.last, &self.status).await?;
-        self.connection = Some(connection);
+        let state = stream.noted().await?;
+        compare(&mut stream, &self.store, state, &mut self.last, &self.status).await?;
+        self.stream = Some(stream);
         Ok(ROUND)
     }
 }
 
 /// Notes what is new. `last`: what was noted last.
 async fn compare(
-    connection: &mut Connection,
-    keys: &Keys,
+    stream: &mut Stream,
     store: &Store,
     state: noted::State,
     last: &mut Option<Noted>,
     status: &Status,
 ) -> Result<()> {
     let session = store.session().await?;
-    let known = match acknowledged::known(&session, &keys.stream, &keys.group).await {
+    let known = match acknowledged::known(&session, &stream.keys().stream, &stream.keys().group).await {
         Ok(known) => known,
         Err(error) => {
             session.discard();
@@ -74,11 +72,11 @@ async fn compare(
     let another = !state.server.is_empty() && !known.server.is_empty() && state.server != known.server;
     if known_ms < state.noted_ms || (another && state.noted_ms > 0) {
         *last = None;
-        return go_back(connection, keys, &state, &known, status).await;
+        return go_back(stream, &state, &known, status).await;
     }
     let over = state.refill.filter(|refill| state.acked.is_some_and(|acked| acked >= refill.until));
     if let Some(refill) = over {
-        noted::refilled(connection, keys).await?;
+        stream.refilled().await?;
         warn!(
             from = refill.from,
             until = refill.until,
@@ -93,20 +91,14 @@ async fn compare(
     if last.as_ref().is_some_and(same) && known_ms > 0 {
         return Ok(());
     }
-    acknowledged::note(&session, &keys.stream, &keys.group, &new).await?;
-    noted::remember(connection, keys, new.ms, &known.server).await?;
+    acknowledged::note(&session, &stream.keys().stream, &stream.keys().group, &new).await?;
+    stream.remember_noted(new.ms, &known.server).await?;
     *last = Some(new);
     Ok(())
 }
 
 /// PostgreSQL knows less than it had recorded: sends the reader back to PostgreSQL's position.
-async fn go_back(
-    connection: &mut Connection,
-    keys: &Keys,
-    state: &noted::State,
-    known: &Known,
-    status: &Status,
-) -> Result<()> {
+async fn go_back(stream: &mut Stream, state: &noted::State, known: &Known, status: &Status) -> Result<()> {
     let noted = known.noted.clone().unwrap_or_default();
     // A position is of use only to the relay, and in the numbering, that it comes from.
     let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
@@ -118,7 +110,7 @@ async fn go_back(
         )
     });
     let from = position.unwrap_or(0);
-    if noted::refill(connection, keys, state, from, noted.ms, &known.server, gap.as_ref()).await? {
+    if stream.refill(state, from, noted.ms, &known.server, gap.as_ref()).await? {
         let until = state.acked.unwrap_or(from);
         *lock(&status.refill) = Some(Refill { from, until, since_ms: state.now_ms });
         metrics::refilling(true);

@@ -10,7 +10,7 @@ use super::Task;
 use crate::metrics;
 use crate::mutex::lock;
 use crate::status::Status;
-use crate::stream::{Connection, Keys, Redis, group, janitor};
+use crate::stream::{Redis, Stream};
 use crate::time::now_ms;
 
 /// Idle consumers with nothing pending are removed after this time.
@@ -21,10 +21,9 @@ const MORE: Duration = Duration::from_millis(50);
 
 /// One per process.
 pub struct Janitor {
-    keys: Keys,
     redis: Redis,
     status: Arc<Status>,
-    connection: Option<Connection>,
+    stream: Option<Stream>,
     /// When idle consumers were last removed.
     cleaned: Option<Instant>,
     /// Whether another program works in the group.
@@ -36,12 +35,12 @@ pub struct Janitor {
 impl Janitor {
     /// Has seen nothing yet.
     #[must_use]
-    pub fn new(keys: Keys, redis: Redis, status: Arc<Status>) -> Self {
-        Self { keys, redis, status, connection: None, cleaned: None, beside: false, said: false }
+    pub fn new(redis: Redis, status: Arc<Status>) -> Self {
+        Self { redis, status, stream: None, cleaned: None, beside: false, said: false }
     }
 
-    async fn sweep(&mut self, connection: &mut Connection) -> Result<Duration> {
-        let look = match janitor::sweep(connection, &self.keys).await {
+    async fn sweep(&mut self, stream: &mut Stream) -> Result<Duration> {
+        let look = match stream.sweep().await {
             Ok(look) => look,
             Err(error) => {
                 // Outages are reported by the parts that wait; errors of the script itself are reported here.
@@ -56,18 +55,18 @@ impl Janitor {
         let missing = !look.exists || !look.group;
         *lock(&self.status.stream) = Some((look, now_ms()));
         if missing {
-            metrics::note_ensured(group::ensure(connection, &self.keys).await?);
+            metrics::note_ensured(stream.ensure().await?);
             return Ok(pause);
         }
         if !self.status.pipelines.is_empty() {
-            let others = group::has_others(connection, &self.keys).await?;
+            let others = stream.has_others().await?;
             if std::mem::replace(&mut self.beside, others) != others {
                 info!(others, "another program works in the consumer group, or holds entries there");
             }
         }
         if self.cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
             self.cleaned = Some(Instant::now());
-            let count = group::remove_idle_consumers(connection, &self.keys, FORGET_CONSUMERS, None).await?;
+            let count = stream.remove_idle_consumers(FORGET_CONSUMERS, None).await?;
             if count > 0 {
                 info!(count, "removed consumers that were idle for an hour");
             }
@@ -80,12 +79,12 @@ impl Task for Janitor {
     const NAME: &'static str = "janitor";
 
     async fn round(&mut self) -> Result<Duration> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
             None => self.redis.connect().await?,
         };
-        let pause = self.sweep(&mut connection).await?;
-        self.connection = Some(connection);
+        let pause = self.sweep(&mut stream).await?;
+        self.stream = Some(stream);
         Ok(pause)
     }
 }

@@ -9,8 +9,8 @@ use super::Task;
 use crate::mutex::lock;
 use crate::status::{State, Status};
 use crate::store::{Store, takeover};
-use crate::stream::legacy::{self, Legacy, ReaderState};
-use crate::stream::{Connection, Redis};
+use crate::stream::legacy::{Legacy, ReaderState};
+use crate::stream::{Redis, Stream};
 
 const ROUND: Duration = Duration::from_secs(1);
 
@@ -22,7 +22,7 @@ pub struct LegacyKeys {
     redis: Redis,
     store: Option<Store>,
     status: Arc<Status>,
-    connection: Option<Connection>,
+    stream: Option<Stream>,
 }
 
 impl LegacyKeys {
@@ -35,11 +35,11 @@ impl LegacyKeys {
         store: Option<Store>,
         status: Arc<Status>,
     ) -> Self {
-        Self { wanted, legacy: Legacy::new(url), redis, store, status, connection: None }
+        Self { wanted, legacy: Legacy::new(url), redis, store, status, stream: None }
     }
 
-    async fn are_wanted(&self, connection: &mut Connection) -> Result<bool> {
-        if legacy::is_there(connection).await? {
+    async fn are_wanted(&self, stream: &mut Stream) -> Result<bool> {
+        if stream.has_legacy_keys().await? {
             return Ok(true);
         }
         match &self.store {
@@ -56,12 +56,12 @@ impl Task for LegacyKeys {
         if self.wanted == Some(false) {
             return Ok(Duration::from_hours(1));
         }
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
             None => self.redis.connect().await?,
         };
         if self.wanted.is_none() {
-            self.wanted = Some(self.are_wanted(&mut connection).await?);
+            self.wanted = Some(self.are_wanted(&mut stream).await?);
         }
         if self.wanted == Some(true) {
             let reader = self.status.reader.as_ref().map(|reader| {
@@ -69,9 +69,9 @@ impl Task for LegacyKeys {
                 let connected = reader.connected && reader.state == State::Running;
                 ReaderState { connected, cursor: reader.cursor }
             });
-            self.legacy.write(&mut connection, self.status.counts(), reader).await?;
+            self.legacy.write(&mut stream, self.status.counts(), reader).await?;
         }
-        self.connection = Some(connection);
+        self.stream = Some(stream);
         Ok(ROUND)
     }
 

@@ -14,7 +14,8 @@ use crate::pipeline::{Names, Pipeline};
 use crate::status::State;
 use crate::store::verdict::Verdict;
 use crate::store::{Store, StoreError};
-use crate::stream::{Connection, Keys, Redis, StreamResult, group, is_oom, lease};
+use crate::stream::lease::{self, Lease};
+use crate::stream::{Redis, Stream, StreamResult, is_oom};
 use crate::time::Backoff;
 
 /// A consumer that sent a read within this time is active: pipelines read every second, the Python worker ten times a second.
@@ -41,17 +42,16 @@ pub struct Prepare {
 impl Prepare {
     /// Ends, and gives the names back, at `release`.
     pub async fn run(self, release: CancellationToken) {
-        let keys = Keys::new(&self.config);
         let token = lease::token(&self.config.consumer_id);
         let work = async {
             self.bring_up_to_date().await;
-            self.take_over(&keys, &release).await;
-            self.keep_names(&keys, &token).await;
+            self.take_over(&release).await;
+            self.keep_names(&token).await;
         };
         release.run_until_cancelled(Box::pin(work)).await;
-        if let Ok(mut connection) = self.redis.connect().await {
+        if let Ok(mut stream) = self.redis.connect().await {
             // If it fails the lease runs out by itself.
-            let _ = lease::release(&mut connection, &keys.consumer_lease, &token).await;
+            let _ = stream.release_lease(Lease::Names, &token).await;
         }
     }
 
@@ -67,10 +67,9 @@ impl Prepare {
         }
     }
 
-    async fn take_over(&self, keys: &Keys, stop: &CancellationToken) {
+    async fn take_over(&self, stop: &CancellationToken) {
         let mut delays = Backoff::default();
-        while let Err(error) = takeover::take_over(keys, &self.redis, &self.store, &self.pipeline, stop).await
-        {
+        while let Err(error) = takeover::take_over(&self.redis, &self.store, &self.pipeline, stop).await {
             let reason = format!("{error:#}");
             self.wait(if error.is::<StoreError>() {
                 State::WaitingForPostgres { reason }
@@ -83,10 +82,10 @@ impl Prepare {
 
     /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
     /// active under them without one.
-    async fn keep_names(&self, keys: &Keys, token: &str) {
+    async fn keep_names(&self, token: &str) {
         let mut delays = Backoff::default();
         loop {
-            let Err(error) = self.hold_names(keys, token).await;
+            let Err(error) = self.hold_names(token).await;
             // While Redis is down nobody else can take the lease either; we find out afterwards who holds it.
             self.names.send_if_modified(|names| match names {
                 Names::Ours => false,
@@ -99,13 +98,13 @@ impl Prepare {
         }
     }
 
-    async fn hold_names(&self, keys: &Keys, token: &str) -> StreamResult<std::convert::Infallible> {
-        let mut connection = self.redis.connect().await?;
+    async fn hold_names(&self, token: &str) -> StreamResult<std::convert::Infallible> {
+        let mut stream = self.redis.connect().await?;
         loop {
-            let held = Self::holds(&mut connection, keys, token).await?;
+            let held = Self::holds(&mut stream, token).await?;
             let before = self.names.borrow().clone();
             let active = if held && before != Names::Ours {
-                group::active(&mut connection, keys, &self.config.consumer_names(), ACTIVE).await?
+                stream.active_consumer(&self.config.consumer_names(), ACTIVE).await?
             } else {
                 None
             };
@@ -128,13 +127,11 @@ impl Prepare {
     }
 
     /// Takes or renews the lease; false while somebody else has it.
-    async fn holds(connection: &mut Connection, keys: &Keys, token: &str) -> StreamResult<bool> {
-        match lease::take(connection, &keys.consumer_lease, token).await {
+    async fn holds(stream: &mut Stream, token: &str) -> StreamResult<bool> {
+        match stream.take_lease(Lease::Names, token).await {
             // Redis refuses the lease because its memory is full: only our work can change that. That nobody holds it,
             // and that nobody is active under our names, has to do.
-            Err(error) if is_oom(&error) => {
-                Ok(lease::life(connection, &keys.consumer_lease).await?.is_none())
-            }
+            Err(error) if is_oom(&error) => Ok(stream.lease_life(Lease::Names).await?.is_none()),
             held => held,
         }
     }

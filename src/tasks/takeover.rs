@@ -7,20 +7,19 @@ use tracing::info;
 
 use crate::pipeline::Pipeline;
 use crate::store::{Store, takeover};
-use crate::stream::{Keys, Redis, group, is_nogroup};
+use crate::stream::{Redis, is_nogroup};
 
 /// Once. `pipeline` replays; it reads nothing new.
 pub(super) async fn take_over(
-    keys: &Keys,
     redis: &Redis,
     store: &Store,
     pipeline: &Pipeline,
     stop: &CancellationToken,
 ) -> Result<()> {
     let due = takeover::is_due(store.session().await?.client()).await?;
-    let mut connection = redis.connect().await?;
+    let mut stream = redis.connect().await?;
     // Without a group nothing was left; the first reader creates one.
-    let others = match group::has_others(&mut connection, keys).await {
+    let others = match stream.has_others().await {
         Ok(others) => others,
         Err(error) if is_nogroup(&error) => return Ok(()),
         Err(error) => return Err(error.into()),

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use super::Task;
 use crate::control::Control;
 use crate::store::{Store, tombstones};
-use crate::stream::{Keys, Redis, dead_letters};
+use crate::stream::Redis;
 use crate::time::now_ms;
 
 const ROUND: Duration = Duration::from_hours(1);
@@ -17,8 +17,6 @@ const ROUND: Duration = Duration::from_hours(1);
 /// One per process with pipelines.
 pub struct Tombstones {
     /// Where dead letters are, which may be retried.
-    pub keys: Keys,
-    /// As `keys`.
     pub redis: Redis,
     /// Where the tombstones are.
     pub store: Store,
@@ -30,8 +28,8 @@ pub struct Tombstones {
 
 impl Tombstones {
     async fn sweep(&self) -> Result<u64> {
-        let mut connection = self.redis.connect().await?;
-        let oldest = dead_letters::oldest_source(&mut connection, &self.keys).await?;
+        let mut stream = self.redis.connect().await?;
+        let oldest = stream.oldest_dead_letter_source().await?;
         let bound =
             now_ms().saturating_sub(self.retention.as_millis() as u64).min(oldest.unwrap_or(u64::MAX));
         Ok(tombstones::sweep(self.store.session().await?.client(), bound).await?)

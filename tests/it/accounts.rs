@@ -1,4 +1,4 @@
-//! What the deletion of an account takes with it, and what it does not.
+//! What deleting an account removes, and what it leaves.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ async fn add(chain: &Chain, kind: &str, data: &Value, seq: u64) {
 }
 
 fn commit(seq: u64, ops: &[Value]) -> Value {
-    // Revisions in the order of the numbers: a letter for each digit.
+    // Revisions in the order of the numbers: each digit becomes a letter.
     let digits = format!("{seq:011}");
     let letters: String = digits.bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
     json!({"repo": DID, "rev": format!("3l{letters}"), "ops": ops})
@@ -36,7 +36,7 @@ fn deleted(time: &str) -> Value {
     json!({"did": DID, "active": false, "status": "deleted", "time": time})
 }
 
-/// Everything that belongs to the account, by table.
+/// The rows that belong to the account, counted by table.
 async fn rows_of_the_account(chain: &Chain) -> Vec<(String, i64)> {
     let mut found = Vec::new();
     for (table, owner) in [
@@ -71,8 +71,9 @@ async fn rows_of_the_account(chain: &Chain) -> Vec<(String, i64)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
-    // The others like, quote and answer what it wrote, too: half of all traffic is about few posts.
+async fn an_account_with_fifty_thousand_records_is_purged_while_events_flow() {
+    // Half of all traffic is about a few posts, so others also like, quote and answer what this account
+    // wrote.
     let traffic = NetworkOptions { seed: 9, accounts: 500, events: 40_000, ..NetworkOptions::default() };
     let chain = Chain::start(&traffic, Some(1_000)).await;
     let mut program = Program::start("run", &chain.variables()).await;
@@ -120,8 +121,8 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
     })
     .await;
 
-    // Somebody watches how long transactions take. Those of a batch's CALL are not told apart: PostgreSQL says of each that
-    // it began with the call.
+    // Watch how long transactions take. A batch's CALL is left out: PostgreSQL reports the start of the call
+    // as the start of each of its transactions.
     let watching = Arc::new(AtomicBool::new(true));
     let watcher = tokio::spawn({
         let (watching, url) = (Arc::clone(&watching), chain.database.clone());
@@ -147,7 +148,7 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
             == "1"
     })
     .await;
-    // Older than the deletion, and late: stays dead. Newer: lives.
+    // A late post that is older than the deletion stays deleted; a newer one lives.
     add(&chain, "commit", &commit(seq - 1, &[create("app.bsky.feed.post", "late", &post("late"))]), seq - 1)
         .await;
     add(&chain, "commit", &commit(seq + 1, &[create("app.bsky.feed.post", "new", &post("new"))]), seq + 1)
@@ -161,7 +162,7 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
         "{records} records went in {took:?}, the longest transaction took {longest:.3} s, {flowed} events flowed meanwhile"
     );
     assert!(flowed > 100.0, "only {flowed} events flowed meanwhile");
-    // A part of the whole and not a time: the machine may be slow.
+    // A fraction of the whole rather than an absolute time: the machine may be slow.
     assert!(longest < took.as_secs_f64() / 10.0, "a transaction took {longest} s of {took:?}");
     let grown = program.rss_bytes().saturating_sub(memory);
     assert!(grown < 8 << 20, "memory grew by {grown} bytes");
@@ -176,9 +177,9 @@ async fn an_account_with_fifty_thousand_records_goes_while_events_flow() {
     assert!(program.is_running());
 }
 
-/// One record of every kind, and the deletion comes before, after, and after a newer one.
+/// One record of every kind; the deletion arrives before it, after it, and after a newer version.
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_the_order_a_deletion_takes_what_is_older() {
+async fn account_deletion_removes_only_older_records_in_any_order() {
     let subject = json!({"uri": "at://did:plc:other/app.bsky.feed.post/1", "cid": "bafy"});
     let mine = format!("at://{DID}/app.bsky.feed.post/post");
     let mut labelled = post("labelled");
@@ -250,14 +251,14 @@ async fn whatever_the_order_a_deletion_takes_what_is_older() {
     let name = format!("SELECT coalesce(display_name, 'none') FROM users WHERE did = '{DID}'");
     assert_eq!(query_value(&chain.database, &name).await, "none");
 
-    // The same again, late: nothing of it comes back.
+    // The same commits again, late: nothing comes back.
     add(&chain, "commit", &commit(10, &ops), 10).await;
     add(&chain, "commit", &commit(15, &ops), 15).await;
     drained().await;
     assert_eq!(rows_of_the_account(&chain).await, []);
     assert_eq!(query_value(&chain.database, &name).await, "none");
 
-    // The account came back: what is newer lives, whatever is said of it later, until it is deleted anew.
+    // The account is back: newer records live, whatever other status follows, until it is deleted again.
     add(&chain, "account", &json!({"did": DID, "active": true, "time": "2026-11-23T00:00:00Z"}), 30).await;
     add(&chain, "commit", &commit(40, &ops), 40).await;
     add(&chain, "account", &deleted("2026-11-22T00:00:00Z"), 20).await;

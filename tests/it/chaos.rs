@@ -1,8 +1,9 @@
-//! Everything is broken at random, again and again, and in the end the tables are what they would have been.
+//! Everything is broken at random, again and again, and in the end the tables are as if nothing had happened.
 //!
-//! Three daemons work on one group: one reads the relay as well. Faults follow from the seed, which is printed. A short
-//! version runs with the other tests; `make chaos` runs the long one and prints a table. Variables: `STANDPIPE_SEED`,
-//! `CHAOS_EVENTS`, `CHAOS_SECONDS`, `CHAOS_DAEMON_KILLS`, `CHAOS_REDIS_KILLS`, `CHAOS_POSTGRES_KILLS`, `CHAOS_CUTS`, `CHAOS_OTHERS`.
+//! Three daemons share one group; one of them also reads the relay. The faults follow from the seed, which is
+//! printed. A short version runs with the other tests; `make chaos` runs the long one and prints a table.
+//! Variables: `STANDPIPE_SEED`, `CHAOS_EVENTS`, `CHAOS_SECONDS`, `CHAOS_DAEMON_KILLS`, `CHAOS_REDIS_KILLS`,
+//! `CHAOS_POSTGRES_KILLS`, `CHAOS_CUTS`, `CHAOS_OTHERS`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,12 +40,12 @@ enum Fault {
     StreamDeleted,
 }
 
-/// What is broken, and how to break it.
+/// Everything that can be broken, and how to break it.
 struct House {
     redis: Redis,
     postgres: Postgres,
     database: String,
-    /// Before Redis, PostgreSQL and the relay.
+    /// In front of Redis, PostgreSQL and the relay.
     proxies: [TcpProxy; 3],
     daemons: Vec<Option<Standpipe>>,
     variables: Vec<(String, String)>,
@@ -56,7 +57,7 @@ impl House {
     fn start(&mut self, index: usize) {
         let mut variables = self.variables.clone();
         variables.push(("CONSUMER_ID".into(), format!("daemon-{index}")));
-        // Both ways of writing side by side.
+        // Both transaction modes side by side.
         let transaction = if index == 1 { "batch" } else { "event" };
         variables.push(("TRANSACTION".into(), transaction.into()));
         let command = if index == 0 { "run" } else { "worker" };
@@ -86,13 +87,13 @@ impl House {
                 self.postgres.start_again().await.unwrap();
             }
             Fault::PostgresProcessKilled => {
-                // After the last one PostgreSQL may still be in recovery.
+                // PostgreSQL may still be recovering from the previous fault.
                 let database = self.database.clone();
                 wait_until("PostgreSQL accepts connections", Duration::from_mins(1), async || {
                     tokio_postgres::connect(&database, tokio_postgres::NoTls).await.is_ok()
                 })
                 .await;
-                // There may be none at this very moment.
+                // There may be none at the moment.
                 let mut chosen = None;
                 for _ in 0..500 {
                     let pids = query_rows(
@@ -143,8 +144,8 @@ impl House {
             Fault::TrimmedByOthers => {
                 let mut redis = self.redis.connection().await;
                 let keep = rng.u64(0..50).to_string();
-                // The pipelines may have left nothing to remove at this very moment, and nothing comes until the lease of
-                // a reader that was killed has run out.
+                // The pipelines may have left nothing to trim right now, and nothing new arrives until the
+                // lease of a killed reader has expired.
                 for _ in 0..3_000 {
                     let trimmed: u64 = redis::cmd("XTRIM")
                         .arg(&[STREAM, "MAXLEN", &keep])
@@ -177,7 +178,7 @@ impl House {
     }
 }
 
-/// Where the reader and the group are, for who has to find out what went wrong.
+/// Where the reader and the group stand, to help diagnose a failure.
 async fn positions(url: &str) -> String {
     let look = async {
         let mut redis = redis::Client::open(url).ok()?.get_multiplexed_async_connection().await.ok()?;
@@ -200,7 +201,7 @@ fn id(text: &str) -> (u64, u64) {
     (ms.parse().unwrap(), seq.parse().unwrap())
 }
 
-/// The newest entry that was delivered, if the group is there.
+/// The newest entry that was delivered, if the group exists.
 async fn delivered(url: &str) -> Option<(u64, u64)> {
     let mut redis = redis::Client::open(url).ok()?.get_multiplexed_async_connection().await.ok()?;
     let groups: redis::streams::StreamInfoGroupsReply =
@@ -208,8 +209,8 @@ async fn delivered(url: &str) -> Option<(u64, u64)> {
     groups.groups.iter().find(|group| group.name == GROUP).map(|group| id(&group.last_delivered_id))
 }
 
-/// Resolves when everything up to `mark` is acknowledged; ids that Redis lost are never reached, and count as such when
-/// the group is beyond the time of their delivery again.
+/// Resolves when everything up to `mark` is acknowledged. Ids that Redis lost never come back; they count as
+/// acknowledged once the group has moved past them.
 async fn recovered(url: String, mark: (u64, u64), began: Instant) -> Duration {
     loop {
         let look = async {
@@ -237,7 +238,7 @@ async fn recovered(url: String, mark: (u64, u64), began: Instant) -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
+async fn random_faults_lose_nothing_and_count_nothing_twice() {
     let seed = number("STANDPIPE_SEED", fastrand::u64(..));
     let total = number("CHAOS_EVENTS", 30_000);
     let seconds = number("CHAOS_SECONDS", 30);
@@ -280,7 +281,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let relay = listener.local_addr().unwrap().to_string();
     let stop = CancellationToken::new();
-    // Events until the last fault; what could not be read meanwhile comes after it.
+    // The events last until the final fault; those that could not be read by then follow it.
     let rate = u32::try_from((5 * total).div_ceil(4 * seconds)).unwrap();
     let serving = tokio::spawn(simulate::serve(
         listener,
@@ -321,7 +322,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     let mut recoveries = tokio::task::JoinSet::new();
     let mut caused: BTreeMap<Fault, u64> = BTreeMap::new();
     for (index, fault) in faults.iter().enumerate() {
-        // Evenly over the time, give or take; what takes longer pushes the rest back.
+        // Spread over the run, more or less evenly; a fault that takes longer delays those after it.
         let due = began + pause.mul_f64(index as f64 + 0.5 + rng.f64());
         tokio::time::sleep_until(due.into()).await;
         let mark = delivered(&url).await;
@@ -329,7 +330,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         let count = house.cause(*fault, &mut rng).await;
         *caused.entry(*fault).or_default() += count;
         println!("{:7.1} s  {fault:?} ({count})  {}", began.elapsed().as_secs_f64(), positions(&url).await);
-        // After these the marked entries may never come again under their ids.
+        // After these faults the marked entries may never reappear under the same ids.
         let comparable = !matches!(
             fault,
             Fault::RedisKilledAndItsTailCut
@@ -346,7 +347,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
         }
     }
 
-    // The cursor is there when the last frame is, and everything is acknowledged.
+    // The cursor has reached the last frame, and everything is acknowledged.
     let last = Network::new(&network).filter_map(|frame| frame.seq).last().unwrap();
     wait_until("everything has arrived", Duration::from_mins(20), async || {
         let Ok(mut redis) =
@@ -385,7 +386,7 @@ async fn whatever_fails_nothing_is_lost_and_nothing_counts_twice() {
     while let Some(done) = recoveries.join_next().await {
         match done.unwrap() {
             (fault, Some(time)) => times.entry(fault).or_default().push(time.as_secs_f64()),
-            // A later loss of Redis took the marked entries away.
+            // A later fault made Redis lose the marked entries.
             (_, None) => unmeasured += 1,
         }
     }

@@ -1,4 +1,5 @@
-//! `standpipe check` against real servers: each trouble is found, named with its remedy, and gives the right exit code.
+//! `standpipe check` against real servers: each problem is found, reported with its remedy, and gives the
+//! right exit code.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -14,7 +15,7 @@ use standpipe_lab::servers::{PostgresOptions, RedisOptions};
 
 const SECRET: &str = "correct-horse-battery";
 
-/// What production should have.
+/// The settings that production should have.
 fn good_redis() -> RedisOptions {
     RedisOptions { max_memory: Some(512 << 20), ..RedisOptions::default() }
 }
@@ -30,7 +31,7 @@ async fn check(variables: &Variables) -> Finished {
     Standpipe::run(&["check"], variables, RUN).await
 }
 
-/// The findings of these levels, from `--json`, which exits as the page does.
+/// The findings of these levels, from `--json`, which must exit with the same code as the page.
 async fn findings(variables: &Variables, levels: &[&str], code: i32) -> Vec<Value> {
     let finished = Standpipe::run(&["check", "--json"], variables, RUN).await;
     assert_eq!(finished.code, code, "{}{}", finished.stdout, finished.stderr);
@@ -45,7 +46,7 @@ async fn findings(variables: &Variables, levels: &[&str], code: i32) -> Vec<Valu
     findings.iter().filter(|finding| levels.contains(&finding["level"].as_str().unwrap())).cloned().collect()
 }
 
-/// The only finding, which is about this and holds these words.
+/// There is exactly one finding, with this subject and these words.
 #[track_caller]
 fn assert_only(findings: &[Value], section: &str, what: &str, words: &[&str]) {
     assert_eq!(findings.len(), 1, "{findings:#?}");
@@ -61,14 +62,14 @@ fn page(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
-/// The blocks of this language in docs/security.md.
+/// The code blocks in this language in docs/security.md.
 fn documented(language: &str) -> Vec<String> {
     let page = page("docs/security.md");
     let blocks = page.split("```").skip(1).step_by(2);
     blocks.filter_map(|block| block.strip_prefix(language)).map(|block| block.trim().to_owned()).collect()
 }
 
-/// The documented rule, with our password and these changes.
+/// Creates the documented user with our password and these changes to its rule.
 async fn set_user(redis: &Redis, changes: &[&str]) -> String {
     let rule = documented("redis\n").remove(0).replace("PASSWORD", SECRET);
     let words: Vec<&str> = rule.split_whitespace().chain(changes.iter().copied()).collect();
@@ -79,7 +80,7 @@ async fn set_user(redis: &Redis, changes: &[&str]) -> String {
 // ---------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_good_system_has_nothing_to_complain_about() {
+async fn a_healthy_system_has_no_warnings_or_errors() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -92,7 +93,7 @@ async fn a_good_system_has_nothing_to_complain_about() {
     );
     assert_eq!(redis_command::<u64>(&redis, &["DBSIZE"]).await, 0, "it changed Redis");
 
-    // After work, and while work goes on.
+    // After the work is done, and while the program is running.
     let network = network(300);
     let relay = Relay::start(&network, None).await;
     let variables = variables.with("RELAY_URL", relay.url());
@@ -120,7 +121,7 @@ async fn a_good_system_has_nothing_to_complain_about() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn colours_are_for_terminals_and_for_those_who_want_them() {
+async fn colours_are_used_on_a_terminal_unless_no_color_is_set() {
     let redis = Redis::start_with(good_redis()).await;
     let on_terminal = async |no_color: &str| {
         let command = format!("{} check", env!("CARGO_BIN_EXE_standpipe"));
@@ -142,7 +143,7 @@ async fn colours_are_for_terminals_and_for_those_who_want_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn settings_of_redis_that_lose_data_are_named_with_their_remedy() {
+async fn redis_settings_that_lose_data_are_reported_with_a_remedy() {
     let redis = Redis::start_with(good_redis()).await;
     let variables = variables(&redis.url(), &Postgres::shared().await.fresh_database().await);
     let set = async |name: &str, value: &str| {
@@ -191,7 +192,7 @@ async fn settings_of_redis_that_lose_data_are_named_with_their_remedy() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn aof_off_alone_is_a_warning_and_no_error() {
+async fn a_disabled_aof_alone_is_a_warning_not_an_error() {
     let redis = Redis::start_with(RedisOptions { append_only: false, ..good_redis() }).await;
     let postgres = Postgres::start().await;
     let variables = variables(&redis.url(), &postgres.fresh_database().await);
@@ -202,12 +203,12 @@ async fn aof_off_alone_is_a_warning_and_no_error() {
 // ---------------------------------------------------------------------------------------------
 // Rights
 
-/// `xgroup|create` of `cmd("XGROUP").arg("CREATE")`, `'XGROUP', 'CREATE'` and the like.
+/// `xgroup|create` from `cmd("XGROUP").arg("CREATE")`, `'XGROUP', 'CREATE'` and the like.
 fn commands_in_the_sources() -> BTreeSet<String> {
     fn walk(folder: &Path, into: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            // The doctor asks for more, politely, with what stands in server.rs.
+            // The doctor, with the help of server.rs, sends further commands; the server may refuse those.
             let skipped = ["doctor", "doctor.rs", "server.rs", "rights.rs"];
             if skipped.iter().any(|name| path.file_name().unwrap() == *name) {
                 continue;
@@ -243,7 +244,7 @@ fn commands_in_the_sources() -> BTreeSet<String> {
                     });
                 }
             }
-            // The client's shorthands.
+            // The client library's shorthand methods.
             for shorthand in ["get", "xlen", "set", "exists", "del", "mget"] {
                 if text.contains(&format!(".{shorthand}(&keys.")) {
                     into.insert(shorthand.to_owned());
@@ -253,17 +254,18 @@ fn commands_in_the_sources() -> BTreeSet<String> {
     }
     let mut found = BTreeSet::new();
     walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
-    // What the client library sends for a script, and for a transaction of the old application's keys.
+    // Sent by the client library for a script, and for the transaction that writes the old application's
+    // keys.
     found.extend(["evalsha", "script|load", "multi", "exec"].map(str::to_owned));
     found
 }
 
 #[test]
-fn the_list_of_commands_is_that_of_the_sources_and_of_the_documented_rule() {
+fn the_list_of_commands_matches_the_sources_and_the_documented_rule() {
     let listed: BTreeSet<String> =
         rights::COMMANDS.iter().map(|(command, _)| (*command).to_owned()).collect();
     let mut used = commands_in_the_sources();
-    // To try the others.
+    // Needed to try out the others.
     used.insert("discard".to_owned());
     assert_eq!(listed, used, "src/stream/rights.rs and the commands that the program sends");
 
@@ -275,14 +277,14 @@ fn the_list_of_commands_is_that_of_the_sources_and_of_the_documented_rule() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_redis_user_can_do_everything_and_no_more() {
+async fn the_documented_redis_user_has_exactly_the_rights_it_needs() {
     let redis = Redis::start_with(good_redis()).await;
     let url = set_user(&redis, &[]).await;
     let database = Postgres::shared().await.fresh_database().await;
     let network = network(300);
     let relay = Relay::start(&network, None).await;
     let variables = variables(&url, &database).with("RELAY_URL", relay.url()).with("LEGACY_STATUS", "true");
-    // A dead letter, an entry that another consumer left, and a group to be created on a stream that is there.
+    // A bad entry that becomes a dead letter; it also creates the stream before the group exists.
     let bad = ["XADD", "firehose:events", "*", "type", "commit", "data", "{", "seq", "1"];
     let _: String = redis_command(&redis, &bad).await;
     let mut program = Program::start("run", &variables.clone().with("HTTP_ADDR", "127.0.0.1:0")).await;
@@ -297,7 +299,8 @@ async fn the_documented_redis_user_can_do_everything_and_no_more() {
     let found = findings(&variables, &["warning", "error", "note"], 1).await;
     let of_redis: Vec<Value> = found.into_iter().filter(|finding| finding["section"] == "Redis").collect();
     let whats: Vec<&str> = of_redis.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
-    // CONFIG GET is not for it, there is a dead letter, and the relay sent what says nothing (#sync).
+    // It may not use CONFIG GET, there is a dead letter, and the relay sent an event without operations
+    // (#sync).
     assert_eq!(whats, ["persistence", "dead letters", "missing"], "{of_redis:#?}");
 
     let status = Standpipe::run(&["status"], &variables, RUN).await;
@@ -313,13 +316,13 @@ async fn the_documented_redis_user_can_do_everything_and_no_more() {
         .map_or_else(Vec::new, |entries| {
             entries.iter().map(|entry| Value::from(format!("{entry:?}"))).collect()
         });
-    // What the server refused: CONFIG GET and CLIENT SETINFO, which are only asked.
+    // The server refused only CONFIG GET and CLIENT SETINFO, which are optional.
     for entry in &log {
         let entry = entry.as_str().unwrap();
         assert!(entry.contains("config|get") || entry.contains("client"), "{entry}");
     }
 
-    // It is a minimal user indeed.
+    // The user really is minimal.
     let mut own = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
     for words in [
         &["FLUSHALL"][..],
@@ -333,7 +336,7 @@ async fn the_documented_redis_user_can_do_everything_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_user_that_lacks_something_is_told_what() {
+async fn missing_redis_rights_are_named() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -355,7 +358,7 @@ async fn a_redis_user_that_lacks_something_is_told_what() {
     let words = ["MULTI and DISCARD", "docs/security.md"];
     assert_only(&findings(&variables, &["warning", "error"], 1).await, "Redis", "rights", &words);
 
-    // Only the old application's pages would miss it.
+    // Only the old application's pages need these keys.
     set_user(&redis, &["resetkeys", "~firehose:*"]).await;
     let words = ["cluster:metrics", "LEGACY_STATUS=false"];
     assert_only(&findings(&variables, &["warning", "error"], 0).await, "Redis", "rights", &words);
@@ -363,12 +366,12 @@ async fn a_redis_user_that_lacks_something_is_told_what() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_role_that_may_not_create_is_told_what_to_grant() {
+async fn a_role_without_create_rights_is_told_what_to_grant() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let admin = postgres.fresh_database().await;
     let name = admin.rsplit_once('/').unwrap().1.to_owned();
-    // Until PostgreSQL 15 everybody may.
+    // Before PostgreSQL 15 everybody may.
     execute(&admin, "REVOKE CREATE ON SCHEMA public FROM public").await;
     execute(&admin, "CREATE ROLE modest LOGIN").await;
     let modest = format!("postgres://modest@127.0.0.1:{}/{name}", postgres.port());
@@ -381,14 +384,14 @@ async fn a_role_that_may_not_create_is_told_what_to_grant() {
     let found = findings(&variables, &["warning", "error"], 1).await;
     assert_only(&found, "PostgreSQL", "rights", &words);
 
-    // The remedy helps.
+    // The remedy works.
     let remedy = found[0]["remedy"].as_str().unwrap();
     for grant in remedy.split("; ").filter(|part| part.starts_with("GRANT")) {
         execute(&admin, grant).await;
     }
     assert_eq!(findings(&variables, &["warning", "error"], 0).await, [] as [Value; 0]);
 
-    // Whoever may not touch the tables is told so, by table.
+    // Missing rights on tables are reported by table.
     let migrated = Standpipe::run(&["migrate"], &variables, RUN).await;
     assert_eq!(migrated.code, 0, "{migrated:?}");
     execute(&admin, "CREATE ROLE guest LOGIN; GRANT USAGE ON SCHEMA standpipe TO guest").await;
@@ -402,12 +405,12 @@ async fn a_role_that_may_not_create_is_told_what_to_grant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_roles_of_postgresql_suffice() {
+async fn the_documented_postgresql_roles_suffice() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let admin = postgres.url("postgres");
     let sql = documented("sql\n");
-    // This server's superuser has the name already.
+    // This server's superuser already has that name.
     for statement in sql[0].replace("standpipe", "keeper").split_inclusive(';') {
         execute(&admin, statement).await;
     }
@@ -438,7 +441,7 @@ async fn the_documented_roles_of_postgresql_suffice() {
 // PostgreSQL
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_few_connections_are_counted() {
+async fn too_few_connections_are_reported_with_the_number_needed() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start_with(PostgresOptions { max_connections: 20, ..Postgres::options() }).await;
     let database = postgres.fresh_database().await;
@@ -447,7 +450,7 @@ async fn too_few_connections_are_counted() {
     let few = format!("postgres://few@127.0.0.1:{}/{name}", postgres.port());
     execute(&database, "ALTER SCHEMA public OWNER TO few").await;
     let variables = variables(&redis.url(), &few);
-    // Three of the twenty are kept for superusers.
+    // Three of the twenty are reserved for superusers.
     let words = [
         "DB_POOL_SIZE=20 × 1 process = 20",
         "at most 17",
@@ -461,7 +464,7 @@ async fn too_few_connections_are_counted() {
     let enough = variables.clone().with("DB_POOL_SIZE", "4").with("PARALLEL_CONSUMERS", "2");
     assert_eq!(findings(&enough, &["warning", "error"], 0).await, [] as [Value; 0]);
 
-    // Two processes want twice as many.
+    // Two processes need twice as many.
     let _: () = redis_command(
         &redis,
         &["XGROUP", "CREATE", "firehose:events", "firehose-processors", "0", "MKSTREAM"],
@@ -487,7 +490,7 @@ async fn too_few_connections_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_database_lacks_is_found() {
+async fn missing_tables_bad_indexes_and_unsafe_settings_are_found() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -507,7 +510,7 @@ async fn what_a_database_lacks_is_found() {
     execute(&database, found[0]["remedy"].as_str().unwrap()).await;
     assert_eq!(findings(&variables, &["warning", "error"], 0).await, [] as [Value; 0]);
 
-    // As CREATE INDEX CONCURRENTLY leaves it when it is broken off.
+    // This is how an interrupted CREATE INDEX CONCURRENTLY leaves it.
     execute(&database, "CREATE INDEX broken ON likes (via)").await;
     execute(&database, "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'broken'::regclass").await;
     let words = ["broken is INVALID", "DROP INDEX CONCURRENTLY broken"];
@@ -520,7 +523,7 @@ async fn what_a_database_lacks_is_found() {
     execute(&database, "ALTER TABLE reposts ADD PRIMARY KEY (uri)").await;
 
     execute(&database, "ALTER ROLE CURRENT_USER SET default_transaction_read_only = on").await;
-    // What role and database prescribe is overridden on our connections.
+    // Defaults of the role and the database are overridden on our connections.
     assert_eq!(findings(&variables, &["error"], 0).await, [] as [Value; 0]);
     execute(
         &format!("{database}?options=-cdefault_transaction_read_only%3Doff"),
@@ -542,7 +545,7 @@ async fn what_a_database_lacks_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_was_taken_over_has_no_errors() {
+async fn a_database_taken_over_from_the_old_workers_has_no_errors() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -553,7 +556,7 @@ async fn a_database_that_was_taken_over_has_no_errors() {
     let migrated = Standpipe::run(&["migrate"], &variables, RUN).await;
     assert_eq!(migrated.code, 0, "{migrated:?}");
     let mut found = findings(&variables, &["warning", "error"], 0).await;
-    // The test data brings foreign keys, which are worth a warning.
+    // The test data includes foreign keys, which cause a warning.
     found.retain(|finding| finding["what"] != "tables");
     assert_eq!(found, [] as [Value; 0]);
 }
@@ -562,7 +565,7 @@ async fn a_database_that_was_taken_over_has_no_errors() {
 // The stream
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_state_of_the_stream_is_explained() {
+async fn problems_with_the_stream_are_explained() {
     let redis = Redis::start_with(good_redis()).await;
     let postgres = Postgres::start().await;
     let variables = variables(&redis.url(), &postgres.fresh_database().await);
@@ -581,7 +584,7 @@ async fn the_state_of_the_stream_is_explained() {
         &["there is no group firehose-processors", "REDIS_CONSUMER_GROUP"],
     );
 
-    // A consumer that died with entries in hand, another group that nobody reads, and somebody who trims.
+    // A consumer that died with entries in hand, another group that nobody reads, and someone who trims.
     redis_command("XGROUP CREATE firehose:events firehose-processors 0").await;
     redis_command("XGROUP CREATE firehose:events forgotten 0").await;
     redis_command("XREADGROUP GROUP firehose-processors old-0 COUNT 10 STREAMS firehose:events >").await;
@@ -600,17 +603,17 @@ async fn the_state_of_the_stream_is_explained() {
     one("cursor", &["belongs to other.example", "bsky.network", "gap"]);
     one("stream", &["the oldest entry that is not finished"]);
 
-    // A lease says that its process lives.
+    // A lease means that its process is alive.
     redis_command("SET firehose:events:firehose-processors:old:lease token").await;
     let found = findings(&variables, &["warning", "error"], 0).await;
     assert!(!found.iter().any(|finding| finding["what"] == "consumers"), "{found:#?}");
 }
 
 // ---------------------------------------------------------------------------------------------
-// Servers that are away, and secrets
+// Unreachable servers, and secrets
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_that_cannot_be_reached_are_69_and_the_other_one_is_looked_at() {
+async fn check_exits_69_for_an_unreachable_server_and_still_checks_the_other() {
     let mut redis = Redis::start_with(good_redis()).await;
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -641,7 +644,7 @@ async fn servers_that_cannot_be_reached_are_69_and_the_other_one_is_looked_at() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_passwords_are_named_with_their_remedy_and_no_secret_is_told() {
+async fn wrong_passwords_are_reported_with_a_remedy_and_no_secret_is_printed() {
     let redis = Redis::start_with(good_redis()).await;
     let redis_url = set_user(&redis, &[]).await;
     let postgres = Postgres::start().await;
@@ -665,7 +668,7 @@ async fn wrong_passwords_are_named_with_their_remedy_and_no_secret_is_told() {
 
     let right = variables(&redis_url, &database);
     assert_eq!(findings(&right, &["warning", "error"], 0).await, [] as [Value; 0]);
-    // The secret in another form, which nobody takes.
+    // The secret in another form, which no server accepts.
     let wrong = |url: &str| url.replace(SECRET, &format!("{SECRET}%21"));
     let wrong_redis = right.clone().with("REDIS_URL", wrong(&redis_url));
     let wrong_database = right.clone().with("DATABASE_URL", wrong(&database));

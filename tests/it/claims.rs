@@ -1,4 +1,4 @@
-//! What a consumer of another program leaves when it dies.
+//! Entries that a consumer of another program leaves pending when it dies.
 
 use crate::support::chain::{GROUP, Program, RUN, STREAM, Variables, look, redis_command};
 use crate::support::{Postgres, Redis, Standpipe, query_value, wait_until};
@@ -15,7 +15,7 @@ fn like(n: usize) -> String {
     .to_string()
 }
 
-/// A Redis whose stream holds so many entries, and a migrated database.
+/// A Redis whose stream holds [`ENTRIES`] likes, and a migrated database.
 async fn stream_of_likes() -> (Redis, Postgres, String, Variables) {
     let redis = Redis::start().await;
     let postgres = Postgres::start().await;
@@ -39,7 +39,7 @@ async fn stream_of_likes() -> (Redis, Postgres, String, Variables) {
     (redis, postgres, database, variables)
 }
 
-/// Processor seconds until everything is acknowledged: a worker's, PostgreSQL's, Redis's.
+/// CPU seconds used by a worker, PostgreSQL and Redis until everything is acknowledged.
 async fn drains(redis: &Redis, postgres: &Postgres, database: &str, variables: &Variables) -> [f64; 3] {
     let cpu = |pid: Option<u32>| pid.and_then(machine::cpu).unwrap_or_default();
     let servers = || {
@@ -57,7 +57,7 @@ async fn drains(redis: &Redis, postgres: &Postgres, database: &str, variables: &
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn to_claim_what_a_dead_program_left_costs_less_than_twice_as_much_as_what_is_new() {
+async fn claiming_a_dead_programs_entries_costs_less_than_twice_as_much_as_new_ones() {
     let (redis, postgres, database, variables) = stream_of_likes().await;
     let new = drains(&redis, &postgres, &database, &variables).await;
 
@@ -71,15 +71,17 @@ async fn to_claim_what_a_dead_program_left_costs_less_than_twice_as_much_as_what
     println!(
         "processor seconds of worker, PostgreSQL and Redis: {new:.2?} for new entries, {claimed:.2?} for those that a dead program held"
     );
-    // Everything that came later is looked at once for all that is claimed. For each page it was twenty-seven times as much.
+    // Later entries are scanned once for all claimed ones. Scanning them for each page cost twenty-seven
+    // times as much.
     let sum = |of: [f64; 3]| of.iter().sum::<f64>();
     assert!(sum(claimed) < 2.0 * sum(new), "{claimed:.2?} s against {new:.2?} s");
     assert!(claimed[0] < 2.0 * new[0], "{claimed:.2?} s against {new:.2?} s");
 }
 
-/// The other program has made a like and deleted it, and acknowledged only the first: we must not bring the like back.
+/// The other program has created a like and deleted it, and acknowledged only the creation: we must not bring
+/// the like back.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_program_undid_and_is_about_to_acknowledge_is_not_brought_back() {
+async fn a_like_deleted_by_an_unacknowledged_entry_is_not_brought_back() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
@@ -97,7 +99,7 @@ async fn what_another_program_undid_and_is_about_to_acknowledge_is_not_brought_b
 
     let mut program = Program::start("worker", &variables).await;
     program.wait_for_line("replayed entries that another program left pending", RUN).await;
-    // It has seen to what was acknowledged. Now the other program acknowledges the deletion, and dies.
+    // The replay is over. Now the other program acknowledges the deletion, and dies.
     assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[2]]).await, 1);
     let applied = "SELECT uri FROM standpipe.tombstones";
     assert_eq!(

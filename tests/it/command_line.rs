@@ -1,4 +1,4 @@
-//! The program as an operator meets it: commands, exit codes, what is printed and what never is.
+//! The program as an operator sees it: commands, exit codes, what is printed and what never is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,7 +24,7 @@ fn output(finished: &Finished) -> String {
 // The command line
 
 #[tokio::test]
-async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
+async fn help_and_version_exit_0_and_usage_errors_exit_64() {
     let code = async |arguments: &[&str]| Standpipe::run(arguments, NOTHING, SOON).await;
     for arguments in [
         &["--help"][..],
@@ -71,7 +71,7 @@ async fn help_and_version_are_no_mistakes_and_bad_command_lines_are() {
 }
 
 #[tokio::test]
-async fn five_mistakes_are_five_lines_and_exit_64() {
+async fn five_configuration_errors_give_five_lines_and_exit_64() {
     let variables = Variables::new()
         .with("REDIS_URL", format!("redis://:{PASSWORD}@localhost:sixty"))
         .with("DATABASE_URL", format!("mysql://user:{PASSWORD}@localhost/db"))
@@ -93,7 +93,7 @@ async fn five_mistakes_are_five_lines_and_exit_64() {
         assert_eq!(lines.len(), 5, "{command}: {output}");
         let names: BTreeSet<&str> = lines.iter().filter_map(|line| line.split(':').next()).collect();
         assert_eq!(names.len(), 5, "{command}: {output}");
-        // One line to say what follows, the warning of a name that is close to one of ours, and nothing else.
+        // A heading, the warning about a name that is close to one of ours, and nothing else.
         assert!(finished.stderr.contains("did you mean REDIS_STREAM_KEY?"), "{command}: {output}");
         assert!(finished.stderr.lines().count() <= 7 && finished.stdout.is_empty(), "{command}: {output}");
     }
@@ -102,7 +102,7 @@ async fn five_mistakes_are_five_lines_and_exit_64() {
 // ---------------------------------------------------------------------------------------------
 // Secrets
 
-/// A Redis and a PostgreSQL that ask for passwords, and the URLs with the right ones.
+/// A Redis and a PostgreSQL that require passwords, and URLs with the right ones.
 struct Guarded {
     _redis: Redis,
     _postgres: Postgres,
@@ -128,7 +128,7 @@ impl Guarded {
             _redis: redis,
             _postgres: postgres,
         };
-        // The passwords are really asked for.
+        // The passwords really are required.
         let without = guarded.database_url.replace(&format!(":{PASSWORD}@"), ":wrong@");
         wait_for("the server to ask for passwords", SOON, async || {
             match tokio_postgres::connect(&without, tokio_postgres::NoTls).await {
@@ -150,7 +150,7 @@ async fn no_secret_is_ever_printed() {
         .with("RELAY_URL", relay.url().replace("ws://", &format!("ws://user:{PASSWORD}@")))
         .with("REDIS_URL", &guarded.redis_url)
         .with("DATABASE_URL", &guarded.database_url);
-    // The same secret, which the servers do not take.
+    // The same secret in a form that the servers do not accept.
     let wrong = |variables: &Variables, name: &str, url: &str| {
         variables.clone().with(name, url.replace(PASSWORD, &format!("{PASSWORD}%40{PASSWORD}")))
     };
@@ -165,7 +165,7 @@ async fn no_secret_is_ever_printed() {
         };
 
         for command in ["run", "worker"] {
-            // With the right passwords it works, and ends when it is told to.
+            // With the right passwords it works, and exits on SIGTERM.
             let mut program = Program::start(command, &with(&right)).await;
             wait_for("readiness", SOON, async || match program.readiness().await {
                 (200, _) => Ok(()),
@@ -216,7 +216,7 @@ async fn no_secret_is_ever_printed() {
 // Commands
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_says_what_is_wrong_and_exits_accordingly() {
+async fn check_reports_what_is_wrong_and_exits_accordingly() {
     let mut redis = Redis::start().await;
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -230,7 +230,7 @@ async fn check_says_what_is_wrong_and_exits_accordingly() {
     assert_eq!(exists, "t", "check has changed the database");
     assert_eq!(redis_command::<u64>(&redis, &["DBSIZE"]).await, 0, "check has changed Redis");
 
-    // What can be put right is said with what to do about it.
+    // A problem that can be fixed is reported with its remedy.
     let _: () = redis_command(&redis, &["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
     let evicting = check().await;
     assert_eq!(evicting.code, 1, "{}", output(&evicting));
@@ -240,7 +240,7 @@ async fn check_says_what_is_wrong_and_exits_accordingly() {
     let without_redis = check().await;
     assert_eq!(without_redis.code, 69, "{}", output(&without_redis));
     assert!(without_redis.stdout.contains("REDIS_URL"), "{}", without_redis.stdout);
-    // The one that is there is looked at all the same.
+    // The server that is up is checked all the same.
     assert!(without_redis.stdout.contains("PostgreSQL 1"), "{}", without_redis.stdout);
 
     redis.start_again().await.unwrap();
@@ -259,7 +259,7 @@ async fn check_says_what_is_wrong_and_exits_accordingly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_is_json_with_and_without_a_running_process() {
+async fn status_prints_json_with_and_without_a_running_process() {
     let chain = Chain::start(&network(300), None).await;
     let program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -289,7 +289,7 @@ async fn status_is_json_with_and_without_a_running_process() {
             assert_eq!(status["process"]["pipelines"].as_array().unwrap().len(), 5);
             assert_eq!(status["process"]["reader"]["state"], "running");
         }
-        // Without --json it is for people, and says the same.
+        // Without --json the same is shown in human-readable form.
         let finished = run(&["status"], variables).await;
         assert!(
             finished.code == 0 && finished.stdout.contains("firehose-processors"),
@@ -314,8 +314,8 @@ async fn a_second_migration_has_nothing_to_do() {
     assert_eq!(second.code, 0, "{}", output(&second));
     assert!(second.stdout.contains("nothing to do") && !second.stdout.contains("done:"), "{}", second.stdout);
 
-    // Functions that somebody changed by hand are this program's again only after its own version changed; a program
-    // that may not migrate says what to do.
+    // Functions that someone changed manually are replaced only once the program's own version has changed; a
+    // program that may not migrate reports what to do.
     execute(&database, "UPDATE standpipe.migrations SET name = 'other' WHERE version = 0").await;
     let redis = Redis::start().await;
     let variables = variables.with("REDIS_URL", redis.url());
@@ -328,7 +328,7 @@ async fn a_second_migration_has_nothing_to_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_audit_finds_what_was_falsified_and_repairs_it() {
+async fn the_audit_finds_and_repairs_falsified_rows() {
     let chain = Chain::start(&network(1_000), None).await;
     let mut program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -338,7 +338,7 @@ async fn the_audit_finds_what_was_falsified_and_repairs_it() {
     assert_eq!(clean.code, 0, "{}", output(&clean));
     assert!(!clean.stdout.contains("differ"), "{}", clean.stdout);
 
-    // What is falsified, and whether a repair can know what it was.
+    // Each of these falsifies something that a repair can restore.
     let falsify = [
         "UPDATE post_aggregations SET like_count = like_count + 1
          WHERE post_uri = (SELECT post_uri FROM likes LIMIT 1)",
@@ -365,9 +365,9 @@ async fn the_audit_finds_what_was_falsified_and_repairs_it() {
     assert_eq!(falsified, "0");
 }
 
-/// A repair brings back what an undisturbed run has, to the last column.
+/// A repair restores the rows of an undisturbed run, down to the last column.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repair_restores_what_was_there() {
+async fn a_repair_restores_the_original_rows() {
     let chain = Chain::start(&network(1_000), None).await;
     let mut program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -386,7 +386,7 @@ async fn a_repair_restores_what_was_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_letter_whose_reason_was_mended_is_applied_by_a_retry() {
+async fn a_dead_letter_is_applied_by_a_retry_once_its_cause_is_fixed() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let name = "x".repeat(300);
@@ -428,7 +428,7 @@ async fn a_dead_letter_whose_reason_was_mended_is_applied_by_a_retry() {
         assert!(code == 0 && text.lines().count() == found, "{arguments:?}: {text}");
     }
 
-    // Nothing is better yet, and nothing is lost by trying.
+    // The cause is not fixed yet, and nothing is lost by trying.
     let (_, text) = letters(&["retry", "--all"]).await;
     assert_eq!(listed().await.len(), 2, "{text}");
     execute(&database, "ALTER TABLE users ALTER display_name TYPE text").await;
@@ -449,10 +449,10 @@ async fn a_dead_letter_whose_reason_was_mended_is_applied_by_a_retry() {
 
 /// DESIGN.md: dates come from the data, never from the clock.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_repaired_feed_item_is_sorted_where_it_was() {
+async fn a_repaired_feed_item_keeps_its_sort_position() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
-    // A post that is dated 2031, in a commit of 2026-11-21.
+    // A post that is dated 2031, in a commit made on 2026-11-21.
     let data = serde_json::json!({"repo": "did:plc:future", "rev": "3n2samfdihk2n", "ops": [{
         "action": "create", "path": "app.bsky.feed.post/1", "cid": "bafyreipost",
         "record": {"$type": "app.bsky.feed.post", "text": "later", "createdAt": "2031-01-01T00:00:00Z"},
@@ -474,7 +474,7 @@ async fn a_repaired_feed_item_is_sorted_where_it_was() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_said() {
+async fn an_http_address_in_use_is_reported() {
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let redis = Redis::start().await;
@@ -514,7 +514,7 @@ async fn every_line_of_a_json_log_is_json() {
 // ---------------------------------------------------------------------------------------------
 // Metrics
 
-/// The text format of Prometheus: the type of every metric, and every sample.
+/// The Prometheus text format: the type of every metric, and every sample.
 #[derive(Default)]
 struct Exposition {
     types: BTreeMap<String, String>,
@@ -578,14 +578,14 @@ fn parse(text: &str) -> Result<Exposition, String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_are_prometheus_text_and_hold_what_the_contract_lists() {
+async fn metrics_are_prometheus_text_and_include_everything_in_the_contract() {
     let chain = Chain::start(&network(300), None).await;
     let program = Program::start("run", &chain.variables()).await;
-    // Counters are there from the start.
+    // Counters exist from the start.
     let first = parse(&program.get("/metrics").await.1).unwrap();
     assert!(first.types.contains_key("standpipe_relay_gaps_total"));
     chain.finished().await;
-    // Acknowledged comes before counted, and the stream is looked at once a second.
+    // Entries are counted after they are acknowledged, and the stream is sampled once a second.
     wait_until("the metrics to have seen it", SOON, async || {
         program.entries().await == 300.0
             && program.metric("standpipe_stream_entries").await > 0.0
@@ -670,7 +670,7 @@ async fn metrics_are_prometheus_text_and_hold_what_the_contract_lists() {
     assert!(labelled("standpipe_relay_frames_total", "type").contains("commit"));
     assert_eq!(labelled("standpipe_build_info", "version"), [env!("CARGO_PKG_VERSION").to_owned()].into());
 
-    // And they say what happened.
+    // And their values match what happened.
     assert_eq!(program.metric("standpipe_relay_frames_total").await, 300.0);
     assert_eq!(program.entries().await, 300.0);
     assert_eq!(program.metric("standpipe_event_seconds_count").await, 300.0);
@@ -679,7 +679,7 @@ async fn metrics_are_prometheus_text_and_hold_what_the_contract_lists() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn claimed_entries_are_a_metric() {
+async fn claimed_entries_have_a_metric() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);

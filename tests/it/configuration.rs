@@ -1,4 +1,4 @@
-//! The configuration as an operator meets it: the messages, and the files that show the variables.
+//! The configuration as an operator sees it: the messages, and the files that show the variables.
 //!
 //! The files are compared with `VARIABLES`, so that a variable cannot be added, renamed or given another default in
 //! one place only.
@@ -18,7 +18,7 @@ fn known(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|variable| variable.name == name)
 }
 
-/// `NAME` of a line `NAME<separator>value`, when it looks like a variable's name.
+/// Name and value of a line `NAME<separator>value`, if the name looks like that of a variable.
 fn assignment<'a>(line: &'a str, separator: &str) -> Option<(&'a str, &'a str)> {
     let (name, value) = line.split_once(separator)?;
     let looks_right = name.starts_with(|c: char| c.is_ascii_uppercase())
@@ -77,8 +77,8 @@ fn the_documentation_has_a_row_for_every_variable_and_names_no_other() {
     }
 }
 
-/// The names and values under `environment:` of the services that run this program, anchors included. Compose files
-/// are YAML; ours keeps to one mapping entry per line, and the test fails when it finds none.
+/// The names and values under `environment:` of the services that run this program, anchors included. Compose
+/// files are YAML; ours keeps to one mapping entry per line, and the test fails if it finds none.
 fn compose_environment(text: &str) -> Vec<(&str, &str)> {
     let mut found = Vec::new();
     let mut block = "";
@@ -110,7 +110,7 @@ fn the_compose_file_uses_known_variables_with_their_defaults() {
     for (name, value) in environment {
         let variable = known(name).expect("compared above");
         match name {
-            // Other services' names, and an address that is reachable from outside of the container.
+            // The addresses of other services, and one that is reachable from outside the container.
             "REDIS_URL" | "DATABASE_URL" | "HTTP_ADDR" => {}
             _ => assert_eq!(value, format!("${{{name}:-{}}}", variable.default)),
         }
@@ -118,14 +118,14 @@ fn the_compose_file_uses_known_variables_with_their_defaults() {
 }
 
 #[test]
-fn the_image_serves_on_all_addresses_of_its_container() {
+fn the_image_listens_on_all_addresses_of_its_container() {
     let text = file("Dockerfile");
     assert!(text.contains("\nENV HTTP_ADDR=0.0.0.0:9464\n"));
     assert!(from_env([("HTTP_ADDR", "0.0.0.0:9464")], Role::Reader).is_ok());
 }
 
 #[test]
-fn compose_waits_longer_for_a_stop_than_the_drain_takes() {
+fn the_compose_stop_grace_period_exceeds_the_drain_timeout() {
     let drain = known("DRAIN_TIMEOUT").expect("it is in the table").default;
     let drain = humantime::parse_duration(drain).expect("a default parses");
     let text = file("docker-compose.yml");
@@ -138,7 +138,7 @@ fn compose_waits_longer_for_a_stop_than_the_drain_takes() {
 }
 
 #[test]
-fn five_mistakes_give_five_lines_in_order_and_no_secret() {
+fn five_errors_give_five_lines_in_order_without_secrets() {
     let error = from_env(
         [
             ("HTTP_ADDR", ":9464"),
@@ -163,7 +163,7 @@ fn five_mistakes_give_five_lines_in_order_and_no_secret() {
 }
 
 #[test]
-fn no_way_of_printing_a_configuration_shows_a_password() {
+fn no_printed_form_of_a_configuration_shows_a_password() {
     let (config, _) = from_env(
         [
             ("RELAY_URL", "wss://reader:hunter2@relay.example"),

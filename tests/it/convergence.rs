@@ -1,8 +1,8 @@
-//! Any set of events, in any order, with any repetitions, cut into any batches over any number of connections, gives
-//! the tables that the model says.
+//! Any set of events, in any order, with any repetitions, cut into any batches over any number of
+//! connections, gives the tables that the model predicts.
 //!
-//! `STANDPIPE_SEED` chooses the cases, `STANDPIPE_CASES` how many there are, `STANDPIPE_THEME` what they are about. A failure prints the seed of its case
-//! and the few events that are left of it when everything that does not matter is taken away.
+//! `STANDPIPE_SEED` selects the cases, `STANDPIPE_CASES` sets their number, `STANDPIPE_THEME` their subject.
+//! A failure prints the seed of its case and a minimal set of its events that still fails.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt::Write as _;
@@ -31,24 +31,24 @@ const SESSIONS: usize = 3;
 // ---------------------------------------------------------------------------------------------
 // Applying
 
-/// A migrated database of the test's own.
+/// A migrated database that belongs to the test.
 struct Database {
     url: String,
     store: Store,
     client: Client,
-    /// The audit takes a transaction, and so a client of its own.
+    /// The audit needs a transaction, and therefore a client of its own.
     auditor: tokio::sync::Mutex<Client>,
 }
 
 impl Database {
-    /// One that standpipe made.
+    /// A database that standpipe created.
     async fn create() -> Self {
         Self::migrated(Postgres::shared().await.fresh_database().await).await
     }
 
-    /// One that the old workers had made, with their indexes.
+    /// A database that the old workers created, with their indexes.
     async fn of_old_workers() -> Self {
-        // The tables are where the old application has them, whatever the role is called.
+        // The tables are where the old application puts them, whatever the name of the role.
         let url = Postgres::shared().await.fresh_database().await + "?options=-csearch_path%3Dpublic";
         old_database::create(&url).await;
         Self::migrated(url).await
@@ -58,7 +58,7 @@ impl Database {
         Self::migrated_through(&url.clone(), url).await
     }
 
-    /// One that the store gets to through another URL than the test.
+    /// A database that the store reaches through a different URL than the test.
     async fn migrated_through(through: &str, url: String) -> Self {
         let (config, _) = from_env([("DATABASE_URL", through)], Role::Worker).unwrap();
         let store = Store::new(&config).unwrap();
@@ -67,23 +67,23 @@ impl Database {
         Self { url, store, client, auditor }
     }
 
-    /// As after the migration.
+    /// Resets everything to the state after the migration.
     async fn clear(&self) {
         let sql = "SELECT string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables
                    WHERE schemaname IN ('public', 'standpipe') AND tablename NOT IN ('migrations', 'tables_before')";
         let tables: String = self.client.query_one(sql, &[]).await.unwrap().get(0);
         self.client.batch_execute(&format!("TRUNCATE {tables}")).await.unwrap();
-        // As after a connection that broke: what the store knows of the accounts there may not be so.
+        // As after a broken connection: the store's knowledge of existing accounts may be wrong.
         self.store.session().await.unwrap().discard();
     }
 
-    /// Applies entries one after the other.
+    /// Applies entries one after another.
     async fn apply(&self, entries: &[Entry]) {
         let queue = Mutex::new(entries.chunks(20).map(<[Entry]>::to_vec).collect());
         apply_batches(&self.store, &queue).await;
     }
 
-    /// Applies batches on several connections at a time, as pipelines do.
+    /// Applies batches on several connections at once, as pipelines do.
     async fn apply_in_parallel(&self, batches: Vec<Vec<Entry>>) {
         let (store, queue) = (self.store.clone(), Arc::new(Mutex::new(VecDeque::from(batches))));
         let tasks: Vec<_> = (0..SESSIONS)
@@ -106,7 +106,7 @@ impl Database {
         for task in tasks {
             task.await.unwrap();
         }
-        // A purge that is broken off would go on in the server, and meet what the test does next.
+        // An interrupted purge would continue in the server and interfere with the next step of the test.
         done.store(true, Ordering::SeqCst);
         purging.await.unwrap();
     }
@@ -116,14 +116,14 @@ impl Database {
         model::read(&self.client).await
     }
 
-    /// What the audit has to say.
+    /// The audit's findings.
     async fn audit(&self) -> Vec<String> {
         let findings = audit::audit(&mut *self.auditor.lock().await).await.unwrap();
         findings.iter().filter(|finding| finding.count > 0).map(ToString::to_string).collect()
     }
 }
 
-/// Removes what deleted accounts had written.
+/// Removes the records of deleted accounts.
 async fn purge_all(store: &Store) {
     let session = store.session().await.unwrap();
     while let Some(deletion) = purge::next(session.client()).await.unwrap() {
@@ -135,8 +135,8 @@ async fn purge_all(store: &Store) {
     }
 }
 
-/// Takes batches until there are none, and applies each as a pipeline does: what lost to others again, what the
-/// database refuses set aside.
+/// Takes batches until there are none and applies each as a pipeline does: events that lost to others are
+/// retried, and operations that the database refuses are set aside.
 async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
     loop {
         let Some(batch) = queue.lock().unwrap().pop_front() else { return };
@@ -147,7 +147,7 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
             .filter(|event| !event.repo.is_empty())
             .collect();
         let mut done = Vec::new();
-        // Both ways of writing, and that what is left to the next batch is not left for long.
+        // Both transaction modes; and deferred events are not deferred for long.
         let mut mode = if batch.len() % 2 == 0 { TransactionMode::Batch } else { TransactionMode::Event };
         let mut contended = if batch.len() % 4 == 0 { Contended::Defer } else { Contended::Wait };
         while !open.is_empty() {
@@ -184,7 +184,7 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
 // ---------------------------------------------------------------------------------------------
 // From the model's events to entries
 
-/// An entry, and what it says to the model: nothing, when the program has to set it aside.
+/// An entry, and what it means to the model: nothing, if the program has to set it aside.
 #[derive(Clone, Debug)]
 struct Sent {
     entry: Entry,
@@ -197,7 +197,7 @@ fn sent(event: model::Event, extra_ops: &[String]) -> Sent {
         Kind::Commit { repo, ops } => {
             let mut list: Vec<String> = ops.iter().map(|op| op_json(op).to_string()).collect();
             list.extend_from_slice(extra_ops);
-            // Written by hand: an operation may be JSON that no tree can hold.
+            // Put together as text: an operation may be JSON that no tree can represent.
             let rev = rev.as_ref().map(|rev| format!(r#","rev":"{rev}""#)).unwrap_or_default();
             ("commit", format!(r#"{{"repo":"{repo}","ops":[{}]{rev}}}"#, list.join(",")))
         }
@@ -244,11 +244,11 @@ enum Order {
     Numbers,
     /// Only the stream's ids.
     Stream,
-    /// Some have revisions and some have not, all of one relay: our reader and the Python reader take turns.
+    /// Some have revisions and some do not, all from one relay: our reader and the Python reader take turns.
     Mixed,
 }
 
-/// What most operations of a set are about, so that they meet each other.
+/// What most operations of a set are about, so that they interact.
 const THEMES: [&[&str]; 10] = [
     &[
         "app.bsky.feed.post",
@@ -280,7 +280,7 @@ const THEMES: [&[&str]; 10] = [
     &["app.bsky.feed.repost", "app.bsky.bookmark"],
     &["app.bsky.actor.profile", "com.example.thing"],
     &["app.bsky.graph.follow", "app.bsky.graph.block"],
-    // Who replies to whom, quotes whom, and whether they may.
+    // Replies, quotes, and the gates that allow them.
     &[
         "app.bsky.feed.post",
         "app.bsky.feed.post",
@@ -319,11 +319,11 @@ struct Maker {
     rng: Rng,
     order: Order,
     theme: &'static [&'static str],
-    /// How many of a hundred events are commits; the others are about identities and account states.
+    /// How many events in a hundred are commits; the others are about identities and account states.
     commits: u32,
-    /// How many of a hundred references are to the feed generators and labelers of the set.
+    /// How many references in a hundred are to the feed generators and labelers of the set.
     services: u32,
-    /// Whether it is about gates: then most posts are about two of them.
+    /// Whether the theme is gates: then most references are to two root posts.
     gates: bool,
     accounts: usize,
     /// How far each account's clock is off, in microseconds: revisions are only ordered within a repository.
@@ -361,7 +361,7 @@ impl Maker {
         }
     }
 
-    /// The events in their order.
+    /// The events, in order.
     fn events(&mut self) -> Vec<Sent> {
         (0..EVENTS).flat_map(|_| self.event()).collect()
     }
@@ -386,7 +386,7 @@ impl Maker {
     fn next_version(&mut self, account: usize, commit: bool) -> Version {
         self.made += 1;
         if self.chance(60) {
-            // Room between the ids for repetitions of the same event.
+            // Leave room between the ids for repetitions of the same event.
             self.sq += 10;
         } else {
             self.ms += self.rng.u64(1..4000);
@@ -431,13 +431,13 @@ impl Maker {
                 let (active, status) = match self.rng.u32(..6) {
                     0 => (false, status("deactivated")),
                     1 => (false, status("takendown")),
-                    // By number in some places and by time in others it would be two moments.
+                    // Here a deletion would be ordered by number in some places and by time in others.
                     2 if !matches!(self.order, Order::Mixed) => (false, status("deleted")),
                     3 => (false, None),
                     4 => (true, status("")),
                     _ => (true, None),
                 };
-                // Without it the time is the entry's, and one order is kept.
+                // Without it the entry's time is used, which keeps the same order.
                 let time = self.chance(50).then(|| iso(version.id.0));
                 sent(model::Event { version, kind: Kind::Account { did, active, status, time } }, &[])
             }
@@ -452,8 +452,8 @@ impl Maker {
         let extra = if self.chance(4) { vec![self.refused_op()] } else { Vec::new() };
         let mut rest = Vec::new();
         if version.seq.is_some() && self.chance(30) {
-            // The reader splits a large commit over several entries, after it has dropped all but the last operation
-            // on each path: both have the commit's revision and number.
+            // The reader drops all but the last operation on each path, then splits a large commit into
+            // several entries, which all have the commit's revision and number.
             let mut seen = HashSet::new();
             ops.reverse();
             ops.retain(|op| seen.insert(op.path.clone()));
@@ -473,7 +473,8 @@ impl Maker {
         entries
     }
 
-    /// An entry that changes nothing: unreadable, or of a type that nobody asked for. Even its account is unknown.
+    /// An entry that changes nothing: unreadable, or of a type that is not wanted. Not even its account
+    /// becomes known.
     fn foreign_entry(&mut self, account: usize) -> Sent {
         let version = self.next_version(account, false);
         let (event_type, data, seq) = self.one(&[
@@ -495,7 +496,7 @@ impl Maker {
         Sent { entry, event: None }
     }
 
-    /// An operation that only the database refuses, on a path of its own, and that no JSON tree can hold.
+    /// An operation that only the database refuses, on a path of its own, in JSON that no tree can represent.
     fn refused_op(&mut self) -> String {
         let deep = "[".repeat(20_000) + &"]".repeat(20_000);
         let value = self.one(&[r#""\ud800""#, "1e999999", &deep]).to_owned();
@@ -523,7 +524,7 @@ impl Maker {
             _ if self.gates && repo == DIDS[1] => self.one(&["2", "2", "1"]),
             _ => self.one(&["1", "2", "weird:~_.-key"]),
         };
-        // So long that what is made from the URI is longer than its column.
+        // Long enough that values derived from the URI exceed their columns.
         let long = "k".repeat(500 - format!("at://{repo}/{collection}/").len());
         let rkey = if self.chance(1) { &long } else { rkey };
         let deletes = if self.gates { 15 } else { 32 };
@@ -542,7 +543,7 @@ impl Maker {
         if action != "delete" && self.chance(5) {
             self.spoil(&mut record);
         }
-        // Every version of a record has its own.
+        // Every version of a record has its own CID.
         let cid =
             (action != "delete" && self.chance(98)).then(|| format!("bafy{}x{}", self.made, self.rng.u8(..)));
         Op { action: action.to_owned(), path, cid, record }
@@ -614,12 +615,12 @@ impl Maker {
         record
     }
 
-    /// Somebody of the set, or somebody of whom nothing else is heard.
+    /// An account of the set, or one that appears nowhere else.
     fn did_or_stranger(&mut self) -> String {
         if self.chance(15) { "did:plc:stranger".to_owned() } else { self.did() }
     }
 
-    /// A post of few, whether it is ever written or not; sometimes another record.
+    /// One of a few posts, whether it is ever written or not; sometimes another record.
     fn post_uri(&mut self) -> String {
         if self.chance(self.services) {
             let service = self.one(&["feed.generator/1", "feed.generator/2", "labeler.service/self"]);
@@ -660,7 +661,7 @@ impl Maker {
         if self.chance(if self.gates { 65 } else { 45 }) {
             let own = json!({"uri": format!("at://{repo}/app.bsky.feed.post/1"), "cid": "bafyown"});
             let parent = if self.chance(15) { own } else { self.post_ref() };
-            // Most threads start with one of two posts, which may well answer others.
+            // Most threads start with one of two posts, which may themselves be replies.
             let root = match self.rng.u32(..10) {
                 0..4 => json!({"uri": ROOTS[0]}),
                 4..8 => json!({"uri": ROOTS[1], "cid": "bafyroot"}),
@@ -698,7 +699,8 @@ impl Maker {
         post
     }
 
-    /// Mentions: of oneself, of the same account twice, of too many, and what only looks like one.
+    /// Mentions: of oneself, of the same account twice, of too many accounts, and things that only look like
+    /// mentions.
     fn facets(&mut self) -> Value {
         let mention = |did: &str| json!({"$type": "app.bsky.richtext.facet#mention", "did": did});
         if self.chance(5) {
@@ -750,7 +752,7 @@ impl Maker {
         )
     }
 
-    /// Where a like or repost came from: somebody's repost, one's own, the very author's, and nonsense.
+    /// Where a like or repost came from: someone's repost, one's own, the author's own, or nonsense.
     fn via(&mut self) -> Value {
         match self.rng.u32(..10) {
             0 => self.one(&[
@@ -765,7 +767,7 @@ impl Maker {
         }
     }
 
-    /// The post that a gate is about: its own, most of the time.
+    /// The post that a gate applies to: usually its own.
     fn gated(&mut self, repo: &str, rkey: &str) -> Value {
         match self.rng.u32(..20) {
             0 => json!(format!("at://{repo}/app.bsky.feed.post/other")),
@@ -824,7 +826,7 @@ impl Maker {
         gate
     }
 
-    /// What a record may have or not.
+    /// Adds optional fields.
     fn decorate(&mut self, record: &mut Value) {
         for (name, values) in [
             ("description", vec![json!("first\nsec\u{0}ond"), json!(""), Value::Null]),
@@ -884,7 +886,7 @@ impl Maker {
         }
     }
 
-    /// Takes away what its row needs, if it needs anything.
+    /// Breaks or removes fields that the record's row may need.
     fn spoil(&mut self, record: &mut Value) {
         match self.rng.u32(..9) {
             0 => *record = json!([]),
@@ -918,7 +920,7 @@ impl Maker {
         }
     }
 
-    /// The entries in another order, some of them more than once, in batches.
+    /// The entries in a different order, some of them more than once, in batches.
     fn disorder(&mut self, sent: &[Sent]) -> Vec<Vec<Entry>> {
         let mut entries = Vec::new();
         for one in sent {
@@ -929,7 +931,7 @@ impl Maker {
         }
         self.rng.shuffle(&mut entries);
         let mut batches = Vec::new();
-        // Small ones meet each other most.
+        // Small batches interact most.
         let most = self.one(&[1, 4, 12, 40]);
         while !entries.is_empty() {
             let count = self.rng.usize(1..=most).min(entries.len());
@@ -938,7 +940,7 @@ impl Maker {
         batches
     }
 
-    /// The same entry delivered again; or, where it can be told by its revision or number, appended again.
+    /// The same entry delivered again or, if its revision or number identifies it, appended again.
     fn repetition(&mut self, one: &Sent) -> Entry {
         let mut entry = one.entry.clone();
         let version = one.event.as_ref().map(|event| &event.version);
@@ -947,7 +949,7 @@ impl Maker {
                 Order::Revisions if version.is_some_and(|version| version.rev.is_some()) => {
                     EntryId { ms: START_MS + self.rng.u64(..1_000_000_000), seq: self.rng.u64(..20) }
                 }
-                // Beside the first one: the stream's id still stands in for what some entries lack.
+                // Right next to the first: the stream's id still replaces what some entries lack.
                 _ => EntryId { ms: entry.id.ms, seq: entry.id.seq + self.rng.u64(1..5) },
             };
         }
@@ -965,13 +967,13 @@ fn iso(ms: u64) -> String {
 // The property
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn any_order_repetition_batching_and_parallelism_gives_the_tables_of_the_model() {
+async fn tables_match_the_model_for_any_order_repetition_batching_and_parallelism() {
     hold(&Database::create().await, CASES).await;
 }
 
-/// What a database prescribes to whoever connects does not reach us.
+/// Settings that a database imposes on its connections do not affect us.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_every_hostile_default_the_tables_are_those_of_the_model() {
+async fn tables_match_the_model_under_every_hostile_default() {
     for (setting, value) in HOSTILE_DEFAULTS {
         let database = Postgres::shared().await.fresh_database_with(setting, value).await;
         hold(&Database::migrated(database).await, CASES / 15).await;
@@ -979,7 +981,7 @@ async fn under_every_hostile_default_the_tables_are_those_of_the_model() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn behind_pgbouncer_the_tables_are_those_of_the_model() {
+async fn tables_match_the_model_behind_pgbouncer() {
     let postgres = Postgres::shared().await;
     for more in ["", "ignore_startup_parameters = options,extra_float_digits"] {
         let database = postgres.fresh_database().await;
@@ -992,10 +994,10 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
 }
 
-/// Holds the library against the model.
+/// Compares the library with the model.
 async fn hold(database: &Database, cases: u64) {
     let first = number("STANDPIPE_SEED").unwrap_or_else(|| fastrand::u64(..1 << 32));
-    // Of more than CASES each test has its share.
+    // Each test takes its share of `STANDPIPE_CASES`.
     let cases = number("STANDPIPE_CASES").map_or(cases, |all| (all * cases / CASES).max(1));
     println!("STANDPIPE_SEED={first} STANDPIPE_CASES={cases}");
     let began = Instant::now();
@@ -1032,7 +1034,7 @@ async fn hold(database: &Database, cases: u64) {
     println!("{cases} cases, {events} events, {rows} rows, {deadlocks} deadlocks in {:.1?}", began.elapsed());
 }
 
-/// What the cases have to come to, so that they prove something.
+/// What the cases have to cover in order to prove anything.
 const REMARKABLE: &[&str] = &[
     "feed_generators liked",
     "labeler_services liked",
@@ -1113,7 +1115,7 @@ fn remarkable(tables: &Tables) -> Vec<String> {
     found
 }
 
-/// Panics where the tables are not as expected, with as few events as show it.
+/// Panics if the tables are not as expected, with a minimal set of events that shows it.
 async fn check(
     database: &Database,
     seed: u64,
@@ -1149,8 +1151,8 @@ async fn check(
     panic!("{report}");
 }
 
-/// The fewest of these entries, in their order, that still give wrong tables; none, if even all of them give the right
-/// ones.
+/// A minimal subset of these entries, in order, that still gives wrong tables; empty if all of them together
+/// give the right ones.
 async fn shrink(database: &Database, sent: &[Sent], entries: &[Entry]) -> Vec<Entry> {
     if differences_of(database, sent, entries).await.is_empty() {
         return Vec::new();
@@ -1173,11 +1175,11 @@ async fn shrink(database: &Database, sent: &[Sent], entries: &[Entry]) -> Vec<En
     least
 }
 
-/// How the tables after these entries differ from what they have to be after these entries.
+/// How the tables differ from what they have to be after these entries.
 async fn differences_of(database: &Database, sent: &[Sent], entries: &[Entry]) -> Vec<String> {
     database.clear().await;
     database.apply(entries).await;
-    // A repetition may have an id of its own, when a number says what it repeats.
+    // A repetition may have an id of its own if a number identifies what it repeats.
     let same = |one: &Entry, other: &Entry| {
         one.data == other.data && one.seq == other.seq && (one.id == other.id || !one.seq.is_empty())
     };
@@ -1191,7 +1193,7 @@ async fn differences_of(database: &Database, sent: &[Sent], entries: &[Entry]) -
 // ---------------------------------------------------------------------------------------------
 // Single cases.
 
-/// An entry of the stream at this place within one millisecond.
+/// A stream entry at this position within one millisecond.
 fn entry(place: u64, event_type: &str, seq: &str, data: &Value) -> Entry {
     Entry {
         id: EntryId { ms: START_MS, seq: place },
@@ -1203,7 +1205,7 @@ fn entry(place: u64, event_type: &str, seq: &str, data: &Value) -> Entry {
 
 const POST: &str = "at://did:plc:bbbb/app.bsky.feed.post/1";
 
-/// The tables after these entries, first in this order and then in the opposite one.
+/// The tables after these entries, applied first in this order and then in reverse.
 async fn both_ways(database: &Database, entries: &[Entry]) -> (Tables, Tables) {
     database.clear().await;
     database.apply(entries).await;
@@ -1213,16 +1215,16 @@ async fn both_ways(database: &Database, entries: &[Entry]) -> (Tables, Tables) {
     (forwards, database.tables().await)
 }
 
-/// Interleavings like this one are too narrow for the cases above to meet: it is forced.
+/// An interleaving like this is too narrow for the cases above to hit, so it is forced.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handle_taken_while_its_owner_is_written_has_one_owner() {
+async fn a_handle_claimed_while_its_owner_is_being_written_has_one_owner() {
     let database = Database::create().await;
     let claim = |place: u64, did: &str, handle: &str| {
         vec![entry(place, "identity", &place.to_string(), &json!({"did": did, "handle": handle}))]
     };
     database.apply(&[claim(10, DIDS[0], "a.test"), claim(11, DIDS[1], "b.test")].concat()).await;
 
-    // Somebody holds up the row of a.test's owner.
+    // Lock the row of a.test's owner.
     let client = connect(&database.url).await;
     client
         .batch_execute(&format!("BEGIN; SELECT FROM users WHERE did = '{}' FOR UPDATE", DIDS[0]))
@@ -1239,8 +1241,8 @@ async fn a_handle_taken_while_its_owner_is_written_has_one_owner() {
         })
         .await;
     };
-    // The other account takes the handle and wants to write there; then an old event of the owner comes, which has
-    // to write what the owner shows now, and may not believe what it saw before the taking.
+    // The other account claims the handle and wants to write that row; then an old event of the owner
+    // arrives, which has to write what the owner shows now and must not rely on what it saw before the claim.
     let taking = start(claim(13, DIDS[1], "a.test"));
     held_up(1).await;
     let late = start(claim(5, DIDS[0], "c.test"));
@@ -1254,10 +1256,10 @@ async fn a_handle_taken_while_its_owner_is_written_has_one_owner() {
     assert_eq!((shown(DIDS[0]), shown(DIDS[1])), (json!("handle.invalid"), json!("a.test")));
 }
 
-/// Whoever holds a generator's row has its counter's row already: a like and a new version of what is liked never wait
-/// for each other crosswise, and whoever comes last copies the counter.
+/// A transaction that holds a generator's row already holds its counter's row: a like and a new version of
+/// the generator never deadlock, and the later one copies the counter.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_feed_generator_written_while_it_is_liked_shows_its_likes() {
+async fn a_feed_generator_updated_while_it_is_liked_shows_the_right_count() {
     let generator = "at://did:plc:aaaa/app.bsky.feed.generator/1";
     let database = Database::create().await;
     let create = |place: u64, name: &str| {
@@ -1295,7 +1297,7 @@ async fn a_feed_generator_written_while_it_is_liked_shows_its_likes() {
         }
         client.batch_execute("COMMIT").await.unwrap();
         for task in tasks {
-            // A deadlock would end here, after a second.
+            // A deadlock would surface here, after a second.
             task.await.unwrap();
         }
         let tables = database.tables().await;
@@ -1312,7 +1314,7 @@ fn commit(place: u64, repo: &str, ops: &[Value]) -> Entry {
 }
 
 #[tokio::test]
-async fn of_an_account_that_forbids_it_nothing_new_is_stored() {
+async fn nothing_new_is_stored_for_an_account_that_opted_out() {
     let database = Database::create().await;
     let post =
         json!({"action": "create", "path": "app.bsky.feed.post/1", "cid": "b", "record": {"text": "old"}});
@@ -1337,11 +1339,11 @@ async fn of_an_account_that_forbids_it_nothing_new_is_stored() {
         json!({"action": "update", "path": "app.bsky.feed.post/1", "cid": "c", "record": {"text": "new"}});
     database.apply(&[commit(2, "did:plc:aaaa", &ops), commit(3, "did:plc:aaaa", &[update])]).await;
     let mut after = database.tables().await;
-    // Accounts that they spoke of have rows; that says nothing of this one.
+    // Accounts that the records mention get rows; those do not concern this account.
     after.rows_mut("users").retain(|did, _| before.rows("users").contains_key(did));
     model::assert_same("after it was forbidden", &before, &after);
 
-    // What it takes back is taken back, and it has a name like everybody.
+    // Its deletions still apply, and it has a handle like everybody else.
     let unlike = json!({"action": "delete", "path": "app.bsky.feed.like/1"});
     let handle = entry(5, "identity", "5", &json!({"did": "did:plc:aaaa", "handle": "a.test"}));
     database.apply(&[commit(4, "did:plc:aaaa", &[unlike]), handle, commit(6, "did:plc:bbbb", &[like])]).await;
@@ -1352,7 +1354,7 @@ async fn of_an_account_that_forbids_it_nothing_new_is_stored() {
 }
 
 #[tokio::test]
-async fn a_notification_stays_read_as_long_as_it_is_the_same_accounts() {
+async fn a_notification_stays_read_while_its_recipient_stays_the_same() {
     let database = Database::create().await;
     let reply = |place: u64, to: &str| {
         let parent = json!({"uri": format!("at://{to}/app.bsky.feed.post/1")});
@@ -1375,7 +1377,7 @@ async fn a_notification_stays_read_as_long_as_it_is_the_same_accounts() {
 }
 
 #[tokio::test]
-async fn without_notifications_their_table_is_left_alone() {
+async fn the_notifications_table_is_untouched_when_notifications_are_off() {
     let database = Database::create().await;
     let (config, _) =
         from_env([("DATABASE_URL", database.url.as_str()), ("NOTIFICATIONS", "false")], Role::Worker)
@@ -1401,7 +1403,7 @@ async fn without_notifications_their_table_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_post_is_stored_where_the_old_workers_left_its_quote_behind() {
+async fn a_post_is_stored_despite_a_quote_left_behind_by_the_old_workers() {
     let database = Database::of_old_workers().await;
     database.clear().await;
     let uri = "at://did:plc:aaaa/app.bsky.feed.post/q";
@@ -1419,9 +1421,9 @@ async fn a_post_is_stored_where_the_old_workers_left_its_quote_behind() {
     assert!(tables.rows("posts").contains_key(uri), "the post is not there");
 }
 
-/// Rows of records that are not there, in the way of what the functions for new records write.
+/// Rows without a record that collide with the rows written for new records.
 #[tokio::test]
-async fn a_row_that_others_left_under_its_key_keeps_no_record_out() {
+async fn a_leftover_row_under_the_same_key_does_not_block_a_record() {
     const LEFT: &str = "
         INSERT INTO notifications (uri, recipient_did, author_did, reason, created_at)
         SELECT 'at://did:plc:aaaa/app.bsky.' || key || '/3#notification', 'did:plc:left', 'did:plc:left', 'like', now()
@@ -1453,7 +1455,7 @@ async fn a_row_that_others_left_under_its_key_keeps_no_record_out() {
     let commits: Vec<Entry> =
         (1..).zip(&ops).map(|(place, op)| commit(place, "did:plc:aaaa", std::slice::from_ref(op))).collect();
     let (odd, even) = (commits[1..].to_vec(), commits.clone());
-    // What is sent by sets, one by one, and in one transaction: see apply_batches.
+    // Sent in sets, one by one, and in one transaction: see apply_batches.
     for (way, entries) in [("one commit", one_commit), ("events", odd), ("a batch", even)] {
         database.clear().await;
         database.apply(&entries).await;
@@ -1470,10 +1472,10 @@ async fn a_row_that_others_left_under_its_key_keeps_no_record_out() {
 }
 
 #[tokio::test]
-async fn the_tables_are_in_the_public_schema_whatever_the_role_is_called() {
+async fn tables_are_created_in_the_public_schema_whatever_the_role_name() {
     let url = Postgres::shared().await.fresh_database().await;
     let client = connect(&url).await;
-    // What the old application has.
+    // A table of the old application.
     client
         .batch_execute("CREATE TABLE public.user_settings (user_did varchar(255) PRIMARY KEY)")
         .await
@@ -1485,11 +1487,11 @@ async fn the_tables_are_in_the_public_schema_whatever_the_role_is_called() {
 }
 
 #[tokio::test]
-async fn a_record_without_date_appended_twice_has_one_date_in_every_order() {
+async fn an_undated_record_appended_twice_gets_the_same_date_in_either_order() {
     let database = Database::create().await;
     let post = json!({"action": "create", "path": "app.bsky.feed.post/1", "cid": "b", "record": {"text": "undated"}});
     let first = entry(1, "commit", "7", &json!({"repo": "did:plc:aaaa", "ops": [post]}));
-    // The Python reader lost its connection and took up again a little before where it was.
+    // The Python reader lost its connection and resumed slightly before where it was.
     let mut second = first.clone();
     second.id.ms += 5000;
     let (forwards, backwards) = both_ways(&database, &[first, second]).await;
@@ -1497,7 +1499,7 @@ async fn a_record_without_date_appended_twice_has_one_date_in_every_order() {
 }
 
 #[tokio::test]
-async fn two_commits_with_one_revision_give_the_same_in_every_order() {
+async fn two_commits_with_the_same_revision_give_the_same_result_in_either_order() {
     let database = Database::create().await;
     let post = |place, text: &str| {
         let op = json!({"action": "update", "path": "app.bsky.feed.post/1", "cid": text, "record": {"text": text}});
@@ -1509,7 +1511,7 @@ async fn two_commits_with_one_revision_give_the_same_in_every_order() {
 }
 
 #[tokio::test]
-async fn a_record_that_says_py_type_is_kept_as_it_is() {
+async fn a_protocol_record_with_a_py_type_field_is_stored_unchanged() {
     let database = Database::create().await;
     let record = json!({"$type": "com.example.thing", "py_type": "com.example.other", "snake_case": 1, "nothing": null});
     let op = json!({"action": "create", "path": "com.example.thing/1", "cid": "b", "record": record});
@@ -1523,7 +1525,7 @@ async fn a_record_that_says_py_type_is_kept_as_it_is() {
 
 /// From the syntax tests that the protocol's authors publish for datetimes.
 #[test]
-fn datetimes_are_read_as_the_protocol_says() {
+fn datetimes_are_parsed_as_the_protocol_specifies() {
     let texts = [
         "1985-04-12T23:20:50.123Z",
         "1985-04-12T23:20:50.123456Z",
@@ -1538,7 +1540,7 @@ fn datetimes_are_read_as_the_protocol_says() {
         "9999-12-31T23:59:59.999Z",
         "2024-02-29T12:00:00Z",
         "2100-02-28T23:59:59.999999999-23:59",
-        // Not these.
+        // These are invalid.
         "1985-04-12T23:20:50.123-00:00",
         "1985-04-12T23:20:50.123z",
         "1985-04-12t23:20:50.123Z",

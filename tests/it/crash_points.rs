@@ -1,14 +1,14 @@
-//! The process dies at every durable boundary, is started again, and the tables are as after an undisturbed run. Each
-//! point's duty of recovery stands in `src/crash.rs`.
+//! The process dies at every durable boundary and is restarted, and the tables are as after an undisturbed
+//! run. `src/crash.rs` states what recovery has to do at each point.
 
 use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, network};
 use crate::support::{Standpipe, wait_until};
 use standpipe::crash::{ALL, Point};
 
-/// What a shell says of a process that SIGABRT ended.
+/// The exit code that a shell reports for a process ended by SIGABRT.
 const ABORTED: i32 = 128 + 6;
 
-/// Starts `command` so that it dies at this point, and sees that it did.
+/// Starts `command` so that it dies at this point, and checks that it did.
 async fn dies(chain: &Chain, command: &str, point: Point, times: u32) {
     let variables = chain
         .variables()
@@ -21,7 +21,7 @@ async fn dies(chain: &Chain, command: &str, point: Point, times: u32) {
     assert!(program.stderr().contains(&said), "{}", program.output());
 }
 
-/// Entries that can never be applied, in the middle of the others.
+/// Adds entries that can never be applied.
 async fn poison(chain: &Chain) {
     let mut redis = chain.redis.connection().await;
     for seq in 0..3 {
@@ -42,32 +42,32 @@ async fn recovers_from(point: Point, times: u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_an_append() {
+async fn recovers_from_a_crash_after_an_append() {
     recovers_from(Point::AfterAppend, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_read() {
+async fn recovers_from_a_crash_after_a_read() {
     recovers_from(Point::AfterRead, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_a_transaction() {
+async fn recovers_from_a_crash_in_a_transaction() {
     recovers_from(Point::InTransaction, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_commit_and_before_its_flush() {
+async fn recovers_from_a_crash_between_commit_and_flush() {
     recovers_from(Point::AfterCommit, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_flush_and_before_the_acknowledgement() {
+async fn recovers_from_a_crash_between_flush_and_acknowledgement() {
     recovers_from(Point::AfterFlush, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn before_and_after_a_dead_letter() {
+async fn recovers_from_a_crash_before_or_after_a_dead_letter() {
     for point in [Point::BeforeDeadLetter, Point::AfterDeadLetter] {
         let chain = Chain::start(&network(500), None).await;
         poison(&chain).await;
@@ -86,7 +86,7 @@ async fn before_and_after_a_dead_letter() {
 
 /// One process dies with entries in hand, the one that claims them dies too, and a third one finishes them.
 #[tokio::test(flavor = "multi_thread")]
-async fn while_claiming() {
+async fn recovers_from_a_crash_while_claiming() {
     let chain = Chain::start(&network(2_000), None).await;
     dies(&chain, "run", Point::AfterRead, 4).await;
     assert!(chain.look().await.pending > 0, "nothing was left in hand");
@@ -104,7 +104,7 @@ async fn while_claiming() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_a_migration() {
+async fn recovers_from_a_crash_during_a_migration() {
     let chain = Chain::start(&network(500), None).await;
     let variables = chain.variables().with("STANDPIPE_CRASH_AT", Point::InMigration.name());
     let died = Standpipe::run(&["migrate"], &variables, SOON).await;
@@ -115,9 +115,9 @@ async fn in_a_migration() {
     drop(program);
 }
 
-/// A point that nobody dies at would be worth nothing.
+/// A crash point that no test exercises would be worthless.
 #[test]
-fn every_point_has_its_test() {
+fn every_crash_point_has_a_test() {
     let tests = include_str!("crash_points.rs");
     for point in ALL {
         assert!(tests.contains(&format!("Point::{point:?}")), "{point:?} has no test");

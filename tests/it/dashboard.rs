@@ -1,4 +1,4 @@
-//! The dashboard and the control over HTTP: what is answered to whom, and that what is asked for happens.
+//! The dashboard and control over HTTP: who gets which answer, and that every request takes effect.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::net::{TcpSocket, TcpStream};
 
 const TOKEN: &str = "the-admin-token-of-this-test";
 
-/// An answer.
+/// An HTTP response.
 struct Answer {
     code: u16,
     /// In lower case.
@@ -32,14 +32,14 @@ impl Answer {
     }
 }
 
-/// Asks with these headers, each ended by a line break.
+/// Sends a request with these headers, each terminated by a line break.
 async fn ask(address: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n{body}",
         body.len()
     );
-    // A server that has refused already reads no more.
+    // A server that has already refused the request stops reading.
     let _ = stream.write_all(request.as_bytes()).await;
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
@@ -57,14 +57,14 @@ async fn control(address: SocketAddr, path: &str) -> Answer {
     ask(address, "POST", path, &bearer(TOKEN), "").await
 }
 
-/// Who watches the events.
+/// A client of the event stream.
 struct Watcher {
     stream: TcpStream,
     buffer: String,
 }
 
 impl Watcher {
-    /// `None` when there is no place left.
+    /// `None` if there is no place left.
     async fn start(address: SocketAddr) -> Option<Self> {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n");
@@ -93,7 +93,7 @@ impl Watcher {
     /// The next event's name and data.
     async fn next(&mut self) -> (String, Value) {
         loop {
-            // Chunks begin with their length, on a line of its own, and are events here.
+            // Each chunk is one event, preceded by its length on a line of its own.
             if let Some((event, rest)) = self.buffer.split_once("\n\n") {
                 let line = |start: &str| event.lines().find_map(|line| line.strip_prefix(start));
                 let name = line("event: ").unwrap_or_default().to_owned();
@@ -116,7 +116,7 @@ impl Watcher {
         }
     }
 
-    /// The first snapshot that is so.
+    /// The first snapshot that meets the condition.
     async fn until(&mut self, what: &str, is: impl Fn(&Value) -> bool) -> Value {
         let began = Instant::now();
         loop {
@@ -134,7 +134,7 @@ async fn start(chain: &Chain) -> Program {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_comes_whole_and_may_load_nothing_else() {
+async fn the_page_is_self_contained_and_may_load_nothing_else() {
     let redis = Redis::start().await;
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("RELAY_URL", "ws://127.0.0.1:1");
     let program = Program::start("reader", &variables).await;
@@ -146,7 +146,7 @@ async fn the_page_comes_whole_and_may_load_nothing_else() {
     let nonce = policy.split("'nonce-").nth(1).unwrap().split('\'').next().unwrap();
     assert_eq!(page.body.matches(&format!("nonce=\"{nonce}\"")).count(), 2, "one style and one script");
     assert!(!page.body.contains("NONCE"));
-    // Nothing inline but these two, and nothing from elsewhere.
+    // Nothing else is inline, and nothing is loaded from elsewhere.
     for forbidden in ["https://", "src=\"http", "@import", " style=\"", " onclick=\"", "innerHTML"] {
         assert!(!page.body.contains(forbidden), "the page has {forbidden}");
     }
@@ -162,7 +162,7 @@ async fn the_page_comes_whole_and_may_load_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_events_hold_everything_that_the_page_shows() {
+async fn the_event_stream_contains_everything_the_page_shows() {
     let chain = Chain::start(&network(20_000), Some(2_000)).await;
     let program = start(&chain).await;
     program.finishes_more(1_000.0).await;
@@ -170,7 +170,7 @@ async fn the_events_hold_everything_that_the_page_shows() {
     let (name, history) = watcher.next().await;
     assert_eq!(name, "history");
     assert_eq!(history["columns"].as_array().unwrap().len(), history["points"][0].as_array().unwrap().len());
-    // The day has the same columns, a point a minute, and the minute that is not over as it is so far.
+    // The day has the same columns and one point per minute, including the current minute so far.
     let day = ask(program.http, "GET", "/history", "", "").await.json();
     assert_eq!((&day["columns"], &day["step_seconds"]), (&history["columns"], &json!(60)));
     let minutes = day["points"].as_array().unwrap();
@@ -180,7 +180,7 @@ async fn the_events_hold_everything_that_the_page_shows() {
         .until("a rate and percentiles", |snapshot| {
             snapshot["events"]["per_second"].as_f64() > Some(0.0)
                 && snapshot["events"]["p99_ms"].is_number()
-                // Redis does not know at every moment.
+                // Redis does not always know.
                 && snapshot["stream"]["waiting"].is_number()
         })
         .await;
@@ -225,19 +225,19 @@ async fn the_events_hold_everything_that_the_page_shows() {
     }
     let (p50, p99) = (&snapshot["events"]["p50_ms"], &snapshot["events"]["p99_ms"]);
     assert!(p50.as_f64() <= p99.as_f64(), "{p50} {p99}");
-    // One a second, and time goes on.
+    // One snapshot a second, and the time advances.
     let began = Instant::now();
     let first = watcher.snapshot().await;
     let second = watcher.snapshot().await;
     assert!(second["time_ms"].as_u64() > first["time_ms"].as_u64());
     assert!(began.elapsed() > Duration::from_millis(500), "{:?}", began.elapsed());
-    // What the page shows is what the alarms see.
+    // The page shows the same figures that the alerts are based on.
     let snapshot = watcher.snapshot().await;
     assert!(program.entries().await >= snapshot["events"]["finished"].as_f64().unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_who_knows_the_token_controls_and_no_other_site_does() {
+async fn control_requires_the_admin_token_and_rejects_other_sites() {
     let redis = Redis::start().await;
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("RELAY_URL", "ws://127.0.0.1:1");
     let with = variables.clone().with("ADMIN_TOKEN", TOKEN).with("LOG_LEVEL", "DEBUG");
@@ -270,13 +270,13 @@ async fn only_who_knows_the_token_controls_and_no_other_site_does() {
         let preflight = ask(program.http, "OPTIONS", path, "Origin: https://elsewhere.example\r\n", "").await;
         assert!(preflight.code >= 400 && !preflight.head.contains("access-control-"), "{}", preflight.head);
     }
-    // Our own page is no other site.
+    // Our own page is not another site.
     let own = bearer(TOKEN) + &format!("Origin: http://{}\r\nSec-Fetch-Site: same-origin\r\n", program.http);
     assert_eq!(ask(program.http, "POST", "/control/resume", &own, "").await.code, 200);
     let wrong = control(program.http, "/control/pause?part=everything").await;
     assert_eq!(wrong.code, 400);
     assert_eq!(control(program.http, "/control/pause?part=pipelines").await.code, 409, "there are none here");
-    // Bodies are bounded, and refused before they are read where the token is missing.
+    // Bodies are bounded, and without the token they are refused before they are read.
     let large = format!("{{\"ids\": [\"{}\"]}}", "1".repeat(100_000));
     let headers = bearer(TOKEN) + "Content-Type: application/json\r\n";
     assert_eq!(ask(program.http, "POST", "/dead-letters/purge", &headers, &large).await.code, 413);
@@ -291,7 +291,7 @@ async fn only_who_knows_the_token_controls_and_no_other_site_does() {
         assert!(!program.get(path).await.1.contains(TOKEN), "{path}");
     }
 
-    // Without a token in the environment nobody does.
+    // Without a token in the environment nobody has control.
     let program = Program::start("reader", &variables.with("CONSUMER_ID", "other")).await;
     let answer = ask(program.http, "POST", "/control/pause", &bearer(TOKEN), "").await;
     assert_eq!(answer.code, 403);
@@ -299,12 +299,12 @@ async fn only_who_knows_the_token_controls_and_no_other_site_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
+async fn paused_parts_hold_nothing_and_resume_where_they_stopped() {
     let chain = Chain::start(&network(20_000), Some(1_500)).await;
     let program = start(&chain).await;
     program.finishes_more(500.0).await;
 
-    // The pipelines: nothing stays pending, and the stream grows.
+    // Pause the pipelines: nothing stays pending, and the stream grows.
     let answer = control(program.http, "/control/pause?part=pipelines").await;
     assert_eq!(answer.code, 200, "{}", answer.body);
     wait_until("the pipelines to rest", SOON, async || {
@@ -325,7 +325,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     assert!(readiness.contains("paused manually"), "{readiness}");
     assert!(readiness.contains("\"only_paused\":true"), "{readiness}");
     assert_eq!(program.get("/livez").await.0, 200);
-    // Whoever restarts what is not well would end the pause.
+    // An orchestrator that restarts unhealthy processes would end the pause.
     let asked = chain.variables().with("HTTP_ADDR", program.http.to_string()).with("ADMIN_TOKEN", TOKEN);
     assert_eq!(Standpipe::run(&["healthcheck"], &asked, SOON).await.code, 0);
     let mut watcher = Watcher::start(program.http).await.unwrap();
@@ -334,7 +334,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     let sentence = paused["health"]["sentence"].as_str().unwrap();
     assert!(sentence.contains("the pipelines are idle, the reader works"), "{sentence}");
 
-    // The reader too: it closes the connection and keeps its lease.
+    // Pause the reader too: it closes the connection and keeps its lease.
     assert_eq!(control(program.http, "/control/pause?part=reader").await.code, 200);
     wait_until("the reader to rest", SOON, async || {
         let status = program.status().await;
@@ -343,13 +343,13 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
     .await;
     let lease: String = redis_command(&chain.redis, &["GET", "firehose:cursor:lease"]).await;
     let cursor = chain.look().await.cursor;
-    // Longer than a lease lives.
+    // Longer than a lease lasts.
     tokio::time::sleep(Duration::from_secs(12)).await;
     let still: String = redis_command(&chain.redis, &["GET", "firehose:cursor:lease"]).await;
     assert_eq!(lease, still, "the lease is still its own");
     assert_eq!(chain.look().await.cursor, cursor, "nothing came in meanwhile");
 
-    // Everything goes on where it was: the end is that of a run that was never paused.
+    // Everything resumes where it stopped: the result is that of a run that was never paused.
     let resumed = Standpipe::run(&["control", "resume"], &asked, SOON).await;
     assert_eq!((resumed.code, resumed.stdout.as_str()), (0, "everything resumes\n"), "{}", resumed.stderr);
     chain.ends_like_an_undisturbed_run().await;
@@ -357,7 +357,7 @@ async fn what_is_paused_holds_nothing_and_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pause_while_the_database_is_away_waits_for_what_is_in_hand() {
+async fn a_pause_during_a_database_outage_waits_for_entries_in_hand() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(20_000), Some(1_500), database).await;
@@ -367,7 +367,7 @@ async fn a_pause_while_the_database_is_away_waits_for_what_is_in_hand() {
     wait_until("entries to be in hand", SOON, async || chain.look().await.pending > 0).await;
     assert_eq!(control(program.http, "/control/pause").await.code, 200);
     let mut watcher = Watcher::start(program.http).await.unwrap();
-    // The outage comes first: the pause alone would not explain what is pending.
+    // The outage takes precedence: the pause alone would not explain the pending entries.
     watcher.until("the outage to be told", |snapshot| snapshot["health"]["about"] == "postgres").await;
     postgres.start_again().await.unwrap();
     watcher.until("the pause to be told", |snapshot| snapshot["health"]["about"] == "paused").await;
@@ -377,7 +377,7 @@ async fn a_pause_while_the_database_is_away_waits_for_what_is_in_hand() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_level_changes_while_it_runs() {
+async fn the_log_level_can_be_changed_at_run_time() {
     let redis = Redis::start().await;
     let variables = Variables::new()
         .with("REDIS_URL", redis.url())
@@ -388,7 +388,7 @@ async fn the_log_level_changes_while_it_runs() {
     let set = async |level: &str| Standpipe::run(&["control", "log-level", level], &asked, SOON).await;
 
     assert_eq!(set("ERROR").await.code, 0);
-    // Said at the level before, or not at all.
+    // The change itself is logged at the previous level, or not at all.
     let lines = program.lines().len();
     assert_eq!(control(program.http, "/control/pause").await.code, 200);
     assert_eq!(control(program.http, "/control/resume").await.code, 200);
@@ -403,13 +403,13 @@ async fn the_log_level_changes_while_it_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn drain_ends_like_a_signal_and_nothing_is_left_in_hand() {
+async fn a_drain_exits_cleanly_and_leaves_nothing_pending() {
     let chain = Chain::start(&network(20_000), Some(1_500)).await;
     let mut program = start(&chain).await;
     program.finishes_more(500.0).await;
     let asked = chain.variables().with("HTTP_ADDR", program.http.to_string());
 
-    // The command line says what is wrong, each with its exit code.
+    // The command line reports each kind of mistake with its own exit code.
     let missing = Standpipe::run(&["control", "drain"], &asked, SOON).await;
     assert_eq!(missing.code, 64);
     assert!(missing.stderr.contains("ADMIN_TOKEN is not set"), "{}", missing.stderr);
@@ -434,13 +434,13 @@ async fn drain_ends_like_a_signal_and_nothing_is_left_in_hand() {
     assert_eq!(program.wait_exit(SOON).await, 0);
     assert_eq!(chain.look().await.pending, 0);
     assert!(program.output().contains("drained"), "{}", program.output());
-    // And the next start goes on.
+    // And the next start resumes the work.
     let _program = start(&chain).await;
     chain.ends_like_an_undisturbed_run().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_letters_are_listed_retried_and_purged() {
+async fn dead_letters_can_be_listed_retried_and_purged() {
     let chain = Chain::start(&network(200), None).await;
     let program = start(&chain).await;
     chain.finished().await;
@@ -458,7 +458,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
     }
     wait_until("the dead letters", SOON, async || chain.look().await.dead_letters == 60).await;
 
-    // From this machine they can be looked at without the token: bounded, the newest first, page by page.
+    // From this machine they can be viewed without the token: bounded, newest first, page by page.
     let get = async |path: &str| ask(program.http, "GET", path, "", "").await;
     let first = get("/dead-letters").await;
     assert_eq!(first.code, 200, "{}", first.body);
@@ -478,7 +478,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
     let by_database = get("/dead-letters?reason=database").await.json();
     assert_eq!(by_database["letters"].as_array().unwrap().len(), 1, "{by_database}");
     assert_eq!(by_database["looked_through"], 60);
-    // A text is looked for in all of them, wherever it stands and however it is written.
+    // A text is searched for in all of them, in every field and in any case.
     for (query, found) in [
         ("text=PLC:BAD7%22", 1),
         ("text=xxxxxx", 1),
@@ -501,7 +501,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
     assert_eq!(get("/dead-letters/1-1").await.code, 404);
     assert_eq!(get("/dead-letters/nonsense").await.code, 400);
     assert_eq!(get("/dead-letters?before=nonsense").await.code, 400);
-    // A request by a name that leads here is somebody else's page, or a proxy.
+    // A request under a foreign host name that resolves to us comes from someone else's page, or a proxy.
     let mut stream = TcpStream::connect(program.http).await.unwrap();
     let request = "GET /dead-letters HTTP/1.1\r\nHost: rebound.example\r\nConnection: close\r\n\r\n";
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -510,7 +510,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
     assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");
     assert!(!answer.contains("did:plc"), "{answer}");
 
-    // Retried: kept while it cannot be applied, gone when it can.
+    // Retry: kept while it cannot be applied, removed once it can.
     let headers = bearer(TOKEN) + "Content-Type: application/json\r\n";
     let post = async |path: &str, body: Value| {
         let answer = ask(program.http, "POST", path, &headers, &body.to_string()).await;
@@ -525,7 +525,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
     assert_eq!((&applied["applied"], &applied["kept"]), (&json!(1), &json!(0)), "{applied}");
     let name = "SELECT length(display_name) FROM users WHERE did = 'did:plc:bad0'";
     assert_eq!(query_value(&chain.database, name).await, "300");
-    // Purged: those with a text, some, then all.
+    // Purge: those with a text, then a few by id, then all.
     let removed = post("/dead-letters/purge", json!({"all": true, "text": "did:plc:bad8\""})).await;
     assert_eq!(removed["removed"], 1, "{removed}");
     let some: Vec<&String> = all.iter().filter(|other| *other != id).take(5).collect();
@@ -539,7 +539,7 @@ async fn dead_letters_are_listed_retried_and_purged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cost_of_statements_is_shown_where_postgresql_counts_it() {
+async fn statement_costs_are_shown_where_pg_stat_statements_is_installed() {
     let library = ("shared_preload_libraries".to_owned(), "pg_stat_statements".to_owned());
     let postgres =
         Postgres::start_with(PostgresOptions { settings: vec![library], ..Postgres::options() }).await;
@@ -550,7 +550,7 @@ async fn the_cost_of_statements_is_shown_where_postgresql_counts_it() {
     let answer = get("").await.json();
     assert_eq!(answer["counted"], false, "{answer}");
     assert!(answer["why"].as_str().unwrap().contains("CREATE EXTENSION pg_stat_statements"), "{answer}");
-    // Wherever it was put, and without the text of commands whose constants it keeps.
+    // In whichever schema it was created, and without the text of commands whose constants it keeps.
     execute(&chain.database, "CREATE SCHEMA \"of mine\"").await;
     execute(&chain.database, "CREATE EXTENSION pg_stat_statements SCHEMA \"of mine\"").await;
     execute(&chain.database, "COMMENT ON SCHEMA \"of mine\" IS 'a-secret-of-mine'").await;
@@ -569,11 +569,11 @@ async fn the_cost_of_statements_is_shown_where_postgresql_counts_it() {
         statements.iter().all(|s| s["calls"].as_u64() >= Some(1) && s["mean_ms"].is_number()),
         "{answer}"
     );
-    // As for dead letters: nobody else's page, and no wrong token.
+    // As with dead letters, other sites and wrong tokens are refused.
     assert_eq!(get("Origin: https://elsewhere.example\r\n").await.code, 401);
     assert_eq!(get(&bearer("not-the-token-at-all")).await.code, 401);
 
-    // A process without pipelines says so.
+    // A process without pipelines reports that it has none.
     let reader = Program::start("reader", &chain.variables().with("CONSUMER_ID", "reader")).await;
     let answer = ask(reader.http, "GET", "/statements", "", "").await.json();
     assert!(
@@ -583,16 +583,16 @@ async fn the_cost_of_statements_is_shown_where_postgresql_counts_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watchers_and_connections_are_bounded_and_who_takes_nothing_is_dropped() {
+async fn watchers_and_connections_are_bounded_and_stalled_readers_are_dropped() {
     let redis = Redis::start().await;
-    // Many pipelines make large snapshots, so that the buffers between fill soon.
+    // Many pipelines make large snapshots, so that the buffers in between fill up quickly.
     let variables = Variables::new()
         .with("REDIS_URL", redis.url())
         .with("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nothing")
         .with("PARALLEL_CONSUMERS", "200");
     let program = Program::start("worker", &variables).await;
 
-    // Who opens the events and never reads loses the connection, and its place.
+    // A client that opens the event stream and never reads loses its connection and its place.
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     let mut slow = socket.connect(program.http).await.unwrap();
@@ -622,8 +622,7 @@ async fn watchers_and_connections_are_bounded_and_who_takes_nothing_is_dropped()
     assert!(read.is_ok(), "its connection is closed");
     drop(watchers);
 
-    // Connections on which nothing is asked make room for those on which something is, and so do polite ones that keep
-    // theirs open.
+    // Idle connections make room for active ones, and so do polite clients that keep theirs open.
     let mut idle = Vec::new();
     for _ in 0..1_000 {
         idle.push(TcpStream::connect(program.http).await.unwrap());
@@ -643,7 +642,7 @@ async fn watchers_and_connections_are_bounded_and_who_takes_nothing_is_dropped()
         assert!(code == 200 || path == "/readyz", "{path}: {code}");
         assert!(began.elapsed() < Duration::from_secs(3), "{path} took {:?}", began.elapsed());
     }
-    // While all of them are busy, health and metrics have places of their own.
+    // While all connections are busy, health and metrics still have places of their own.
     let mut busy = Vec::new();
     while busy.len() < MAX_CONNECTIONS - MAX_WATCHERS {
         let mut stream = TcpStream::connect(program.http).await.unwrap();

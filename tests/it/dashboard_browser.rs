@@ -1,6 +1,8 @@
-//! The dashboard in a real browser: what it says in every state, what its buttons do, and the pictures in `docs/images`.
+//! The dashboard in a real browser: what it shows in every state, what its buttons do, and the screenshots in
+//! `docs/images`.
 //!
-//! `make test-ui` runs it; it needs Chromium. `UI_WARM_UP=600` lets the charts fill before the first picture.
+//! `make test-ui` runs it; it needs Chromium. `UI_WARM_UP=600` lets the charts fill before the first
+//! screenshot.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,7 +24,7 @@ fn picture(name: &str) -> PathBuf {
     folder.join(name).with_extension("png")
 }
 
-/// A commit of one operation, as the reader writes it.
+/// Appends a commit of one operation, as the reader writes it.
 async fn push(redis: &Redis, repo: &str, path: &str, record: &serde_json::Value) {
     let op = json!({"action": "create", "path": path, "cid": "bafy", "record": record});
     let data = json!({"repo": repo, "rev": "3n2samfdihk2n", "ops": [op]}).to_string();
@@ -32,7 +34,7 @@ async fn push(redis: &Redis, repo: &str, path: &str, record: &serde_json::Value)
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Chromium; make test-ui runs it"]
-async fn the_page_tells_every_state_and_its_buttons_work() {
+async fn the_page_shows_every_state_and_its_buttons_work() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let redis = Redis::start().await;
@@ -53,7 +55,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     page.view(WIDE).await;
     page.open(&format!("http://{}/", program.http)).await;
 
-    // Well, under load.
+    // Healthy, under load.
     page.until(
         "the page to say that it is well",
         "document.getElementById('health').dataset.level === 'well'",
@@ -72,7 +74,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     assert_eq!(width, json!(390), "the narrow page is wider than its window");
     page.view(WIDE).await;
 
-    // Thousands of events cost the browser one update a second, and a tab that nobody looks at nothing.
+    // Thousands of events cost the browser one update a second, and a hidden tab nothing.
     page.call("Performance.enable", json!({})).await;
     let before = page.busy_seconds().await;
     tokio::time::sleep(Duration::from_secs(10)).await;
@@ -101,7 +103,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     page.press("Escape").await;
     page.evaluate("document.activeElement.blur()").await;
 
-    // The day, and what PostgreSQL's statements cost: asked for when somebody looks.
+    // The day, and the cost of PostgreSQL's statements: both are fetched only when opened.
     page.click("[data-range='86400']").await;
     page.until("the minutes of the day", "day.length > 0 && span <= 86400").await;
     assert!(page.text("#times-lead").await.starts_with("the last 24 hours"));
@@ -114,7 +116,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     .await;
     page.click("#st-fold > summary").await;
 
-    // A telephone begins with what says how it is; a link opens the rest.
+    // On a phone only the essentials are unfolded; a link opens the other parts.
     page.view(View { width: 390, dark: false }).await;
     page.open(&format!("http://{}/?narrow", program.http)).await;
     assert_eq!(page.evaluate("document.getElementById('times').open").await, json!(false));
@@ -125,7 +127,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     page.view(WIDE).await;
     page.open(&format!("http://{}/", program.http)).await;
 
-    // Dead letters: one that can be mended, and others.
+    // Dead letters: one that can be fixed, and others.
     push(&redis, "did:plc:a", "app.bsky.actor.profile/self", &json!({"displayName": "x".repeat(300)})).await;
     push(&redis, "did:plc:b", "app.bsky.feed.like/3kabc", &json!({"createdAt": "2026-01-01T00:00:00Z"}))
         .await;
@@ -134,7 +136,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
         .await;
     tokio::time::sleep(Duration::from_secs(4)).await;
     page.screenshot(&picture("dead-letters")).await;
-    // The filter is that of the list and of the buttons below it.
+    // The filter applies to the list and to the buttons below it.
     page.evaluate("document.getElementById('dl-text').focus()").await;
     page.write("GRAPH.follow").await;
     page.until("the list to be filtered", "document.querySelectorAll('#letters tr').length === 1").await;
@@ -145,7 +147,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     assert_eq!(page.text("#dl-purge").await, "Purge all");
     execute(&database, "ALTER TABLE users ALTER display_name TYPE text").await;
 
-    // Retry: without the token nothing happens, with a wrong one neither, with the right one it is applied.
+    // Retry: nothing happens without the token or with a wrong one; with the right one the letter is applied.
     let mark =
         "[...document.querySelectorAll('#letters tr')].find(row => row.innerText.includes('actor.profile'))
                 .querySelector('button').id = 'mendable'";
@@ -194,7 +196,7 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     .await;
     program.finishes_more(1_000.0).await;
 
-    // The database goes away and comes back.
+    // The database goes down and comes back.
     postgres.sigkill().await.unwrap();
     page.until(
         "the page to miss the database",
@@ -210,12 +212,12 @@ async fn the_page_tells_every_state_and_its_buttons_work() {
     )
     .await;
 
-    // The token is nowhere.
+    // The token is stored nowhere.
     let everything = page.evaluate("document.documentElement.outerHTML + JSON.stringify([localStorage, sessionStorage, document.cookie])").await;
     assert!(!everything.as_str().unwrap().contains(TOKEN));
     assert!(!program.output().contains(TOKEN));
 
-    // Drained from the page, after a question.
+    // Drain from the page, after a confirmation.
     let mut program = program;
     page.click("#c-drain").await;
     page.until("the question", "document.getElementById('sure-dialog').open").await;

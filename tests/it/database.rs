@@ -1,5 +1,5 @@
-//! Databases that are not what we take them for: gone back in time, set up by somebody with other plans, behind a pooler,
-//! with triggers of the operator's.
+//! Databases that are not what we expect: restored to an earlier state, set up for other purposes, behind a
+//! pooler, or with the operator's own triggers.
 
 use std::path::Path;
 use std::process::Command;
@@ -21,7 +21,7 @@ fn copy(from: &Path, to: &Path) {
     assert!(Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap().success());
 }
 
-/// How many entries have been acknowledged.
+/// Waits until this many entries have been acknowledged.
 async fn finishes(program: &Program, entries: f64) {
     wait_for("entries to be finished", RUN, async || {
         let now = program.entries().await;
@@ -49,7 +49,7 @@ async fn a_database_restored_from_a_backup_is_refilled_from_the_relay() {
     let chain = Chain::with_database(&traffic, Some(1_000), database.clone()).await;
     let program = Program::start("run", &chain.variables()).await;
     finishes(&program, 1_500.0).await;
-    // What a backup has: everything up to here, and when that was noted.
+    // The backup holds everything up to here, including the noted position.
     wait_until("the position to be noted", SOON, async || {
         let noted = "SELECT coalesce(max(position), 0) > 500 FROM standpipe.acknowledged";
         query_value(&database, noted).await == "t"
@@ -60,7 +60,7 @@ async fn a_database_restored_from_a_backup_is_refilled_from_the_relay() {
     copy(postgres.folder(), &backup);
     postgres.start_again().await.unwrap();
     chain.finished().await;
-    // And noted, so that Redis knows more than the backup.
+    // The last position is noted too, so that Redis knows more than the backup.
     let last = chain.relay.last_seq;
     wait_until("the last position to be noted", SOON, async || {
         let noted = format!("SELECT position = {last} FROM standpipe.acknowledged");
@@ -86,7 +86,7 @@ async fn a_database_restored_from_a_backup_is_refilled_from_the_relay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_database_under_the_same_url_is_filled_from_the_relay_and_reported() {
+async fn a_recreated_database_is_refilled_from_the_relay_and_reported() {
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(2_000), None, database.clone()).await;
@@ -130,7 +130,7 @@ async fn passes(database: String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn settings_of_the_database_do_not_reach_our_connections() {
+async fn database_settings_do_not_affect_our_connections() {
     let postgres = Postgres::shared().await;
     for (setting, value) in HOSTILE_DEFAULTS {
         let database = postgres.fresh_database_with(setting, value).await;
@@ -142,7 +142,7 @@ async fn settings_of_the_database_do_not_reach_our_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_skips_triggers_is_refused_by_the_name_of_the_setting() {
+async fn a_database_that_skips_triggers_is_refused_and_the_setting_named() {
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let name = database.rsplit('/').next().unwrap();
@@ -177,7 +177,7 @@ async fn a_database_that_is_not_utf8_is_refused() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What the operator added
+// Columns and triggers that the operator added
 
 async fn add_like(redis: &Redis, rkey: &str) {
     let data = json!({"repo": "did:plc:a", "rev": crate::support::scripted::rev(rkey.parse().unwrap_or(7)), "ops": [{
@@ -205,7 +205,7 @@ async fn letters(variables: &Variables) -> Vec<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_column_of_the_operators_that_must_not_be_null_halts_and_makes_no_dead_letter() {
+async fn a_not_null_column_added_by_an_operator_halts_without_dead_letters() {
     let (redis, database, variables, mut program) = worker().await;
     execute(&database, "ALTER TABLE likes ADD COLUMN tenant text NOT NULL").await;
     add_like(&redis, "1").await;
@@ -219,7 +219,7 @@ async fn a_column_of_the_operators_that_must_not_be_null_halts_and_makes_no_dead
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_trigger_of_the_operators_refuses_is_a_dead_letter_that_names_it_and_harms_nothing_else() {
+async fn a_row_refused_by_an_operators_trigger_becomes_a_dead_letter_and_affects_nothing_else() {
     let (redis, database, variables, program) = worker().await;
     for state in ["P0001", "22000", "42P01", "XX000"] {
         execute(
@@ -252,9 +252,9 @@ async fn what_a_trigger_of_the_operators_refuses_is_a_dead_letter_that_names_it_
     }
 }
 
-/// The example of docs/extending.md, with a process that is killed in the middle.
+/// The example in docs/extending.md, with a process that is killed midway.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_trigger_is_an_exact_hook() {
+async fn the_documented_trigger_stays_exact_when_the_process_is_killed() {
     let page =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/extending.md")).unwrap();
     let sql: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("    ")).collect();
@@ -292,10 +292,10 @@ async fn the_documented_trigger_is_an_exact_hook() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What does not answer
+// Servers that do not answer
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_that_is_gone_leaves_no_server_processes_behind() {
+async fn a_missing_standby_does_not_pile_up_server_processes() {
     const POOL: usize = 6;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -345,7 +345,7 @@ async fn a_standby_that_is_gone_leaves_no_server_processes_behind() {
 // A panic
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_over_an_entry_costs_that_entry_alone() {
+async fn a_panic_costs_only_the_entry_that_caused_it() {
     for stage in ["interpret", "apply"] {
         let redis = Redis::start().await;
         let database = Postgres::shared().await.fresh_database().await;
@@ -372,7 +372,7 @@ async fn a_panic_over_an_entry_costs_that_entry_alone() {
 // Poolers
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_pgbouncer_in_session_mode_everything_works_with_its_default_settings() {
+async fn everything_works_behind_pgbouncer_in_session_mode_with_default_settings() {
     let postgres =
         Postgres::start_with(PostgresOptions { max_connections: 120, ..Postgres::options() }).await;
     for more in ["", "ignore_startup_parameters = options,extra_float_digits"] {
@@ -396,7 +396,7 @@ async fn behind_pgbouncer_in_session_mode_everything_works_with_its_default_sett
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pooler_in_transaction_mode_is_refused_by_name() {
+async fn a_pooler_in_transaction_mode_is_refused_with_the_remedy() {
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let pooler = PgBouncer::start(&postgres, "transaction", "").await;

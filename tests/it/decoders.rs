@@ -1,4 +1,4 @@
-//! Frames and entries from outside: recorded ones decode as another implementation decoded them, and nothing makes the
+//! Frames and entries from outside: recorded ones decode as in another implementation, and nothing makes the
 //! decoders panic.
 
 use std::path::Path;
@@ -22,7 +22,7 @@ fn fixture(name: &str) -> std::path::PathBuf {
 }
 
 #[test]
-fn recorded_frames_decode_as_another_implementation_decoded_them() {
+fn recorded_frames_decode_as_in_another_implementation() {
     let frames = read_frames(&fixture("pds-live.frames")).unwrap();
     let events: Vec<Value> =
         serde_json::from_str(&std::fs::read_to_string(fixture("pds-live.events.json")).unwrap()).unwrap();
@@ -71,7 +71,7 @@ fn recorded_frames_decode_as_another_implementation_decoded_them() {
 }
 
 #[test]
-fn entries_have_the_python_readers_fields_first() {
+fn entries_start_with_the_python_readers_fields() {
     let frames = read_frames(&fixture("pds-live.frames")).unwrap();
     for frame in frames {
         let Message::Event { entries, .. } = decode(&frame.bytes, &collections("*")).unwrap() else {
@@ -88,7 +88,7 @@ fn entries_have_the_python_readers_fields_first() {
 }
 
 #[test]
-fn collections_that_nobody_asked_for_are_left_out() {
+fn unwanted_collections_are_left_out() {
     let wanted = collections("app.bsky.feed.like");
     let mut kept = 0;
     for frame in read_frames(&fixture("pds-live.frames")).unwrap() {
@@ -122,7 +122,7 @@ fn info_and_error_frames_are_told_apart() {
 }
 
 #[test]
-fn a_record_that_is_not_what_its_cid_says_loses_only_itself() {
+fn a_record_that_does_not_match_its_cid_is_the_only_one_lost() {
     fn count(entries: &[standpipe::stream::append::NewEntry]) -> usize {
         entries
             .iter()
@@ -140,7 +140,8 @@ fn a_record_that_is_not_what_its_cid_says_loses_only_itself() {
         // One byte of a text inside a record block: still valid CBOR, but not what was hashed.
         let Some(at) = frame.bytes.windows(9).rposition(|bytes| bytes == b"2026-11-2") else { continue };
         let mut bytes = frame.bytes.to_vec();
-        // The last such text may be the frame's own time, which nothing hashes: only those inside blocks count.
+        // The last such text may be the frame's own time, which is not hashed: only those inside blocks
+        // count.
         bytes[at] = b'3';
         if let Ok(Message::Event { entries, letters, .. }) = decode(&bytes, &wanted)
             && let [letter] = &*letters
@@ -249,7 +250,7 @@ proptest! {
                     let entry = Entry {
                         id: EntryId { ms: 1, seq: 0 },
                         event_type: entry.event_type.to_owned(),
-                        // Cut anywhere: also in the middle of an escape.
+                        // Cut anywhere, even in the middle of an escape.
                         data: entry.data.chars().take(length.index(entry.data.len() + 1)).collect(),
                         seq: entry.seq.to_string(),
                     };

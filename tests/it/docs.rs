@@ -1,4 +1,4 @@
-//! What the documentation names exists.
+//! Everything that the documentation names exists.
 
 use std::path::Path;
 
@@ -45,7 +45,7 @@ fn every_invariant_names_tests_that_exist() {
 }
 
 #[test]
-fn every_metric_that_the_runbook_names_exists() {
+fn every_metric_named_in_the_runbook_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let metrics = std::fs::read_to_string(root.join("src/metrics/mod.rs")).unwrap();
     let mut seen = 0;
@@ -56,7 +56,7 @@ fn every_metric_that_the_runbook_names_exists() {
                 continue;
             }
             seen += 1;
-            // Those of the process have a collector of their own.
+            // Process metrics have a collector of their own.
             if word.starts_with("standpipe_process_") {
                 continue;
             }
@@ -67,7 +67,7 @@ fn every_metric_that_the_runbook_names_exists() {
 }
 
 #[test]
-fn every_metric_has_its_line_with_the_words_of_the_program() {
+fn every_metric_is_documented_with_its_help_text() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let source = ["src/metrics/mod.rs", "src/metrics/describe.rs"]
         .map(|path| std::fs::read_to_string(root.join(path)).unwrap())
@@ -93,7 +93,7 @@ fn every_metric_has_its_line_with_the_words_of_the_program() {
 }
 
 #[test]
-fn every_paragraph_that_the_page_names_is_in_the_runbook() {
+fn every_runbook_paragraph_the_dashboard_names_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
     let (page, health) = (read("src/http/dashboard.html"), read("src/health/rules.rs"));
@@ -103,7 +103,7 @@ fn every_paragraph_that_the_page_names_is_in_the_runbook() {
     let list = page.split("const PARAGRAPHS = {").nth(1).unwrap().split("};").next().unwrap();
     let mut seen = 0;
     for (about, names) in list.lines().filter_map(|line| line.trim().split_once(": ")) {
-        // These two are the page's own.
+        // These two are specific to the page.
         let known = ["worker_lease", "dead"].contains(&about) || health.contains(&format!("\"{about}\""));
         assert!(known, "no state is about {about}");
         for name in names.trim_end_matches(',').trim_matches('"').split(", ") {

@@ -1,4 +1,4 @@
-//! What was acknowledged is on disk, whatever dies: invariants 1, 2 and 4 under crashes of the servers.
+//! Acknowledged events are on disk, whatever crashes: invariants 1, 2 and 4 under server crashes.
 //!
 //! The PostgreSQL servers here are the tests' own, with `fsync` and `synchronous_commit` on.
 
@@ -21,7 +21,8 @@ use standpipe_lab::servers::{PostgresOptions, send_signal};
 const EVENTS: u64 = 6_000;
 const RATE: u32 = 3_000;
 
-/// A server whose own processes write no log to the disk for many seconds: what is there got there by a flush.
+/// A server whose background processes write no WAL to disk for many seconds: anything on disk got there by a
+/// flush.
 async fn lazy_postgres() -> Postgres {
     let settings = [
         ("wal_writer_delay", "10s"),
@@ -40,13 +41,13 @@ async fn lazy_postgres() -> Postgres {
     postgres
 }
 
-/// Bytes of log that are not on disk yet.
+/// Bytes of WAL that are not on disk yet.
 async fn unflushed(database: &str) -> i64 {
     let sql = "SELECT (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint";
     query_value(database, sql).await.parse().unwrap()
 }
 
-/// Entries of one like each.
+/// Entries with one like each.
 fn likes(from: u64, count: u64) -> Vec<Entry> {
     let like = |number: u64| {
         let data = json!({
@@ -98,7 +99,7 @@ async fn the_flush_moves_the_wal_flush_position_past_the_batch() {
         assert_eq!(synchronous_commit().await, setting);
 
         let mut proved = false;
-        // Should the server have written the log by itself after all, the flush has proved nothing.
+        // If the server has written the WAL by itself after all, the flush has proved nothing.
         for _ in 0..5 {
             let entries = likes(number, 20);
             number += 20;
@@ -127,7 +128,7 @@ async fn the_flush_moves_the_wal_flush_position_past_the_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_nothing() {
+async fn killing_a_server_process_between_commit_and_flush_loses_nothing() {
     let postgres = lazy_postgres().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), None, database.clone()).await;
@@ -145,7 +146,7 @@ async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_noth
     let mut worker = Program::start("worker", &variables).await;
     worker.finishes_more(1_000.0).await;
 
-    // The log's writer hands full pages to the kernel, which a crash of the server's processes does not take away.
+    // The WAL writer hands full pages to the kernel, where they survive a crash of the server's processes.
     let log_writer = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'";
     let log_writer = query_value(&database, log_writer).await.parse().unwrap();
     send_signal(Signal::Stop, &[log_writer]).unwrap();
@@ -166,9 +167,9 @@ async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_noth
         fs::read_to_string(postgres.log_file()).unwrap().contains(&what)
     })
     .await;
-    // It would not react to being told to end.
+    // A stopped process would not react to being told to exit.
     send_signal(Signal::Kill, &[log_writer]).unwrap();
-    // The server throws everybody out and replays its log; it is not the same before that is over.
+    // The server disconnects everybody and replays its WAL; there is nothing to compare before that is over.
     wait_until("the server to be back", SOON, async || {
         let log = fs::read_to_string(postgres.log_file()).unwrap();
         log[log.find(&what).unwrap()..].contains("database system is ready to accept connections")
@@ -187,15 +188,15 @@ async fn a_server_process_killed_between_answered_calls_and_the_flush_loses_noth
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_restarted_with_its_aof_tail_cut_ends_with_every_event_of_the_relay() {
+async fn every_event_is_applied_after_redis_restarts_with_a_truncated_aof() {
     const CUT: u64 = 100_000;
-    // So many that there are some left when the program is seen to work.
+    // Enough that some are left by the time the program is seen to work.
     const MORE: u64 = 20_000;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let mut chain = Chain::with_database(&network(MORE), Some(RATE), database.clone()).await;
     let gate = Gate::for_url(&database).await;
-    // So that the program does not see the restarted Redis before the test has.
+    // So that the program does not see the restarted Redis before the test does.
     let proxy = TcpProxy::for_url(&chain.redis.url()).await;
     let variables = chain
         .variables()
@@ -203,11 +204,11 @@ async fn redis_restarted_with_its_aof_tail_cut_ends_with_every_event_of_the_rela
         .with("DATABASE_URL", gate.url_through(&database));
     let mut program = Program::start("run", &variables).await;
     program.finishes_more(300.0).await;
-    // What is lost must not have been applied before: then its loss would not be noticed.
+    // The lost entries must not have been applied before, or their loss would go unnoticed.
     gate.hold(Hold { flushes: true, ..Hold::default() });
     let held = chain.look().await.length;
     wait_until("entries that nobody got", RUN, async || {
-        // Five pipelines hold 200 each at the most.
+        // Five pipelines hold at most 200 each.
         gate.flushes_held() == 5 && chain.look().await.length > held + 2_000
     })
     .await;
@@ -225,14 +226,14 @@ async fn redis_restarted_with_its_aof_tail_cut_ends_with_every_event_of_the_rela
     gate.hold(Hold::default());
 
     chain.ends_like_an_undisturbed_run().await;
-    // The loss was made good by the relay: what was cut off came a second time.
+    // The relay made up for the loss: it sent the truncated events a second time.
     assert!(chain.relay.frames_sent() > MORE, "the relay sent nothing twice");
     assert!(program.entries().await > applied);
     assert!(program.is_running());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_whose_answer_was_lost_is_applied_again_harmlessly() {
+async fn a_commit_whose_answer_was_lost_is_safely_applied_again() {
     const TIMES: u64 = 4;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -250,7 +251,7 @@ async fn a_commit_whose_answer_was_lost_is_applied_again_harmlessly() {
     while lost < TIMES {
         program.finishes_more(300.0).await;
         gate.hold(Hold { answers: true, ..Hold::default() });
-        // What becomes visible after this moment was committed after it, and its answer is held.
+        // Rows that become visible from now on are committed from now on, and the answers are held.
         let before = rows().await;
         let held = gate.answer_bytes_held();
         let committed = tokio::time::timeout(Duration::from_secs(1), async {
@@ -258,7 +259,7 @@ async fn a_commit_whose_answer_was_lost_is_applied_again_harmlessly() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         });
-        // All pipelines may have stood before a flush: then nothing is committed, and it is tried again.
+        // All pipelines may have been about to flush: then nothing is committed, and we try again.
         lost += u64::from(committed.await.is_ok());
         gate.cut_all();
         gate.hold(Hold::default());
@@ -268,7 +269,7 @@ async fn a_commit_whose_answer_was_lost_is_applied_again_harmlessly() {
     assert!(program.metric_with("standpipe_retries_total", "reconnect").await >= 1.0);
     let stale = program.metric_with("standpipe_operations_total", "stale").await;
     chain.ends_like_an_undisturbed_run().await;
-    // What was committed and not answered came again, and met itself.
+    // Events whose commit was not answered were applied again and met their own rows.
     let met = program.metric_with("standpipe_operations_total", "stale").await;
     assert!(
         met > stale,
@@ -278,7 +279,7 @@ async fn a_commit_whose_answer_was_lost_is_applied_again_harmlessly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_to_postgresql_cut_at_any_moment_cost_nothing() {
+async fn cutting_postgresql_connections_at_any_moment_loses_nothing() {
     const TIMES: u64 = 8;
     let postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
@@ -300,9 +301,9 @@ async fn connections_to_postgresql_cut_at_any_moment_cost_nothing() {
     assert!(program.is_running());
 }
 
-/// Everything at once: Redis loses its tail, PostgreSQL crashes, in the same run, again and again.
+/// Everything at once: Redis loses the end of its AOF and PostgreSQL crashes, repeatedly, in the same run.
 #[tokio::test(flavor = "multi_thread")]
-async fn both_servers_crashing_in_turn_lose_nothing() {
+async fn crashing_both_servers_repeatedly_loses_nothing() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let mut chain = Chain::with_database(&network(EVENTS), Some(RATE), database.clone()).await;

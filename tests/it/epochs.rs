@@ -1,9 +1,10 @@
-//! Which of two versions is newer, when their numbers come from different numberings, or from none.
+//! Which of two versions is newer if their numbers come from different sequences, or if they have none.
 
 use crate::support::chain::{CURSOR, Chain, Program, SOON, STREAM, Variables, network, redis_command};
 use crate::support::scripted::{self, ScriptedRelay, account, commit, create, delete, identity, post, rev};
 use crate::support::{Postgres, Redis, Standpipe, connect, query_value, wait_until};
 use serde_json::{Value as Json, json};
+use standpipe::stream::Stream;
 use standpipe::stream::append::{self, Appendix, Budget, Move, NewEntry};
 
 const DID: &str = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa";
@@ -20,8 +21,8 @@ async fn migrated() -> String {
 // ---------------------------------------------------------------------------------------------
 // The order
 
-/// Versions of every mix of origins: our reader's with revision and epoch, the Python reader's without, those of version 0.1,
-/// of an origin without numbering, of nobody.
+/// Versions from every mix of origins: from our reader with revision and epoch, from the Python reader
+/// without, from version 0.1, from an origin without numbers, and from none at all.
 #[tokio::test]
 async fn newer_is_a_strict_total_order_over_versions_of_every_origin() {
     let client = connect(&migrated().await).await;
@@ -53,8 +54,8 @@ async fn newer_is_a_strict_total_order_over_versions_of_every_origin() {
         }
         rows.sort();
         rows.dedup();
-        // Of a strict total order one of two is newer, and never both; and a tournament is transitive if and only if no two
-        // beat the same number of others.
+        // In a strict total order exactly one of two is newer; and a tournament is transitive if and only if
+        // no two beat the same number of others.
         let sql = format!(
             "WITH v AS (SELECT row_number() OVER () AS n, * FROM (VALUES {}) AS v (rev, seq, ms, sq)),
                   c AS (SELECT a.n AS a, b.n AS b,
@@ -77,7 +78,7 @@ async fn newer_is_a_strict_total_order_over_versions_of_every_origin() {
 
 /// A row that another program wrote has no stream id.
 #[tokio::test]
-async fn a_row_of_another_program_loses_to_anything() {
+async fn a_row_written_by_another_program_loses_to_any_version() {
     let client = connect(&migrated().await).await;
     for theirs in ["NULL, NULL", "NULL, '9'", "'3zzzzzzzzzzzz', '9'"] {
         let sql = format!(
@@ -91,7 +92,7 @@ async fn a_row_of_another_program_loses_to_anything() {
 // ---------------------------------------------------------------------------------------------
 // The scenarios
 
-/// A stream that both readers append to, each in its way, and a worker.
+/// A stream that both readers append to, each in its own way, and a worker.
 struct Turns {
     redis: Redis,
     database: String,
@@ -117,10 +118,13 @@ impl Turns {
         Self { redis, database, keys, cursor: append::Cursor::default(), _program: program }
     }
 
-    /// Our reader begins a session, in this epoch or in the one that it was in.
+    async fn stream(&self) -> Stream {
+        Stream::over(self.redis.connection().await, self.keys.clone())
+    }
+
+    /// Our reader starts a session, in a new epoch or in its previous one.
     async fn we_read(&mut self, anew: bool) {
-        let mut connection = self.redis.connection().await;
-        self.cursor = append::read_cursor(&mut connection, &self.keys).await.unwrap();
+        self.cursor = self.stream().await.cursor().await.unwrap();
         if anew || self.cursor.epoch.is_none() {
             self.cursor.epoch = Some(self.cursor.next_epoch);
         }
@@ -140,7 +144,7 @@ impl Turns {
             ..Appendix::default()
         };
         let budget = Budget { bytes: 1 << 20, per_account: 10 };
-        append::append(&mut self.redis.connection().await, &self.keys, to, budget, &what).await.unwrap();
+        self.stream().await.append(to, budget, &what).await.unwrap();
         self.cursor.position = Some(seq);
     }
 
@@ -154,7 +158,7 @@ impl Turns {
         let _: String = redis_command(&self.redis, &["SET", CURSOR, &seq]).await;
     }
 
-    /// What the post says when everything is applied; `-` when it is not there.
+    /// The post's text once everything is applied; `-` if there is no post.
     async fn text(&self) -> String {
         wait_until("everything to be acknowledged", SOON, async || {
             crate::support::chain::look(&self.redis).await.unwrap().is_drained()
@@ -173,16 +177,16 @@ fn remove() -> Json {
     json!({"action": "delete", "path": POST})
 }
 
-/// (a) Revisions are an hour older than the entries that bring them, and half of the entries have none.
+/// (a) Revisions are an hour older than the entries that carry them, and half of the entries have none.
 #[tokio::test(flavor = "multi_thread")]
-async fn our_reader_and_the_python_reader_taking_turns_are_one_order() {
+async fn alternating_our_reader_with_the_python_reader_preserves_the_order() {
     let mut turns = Turns::start().await;
     turns.theirs(10, write("one")).await;
     assert_eq!(turns.text().await, "one");
     turns.we_read(false).await;
     turns.ours(20, 20, write("two")).await;
     assert_eq!(turns.text().await, "two");
-    // Late, and older.
+    // The Python reader takes over again.
     turns.theirs(30, write("three")).await;
     assert_eq!(turns.text().await, "three");
     turns.theirs(40, remove()).await;
@@ -195,14 +199,14 @@ async fn our_reader_and_the_python_reader_taking_turns_are_one_order() {
     assert_eq!(turns.text().await, "six");
     turns.ours(70, 70, remove()).await;
     assert_eq!(turns.text().await, "-");
-    // What is sent again changes nothing.
+    // A resent commit changes nothing.
     turns.ours(50, 50, write("five")).await;
     assert_eq!(turns.text().await, "-");
 }
 
-/// (b) Of a relay whose backlog repeats older events under greater numbers.
+/// (b) A relay whose backlog repeats older events under higher numbers.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backlog_of_another_relay_does_not_bring_back_what_is_older() {
+async fn another_relays_backlog_does_not_bring_back_older_versions() {
     let mut turns = Turns::start().await;
     turns.we_read(true).await;
     turns.ours(900, 10, write("old")).await;
@@ -216,9 +220,9 @@ async fn a_backlog_of_another_relay_does_not_bring_back_what_is_older() {
     assert_eq!(turns.text().await, "-");
 }
 
-/// (d) Redis, and with it the cursor and its epoch, is lost: everything comes again in a later epoch.
+/// (d) Redis, and with it the cursor and its epoch, is lost: everything is read again in a later epoch.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_comes_again_after_redis_was_lost_changes_nothing() {
+async fn events_replayed_after_redis_was_lost_change_nothing() {
     let mut turns = Turns::start().await;
     turns.we_read(true).await;
     turns.ours(900, 10, write("old")).await;
@@ -232,9 +236,10 @@ async fn what_comes_again_after_redis_was_lost_changes_nothing() {
     assert_eq!(turns.text().await, "newest");
 }
 
-/// (e) An origin without numbers gives a revision; (f) a repair has that of the repository's head, and none either.
+/// (e) An origin without numbers provides a revision; (f) a repair has that of the repository's head, and no
+/// number either.
 #[tokio::test(flavor = "multi_thread")]
-async fn revisions_without_numbers_stand_between_those_of_the_relay() {
+async fn revisions_without_sequence_numbers_are_ordered_among_the_relays() {
     let mut turns = Turns::start().await;
     turns.we_read(true).await;
     turns.ours(900, 10, write("relay")).await;
@@ -245,7 +250,7 @@ async fn revisions_without_numbers_stand_between_those_of_the_relay() {
     };
     without_number(&turns, 30, write("repair")).await;
     assert_eq!(turns.text().await, "repair");
-    // Older and newer commits that come late.
+    // Older and newer commits that arrive late.
     turns.ours(901, 20, remove()).await;
     assert_eq!(turns.text().await, "repair");
     turns.ours(903, 40, write("newer")).await;
@@ -257,10 +262,10 @@ async fn revisions_without_numbers_stand_between_those_of_the_relay() {
     assert_eq!(turns.text().await, "newer");
 }
 
-/// (c) A relay that starts over behind the same name, and goes just live: later handles, statuses, takedowns and deletions
-/// win, nothing that it still has is lost, and the gap is counted.
+/// (c) A relay that restarts its numbering under the same name and sends only live events: later handles,
+/// statuses, takedowns and deletions win, nothing that it still has is lost, and the gap is counted.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
+async fn a_relay_that_restarts_its_numbering_is_followed_and_the_gap_is_counted() {
     const OTHER: &str = "did:plc:bbbbbbbbbbbbbbbbbbbbbbbb";
     const GONE: &str = "did:plc:cccccccccccccccccccccccc";
     let start = 9_000_000_001;
@@ -282,7 +287,7 @@ async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
         (1, account(1, GONE, Some("deleted"))),
         (2, identity(2, DID, Some("new.test"))),
         (3, account(3, OTHER, None)),
-        // What its backlog repeats is older than what is known.
+        // Its backlog repeats an event that is older than what is known.
         (4, commit(4, DID, &rev(0), &[create("app.bsky.feed.post/before0", &post("before"))])),
     ];
     after.extend((5..=15).map(|seq| {
@@ -301,7 +306,7 @@ async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
                 }
                 return;
             }
-            // A cursor beyond its head is ignored, and the stream just live.
+            // A cursor beyond its head is ignored, and only live events are sent.
             if connection.cursor.is_some_and(|cursor| cursor > 15) {
                 for (_, frame) in &after[9..] {
                     connection.send(frame).await;
@@ -344,9 +349,9 @@ async fn a_relay_that_starts_over_is_followed_and_the_gap_is_counted() {
     );
 }
 
-/// The same through another address: `RELAY_URL` changes to a relay with lower numbers.
+/// The same with another address: `RELAY_URL` changes to a relay with lower numbers.
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_switch_to_lower_numbers_later_statuses_win_and_one_gap_is_counted() {
+async fn after_a_switch_to_a_relay_with_lower_numbers_later_statuses_win_and_one_gap_is_counted() {
     let frames = |start: i64, handle: &'static str, status: Option<&'static str>| {
         move |mut connection: scripted::Connection| async move {
             connection.send(&identity(start, DID, Some(handle))).await;
@@ -370,7 +375,7 @@ async fn after_a_switch_to_lower_numbers_later_statuses_win_and_one_gap_is_count
     program.signal(crate::support::Signal::Term);
     program.wait_exit(SOON).await;
 
-    // As long as the new one cannot be reached, nothing is lost by the change, and nothing counted.
+    // While the new relay cannot be reached, the change loses nothing and counts nothing.
     let nobody = format!("ws://127.0.0.1:{}", crate::support::free_port().unwrap());
     let mut program = Program::start("run", &chain.variables().with("RELAY_URL", nobody)).await;
     program.wait_for_line("the reader waits", SOON).await;

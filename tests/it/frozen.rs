@@ -1,7 +1,8 @@
-//! What others build on: names of metrics and keys, the shape of the status pages, `--help`, exit codes. Here it is as it was;
-//! a change that was not meant to be seen from outside fails.
+//! What others build on: names of metrics and keys, the shape of the status pages, `--help`, exit codes. Any
+//! change that was not meant to be visible from outside fails here.
 //!
-//! `STANDPIPE_FREEZE=1` writes the lists in `tests/fixtures/frozen` anew. What disappears from one of them is a breaking change.
+//! `STANDPIPE_FREEZE=1` rewrites the lists in `tests/fixtures/frozen`. A line that disappears from one of
+//! them is a breaking change.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -11,7 +12,7 @@ use crate::support::chain::{Chain, Program, SOON, network, redis_command};
 use crate::support::{Standpipe, free_port};
 use serde_json::Value;
 
-/// Compares with what is frozen.
+/// Compares with the frozen list.
 #[track_caller]
 fn is_frozen(name: &str, found: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/frozen").join(name);
@@ -28,7 +29,7 @@ fn is_frozen(name: &str, found: &str) {
 }
 
 #[tokio::test]
-async fn the_help_of_every_command_is_as_it_was() {
+async fn the_help_of_every_command_is_unchanged() {
     let mut all = String::new();
     let mut commands = vec![Vec::<String>::new()];
     while let Some(command) = commands.pop() {
@@ -53,7 +54,7 @@ async fn the_help_of_every_command_is_as_it_was() {
 }
 
 #[tokio::test]
-async fn the_exit_codes_are_as_they_were() {
+async fn exit_codes_are_unchanged() {
     let nobody = format!("redis://127.0.0.1:{}", free_port().unwrap());
     let nothing = format!("postgres://nobody@127.0.0.1:{}/nothing", free_port().unwrap());
     let unreachable = [("REDIS_URL", nobody.as_str()), ("DATABASE_URL", &nothing)];
@@ -106,11 +107,11 @@ fn lines(of: impl IntoIterator<Item = String>) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_keys_and_status_pages_are_as_they_were() {
+async fn metrics_keys_and_status_pages_are_unchanged() {
     let chain = Chain::start(&network(3_000), None).await;
     let program = Program::start("run", &chain.variables().with("LEGACY_STATUS", "true")).await;
     chain.finished().await;
-    // Some of them are there when their task has worked for the first time.
+    // Some of them appear only once their task has run.
     crate::support::wait_until("every task to have worked once", SOON, async || {
         let (_, text) = program.get("/metrics").await;
         let keys: Vec<String> = redis_command(&chain.redis, &["KEYS", "*"]).await;
@@ -125,7 +126,7 @@ async fn metrics_keys_and_status_pages_are_as_they_were() {
     .await;
 
     let (_, text) = program.get("/metrics").await;
-    // Labels appear with what they are about.
+    // Labels appear only with the events they describe, so they are left out.
     let metrics: BTreeSet<String> =
         text.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(str::to_owned).collect();
     assert!(metrics.len() > 30, "{metrics:#?}");

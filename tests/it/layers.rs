@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A module may use those above it, never itself in a circle and never one below. The command line stands below them all.
+/// A module may use those above it and never one below, so there are no cycles. The command line comes last.
 const ORDER: [&str; 24] = [
     "mutex",
     "stop",
@@ -31,7 +31,7 @@ const ORDER: [&str; 24] = [
     "cli",
 ];
 
-/// Crates that one room alone knows.
+/// Crates that only these modules may name.
 const CRATES: [(&str, &[&str]); 9] = [
     ("redis", &["stream"]),
     ("tokio_postgres", &["store"]),
@@ -44,7 +44,7 @@ const CRATES: [(&str, &[&str]); 9] = [
     ("clap", &["cli", "main"]),
 ];
 
-/// The files of the product with the module that each belongs to.
+/// The source files of the product, each with the module it belongs to.
 fn sources() -> Vec<(String, String)> {
     fn walk(folder: &Path, root: &Path, into: &mut Vec<(String, String)>) {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -64,7 +64,7 @@ fn sources() -> Vec<(String, String)> {
     found
 }
 
-/// The names behind each `start::`, one level of braces included.
+/// The names after each `start::`, including one level of braces.
 fn named(text: &str, start: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for (at, _) in text.match_indices(start) {
@@ -88,7 +88,7 @@ fn violations(sources: &[(String, String)]) -> Vec<String> {
     let place = |name: &str| ORDER.iter().position(|module| *module == name);
     let mut found = Vec::new();
     for (module, text) in sources {
-        // Comments and tests may name what they like.
+        // Comments and tests may name anything.
         let code: String = text
             .split("#[cfg(test)]\nmod tests {")
             .next()
@@ -108,7 +108,7 @@ fn violations(sources: &[(String, String)]) -> Vec<String> {
             }
         }
         for (name, rooms) in CRATES {
-            // The doctor has a module of the crate's name.
+            // The doctor has a module with the same name as the crate.
             let own = code.contains(&format!("mod {name};"));
             if !own && !named(&code, &format!("{name}::")).is_empty() && !rooms.contains(&module.as_str()) {
                 found.push(format!("{module} names the crate {name}, which only {rooms:?} may know"));
@@ -119,12 +119,12 @@ fn violations(sources: &[(String, String)]) -> Vec<String> {
 }
 
 #[test]
-fn imports_point_up_the_order_and_each_server_is_known_to_one_room() {
+fn imports_follow_the_layer_order_and_each_crate_stays_in_its_modules() {
     assert_eq!(violations(&sources()), Vec::<String>::new());
 }
 
 #[test]
-fn a_planted_wrong_import_is_found() {
+fn planted_violations_are_found() {
     for (module, line) in [
         ("event", "use crate::store::Store;"),
         ("stream", "use crate::{config::Config, pipeline::Pipeline};"),
@@ -147,7 +147,7 @@ fn a_planted_wrong_import_is_found() {
 }
 
 #[test]
-fn the_order_is_that_of_the_crate() {
+fn the_order_matches_lib_rs() {
     let lib = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
     let declared: BTreeSet<&str> =
         lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();

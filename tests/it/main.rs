@@ -1,6 +1,6 @@
 //! The integration tests: the real binary against real servers. `cargo test --test it claims::` runs one module.
 
-// A test that tells a sequence from top to bottom is clearer whole.
+// A test that tells one story from top to bottom is clearer in one piece.
 #![allow(clippy::too_many_lines)]
 
 mod support;

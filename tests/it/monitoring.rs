@@ -1,4 +1,4 @@
-//! The kit in monitoring/: what it asks for is what the program exports, and Prometheus accepts it.
+//! The kit in monitoring/: it asks only for what the program exports, and Prometheus accepts it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ fn metrics_in(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Every expression of the dashboard.
+/// Every expression in the dashboard.
 fn expressions(dashboard: &Value) -> Vec<&str> {
     let panels = dashboard["panels"].as_array().unwrap();
     panels
@@ -32,7 +32,7 @@ fn expressions(dashboard: &Value) -> Vec<&str> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_metric_of_the_kit_is_exported_with_its_labels() {
+async fn every_metric_used_by_the_kit_is_exported_with_its_labels() {
     let chain = Chain::start(&network(300), None).await;
     let program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -41,7 +41,7 @@ async fn every_metric_of_the_kit_is_exported_with_its_labels() {
     })
     .await;
     let page = program.get("/metrics").await.1;
-    // Series, not their comments: histograms are asked for by bucket, sum and count.
+    // Series, not their comments: histograms are queried by bucket, sum and count.
     let series: String = page.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join("\n");
     let exported = metrics_in(&series);
 
@@ -60,7 +60,7 @@ async fn every_metric_of_the_kit_is_exported_with_its_labels() {
     let unknown: Vec<_> = used.difference(&exported).collect();
     assert_eq!(unknown, [] as [&String; 0], "in the kit, and not exported");
 
-    // What it selects or groups by is a label of that metric, in words that it has.
+    // Every label that it selects or groups by exists on that metric, with that value.
     for (metric, label, value) in [
         ("standpipe_entries_total", "type", "commit"),
         ("standpipe_operations_total", "kind", "like"),
@@ -76,7 +76,7 @@ async fn every_metric_of_the_kit_is_exported_with_its_labels() {
 }
 
 #[test]
-fn the_dashboard_shows_most_of_what_is_exported() {
+fn the_dashboard_shows_most_exported_metrics() {
     let dashboard: Value = serde_json::from_str(&file("monitoring/grafana/standpipe.json")).unwrap();
     let shown = metrics_in(&expressions(&dashboard).join("\n"));
     let source = file("src/metrics/mod.rs");
@@ -92,7 +92,7 @@ fn the_dashboard_shows_most_of_what_is_exported() {
 }
 
 #[test]
-fn every_alert_has_a_test_that_it_fires_and_one_that_it_is_quiet() {
+fn every_alert_is_tested_both_firing_and_quiet() {
     let alerts = file("monitoring/alerts.yml");
     let tests = file("monitoring/alerts_test.yml");
     let names: Vec<&str> = alerts.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
@@ -106,7 +106,7 @@ fn every_alert_has_a_test_that_it_fires_and_one_that_it_is_quiet() {
 }
 
 #[test]
-fn the_compose_file_mounts_what_is_there() {
+fn the_compose_file_mounts_only_existing_files() {
     let compose = file("docker-compose.yml");
     let mounts: Vec<&str> = compose
         .lines()
@@ -119,14 +119,14 @@ fn the_compose_file_mounts_what_is_there() {
     }
 }
 
-/// `make test-monitoring` gets promtool and runs this; a plain `cargo test` lists it as ignored.
+/// `make test-monitoring` downloads promtool and runs this; a plain `cargo test` lists it as ignored.
 #[test]
 #[ignore = "needs promtool: make test-monitoring"]
 fn prometheus_accepts_the_configuration_the_rules_and_their_tests() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let ours = root.join("target/tools/promtool");
     let promtool = if ours.exists() { ours } else { PathBuf::from("promtool") };
-    // The dashboard's expressions, as rules, with what Grafana puts in.
+    // The dashboard's expressions as rules, with Grafana's variables filled in.
     let dashboard: Value = serde_json::from_str(&file("monitoring/grafana/standpipe.json")).unwrap();
     let rules: Vec<Value> = expressions(&dashboard)
         .iter()

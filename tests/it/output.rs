@@ -1,4 +1,4 @@
-//! What commands print: nobody has to read all of it, and nothing from the network reaches a terminal as it is.
+//! What commands print: it may be left unread, and nothing from the network reaches a terminal unescaped.
 
 use std::process::Stdio;
 
@@ -6,7 +6,7 @@ use crate::support::chain::{DEAD, RUN, SOON, Variables, redis_command};
 use crate::support::{Postgres, Redis, Standpipe, free_port};
 use serde_json::{Value, json};
 
-/// Runs the program with outputs that nobody reads; the standard error is returned where it is read.
+/// Runs the program with closed output pipes; returns its standard error if that one is left open.
 async fn unread(arguments: &[&str], variables: &Variables, stderr_too: bool) -> (i32, String) {
     let closed = || {
         let (reader, writer) = std::io::pipe().unwrap();
@@ -24,7 +24,7 @@ async fn unread(arguments: &[&str], variables: &Variables, stderr_too: bool) -> 
         .stderr(if stderr_too { closed() } else { Stdio::piped() })
         .kill_on_drop(true);
     let child = command.spawn().unwrap();
-    // Its ends of the pipes must not stay here.
+    // Our copies of its pipe ends must not stay open.
     drop(command);
     let ended = tokio::time::timeout(RUN, child.wait_with_output()).await;
     let ended = ended.unwrap_or_else(|_| panic!("{arguments:?} does not end")).unwrap();
@@ -32,7 +32,7 @@ async fn unread(arguments: &[&str], variables: &Variables, stderr_too: bool) -> 
     (code, String::from_utf8(ended.stderr).unwrap())
 }
 
-/// Keeps a dead letter, as a worker does.
+/// Stores a dead letter, as a worker does.
 async fn bury(redis: &Redis, path: &str, message: &str) -> String {
     let op =
         json!({"action": "create", "path": path, "cid": "bafy", "record": {"text": message}}).to_string();
@@ -57,7 +57,7 @@ async fn bury(redis: &Redis, path: &str, message: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_stops_reading_ends_every_command_quietly() {
+async fn a_closed_output_pipe_ends_every_command_quietly() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let id = bury(&redis, "app.bsky.feed.like/1", "no subject").await;
@@ -86,7 +86,7 @@ async fn who_stops_reading_ends_every_command_quietly() {
         assert_eq!(code, 0, "{arguments:?}: {stderr}");
         assert!(!stderr.contains("panicked") && !stderr.contains("roken pipe"), "{arguments:?}: {stderr}");
     }
-    // Where the exit code is the answer, it stays the answer.
+    // Where the exit code is the answer, it is unaffected.
     let away = variables.clone().with("REDIS_URL", format!("redis://127.0.0.1:{}", free_port().unwrap()));
     for (arguments, code) in
         [(&["check"][..], 69), (&["check", "--json"], 69), (&["status"], 69), (&["healthcheck"], 1)]
@@ -94,7 +94,7 @@ async fn who_stops_reading_ends_every_command_quietly() {
         let (ended, stderr) = unread(arguments, &away, false).await;
         assert!(ended == code && !stderr.contains("panicked"), "{arguments:?}: {ended} {stderr}");
     }
-    // Not even complaints have to be read.
+    // Even error messages may go unread.
     for (arguments, code) in
         [(&["no-such-command"][..], 64), (&["dead-letters", "show", "9-9"], 1), (&["control", "drain"], 64)]
     {
@@ -103,7 +103,7 @@ async fn who_stops_reading_ends_every_command_quietly() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_from_the_network_reaches_a_terminal_as_it_is() {
+async fn nothing_from_the_network_reaches_a_terminal_unescaped() {
     let redis = Redis::start().await;
     let hostile = "a\u{1b}]0;title\u{7}b\0c\u{9b}2Jd\u{202e}e\u{2066}f\r\ng";
     let path = format!("app.bsky.feed.post{hostile}/{}", "k".repeat(900_000));
@@ -126,7 +126,7 @@ async fn nothing_from_the_network_reaches_a_terminal_as_it_is() {
     assert!(page.lines().all(|line| line.chars().count() < 5_000), "{page}");
     assert!(page.contains("record      at://did:plc:a/app.bsky.feed.posta\\u{1b}]0;title"), "{page}");
 
-    // As JSON it is whole, and says the same.
+    // As JSON it is complete and unchanged.
     for arguments in [&["list", "--json"][..], &["show", &id, "--json"]] {
         let letter: Value = serde_json::from_str(&letters(arguments).await).unwrap();
         assert!(letter["message"].as_str().unwrap().starts_with(hostile), "{arguments:?}");

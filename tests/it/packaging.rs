@@ -1,4 +1,4 @@
-//! What is installed beside the program: completions, manual pages, systemd's units.
+//! What is installed alongside the program: completions, manual pages, systemd units.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use standpipe::config::VARIABLES;
 
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_standpipe"));
-    // Not even PATH: it needs nothing.
+    // Not even PATH: it needs no environment at all.
     command.args(arguments).env_clear().stdin(Stdio::null());
     command
 }
@@ -23,14 +23,14 @@ fn printed(arguments: &[&str]) -> String {
     stdout(&command(arguments).output().unwrap())
 }
 
-/// The subcommands that the help of a command lists, without `help`.
+/// The subcommands that the help of a command lists, except `help`.
 fn subcommands(of: &[&str]) -> Vec<String> {
     printed(&[of, &["-h"]].concat())
         .lines()
         .skip_while(|line| *line != "Commands:")
         .skip(1)
         .take_while(|line| !line.is_empty())
-        // What is indented further goes on with a description.
+        // Lines that are indented further continue a description.
         .filter_map(|line| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')))
         .filter_map(|line| line.split_whitespace().next())
         .filter(|name| *name != "help")
@@ -38,7 +38,7 @@ fn subcommands(of: &[&str]) -> Vec<String> {
         .collect()
 }
 
-/// Every command line that names a command: `["run"]`, ..., `["dead-letters", "list"]`, ...
+/// Every command and subcommand: `["run"]`, ..., `["dead-letters", "list"]`, ...
 fn commands() -> Vec<Vec<String>> {
     let mut all = Vec::new();
     for name in subcommands(&[]) {
@@ -67,13 +67,13 @@ fn the_completions_name_every_command() {
 }
 
 #[test]
-fn bash_understands_its_completions_and_completes() {
+fn bash_loads_its_completions_and_completes_a_command() {
     let script = printed(&["completions", "bash"]);
     let complete = "COMP_WORDS=(standpipe dead); COMP_CWORD=1; COMPREPLY=(); \
                     _standpipe standpipe dead standpipe; echo \"${COMPREPLY[*]}\"";
     let output = Command::new("bash")
         .args(["--norc", "-c", &format!("{script}\n{complete}")])
-        // So that it has nothing to say about a locale that is missing here.
+        // So that it does not complain about a locale that is missing here.
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
@@ -82,7 +82,7 @@ fn bash_understands_its_completions_and_completes() {
 }
 
 #[test]
-fn there_is_a_manual_page_for_every_command() {
+fn every_command_has_a_manual_page() {
     let folder = tempfile::tempdir().unwrap();
     let pages = folder.path().join("not/there/yet");
     assert_eq!(printed(&["man", pages.to_str().unwrap()]), "");
@@ -107,10 +107,10 @@ fn there_is_a_manual_page_for_every_command() {
 }
 
 #[test]
-fn the_manual_page_of_the_program_names_every_command_and_variable() {
+fn the_main_manual_page_lists_every_command_and_variable() {
     let page = printed(&["man"]);
     for name in subcommands(&[]) {
-        // A - of the page is \- in its source.
+        // A - on the page is \- in its source.
         let entry = format!("standpipe\\-{}(1)", name.replace('-', "\\-"));
         assert!(page.contains(&entry), "{entry} is missing:\n{page}");
     }
@@ -120,14 +120,14 @@ fn the_manual_page_of_the_program_names_every_command_and_variable() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_made_is_named() {
+fn a_folder_that_cannot_be_created_is_named_in_the_error() {
     let output = command(&["man", "/dev/null/pages"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("/dev/null/pages"), "{output:?}");
 }
 
 #[test]
-fn a_reader_that_went_away_is_no_mistake() {
+fn a_closed_output_pipe_is_not_an_error() {
     for arguments in [&["completions", "bash"][..], &["completions", "fish"], &["man"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -155,7 +155,7 @@ fn setting<'a>(unit: &'a [String], name: &str) -> &'a str {
 const UNITS: [&str; 3] = ["standpipe.service", "standpipe-reader.service", "standpipe-worker.service"];
 
 #[test]
-fn the_units_are_alike_but_for_what_they_run() {
+fn the_systemd_units_differ_only_in_what_they_run() {
     let own = |line: &&String| {
         let name = line.split('=').next().unwrap();
         let own = ["Description", "ExecStart", "Environment", "EnvironmentFile", "Conflicts", "After"];
@@ -171,7 +171,7 @@ fn the_units_are_alike_but_for_what_they_run() {
 }
 
 #[test]
-fn the_units_wait_for_the_drain_and_do_not_restart_what_is_set_wrongly() {
+fn the_systemd_units_wait_for_the_drain_and_do_not_restart_on_bad_configuration() {
     let drain = VARIABLES.iter().find(|variable| variable.name == "DRAIN_TIMEOUT").unwrap().default;
     let drain = humantime::parse_duration(drain).unwrap();
     for name in UNITS {

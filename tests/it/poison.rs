@@ -1,5 +1,5 @@
-//! One entry in a hundred can never be applied, of every kind that there is; all others are, and after a correction so are
-//! those that it corrects.
+//! One entry in a hundred can never be applied, for every possible reason; all others are, and after a
+//! correction so are those that it fixes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ fn op(collection: &str, rkey: usize, record: &Value) -> Value {
     json!({"action": "create", "path": format!("{collection}/{rkey}"), "cid": "bafy", "record": record})
 }
 
-/// The n-th poison: what it is called, its type, its data, and how many operations of it are good.
+/// The n-th poison entry: its reason, its type, its data, and how many of its operations are good.
 fn poison(number: usize) -> (&'static str, &'static str, String, u64) {
     let like = json!({"subject": {"uri": "at://did:plc:x/app.bsky.feed.post/1", "cid": "bafy"}});
     match number % 6 {
@@ -48,7 +48,7 @@ fn poison(number: usize) -> (&'static str, &'static str, String, u64) {
     }
 }
 
-/// The entries of the simulated network, and with every hundredth of them a poison where `poisoned`.
+/// Appends the entries of the simulated network and, if `poisoned`, a poison entry after every hundredth.
 async fn push(redis: &Redis, poisoned: bool) -> BTreeMap<&'static str, u64> {
     let (config, _) = config::from_env([("COLLECTIONS", "*")], Role::Tool).unwrap();
     let mut counts = BTreeMap::new();
@@ -87,7 +87,7 @@ async fn apply(redis: &Redis, database: &str) -> Variables {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
+async fn with_one_poison_entry_in_a_hundred_everything_else_is_applied() {
     let (clean, poisoned) = (Redis::start().await, Redis::start().await);
     let postgres = Postgres::shared().await;
     let (expected, database) = (postgres.fresh_database().await, postgres.fresh_database().await);
@@ -97,7 +97,7 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     apply(&clean, &expected).await;
     let variables = apply(&poisoned, &database).await;
 
-    // Each poison once, with a reason.
+    // Each poison entry is listed once, with a reason.
     let listed =
         Standpipe::run(&["dead-letters", "list", "--json", "--limit", "100000"], &variables, SOON).await;
     let letters: Vec<Value> = listed.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -109,12 +109,12 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     let counts: BTreeMap<&str, u64> = counts.into_iter().collect();
     assert_eq!(found, counts);
 
-    // The good operations beside a bad one are there ...
+    // The good operations beside a bad one are applied ...
     let likes =
         query_value(&database, &format!("SELECT count(*) FROM likes WHERE user_did LIKE '{REPO}%'")).await;
     let good: u64 = (1..=letters.len()).map(|number| poison(number).3).sum();
     assert_eq!(likes, good.to_string());
-    // ... a correction brings back what it corrects ...
+    // ... a correction makes the letters it fixes applicable ...
     execute(&database, "ALTER TABLE users ALTER display_name TYPE text").await;
     let retry = ["dead-letters", "retry", "--all", "--reason", "database"];
     let retried = Standpipe::run(&retry, &variables, Duration::from_mins(1)).await;
@@ -123,7 +123,7 @@ async fn one_in_a_hundred_is_poison_and_everything_else_is_applied() {
     assert_eq!(query_value(&database, &names).await, counts["database"].to_string());
     let left = look(&poisoned).await.unwrap().dead_letters;
     assert_eq!(left, letters.len() as u64 - counts["database"]);
-    // ... and everything that is no poison is as if there had been none.
+    // ... and everything else is as if there had been no poison.
     for (table, column) in [("likes", "user_did"), ("notifications", "author_did"), ("users", "did")] {
         execute(&database, &format!("DELETE FROM {table} WHERE {column} LIKE '{REPO}%'")).await;
     }

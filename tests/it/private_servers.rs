@@ -19,14 +19,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 const SOON: Duration = Duration::from_secs(20);
-/// Where the child process of the tests about its death writes what it has started.
+/// Where the child process that the tests kill reports what it has started.
 const REPORT: &str = "STANDPIPE_TEST_REPORT";
-/// Set when that child freezes its servers.
+/// Set if that child is to freeze its servers.
 const FROZEN: &str = "STANDPIPE_TEST_FROZEN";
 
 fn is_gone(pid: u32) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        // A zombie waits for its parent only; where pid 1 collects nobody, it stays.
+        // A zombie only waits for its parent; where pid 1 reaps nothing, it stays.
         Ok(stat) => stat.rsplit_once(')').unwrap().1.trim_start().starts_with('Z'),
         Err(_) => true,
     }
@@ -42,7 +42,7 @@ async fn get(redis: &Redis, key: &str) -> Option<String> {
 }
 
 #[tokio::test]
-async fn redis_keeps_its_data_over_a_crash() {
+async fn redis_keeps_its_data_across_a_crash() {
     let mut redis = Redis::start_with(RedisOptions {
         append_fsync: AppendFsync::Always,
         max_memory: Some(64 << 20),
@@ -75,7 +75,7 @@ async fn redis_keeps_its_data_over_a_crash() {
 }
 
 #[tokio::test]
-async fn redis_loses_what_is_cut_from_its_append_only_file() {
+async fn redis_loses_writes_cut_from_its_append_only_file() {
     let mut redis = Redis::start().await;
     set(&redis, "early", "1").await;
     set(&redis, "late", "2").await;
@@ -87,7 +87,7 @@ async fn redis_loses_what_is_cut_from_its_append_only_file() {
     assert_eq!(get(&redis, "early").await.as_deref(), Some("1"));
     assert_eq!(get(&redis, "late").await, None);
 
-    // More than there is: everything goes, and the answer says how much that was.
+    // More than there is: everything is cut, and the result is how much that was.
     redis.stop().await.unwrap();
     let length = fs::metadata(redis.aof_paths().unwrap().last().unwrap()).unwrap().len();
     assert_eq!(redis.truncate_aof_tail(u64::MAX).unwrap(), length);
@@ -106,7 +106,7 @@ async fn redis_without_an_append_only_file_starts_empty() {
 }
 
 #[tokio::test]
-async fn a_paused_redis_answers_only_after_it_was_resumed() {
+async fn a_paused_redis_answers_only_once_resumed() {
     let mut redis = Redis::start().await;
     let mut connection = redis.connection().await;
     redis.pause().await.unwrap();
@@ -119,7 +119,7 @@ async fn a_paused_redis_answers_only_after_it_was_resumed() {
 }
 
 #[tokio::test]
-async fn postgres_keeps_committed_rows_over_a_crash() {
+async fn postgres_keeps_committed_rows_across_a_crash() {
     let mut postgres = Postgres::start().await;
     let url = postgres.fresh_database().await;
     execute(&url, "CREATE TABLE t (id int, name text); INSERT INTO t VALUES (2, NULL), (1, 'one')").await;
@@ -144,7 +144,7 @@ async fn postgres_keeps_committed_rows_over_a_crash() {
 }
 
 #[tokio::test]
-async fn a_paused_postgres_answers_only_after_it_was_resumed() {
+async fn a_paused_postgres_answers_only_once_resumed() {
     let mut postgres = Postgres::start().await;
     let url = postgres.fresh_database().await;
     let open = connect(&url).await;
@@ -153,7 +153,7 @@ async fn a_paused_postgres_answers_only_after_it_was_resumed() {
     assert!(tokio::time::timeout(Duration::from_millis(200), connect(&url)).await.is_err());
     postgres.resume().unwrap();
     open.batch_execute("SELECT 1").await.unwrap();
-    // Dropped while it stands still: must not hang.
+    // Dropping it while it is paused must not hang.
     postgres.pause().await.unwrap();
 }
 
@@ -169,7 +169,7 @@ async fn a_database_can_be_copied_from_another() {
 }
 
 #[tokio::test]
-async fn two_servers_of_a_kind_run_side_by_side() {
+async fn two_servers_of_the_same_kind_run_side_by_side() {
     let (one, two) = tokio::join!(Redis::start(), Redis::start());
     set(&one, "key", "one").await;
     set(&two, "key", "two").await;
@@ -185,7 +185,7 @@ async fn two_servers_of_a_kind_run_side_by_side() {
 }
 
 #[tokio::test]
-async fn a_second_server_in_a_folder_is_refused_and_the_first_lives_on() {
+async fn a_second_server_in_the_same_folder_is_refused_and_the_first_keeps_running() {
     let redis = Redis::start().await;
     let error = PrivateRedis::start(redis.folder(), RedisOptions::default()).await.unwrap_err();
     assert!(format!("{error:#}").contains("in use by another private server"), "{error:#}");
@@ -193,7 +193,7 @@ async fn a_second_server_in_a_folder_is_refused_and_the_first_lives_on() {
 }
 
 #[tokio::test]
-async fn a_server_that_cannot_start_says_what_its_log_says() {
+async fn a_server_that_fails_to_start_reports_its_log() {
     let folder = PrivateFolder::create("standpipe-test-failing").unwrap();
     let broken = RedisOptions { extra: vec!["no-such-setting yes".to_owned()], ..RedisOptions::default() };
     let error = PrivateRedis::start(&folder.path().join("redis"), broken).await.unwrap_err();
@@ -208,7 +208,7 @@ async fn a_server_that_cannot_start_says_what_its_log_says() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_is_an_error_only_when_it_was_asked_for() {
+async fn a_port_in_use_is_an_error_only_if_it_was_requested() {
     let redis = Redis::start().await;
     let folder = PrivateFolder::create("standpipe-test-port").unwrap();
     let same = RedisOptions { port: Some(redis.port()), ..RedisOptions::default() };
@@ -218,7 +218,7 @@ async fn a_port_that_is_taken_is_an_error_only_when_it_was_asked_for() {
 }
 
 #[tokio::test]
-async fn what_a_dropped_server_had_is_gone() {
+async fn dropping_a_server_removes_its_processes_and_files() {
     let redis = Redis::start().await;
     let postgres = Postgres::start().await;
     let pids: Vec<u32> = redis.pid().into_iter().chain(postgres.all_pids()).collect();
@@ -261,7 +261,7 @@ async fn child_that_is_killed() {
 async fn kill_a_process_that_has_servers(frozen: bool) {
     let folder = tempfile::tempdir().unwrap();
     let report = folder.path().join("report");
-    // Goes with this process even if this test fails.
+    // Ends with this process even if this test fails.
     let mut command = command_for_life(&std::env::current_exe().unwrap()).unwrap();
     command
         .args(["--exact", "private_servers::child_that_is_killed", "--ignored", "--nocapture"])
@@ -279,8 +279,7 @@ async fn kill_a_process_that_has_servers(frozen: bool) {
     let mut lines = text.lines();
     let pids: Vec<u32> = lines.next().unwrap().split(' ').map(|pid| pid.parse().unwrap()).collect();
     let folders: Vec<&Path> = lines.map(Path::new).collect();
-    // Redis and the postmaster come first; a server process that had just done its work may be
-    // among the others.
+    // Redis and the postmaster come first; the others may include a server process that has just finished.
     assert!(pids.len() > 4 && pids[..2].iter().all(|pid| !is_gone(*pid)), "{pids:?}");
     assert_eq!(folders.len(), 2);
     assert!(folders.iter().all(|folder| folder.is_dir()));
@@ -306,7 +305,7 @@ async fn a_killed_process_leaves_no_frozen_server_behind() {
 }
 
 #[tokio::test]
-async fn the_proxy_cuts_and_refuses_and_says_so() {
+async fn the_proxy_cuts_and_refuses_connections_and_counts_both() {
     let redis = Redis::start().await;
     let proxy = TcpProxy::for_url(&redis.url()).await;
     let client = redis::Client::open(proxy.url_through(&redis.url())).unwrap();
@@ -331,7 +330,7 @@ async fn the_proxy_cuts_and_refuses_and_says_so() {
 }
 
 #[tokio::test]
-async fn a_cut_is_a_reset_not_an_end() {
+async fn a_cut_resets_the_connection_rather_than_closing_it() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let proxy = TcpProxy::start(server.local_addr().unwrap().to_string()).await;
     let mut client = TcpStream::connect(proxy.address()).await.unwrap();
@@ -366,7 +365,7 @@ async fn the_proxy_swallows_everything_while_it_is_a_black_hole() {
 }
 
 #[tokio::test]
-async fn the_proxy_holds_back_what_arrives() {
+async fn the_proxy_delays_traffic() {
     let redis = Redis::start().await;
     let proxy = TcpProxy::for_url(&redis.url()).await;
     let client = redis::Client::open(proxy.url_through(&redis.url())).unwrap();
@@ -378,7 +377,7 @@ async fn the_proxy_holds_back_what_arrives() {
 }
 
 #[tokio::test]
-async fn http_answers_are_read_plain_and_in_chunks() {
+async fn http_responses_are_read_plain_and_chunked() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = server.local_addr().unwrap();
     let answers = [
@@ -405,7 +404,7 @@ async fn http_answers_are_read_plain_and_in_chunks() {
 
 #[tokio::test]
 #[should_panic(expected = "in vain for: the moon to be green; looked")]
-async fn waiting_in_vain_says_for_what() {
+async fn a_wait_that_times_out_names_its_condition() {
     wait_until("the moon to be green", Duration::from_millis(50), async || false).await;
 }
 
@@ -427,7 +426,7 @@ async fn a_command_for_life_can_be_signalled() {
 }
 
 #[tokio::test]
-async fn the_real_binary_tells_its_version() {
+async fn the_real_binary_prints_its_version() {
     let none: [(&str, &str); 0] = [];
     let finished = Standpipe::run(&["--version"], &none, SOON).await;
     assert_eq!(finished.code, 0, "{finished:?}");

@@ -1,6 +1,7 @@
-//! What a real server sent, through the real binary: `pds-live.frames` over a websocket into Redis and PostgreSQL. What
-//! has to come out is computed from `pds-live.events.json`, the same frames decoded by another implementation, and
-//! `python-reader-entries.jsonl` is what the Python reader made of them.
+//! The recording of a real server through the real binary: `pds-live.frames` over a websocket into Redis and
+//! PostgreSQL. The expected result is computed from `pds-live.events.json`, the same frames decoded by
+//! another implementation; `python-reader-entries.jsonl` holds the entries that the Python reader made of
+//! them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ const STREAM: &str = "firehose:events";
 const CURSOR: &str = "firehose:cursor";
 /// The last frame's number.
 const LAST: &str = "145";
-/// gone.test, which the recording's last frame deletes. Only its row in `users` stays.
+/// gone.test, which the recording's last frame deletes. Only its row in `users` remains.
 const GONE: &str = "did:plc:zrnd3fgemnjfessp2fpfwpou";
 
 fn fixture(name: &str) -> PathBuf {
@@ -57,7 +58,7 @@ fn event(frame: &Value) -> Option<Event> {
         "#sync" => return None,
         other => panic!("the recording has a frame of type {other}"),
     };
-    // Every event of the recording has its number: the stream's ids decide nothing.
+    // Every event of the recording has a number, so the stream's ids decide nothing.
     let seq = body["seq"].as_i64();
     Some(Event { version: Version { rev: text("rev"), seq, id: (0, 0) }, kind })
 }
@@ -79,7 +80,8 @@ fn commits(events: &[Event]) -> impl Iterator<Item = (&Event, &str, &[Op])> {
     })
 }
 
-/// The records that live at the end, by URI: every operation carried out in the order of the recording, no more.
+/// The records that are live at the end, by URI: simply every operation carried out in the order of the
+/// recording.
 fn live(events: &[Event]) -> BTreeMap<String, &Value> {
     let mut live = BTreeMap::new();
     for (_, repo, ops) in commits(events) {
@@ -119,7 +121,7 @@ fn collection(uri: &str) -> &str {
     uri.split('/').nth(3).unwrap()
 }
 
-/// Takes an account's records out of the tables, and what they count.
+/// Removes an account's records from the tables and from the counters.
 fn leave_out(tables: &mut Tables, did: &str) {
     let own = format!("at://{did}/");
     for (table, counter, post, who) in [
@@ -165,7 +167,7 @@ impl Relay {
     }
 }
 
-/// How the program gets to PostgreSQL.
+/// How the program reaches PostgreSQL.
 #[derive(Clone, Copy)]
 enum Way {
     Directly,
@@ -184,7 +186,7 @@ impl Servers {
         Self::on(way, Postgres::shared().await.fresh_database().await).await
     }
 
-    /// A Redis that knows nothing, for this database.
+    /// An empty Redis for this database.
     async fn on(way: Way, database: String) -> Self {
         let pooler = match way {
             Way::Directly => None,
@@ -281,8 +283,8 @@ impl Servers {
         assert_eq!(finished.code, 0, "{}{}", finished.stdout, finished.stderr);
     }
 
-    /// Every row of every table as text, without the given columns. Also what the tables do not show: tombstones,
-    /// handles, the registers of the accounts.
+    /// Every row of every table as text, without the given columns. This includes internal tables:
+    /// tombstones, handles, the registers of the accounts.
     async fn dump(&self, without: &[&str]) -> BTreeMap<String, Vec<String>> {
         let tables = "SELECT tablename, format('%I.%I', schemaname, tablename) FROM pg_tables
                       WHERE schemaname IN ('public', 'standpipe') AND tablename NOT IN ('migrations', 'tables_before', 'epochs', 'acknowledged')";
@@ -301,7 +303,8 @@ impl Servers {
     }
 }
 
-/// The columns that say when and through which entry a row was written. `id` numbers notifications as they come.
+/// The columns that record when and through which entry a row was written. `id` numbers notifications in
+/// order of arrival.
 const CIRCUMSTANCES: &[&str] = &["id", "indexed_at", "updated_at", "stream_ms", "stream_seq"];
 
 #[track_caller]
@@ -323,7 +326,7 @@ fn assert_same_dump(
 // ---------------------------------------------------------------------------------------------
 // The tests
 
-async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_else_has(way: Way) {
+async fn exactly_the_records_live_at_the_end_of_the_recording_have_rows(way: Way) {
     let events = recording();
     let relay = Relay::start().await;
     let servers = Servers::fresh(way).await;
@@ -333,7 +336,8 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
     let found = servers.tables().await;
     assert_eq!(found.rows("users")[GONE]["account_status"], json!("deleted"));
 
-    // First without the model: which records live, kind by kind. Nothing of the account that was deleted does.
+    // First without the model: which records are live, kind by kind. None of the deleted account's records
+    // are.
     let live = live(&events);
     let live: BTreeMap<&str, &Value> = live
         .iter()
@@ -349,7 +353,7 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
                 .filter(|(_, row)| !row["profile_record"].is_null())
                 .map(|(did, _)| format!("at://{did}/app.bsky.actor.profile/self"))
                 .collect(),
-            // Their key is the post that they are about, which is the one under their own key.
+            // They are keyed by the post they apply to, which has the same record key as they do.
             "thread_gates" | "post_gates" => {
                 rows.map(|(post, _)| post.replace("app.bsky.feed.post", kind)).collect()
             }
@@ -393,7 +397,7 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
     assert!(wrong.is_empty(), "{wrong:#?}");
     model::assert_same("after the recording", &expected, &found);
 
-    // Some of it by eye, should both be wrong in the same way.
+    // Some values explicitly, in case both are wrong in the same way.
     let text = |uri: &str, column: &str| found.rows("posts")[uri][column].clone();
     let eve = "at://did:plc:5ixs3xm5b4bd55xgfjw5kuqe/app.bsky.feed.post";
     assert_eq!(text(&format!("{eve}/3n2samhsskc2n"), "text"), json!("NUL in text  end"));
@@ -402,7 +406,7 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
     let alice = "at://did:plc:75etpyow5sotosvyllzeqzjn/app.bsky.feed.post";
     let embed = text(&format!("{alice}/3n2samhcj2s2n"), "embed");
     assert_eq!(embed["images"][0]["alt"], json!("alt \u{201c}text\u{201d}  nul? no: \\u0000"));
-    // Alice's gate detaches dan's quote and forbids all others; her thread gate is gone again.
+    // Alice's gate detaches dan's quote and forbids all others; her thread gate has been deleted again.
     let dans_quote = "at://did:plc:b5uxbetoc3trmnxl2dlmqxoa/app.bsky.feed.post/3n2samh7zxk2n";
     assert_eq!(text(dans_quote, "violates_embedding_rules"), json!(true));
     let gated = format!("{alice}/3n2samh4fqs2n");
@@ -410,13 +414,13 @@ async fn every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_e
     let told = &found.rows("notifications")[&format!("{dans_quote}#notification/quote")];
     assert_eq!((&told["reason"], &told["reason_subject"]), (&json!("quote"), &json!(dans_quote)));
     let handle = |did: &str| found.rows("users")[did]["handle"].clone();
-    // bob became bobby, and then dan took the name.
+    // bob became bobby, and then dan took the handle.
     assert_eq!(handle("did:plc:uw7drvxum2kz6dn4yur6qbec"), json!("bobby.test"));
     assert_eq!(handle("did:plc:b5uxbetoc3trmnxl2dlmqxoa"), json!("bob.test"));
 }
 
 async fn the_python_readers_entries_give_the_same_rows(way: Way) {
-    /// After the recording. All entries come in this one millisecond.
+    /// After the recording. All entries have this one millisecond.
     const ENTRY_MS: i64 = 1_795_235_000_000;
 
     let events = recording();
@@ -434,7 +438,7 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
         })
         .collect();
 
-    // That reader writes no operation whose record its library does not know.
+    // That reader leaves out operations whose record its library does not know.
     let written: BTreeSet<(String, String)> = entries
         .iter()
         .flat_map(|[_, data, seq]| {
@@ -469,8 +473,8 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
         }
     }
     leave_out(&mut expected, GONE);
-    // Where a record has no usable date, its row has the time of the revision; without a revision it has the stream
-    // entry's, and nothing is sorted after that. A date in the record's future stays as it is, only not in `sort_at`.
+    // If a record has no usable date, its row gets the time of the revision; without a revision it gets the
+    // stream entry's, and nothing is sorted after that. A date in the future is kept, except in `sort_at`.
     let entry_time = model::timestamp(ENTRY_MS * 1000);
     let live = live(&events);
     let mut undated = Vec::new();
@@ -486,7 +490,7 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
                 row.insert("sort_at", json!(created.min(entry_time.clone())));
             }
         }
-        // A notification is sorted like its record, what a post says of itself is dated like it.
+        // A notification is sorted like its record, and the self-labels of a post have the date of the post.
         let dated = record["createdAt"].as_str().and_then(model::micros_of).map(model::timestamp);
         let dated = dated.unwrap_or_else(|| entry_time.clone());
         for (key, row) in expected.rows_mut("notifications") {
@@ -517,11 +521,11 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
         assert_eq!(servers.dead_letters().await, 0);
         servers.assert_audited().await;
         let mut found = servers.tables().await;
-        // Without the account's status nobody knows that it was deleted.
+        // Without the account's status its deletion is not known.
         assert!(found.rows("posts").values().any(|row| row["author_did"] == GONE));
         leave_out(&mut found, GONE);
         if !numbered {
-            // Then the places of the entries within their millisecond are all that orders them.
+            // Then only the entries' positions within their millisecond order them.
             for row in expected.0.values_mut().flat_map(BTreeMap::values_mut) {
                 if row.contains_key("commit_seq") {
                     row.insert("commit_seq", Value::Null);
@@ -535,8 +539,8 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
     }
 }
 
-/// Takes away every `$type` that the other tables do not have in the same place: the Python form names the model of
-/// every object, the protocol only where there is a choice.
+/// Removes every `$type` that the other tables do not have in the same place: the Python form names the type
+/// of every object, the protocol only where there is a choice.
 fn strip_types(found: &mut Tables, like: &Tables) -> usize {
     let mut stripped = 0;
     for (table, rows) in &mut found.0 {
@@ -576,7 +580,7 @@ async fn replaying_the_recording_changes_nothing(way: Way) {
     let before = servers.dump(CIRCUMSTANCES).await;
     assert!(before["posts"].len() > 100, "{:?}", before.keys());
 
-    // The same Redis, told to begin again: everything is in the stream twice.
+    // The same Redis, told to start over: everything is in the stream twice.
     let _: () = redis::cmd("SET")
         .arg(&[CURSOR, "0"])
         .query_async(&mut servers.redis.connection().await)
@@ -585,14 +589,14 @@ async fn replaying_the_recording_changes_nothing(way: Way) {
     servers.run(&relay, &[("PARALLEL_CONSUMERS", "4"), ("BATCH_SIZE", "7")]).await;
     assert_same_dump("after a cursor of 0", &before, &servers.dump(CIRCUMSTANCES).await);
 
-    // A Redis that was lost: all ids are new, the batches are others.
+    // A lost Redis: all ids are new, and the batches are different.
     let anew =
         [CIRCUMSTANCES, &["handle_ms", "handle_sq", "status_ms", "status_sq", "ms", "sq", "deleted_seq"]]
             .concat();
     let before = servers.dump(&anew).await;
     let servers = Servers::on(way, servers.database).await;
     servers.run(&relay, &[("PARALLEL_CONSUMERS", "4"), ("BATCH_SIZE", "1")]).await;
-    // Everything comes again in a later epoch, and what has no revision is written anew.
+    // Everything is read again in a later epoch, and rows without a revision are rewritten.
     let without_epochs = |mut dump: BTreeMap<String, Vec<String>>| {
         for row in dump.values_mut().flatten() {
             while let Some(at) = row.find("@17") {
@@ -607,10 +611,10 @@ async fn replaying_the_recording_changes_nothing(way: Way) {
     servers.assert_audited().await;
 }
 
-async fn a_shuffled_recording_changes_nothing(way: Way) {
+async fn shuffling_the_recording_changes_nothing(way: Way) {
     let relay = Relay::start().await;
     let servers = Servers::fresh(way).await;
-    // The reader alone, so that the whole recording stands in the stream.
+    // Only the reader, so that the whole recording is in the stream.
     let mut reader = servers.start("reader", Some(&relay), &[]);
     wait_until("the last frame to be in the stream", SOON, async || servers.cursor().await == LAST).await;
     reader.signal(Signal::Term);
@@ -626,7 +630,7 @@ async fn a_shuffled_recording_changes_nothing(way: Way) {
     servers.work(&[]).await;
     let tables = servers.tables().await;
     let dump = servers.dump(CIRCUMSTANCES).await;
-    // Where a row is written anew, the clock's columns and the ids of the entries are of no interest.
+    // If a row is rewritten, columns filled from the clock and ids of entries do not matter.
     let anew: Vec<&str> = CIRCUMSTANCES
         .iter()
         .chain(&["handle_ms", "handle_sq", "profile_ms", "profile_sq", "status_ms", "status_sq", "ms", "sq"])
@@ -693,8 +697,8 @@ macro_rules! both_ways {
 }
 
 both_ways! {
-    every_record_live_at_the_end_of_the_recording_has_its_row_and_nothing_else_has,
+    exactly_the_records_live_at_the_end_of_the_recording_have_rows,
     the_python_readers_entries_give_the_same_rows,
     replaying_the_recording_changes_nothing,
-    a_shuffled_recording_changes_nothing,
+    shuffling_the_recording_changes_nothing,
 }

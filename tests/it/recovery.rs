@@ -1,4 +1,4 @@
-//! Everything that can be away, destroyed or bad, and how work goes on by itself.
+//! Everything that can be down, destroyed or bad, and how work resumes by itself.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,14 +19,14 @@ const REMOVED: &str = "standpipe_entries_lost_total";
 const SET_BACK: &str = "standpipe_reader_set_back_total";
 const LOSSES: &str = "standpipe_stream_losses_total";
 
-/// What a process may use in three seconds in which nothing happens. A loop without a pause uses all of them.
+/// CPU seconds that an idle process may use in [`IDLE`]. A loop without a pause would use all of it.
 const IDLE_CPU: f64 = 0.4;
 const IDLE: Duration = Duration::from_secs(3);
 
-/// The processor time that a process uses in [`IDLE`].
+/// The CPU time that a process uses in [`IDLE`].
 async fn cpu_of_idling(program: &Program) -> f64 {
     let (began, before) = (Instant::now(), program.cpu_seconds());
-    // The only thing to wait for here is time: it is what is measured against.
+    // CPU time is measured against elapsed time, so there is nothing else to wait for.
     tokio::time::sleep_until((began + IDLE).into()).await;
     program.cpu_seconds() - before
 }
@@ -35,7 +35,7 @@ async fn cpu_of_idling(program: &Program) -> f64 {
 // The stream and its group
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_destroyed_group_is_recreated_counted_and_nothing_is_lost() {
+async fn a_destroyed_group_is_recreated_and_counted_and_nothing_is_lost() {
     let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
     let mut program = Program::start("run", &chain.variables()).await;
     for _ in 0..3 {
@@ -51,7 +51,7 @@ async fn a_destroyed_group_is_recreated_counted_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_group_that_is_destroyed_again_and_again_costs_no_processor_and_no_log() {
+async fn destroying_the_group_repeatedly_costs_little_cpu_and_few_log_lines() {
     let chain = Chain::start(&network(500), None).await;
     let mut program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -75,7 +75,7 @@ async fn a_group_that_is_destroyed_again_and_again_costs_no_processor_and_no_log
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_stream_is_noticed_and_the_reader_goes_back() {
+async fn a_deleted_stream_is_detected_and_the_reader_goes_back() {
     let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
     let mut program = Program::start("run", &chain.variables()).await;
     for _ in 0..3 {
@@ -87,12 +87,12 @@ async fn a_deleted_stream_is_noticed_and_the_reader_goes_back() {
         program.metric_rises(LOSSES, before).await;
     }
     chain.ends_like_an_undisturbed_run().await;
-    // Once at least: right after a look of the janitor there may be nothing to go back for.
+    // At least once: right after the janitor's sweep there may be nothing to go back for.
     assert!(chain.relay.counters.connections_total.load(Ordering::SeqCst) >= 2, "the reader never went back");
     assert!(program.is_running());
 }
 
-/// Waits until every frame is in the stream and most of them wait there, and until the janitor has seen it.
+/// Waits until every frame is in the stream, most of them not yet read, and the janitor has seen that.
 async fn backlog(chain: &Chain, program: &Program) -> Look {
     wait_for("a backlog", RUN, async || {
         let look = chain.look().await;
@@ -138,9 +138,10 @@ async fn a_stream_deleted_with_a_backlog_is_read_again_from_the_relay() {
     assert!(program.is_running());
 }
 
-/// Trims whatever there is, as the `MAXLEN` of another program's XADD would: pending, waiting and all.
+/// Trims almost everything, pending and waiting entries alike, as the `MAXLEN` of another program's XADD
+/// would.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
+async fn unapplied_entries_trimmed_by_others_are_read_again_from_the_relay() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
@@ -152,7 +153,8 @@ async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
     assert!(trimmed > before.pending, "{trimmed} of {before:?}");
     program.metric_rises(SET_BACK, 0.0).await;
     let removed = program.metric(REMOVED).await;
-    // All that was trimmed had not been acknowledged, but for the little that the janitor had not got round to.
+    // Nothing that was trimmed had been acknowledged, except for the little that the janitor had not got
+    // round to.
     assert!(removed > 0.9 * trimmed as f64 && removed <= trimmed as f64, "{removed} of {trimmed}");
     postgres.resume().unwrap();
 
@@ -163,7 +165,7 @@ async fn what_others_trim_before_it_is_applied_is_read_again_from_the_relay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn trimming_under_load_again_and_again_loses_nothing() {
+async fn repeated_trimming_under_load_loses_nothing() {
     let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
     let mut program = Program::start("run", &chain.variables()).await;
     let mut trimmed = 0;
@@ -171,7 +173,7 @@ async fn trimming_under_load_again_and_again_loses_nothing() {
     while program.metric(SET_BACK).await < 2.0 {
         assert!(began.elapsed() < RUN, "the reader was not set back twice; {trimmed} trimmed");
         trimmed += redis_command::<u64>(&chain.redis, &["XTRIM", STREAM, "MAXLEN", "0"]).await;
-        // What comes meanwhile is what the next turn trims.
+        // Entries that arrive in the meantime are trimmed in the next round.
         program.finishes_more(20.0).await;
     }
     assert!(trimmed > 0);
@@ -180,7 +182,7 @@ async fn trimming_under_load_again_and_again_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pending_entry_that_somebody_deletes_is_read_again_from_the_relay() {
+async fn deleted_pending_entries_are_read_again_from_the_relay() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
@@ -194,7 +196,7 @@ async fn a_pending_entry_that_somebody_deletes_is_read_again_from_the_relay() {
         assert_eq!(redis_command::<u64>(&chain.redis, &["XDEL", STREAM, &id]).await, 1);
     }
     program.metric_rises(SET_BACK, 0.0).await;
-    // It dies with the deleted entries in hand, so that nobody ever applied them.
+    // It dies with the deleted entries in hand, so that they were never applied.
     program.signal(Signal::Kill);
     drop(program);
     postgres.resume().unwrap();
@@ -204,7 +206,7 @@ async fn a_pending_entry_that_somebody_deletes_is_read_again_from_the_relay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_deleted_while_nothing_happens_costs_no_processor() {
+async fn deleting_an_idle_stream_or_group_costs_no_cpu() {
     let chain = Chain::start(&network(500), None).await;
     let mut program = Program::start("run", &chain.variables()).await;
     chain.finished().await;
@@ -220,7 +222,7 @@ async fn a_stream_deleted_while_nothing_happens_costs_no_processor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_lost_everything_is_filled_again_from_the_relay() {
+async fn a_flushed_redis_is_refilled_from_the_relay() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
@@ -241,9 +243,9 @@ async fn a_redis_that_lost_everything_is_filled_again_from_the_relay() {
 // Signals
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_under_load_exits_zero_in_time_and_a_restart_finishes_the_rest() {
+async fn sigterm_under_load_exits_0_in_time_and_a_restart_finishes_the_work() {
     let chain = Chain::start(&network(EVENTS), None).await;
-    // More than can be done in a moment, half of it in the stream already.
+    // More than can be done in a moment, half of it already in the stream.
     let mut reader = Program::start("reader", &chain.variables()).await;
     let middle = chain.relay.last_seq / 2;
     wait_until("half of the events", RUN, async || chain.look().await.cursor >= Some(middle)).await;
@@ -255,7 +257,7 @@ async fn sigterm_under_load_exits_zero_in_time_and_a_restart_finishes_the_rest()
     let began = Instant::now();
     let code = program.wait_exit(SOON).await;
     assert_eq!(code, 0, "{}", program.output());
-    // DRAIN_TIMEOUT is 25 s; what five pipelines hold takes a moment.
+    // DRAIN_TIMEOUT is 25 s; finishing what five pipelines hold takes a moment.
     assert!(began.elapsed() < Duration::from_secs(15), "it took {:?}", began.elapsed());
     let look = chain.look().await;
     assert_eq!(look.pending, 0, "what was taken was not finished: {look:?}");
@@ -269,7 +271,7 @@ async fn sigterm_under_load_exits_zero_in_time_and_a_restart_finishes_the_rest()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_ends_at_once() {
+async fn a_second_signal_exits_immediately() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), None, database).await;
@@ -290,7 +292,7 @@ async fn a_second_signal_ends_at_once() {
     assert!(code != 0 && code < 128 + 15 || code == 130, "exit code {code}: {}", program.output());
     assert!(chain.look().await.pending > 0, "what was in hand does not stay pending");
 
-    // And nothing of it is lost.
+    // And none of it is lost.
     postgres.resume().unwrap();
     let program = Program::start("run", &chain.variables()).await;
     chain.ends_like_an_undisturbed_run().await;
@@ -298,7 +300,7 @@ async fn a_second_signal_ends_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_drain_that_cannot_finish_ends_at_its_limit_with_a_failure() {
+async fn a_drain_that_cannot_finish_fails_at_its_timeout() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), None, database).await;
@@ -315,9 +317,9 @@ async fn a_drain_that_cannot_finish_ends_at_its_limit_with_a_failure() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Servers that are away
+// Unreachable servers
 
-/// Looks at `/livez` for as long as it lives, and remembers whether it ever was not 200.
+/// Polls `/livez` for as long as it lives, and remembers whether it ever was anything but 200.
 struct Liveness {
     was_bad: std::sync::Arc<AtomicBool>,
     task: tokio::task::JoinHandle<()>,
@@ -352,7 +354,7 @@ async fn becomes_ready(program: &Program) {
     .await;
 }
 
-/// What `/readyz` says is wrong; it must say something.
+/// The reasons that `/readyz` gives; there must be some.
 async fn reasons(program: &Program) -> String {
     let (code, body) = program.readiness().await;
     assert_eq!(code, 503, "{body}");
@@ -364,7 +366,7 @@ async fn reasons(program: &Program) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn servers_away_at_start_are_waited_for() {
+async fn startup_waits_for_unreachable_servers() {
     let network = network(500);
     let relay = Relay::start(&network, None).await;
     let (redis_port, postgres_port) = (free_port().unwrap(), free_port().unwrap());
@@ -395,9 +397,9 @@ async fn servers_away_at_start_are_waited_for() {
     assert!(program.is_running());
 }
 
-/// A process without a reader says it too, and blames nobody else for it.
+/// A process without a reader reports it too, and blames nothing else for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_says_that_it_waits_for_redis() {
+async fn a_worker_reports_that_it_is_waiting_for_redis() {
     let port = free_port().unwrap();
     let database = Postgres::shared().await.fresh_database().await;
     let variables = Variables::new()
@@ -415,9 +417,9 @@ async fn a_worker_says_that_it_waits_for_redis() {
     drop(redis);
 }
 
-/// The reader never blocks on PostgreSQL: a relay keeps a few days only.
+/// The reader never blocks on PostgreSQL: a relay keeps only a few days.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_relay_is_read_while_postgresql_is_away_at_start() {
+async fn the_relay_is_read_while_postgresql_is_down_at_startup() {
     let network = network(500);
     let port = free_port().unwrap();
     let database = format!("postgresql://standpipe@127.0.0.1:{port}/postgres");
@@ -434,7 +436,7 @@ async fn the_relay_is_read_while_postgresql_is_away_at_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_of_postgresql_spends_nothing() {
+async fn a_postgresql_outage_uses_up_no_retries() {
     let mut postgres = Postgres::start().await;
     let database = postgres.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), Some(RATE), database).await;
@@ -450,7 +452,7 @@ async fn an_outage_of_postgresql_spends_nothing() {
         })
         .await;
         assert!(reasons(&program).await.contains("PostgreSQL"));
-        // They hold what they had, try in vain, and none of it counts as an attempt.
+        // They keep what they hold and retry in vain, and none of it counts as an attempt.
         let tries = program.metric("standpipe_retries_total").await;
         let held = chain.look().await;
         assert!(held.pending > 0 && !held.is_finished(chain.relay.last_seq), "{held:?}");
@@ -459,7 +461,7 @@ async fn an_outage_of_postgresql_spends_nothing() {
             redis_command(&chain.redis, &["XPENDING", STREAM, GROUP, "-", "+", "10000"]).await;
         assert_eq!(pending.len() as u64, held.pending);
         assert!(pending.iter().all(|(.., deliveries)| *deliveries == 1), "{:?}", pending[0]);
-        // An outage is a line for each part, not one for each attempt.
+        // An outage logs one line per part, not one per attempt.
         let lines = program.lines().len();
         assert!(lines < 100 * round, "{lines} lines:\n{}", program.output());
         postgres.start_again().await.unwrap();
@@ -471,7 +473,7 @@ async fn an_outage_of_postgresql_spends_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_of_redis_spends_nothing() {
+async fn work_resumes_after_a_redis_outage_and_nothing_is_lost() {
     let mut chain = Chain::start(&network(EVENTS), Some(RATE)).await;
     let mut program = Program::start("run", &chain.variables()).await;
     let live = Liveness::watch(&program);
@@ -510,13 +512,13 @@ async fn a_full_stream_holds_the_reader_back_and_loses_nothing() {
         program.status().await["process"]["reader"]["state"] == "waiting_for_room"
     })
     .await;
-    // The janitor may still make room by trimming what was acknowledged; after that nothing moves.
+    // The janitor may still make room by trimming acknowledged entries; after that nothing moves.
     let waited = async |seconds| program.metric_rises("standpipe_backpressure_seconds_total", seconds).await;
     waited(1.0).await;
     let before = chain.look().await;
     waited(2.0).await;
     let after = chain.look().await;
-    // Once waiting, it waits until there is a little more room than none.
+    // Once it waits, it resumes only when there is some room to spare.
     assert!((MARK - MARK / 20..MARK + 1_000).contains(&after.length), "{after:?}");
     assert_eq!((before.length, before.cursor), (after.length, after.cursor), "the reader went on");
     assert!(after.cursor < Some(chain.relay.last_seq), "everything fitted in");
@@ -534,11 +536,11 @@ async fn a_full_stream_holds_the_reader_back_and_loses_nothing() {
     assert!(program.is_running());
 }
 
-/// Redis refuses what would need memory, and the reader waits; what frees memory goes on.
+/// Redis refuses commands that would need memory, and the reader waits; commands that free memory still work.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_without_memory_is_never_filled_further_and_drains() {
+async fn a_redis_out_of_memory_is_filled_no_further_and_still_drains() {
     let chain = Chain::start(&network(EVENTS), None).await;
-    // A mark that is never reached, as when somebody else uses the rest of the memory within a second.
+    // A mark that is never reached, as when someone else uses up the memory within a second.
     let variables = chain.variables().with("REDIS_MEMORY_MARK", "100GiB");
     let used = async || -> u64 {
         let info: String = redis_command(&chain.redis, &["INFO", "memory"]).await;
@@ -561,9 +563,9 @@ async fn a_redis_without_memory_is_never_filled_further_and_drains() {
     drop((reader, worker));
 }
 
-/// Connections that hang without an end, as behind a load balancer whose server went away.
+/// Connections that hang forever, as behind a load balancer whose server is gone.
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_never_answer_are_given_up() {
+async fn connections_that_never_answer_are_abandoned() {
     let database = Postgres::shared().await.fresh_database().await;
     let chain = Chain::with_database(&network(EVENTS), None, database.clone()).await;
     let gate = Gate::for_url(&database).await;
@@ -585,9 +587,9 @@ async fn connections_that_never_answer_are_given_up() {
     assert!(program.is_running());
 }
 
-/// What the database refuses because of us, not because of the event, is no reason to throw events away.
+/// A refusal that is our fault rather than the event's is not a reason to discard events.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_table_halts_the_pipelines_and_fills_no_dead_letters() {
+async fn a_missing_table_halts_the_pipelines_without_dead_letters() {
     let chain = Chain::start(&network(EVENTS), None).await;
     let program = Program::start("run", &chain.variables()).await;
     program.finishes_more(200.0).await;
@@ -610,7 +612,7 @@ async fn a_missing_table_halts_the_pipelines_and_fills_no_dead_letters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_waits_for_its_servers_ends_when_it_is_told_to() {
+async fn a_process_waiting_for_its_servers_exits_on_sigterm() {
     let away = free_port().unwrap();
     let database = Postgres::shared().await.fresh_database().await;
     let redis = Redis::start().await;
@@ -642,7 +644,7 @@ async fn a_process_that_waits_for_its_servers_ends_when_it_is_told_to() {
 const REPO: &str = "did:plc:poison";
 
 fn commit(number: u64, ops: &[Value]) -> String {
-    // A letter for each digit: not all digits are in a TID.
+    // Each digit becomes a letter: not all digits are allowed in a TID.
     let rev: String = format!("{number:02}").bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
     json!({"repo": REPO, "rev": format!("3n2samfdihk{rev}"), "ops": ops}).to_string()
 }
@@ -666,22 +668,22 @@ fn profile(name: &str) -> Value {
     })
 }
 
-/// One entry of the dead letters, by its fields.
+/// The dead letters, each as a map of its fields.
 fn letters(entries: Vec<(String, Vec<(String, String)>)>) -> Vec<std::collections::BTreeMap<String, String>> {
     entries.into_iter().map(|(_, fields)| fields.into_iter().collect()).collect()
 }
 
-/// The fields of an entry, and what its dead letters must say: reason and a part of the message.
+/// The fields of an entry; and the reason and a part of the message of each of its dead letters.
 type Fields = Vec<(&'static str, String)>;
 type Reasons = Vec<(&'static str, &'static str)>;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
+async fn poison_entries_become_dead_letters_with_a_reason_and_harm_nothing_else() {
     let long = "x".repeat(300);
     let subject = json!({"cid": "bafyreipost", "uri": format!("at://{REPO}/app.bsky.feed.post/good0")});
     let time = "2026-11-21T04:17:51.287Z";
     let good_like = like("good", json!({"subject": subject, "createdAt": time}));
-    // The entry's fields, and for each dead letter that it makes its reason and a part of its message.
+    // The entry's fields, and the reason and a part of the message of each dead letter that it causes.
     let entries: Vec<(Fields, Reasons)> = vec![
         (
             vec![
@@ -756,7 +758,7 @@ async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
             ],
             vec![("missing_field", "active")],
         ),
-        // A type that nobody knows may hold anything; one that says nothing is no mistake.
+        // An entry of unknown type may hold anything; an event without operations is not an error.
         (
             vec![("type", "label".into()), ("data", "?".into()), ("seq", "12".into())],
             vec![("unknown_type", "label")],
@@ -826,7 +828,7 @@ async fn poison_harms_only_itself_and_is_kept_with_its_reason() {
         assert_eq!(counted, count as f64, "{reason}");
     }
 
-    // The good operations, those beside bad ones too, and nothing of the bad ones.
+    // The good operations are applied, including those beside bad ones, and none of the bad ones.
     let rows = async |sql: &str| -> Vec<String> {
         query_rows(&database, sql)
             .await
@@ -852,7 +854,7 @@ fn field(fields: &[(&str, String)], name: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_without_a_type_is_a_dead_letter() {
+async fn an_entry_without_a_type_becomes_a_dead_letter() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let data = commit(22, &[post("1", "a post")]);
@@ -863,9 +865,9 @@ async fn an_entry_without_a_type_is_a_dead_letter() {
     assert_eq!(look(&redis).await.unwrap().dead_letters, 1, "it was acknowledged and is nowhere");
 }
 
-/// Invariant 8: a million bad events are not a million lines.
+/// Invariant 8: a million bad events are not a million log lines.
 #[tokio::test(flavor = "multi_thread")]
-async fn thousands_of_bad_events_are_no_thousands_of_lines() {
+async fn thousands_of_bad_events_do_not_flood_the_log() {
     const BAD: u64 = 3_000;
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
@@ -891,9 +893,10 @@ async fn thousands_of_bad_events_are_no_thousands_of_lines() {
     assert!(lines < 100, "{lines} lines, the last of them: {:?}", worker.lines().last());
 }
 
-/// The dead letters have a budget: beyond it bad entries stay pending, good ones go on, and nothing is thrown away.
+/// The dead letters have a budget: beyond it bad entries stay pending, good ones are still applied, and
+/// nothing is discarded.
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_letters_beyond_their_budget_stay_pending_until_there_is_room() {
+async fn entries_beyond_the_dead_letter_budget_stay_pending_until_there_is_room() {
     const BAD: u64 = 50;
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
@@ -933,11 +936,11 @@ async fn dead_letters_beyond_their_budget_stay_pending_until_there_is_room() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Accounts that somebody else is at work on
+// Accounts that someone else is working on
 
-/// In batch mode one such account keeps nothing else of a batch from being acknowledged.
+/// In batch mode one such account does not keep the rest of a batch from being acknowledged.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_locked_elsewhere_is_left_and_the_rest_of_the_batch_goes_on() {
+async fn an_account_locked_elsewhere_is_deferred_and_the_rest_of_the_batch_proceeds() {
     const OTHERS: u64 = 30;
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
@@ -967,7 +970,7 @@ async fn what_is_locked_elsewhere_is_left_and_the_rest_of_the_batch_goes_on() {
     let stored = async || query_rows(&database, "SELECT uri FROM posts").await.len() as u64;
     assert_eq!(stored().await, OTHERS);
     assert_eq!(worker.entries().await, OTHERS as f64);
-    // There is nothing else to do: now it is waited for.
+    // There is nothing else to do, so now the worker waits for it.
     wait_until("it to wait for the lock", SOON, async || {
         let waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
                        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
@@ -984,7 +987,7 @@ async fn what_is_locked_elsewhere_is_left_and_the_rest_of_the_batch_goes_on() {
 // Cursors that lie
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
+async fn another_relays_cursor_is_reported_as_a_gap() {
     let chain = Chain::start(&network(500), None).await;
     let _: () = redis_command(&chain.redis, &["SET", CURSOR, "400"]).await;
     let _: () = redis_command(&chain.redis, &["SET", CURSOR_RELAY, "another.example"]).await;
@@ -997,10 +1000,10 @@ async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
     assert_eq!(reader.status().await["process"]["reader"]["gaps"], 1);
     let relay: String = redis_command(&chain.redis, &["GET", CURSOR_RELAY]).await;
     assert_eq!(relay, chain.relay.name());
-    // Not asked for by a number that means nothing there: from now on, which is this relay's first frame.
+    // The foreign number is not used as a cursor: reading starts now, which is at this relay's first frame.
     assert_eq!(chain.look().await.length, 500);
 
-    // Said once: from here on the cursor is this relay's.
+    // Reported once: from here on the cursor is this relay's.
     reader.signal(Signal::Term);
     assert_eq!(reader.wait_exit(SOON).await, 0);
     let reader = Program::start("reader", &chain.variables()).await;
@@ -1011,9 +1014,9 @@ async fn a_cursor_of_another_relay_is_a_gap_that_is_said() {
     assert_eq!(reader.metric("standpipe_relay_gaps_total").await, 0.0);
 }
 
-/// What of the stream is not acknowledged may still be another relay's: its numbers mean nothing at this one.
+/// Entries that are not acknowledged may still be another relay's, whose numbers mean nothing to this one.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_lost_after_a_change_of_relay_goes_back_to_no_foreign_number() {
+async fn a_stream_lost_after_a_relay_change_never_rewinds_to_the_old_relays_numbers() {
     let chain = Chain::start(&network(EVENTS), None).await;
     let foreign = chain.relay.last_seq - 1_000;
     let seq = foreign.to_string();
@@ -1023,7 +1026,7 @@ async fn a_stream_lost_after_a_change_of_relay_goes_back_to_no_foreign_number() 
     let _: () = redis_command(&chain.redis, &["SET", CURSOR_RELAY, "another.example"]).await;
     let mut reader = Program::start("reader", &chain.variables()).await;
     reader.wait_for_line("gap", SOON).await;
-    // Everything of the new relay stands behind the entry of the old one, and the janitor has seen it so.
+    // Everything from the new relay is behind the entry of the old one, and the janitor has seen that.
     wait_for("every event in the stream", RUN, async || {
         let look = chain.look().await;
         let seen = reader.metric("standpipe_stream_entries").await;
@@ -1043,7 +1046,7 @@ async fn a_stream_lost_after_a_change_of_relay_goes_back_to_no_foreign_number() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cursor_in_the_future_stops_the_reader_unless_it_is_told_otherwise() {
+async fn a_future_cursor_stops_the_reader_unless_configured_otherwise() {
     let chain = Chain::start(&network(500), None).await;
     let _: () = redis_command(&chain.redis, &["SET", CURSOR, "1000000"]).await;
     let _: () = redis_command(&chain.redis, &["SET", CURSOR_RELAY, &chain.relay.name()]).await;
@@ -1082,12 +1085,12 @@ async fn a_second_reader_waits_for_the_lease_and_takes_over() {
 
     first.signal(Signal::Term);
     assert_eq!(first.wait_exit(SOON).await, 0);
-    // Given back, not run out: that would take ten seconds.
+    // The lease was released; letting it expire would take ten seconds.
     let began = Instant::now();
     second.metric_rises("standpipe_relay_connects_total", 0.0).await;
     assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
     wait_until("the last frame", RUN, async || chain.look().await.cursor == Some(chain.relay.last_seq)).await;
-    // The frame at the cursor comes twice, no other.
+    // Only the frame at the cursor is sent twice.
     let length = chain.look().await.length;
     assert!((EVENTS..=EVENTS + 1).contains(&length), "{length} entries of {EVENTS} frames");
     assert!(second.metric("standpipe_relay_frames_total").await > 1.0, "the first one has read everything");
@@ -1098,7 +1101,7 @@ async fn a_second_reader_waits_for_the_lease_and_takes_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_process_of_one_name_waits_until_the_first_is_gone() {
+async fn a_second_process_with_the_same_name_waits_until_the_first_is_gone() {
     let chain = Chain::start(&network(EVENTS), Some(RATE)).await;
     let mut first = Program::start("run", &chain.variables()).await;
     first.finishes_more(200.0).await;
@@ -1118,7 +1121,7 @@ async fn a_second_process_of_one_name_waits_until_the_first_is_gone() {
     drop(first);
     becomes_ready(&second).await;
 
-    // The relay is read by a third one, under another name; the second one's pipelines take part.
+    // A third process under another name reads the relay; the second one's pipelines take part.
     let third = Program::start("run", &chain.variables().with("CONSUMER_ID", "third")).await;
     chain.ends_like_an_undisturbed_run().await;
     assert!(second.entries().await > 0.0);
@@ -1126,16 +1129,16 @@ async fn a_second_process_of_one_name_waits_until_the_first_is_gone() {
     drop(third);
 }
 
-/// The older workers know no lease: that somebody works under a name is seen from the group.
+/// The older workers have no leases: whether a name is in use is seen from the group.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_foreign_consumer_of_our_name_is_waited_for() {
+async fn a_worker_waits_while_a_foreign_consumer_uses_its_name() {
     let redis = Redis::start().await;
     let database = Postgres::shared().await.fresh_database().await;
     let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
     let mut connection = redis.connection().await;
     let foreign = tokio::spawn(async move {
         loop {
-            // Redis before 7.2 takes note of a consumer only when it gets something.
+            // Redis before 7.2 registers a consumer only once it receives something.
             let pipe = redis::pipe()
                 .xadd(STREAM, "*", &[("type", "sync"), ("data", "{}"), ("seq", "1")])
                 .ignore()
@@ -1167,9 +1170,10 @@ async fn a_foreign_consumer_of_our_name_is_waited_for() {
     assert!(worker.is_running());
 }
 
-/// A crashed process leaves entries pending under its own names; its next start, or somebody else, applies them.
+/// A crashed process leaves entries pending under its own names; it applies them when it restarts, or another
+/// process does.
 #[tokio::test(flavor = "multi_thread")]
-async fn entries_of_a_killed_process_are_applied_by_its_next_start() {
+async fn entries_of_a_killed_process_are_applied_when_it_restarts() {
     let chain = Chain::start(&network(EVENTS), None).await;
     let program = Program::start("run", &chain.variables()).await;
     program.finishes_more(200.0).await;
@@ -1181,7 +1185,7 @@ async fn entries_of_a_killed_process_are_applied_by_its_next_start() {
 
 /// Two processes share the work; one dies under load and never comes back.
 #[tokio::test(flavor = "multi_thread")]
-async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
+async fn entries_of_a_process_that_never_restarts_are_claimed_by_another() {
     const CLAIM_IDLE: Duration = Duration::from_secs(10);
     let chain = Chain::start(&network(60_000), Some(4_000)).await;
     let variables = chain.variables().with("CLAIM_IDLE", "10s");
@@ -1204,14 +1208,14 @@ async fn entries_of_a_process_that_never_comes_back_are_claimed_by_the_other() {
     assert!(stays.is_running());
 }
 
-/// What XPENDING answers: how many, the first, the last, how many of each consumer.
+/// XPENDING's reply: the count, the first, the last, and the count of each consumer.
 type Summary = (u64, Option<String>, Option<String>, Option<Vec<(String, u64)>>);
 
-/// Kills a process when it holds entries of the stream: it is stopped first, so that they stay the same.
+/// Kills a process while it holds entries of the stream: it is stopped first, so that they stay the same.
 async fn kill_with_entries_in_hand(chain: &Chain, program: Program, prefix: &str) {
     wait_until("it to be stopped with entries in hand", SOON, async || {
         program.signal(Signal::Stop);
-        // Twice: what it had sent when it stopped is carried out by the second look.
+        // Twice: any commands it had sent when it stopped have been executed by the second look.
         let stopped = pending_with(chain, prefix).await > 0 && pending_with(chain, prefix).await > 0;
         if !stopped {
             program.signal(Signal::Continue);

@@ -1,32 +1,31 @@
-//! What somebody else removes from the stream is read again: between two looks of the janitor anything may happen to a stream
-//! that is appended to, delivered and acknowledged.
+//! Entries that someone else removes from the stream are read again: between two sweeps of the janitor
+//! anything may happen to a stream that is appended to, delivered and acknowledged.
 
 use std::collections::BTreeSet;
 
 use crate::support::Redis;
 use crate::support::chain::{GROUP, STREAM, redis_command};
-use redis::aio::MultiplexedConnection;
 use standpipe::event::Entry;
-use standpipe::stream::append::{self, AppendError, Appended, Appendix, Budget, Move, NewEntry};
-use standpipe::stream::{Keys, group, is_nogroup, janitor};
+use standpipe::stream::append::{AppendError, Appended, Appendix, Budget, Move, NewEntry};
+use standpipe::stream::{Keys, Stream, is_nogroup, janitor};
 
-/// A stream that is appended to, read and looked at by hand: what happens between two looks of the janitor is decided here.
+/// A stream that the test itself appends to, reads and sweeps: the test decides what happens between two
+/// sweeps of the janitor.
 struct ByHand {
     redis: Redis,
-    connection: MultiplexedConnection,
+    ours: Stream,
     keys: Keys,
 }
 
 async fn append(
-    connection: &mut MultiplexedConnection,
-    keys: &Keys,
+    stream: &mut Stream,
     believed: Option<i64>,
     position: i64,
     entries: Vec<NewEntry>,
 ) -> Result<Appended, AppendError> {
     let to = Move { token: ByHand::LEASE, relay: "a relay", epoch: 1, believed, position };
     let budget = Budget { bytes: 1_000_000, per_account: 100 };
-    append::append(connection, keys, to, budget, &Appendix { entries, ..Appendix::default() }).await
+    stream.append(to, budget, &Appendix { entries, ..Appendix::default() }).await
 }
 
 impl ByHand {
@@ -54,13 +53,13 @@ impl ByHand {
             dead: key("dead"),
             group: GROUP.to_owned(),
         };
-        let connection = redis.connection().await;
-        let by_hand = Self { redis, connection, keys };
+        let ours = Stream::over(redis.connection().await, keys.clone());
+        let by_hand = Self { redis, ours, keys };
         by_hand.afresh().await;
         by_hand
     }
 
-    /// An empty stream with its group, and nothing known of what was before.
+    /// An empty stream with its group, and no memory of what was there before.
     async fn afresh(&self) {
         let _: String = redis_command(&self.redis, &["FLUSHALL"]).await;
         let _: String =
@@ -72,7 +71,7 @@ impl ByHand {
         for seq in numbers {
             let believed = self.position(&self.keys.cursor).await;
             let entry = NewEntry { event_type: "commit", data: "{}".to_owned(), seq };
-            append(&mut self.connection, &self.keys, believed, seq, vec![entry]).await.unwrap();
+            append(&mut self.ours, believed, seq, vec![entry]).await.unwrap();
         }
     }
 
@@ -110,13 +109,13 @@ impl ByHand {
     }
 
     async fn sweep(&mut self) -> janitor::Look {
-        janitor::sweep(&mut self.connection, &self.keys).await.unwrap()
+        self.ours.sweep().await.unwrap()
     }
 }
 
-/// Trimmed before they were delivered, and found although later ones were delivered since.
+/// Entries trimmed before delivery are found although later ones have been delivered since.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_trimmed_before_its_delivery_is_found_by_the_next_look() {
+async fn entries_trimmed_before_delivery_are_found_by_the_next_sweep() {
     let mut stream = ByHand::start().await;
     stream.append(1..=10).await;
     stream.deliver("3").await;
@@ -128,7 +127,7 @@ async fn what_is_trimmed_before_its_delivery_is_found_by_the_next_look() {
     let look = stream.sweep().await;
     assert_eq!((look.removed, look.set_back), (10, true), "3 that were pending, 7 that were not delivered");
     assert_eq!((stream.cursor().await, stream.acked().await), (Some(0), Some(0)));
-    // Once.
+    // Only once.
     assert_eq!(stream.sweep().await.removed, 0);
     assert_eq!(stream.acked().await, Some(0), "the group is not past what stood there then");
 
@@ -136,9 +135,9 @@ async fn what_is_trimmed_before_its_delivery_is_found_by_the_next_look() {
     assert_eq!(stream.sweep().await.removed, 2, "they were pending");
 }
 
-/// The first look finds what was trimmed before it, as a look that follows another one does.
+/// The first sweep finds entries that were trimmed before it, just as later sweeps do.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_trimmed_before_the_first_look_is_found() {
+async fn entries_trimmed_before_the_first_sweep_are_found() {
     let mut stream = ByHand::start().await;
     for delivered in ["0", "2", "5"] {
         stream.afresh().await;
@@ -159,17 +158,21 @@ async fn what_is_trimmed_before_the_first_look_is_found() {
     }
 }
 
-/// Redis refuses almost every write then, but not that its memory is made free.
+/// Redis then refuses almost every write, but not those that free memory.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_trimmed_while_memory_is_full_is_found() {
+async fn entries_trimmed_while_memory_is_full_are_found() {
     let mut stream = ByHand::start().await;
     stream.append(1..=300).await;
     stream.deliver("250").await;
     stream.acknowledge_all().await;
     let _: String = redis_command(&stream.redis, &["CONFIG", "SET", "maxmemory", "1"]).await;
-    let full = redis::cmd("SET").arg("something").arg(1).query_async::<()>(&mut stream.connection).await;
+    let full = redis::cmd("SET")
+        .arg("something")
+        .arg(1)
+        .query_async::<()>(&mut stream.redis.connection().await)
+        .await;
     assert_eq!(full.unwrap_err().code(), Some("OOM"));
-    // What it trims itself it does not take for somebody else's doing.
+    // The janitor does not mistake its own trimming for someone else's.
     let look = stream.sweep().await;
     assert!(look.trimmed > 0);
     assert_eq!((look.removed, stream.sweep().await.removed), (0, 0));
@@ -181,7 +184,7 @@ async fn what_is_trimmed_while_memory_is_full_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deletion_among_what_waits_is_found() {
+async fn a_deletion_among_waiting_entries_is_found() {
     let mut stream = ByHand::start().await;
     stream.append(1..=10).await;
     stream.deliver("3").await;
@@ -193,9 +196,9 @@ async fn a_deletion_among_what_waits_is_found() {
     assert_eq!(stream.cursor().await, Some(0));
 }
 
-/// A stream under the same name that others began, before anybody saw that ours was gone.
+/// Others create a stream under the same name before anyone has noticed that ours is gone.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_another_is_found() {
+async fn a_replaced_stream_is_detected() {
     let mut stream = ByHand::start().await;
     stream.append(1..=10).await;
     stream.deliver("3").await;
@@ -209,7 +212,7 @@ async fn a_stream_that_is_another_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_acknowledged_may_be_trimmed_by_anybody() {
+async fn acknowledged_entries_may_be_trimmed_by_anyone() {
     let mut stream = ByHand::start().await;
     stream.append(1..=10).await;
     stream.deliver("6").await;
@@ -229,9 +232,9 @@ async fn what_was_acknowledged_may_be_trimmed_by_anybody() {
     assert_eq!(stream.acked().await, Some(12));
 }
 
-/// As a worker does that was not given the reader's `REDIS_CURSOR_KEY`.
+/// As a worker does that does not have the reader's `REDIS_CURSOR_KEY`.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
+async fn trimming_by_another_standpipe_process_is_not_counted_as_loss() {
     let mut stream = ByHand::start().await;
     let key = |name: &str| format!("another:{name}");
     let others = Keys {
@@ -242,6 +245,7 @@ async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
         watch: key("watch"),
         ..stream.keys.clone()
     };
+    let mut others = Stream::over(stream.redis.connection().await, others);
     let (mut appended, mut trimmed) = (0, 0);
     for _ in 0..3 {
         stream.append(appended + 1..=appended + 300).await;
@@ -249,7 +253,7 @@ async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
         stream.deliver("300").await;
         stream.acknowledge_all().await;
         for _ in 0..3 {
-            let look = janitor::sweep(&mut stream.connection, &others).await.unwrap();
+            let look = others.sweep().await.unwrap();
             assert_eq!((look.removed, look.set_back), (0, false));
             trimmed += look.trimmed;
         }
@@ -259,12 +263,12 @@ async fn what_another_process_of_ours_trims_is_not_somebody_elses_doing() {
     assert!(trimmed > 600, "{trimmed}");
     stream.append(appended + 1..=appended + 10).await;
     let all = stream.trim_to("0").await;
-    let _ = janitor::sweep(&mut stream.connection, &others).await.unwrap();
+    let _ = others.sweep().await.unwrap();
     let look = stream.sweep().await;
     assert_eq!((look.removed, look.set_back), (all, true));
 }
 
-/// One in the middle, in full memory, which only its consumer finds.
+/// An entry in the middle, while memory is full, whose deletion only its consumer finds.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_pending_entry_is_given_up_when_memory_is_full() {
     let mut stream = ByHand::start().await;
@@ -273,18 +277,18 @@ async fn a_deleted_pending_entry_is_given_up_when_memory_is_full() {
     let pending = pending_ids(&stream.redis).await;
     assert_eq!(redis_command::<u64>(&stream.redis, &["XDEL", STREAM, &pending[2]]).await, 1);
     let _: String = redis_command(&stream.redis, &["CONFIG", "SET", "maxmemory", "1"]).await;
-    let ByHand { connection, keys, .. } = &mut stream;
-    let batch = group::read_pending(connection, keys, "one", 10, "0-0".parse().unwrap()).await.unwrap();
+    let ours = &mut stream.ours;
+    let batch = ours.read_pending("one", 10, "0-0".parse().unwrap()).await.unwrap();
     assert_eq!((batch.entries.len(), batch.gone.len()), (4, 1));
-    group::give_up(connection, keys, &batch.gone).await.unwrap();
+    ours.give_up(&batch.gone).await.unwrap();
     assert_eq!(pending_ids(&stream.redis).await.len(), 4);
     assert!(stream.sweep().await.set_back);
     assert_eq!(stream.cursor().await, Some(0));
 }
 
-/// Somebody who trims every second what was just acknowledged costs repetition, but does not hold everything up.
+/// Someone who trims the stream every second causes repetition, but does not hold everything up.
 #[tokio::test(flavor = "multi_thread")]
-async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
+async fn continuous_trimming_does_not_hold_up_the_reader_forever() {
     let mut stream = ByHand::start().await;
     let mut now = 0;
     let mut sets_back = 0;
@@ -296,7 +300,7 @@ async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
         stream.deliver("100").await;
         stream.acknowledge_all().await;
         let _ = stream.trim_to("0").await;
-        // A second later for the janitor.
+        // For the janitor, a second passes.
         let back_ms: Option<u64> =
             redis_command(&stream.redis, &["HGET", &stream.keys.watch, "back_ms"]).await;
         if let Some(back_ms) = back_ms {
@@ -314,9 +318,9 @@ async fn somebody_who_goes_on_trimming_does_not_hold_up_the_reader_for_ever() {
     assert!(furthest >= 300, "{furthest}");
 }
 
-/// The server's own count of what waits keeps what was trimmed before its delivery.
+/// The server's own count of waiting entries still includes those trimmed before delivery.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_trimmed_does_not_wait_for_ever() {
+async fn trimmed_entries_do_not_count_as_waiting_forever() {
     let mut stream = ByHand::start().await;
     stream.append(1..=10).await;
     stream.deliver("3").await;
@@ -335,15 +339,15 @@ async fn pending_ids(redis: &Redis) -> Vec<String> {
     pending.into_iter().map(|(id, ..)| id).collect()
 }
 
-/// A relay, a reader and one consumer, a step at a time. Others remove what they like.
+/// A relay, a reader and one consumer, one step at a time. Others remove whatever they like.
 struct Simulated {
     stream: ByHand,
     rng: fastrand::Rng,
-    /// The newest event of the relay, which begins with 1.
+    /// The newest event of the relay; the first is 1.
     newest: i64,
-    /// Whether the relay sends the event that the cursor names once more. Both kinds are about.
+    /// Whether the relay resends the event at the cursor. Both kinds of relay exist.
     inclusive: bool,
-    /// The reader's cursor and the next event it gets; `None` when it is not connected.
+    /// The reader's cursor and the next event it gets; `None` if it is not connected.
     reader: Option<(Option<i64>, i64)>,
     in_hand: Vec<Entry>,
     applied: BTreeSet<i64>,
@@ -361,20 +365,20 @@ impl Simulated {
         let Some((believed, next)) = self.reader else { return };
         let last = (next + at_most - 1).min(self.newest);
         if last < next {
-            // It looks at the cursor even when the relay has nothing to say.
+            // It checks the cursor even when the relay has nothing to send.
             if self.stream.cursor().await != believed {
                 self.reader = None;
             }
             return;
         }
         let position = believed.unwrap_or(0).max(last);
-        // Every seventh is of no interest.
+        // Every seventh event is not wanted.
         let entries: Vec<NewEntry> = (next..=last)
             .filter(|seq| seq % 7 != 0)
             .map(|seq| NewEntry { event_type: "commit", data: "{}".to_owned(), seq })
             .collect();
-        let ByHand { connection, keys, .. } = &mut self.stream;
-        let appended = append(connection, keys, believed, position, entries).await;
+        let ours = &mut self.stream.ours;
+        let appended = append(ours, believed, position, entries).await;
         self.done.push(format!("append {next} to {last}: {appended:?}"));
         self.reader = match appended {
             Ok(_) => Some((Some(position), last + 1)),
@@ -384,15 +388,15 @@ impl Simulated {
     }
 
     async fn deliver(&mut self, count: usize, pending: bool) {
-        let ByHand { connection, keys, .. } = &mut self.stream;
+        let ours = &mut self.stream.ours;
         let batch = if pending {
-            group::read_pending(connection, keys, "one", count, "0-0".parse().unwrap()).await
+            ours.read_pending("one", count, "0-0".parse().unwrap()).await
         } else {
-            group::read_new(connection, keys, "one", count, false).await
+            ours.read_new("one", count, false).await
         };
         match batch {
             Ok(batch) => {
-                group::give_up(connection, keys, &batch.gone).await.unwrap();
+                ours.give_up(&batch.gone).await.unwrap();
                 self.done
                     .push(format!("deliver {:?}", batch.entries.iter().map(|e| &e.seq).collect::<Vec<_>>()));
                 self.in_hand.extend(batch.entries);
@@ -406,8 +410,8 @@ impl Simulated {
         let ids: Vec<_> = self.in_hand.iter().map(|entry| entry.id).collect();
         self.done.push(format!("finish {}", ids.len()));
         self.applied.extend(self.in_hand.drain(..).map(|entry| entry.seq.parse::<i64>().unwrap()));
-        let ByHand { connection, keys, .. } = &mut self.stream;
-        group::acknowledge(connection, keys, &ids).await.unwrap();
+        let ours = &mut self.stream.ours;
+        ours.acknowledge(&ids).await.unwrap();
     }
 
     async fn sweep(&mut self, later: bool) -> janitor::Look {
@@ -425,8 +429,8 @@ impl Simulated {
     }
 
     async fn ensure(&mut self) {
-        let ByHand { connection, keys, .. } = &mut self.stream;
-        let ensured = group::ensure(connection, keys).await.unwrap();
+        let ours = &mut self.stream.ours;
+        let ensured = ours.ensure().await.unwrap();
         self.done.push(format!("{ensured:?}"));
     }
 
@@ -451,7 +455,8 @@ impl Simulated {
         let mut command = redis::cmd(words[0]);
         command.arg(&words[1..]);
         // Without a stream or group there is nothing to remove.
-        let answer: redis::RedisResult<redis::Value> = command.query_async(&mut self.stream.connection).await;
+        let answer: redis::RedisResult<redis::Value> =
+            command.query_async(&mut self.stream.redis.connection().await).await;
         self.done.push(format!("{}: {answer:?}", what.join(" ")));
     }
 
@@ -468,7 +473,7 @@ impl Simulated {
             }
             26..35 => self.finish().await,
             35 => {
-                // It dies and comes back under its name.
+                // The consumer dies and comes back under the same name.
                 self.in_hand.clear();
                 self.deliver(1_000, true).await;
             }
@@ -481,7 +486,7 @@ impl Simulated {
         }
     }
 
-    /// Nobody removes anything any more.
+    /// Lets everything finish, with nobody removing anything any more.
     async fn settle(&mut self) {
         for _ in 0..100 {
             self.read(1_000).await;
@@ -513,9 +518,9 @@ impl Simulated {
     }
 }
 
-/// `STANDPIPE_SEED` chooses the cases, `STANDPIPE_CASES` how many there are.
+/// `STANDPIPE_SEED` selects the cases, `STANDPIPE_CASES` sets their number.
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_others_remove_and_whenever_every_event_is_applied() {
+async fn every_event_is_applied_whatever_others_remove() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let first = number("STANDPIPE_SEED").unwrap_or_else(|| fastrand::u64(..));
     let cases = number("STANDPIPE_CASES").unwrap_or(60);

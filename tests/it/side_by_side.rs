@@ -1,6 +1,6 @@
-//! Beside the workers before standpipe, in their group and on their database, and after them.
+//! Alongside the workers that preceded standpipe, in their group and on their database, and after them.
 //!
-//! `SIDE_BY_SIDE_EVENTS` says how many events the two share.
+//! `SIDE_BY_SIDE_EVENTS` sets how many events the two share.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,8 @@ use crate::support::{
 use serde_json::{Value, json};
 use standpipe_lab::simulate::NetworkOptions;
 
-/// A database as the old workers left it; its tables are where the old application has them, whatever the role is called.
+/// A database as the old workers left it; its tables are where the old application puts them, whatever the
+/// name of the role.
 async fn old() -> String {
     let url = Postgres::shared().await.fresh_database().await + "?options=-csearch_path%3Dpublic";
     old_database::create(&url).await;
@@ -20,7 +21,7 @@ async fn old() -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_programs_in_one_group_share_the_work_and_ours_is_right() {
+async fn our_rows_stay_correct_while_another_worker_shares_the_group() {
     let events = std::env::var("SIDE_BY_SIDE_EVENTS").map_or(20_000, |text| text.parse().unwrap());
     let network = NetworkOptions { seed: 4, accounts: 1_000, events, ..NetworkOptions::default() };
     let chain = Chain::with_database(&network, None, old().await).await;
@@ -52,7 +53,7 @@ async fn two_programs_in_one_group_share_the_work_and_ours_is_right() {
     ours.signal(Signal::Term);
     assert_eq!(ours.wait_exit(SOON).await, 0);
 
-    // What only we touched is right at once.
+    // Rows that only we touched are right immediately.
     let expected =
         tokio::task::spawn_blocking(move || model::expected(&traffic::events(&network))).await.unwrap();
     let found = model::read(&connect(&chain.database).await).await;
@@ -79,7 +80,7 @@ async fn two_programs_in_one_group_share_the_work_and_ours_is_right() {
     }
     assert!(compared as u64 > events / 50, "only {compared} rows are ours alone");
 
-    // What they counted is wrong, and is put right; so is what they brought back to life.
+    // Their counters are wrong and get repaired; so do the records they brought back to life.
     let before = chain.audit(&[]).await;
     assert_eq!(before.code, 1, "the other one made no mistake:\n{}", before.stdout);
     let repair = chain.audit(&["--repair"]).await;
@@ -94,7 +95,8 @@ async fn two_programs_in_one_group_share_the_work_and_ours_is_right() {
             "{table}: missing {missing:?}, surplus {surplus:?}"
         );
     }
-    // The other one keeps no quotes, and no counter of a post that it has not seen; the rest counts what is there.
+    // The other worker keeps no quotes, and no counters of posts it has not seen; the remaining counters
+    // match the rows.
     for (post, row) in expected.rows("post_aggregations") {
         let Some(found) = found.rows("post_aggregations").get(post) else { continue };
         for column in ["like_count", "repost_count", "reply_count"] {
@@ -107,7 +109,7 @@ async fn two_programs_in_one_group_share_the_work_and_ours_is_right() {
 }
 
 fn commit(rev: u32, op: &Value) -> String {
-    // A letter for each digit: not all digits are in a TID.
+    // Each digit becomes a letter: not all digits are allowed in a TID.
     let rev: String = format!("{rev:02}").bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
     json!({"repo": "did:plc:a", "rev": format!("3n2samfdihk{rev}"), "ops": [op]}).to_string()
 }
@@ -121,9 +123,9 @@ fn delete(rkey: &str) -> Value {
     json!({"action": "delete", "path": format!("app.bsky.feed.post/{rkey}")})
 }
 
-/// The other program died with entries in hand, after it had seen to what came later about the same records.
+/// The other program died with entries in hand, after it had handled later ones about the same records.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_worker_before_us_left_pending_does_not_come_back_over_what_came_later() {
+async fn entries_left_pending_by_an_old_worker_do_not_overwrite_newer_ones() {
     let (redis, database) = (Redis::start().await, old().await);
     let add = async |data: &str, seq: u32| -> String {
         redis_command(&redis, &["XADD", STREAM, "*", "type", "commit", "data", data, "seq", &seq.to_string()])
@@ -189,7 +191,7 @@ async fn what_a_worker_before_us_left_pending_does_not_come_back_over_what_came_
 
 /// `cluster:metrics` and `firehose:status`, as the old application's pages read them.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_old_applications_pages_find_what_they_read() {
+async fn the_old_applications_pages_find_the_keys_they_read() {
     let network = NetworkOptions { seed: 4, accounts: 100, events: 1_000, ..NetworkOptions::default() };
     let chain = Chain::with_database(&network, None, old().await).await;
     let _: u64 = redis_command(
@@ -231,7 +233,7 @@ async fn the_old_applications_pages_find_what_they_read() {
 
 /// A database of our own, where nobody reads those keys.
 #[tokio::test(flavor = "multi_thread")]
-async fn nobodys_pages_get_no_keys_unless_they_are_asked_for() {
+async fn legacy_status_keys_are_written_only_where_wanted() {
     let network = NetworkOptions { seed: 4, accounts: 100, events: 200, ..NetworkOptions::default() };
     let chain = Chain::start(&network, None).await;
     for (wanted, there) in [("auto", 0_u64), ("true", 2)] {

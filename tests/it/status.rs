@@ -1,4 +1,4 @@
-//! `standpipe status` for people: with a process, with the servers alone, again and again.
+//! `standpipe status` in human-readable form: with a process, with the servers alone, and repeatedly.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ fn nobody_at_http(variables: &Variables) -> Variables {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_says_what_the_process_and_the_servers_know() {
+async fn the_page_shows_what_the_process_and_the_servers_report() {
     let mut chain = Chain::start(&network(300), None).await;
     let bad = ["XADD", "firehose:events", "*", "type", "commit", "data", "{", "seq", "0"];
     let _: String = redis_command(&chain.redis, &bad).await;
@@ -28,7 +28,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     assert_eq!(page.code, 0, "{page:?}");
     let cursor = chain.relay.last_seq.to_string();
     for words in [
-        // How many of them the janitor has trimmed by now is its business.
+        // How many of them the janitor has trimmed by now does not matter.
         "stream        firehose:events: ",
         "group         firehose-processors",
         "waiting       0",
@@ -44,7 +44,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     }
     assert!(!page.stdout.contains('\x1b') && !page.stdout.contains("CONSUMER"), "{}", page.stdout);
 
-    // The servers alone.
+    // With the servers alone.
     let without = nobody_at_http(&chain.variables());
     let page = status(&without, &[]).await;
     assert_eq!(page.code, 0, "{page:?}");
@@ -55,7 +55,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     }
     assert!(page.stdout.contains("PostgreSQL    answers, tables at version"), "{}", page.stdout);
 
-    // As it is now, not on average since the start.
+    // The current rate, not the average since the start.
     wait_for("nothing to be done any more", SOON, async || {
         let process = &program.status().await["process"];
         let now = process["entries_per_second"] == 0.0 && process["entries"] == 301;
@@ -63,7 +63,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
     })
     .await;
 
-    // Without Redis the process still says how it is.
+    // Without Redis the process still reports its state.
     chain.redis.stop().await.unwrap();
     let page = wait_for("the process to see it", SOON, async || {
         let page = status(&with_process, &[]).await;
@@ -77,7 +77,7 @@ async fn the_page_says_what_the_process_and_the_servers_know() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_away_is_said_and_redis_is_shown() {
+async fn an_unreachable_database_is_reported_and_redis_is_still_shown() {
     let redis = Redis::start().await;
     let mut postgres = Postgres::start().await;
     let variables = nobody_at_http(&Variables::new())
@@ -92,13 +92,13 @@ async fn a_database_that_is_away_is_said_and_redis_is_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watching_prints_blocks_and_ends_in_good_order() {
+async fn watch_prints_repeated_blocks_and_exits_cleanly() {
     let mut redis = Redis::start().await;
     let variables = nobody_at_http(&Variables::new()).with("REDIS_URL", redis.url());
     let mut watching = Standpipe::start(&["status", "--watch", "1"], &variables);
     let blocks = |text: &str, word: &str| text.matches(word).count();
     wait_until("two blocks", SOON, async || blocks(&watching.stdout(), "firehose:events is not") >= 2).await;
-    // A server that goes away is no reason to end.
+    // A server that goes down is not a reason to exit.
     redis.stop().await.unwrap();
     wait_until("the outage", SOON, async || blocks(&watching.stdout(), "cannot be reached") >= 2).await;
     redis.start_again().await.unwrap();
@@ -123,7 +123,7 @@ async fn watching_prints_blocks_and_ends_in_good_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_a_terminal_it_writes_over_what_was_there() {
+async fn watch_redraws_in_place_on_a_terminal() {
     let redis = Redis::start().await;
     let program = env!("CARGO_BIN_EXE_standpipe");
     let command = format!("timeout --signal=INT --preserve-status 4 {program} status --watch 1");

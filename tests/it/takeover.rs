@@ -1,5 +1,5 @@
-//! A database that the workers before standpipe made and filled: it is taken over while others work with it, broken off
-//! anywhere, audited, put right, and given back.
+//! A database that the workers before standpipe created and filled: it is taken over while others use it,
+//! interrupted anywhere, audited, repaired, and given back.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,7 +22,7 @@ use standpipe::store::{Contended, Fate, Store};
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
-/// What a shell says of a process that SIGABRT ended.
+/// The exit code that a shell reports for a process ended by SIGABRT.
 const ABORTED: i32 = 128 + 6;
 
 /// A full database of the old workers.
@@ -36,7 +36,7 @@ async fn old_database() -> String {
             let url = server.fresh_database().await;
             old_database::create_full(&url).await;
             let name = url.rsplit('/').next().unwrap().to_owned();
-            // Nobody may be connected to what is copied.
+            // Nobody may be connected to the database that is copied.
             let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'");
             wait_until("everybody to have left the template", SOON, async || {
                 query_value(&server.url("postgres"), &sessions).await == "0"
@@ -67,8 +67,8 @@ async fn runs(arguments: &[&str], database: &str) -> String {
 // ---------------------------------------------------------------------------------------------
 // The others
 
-/// Workers as there were before, each with a connection of its own, who do what they always did. Every statement is
-/// timed.
+/// Workers like those before standpipe, each with a connection of its own, doing what they always did. Every
+/// statement is timed.
 struct Others {
     stop: Arc<AtomicBool>,
     statements: Arc<AtomicU64>,
@@ -110,14 +110,14 @@ impl Others {
         Self { tasks, ..others }
     }
 
-    /// Waits until they have got on.
+    /// Waits until they have made progress.
     async fn get_on(&self, statements: u64) {
         let goal = self.statements.load(Ordering::Relaxed) + statements;
         wait_until("the others to get on", SOON, async || self.statements.load(Ordering::Relaxed) >= goal)
             .await;
     }
 
-    /// Ends them; nobody may have waited for a second.
+    /// Stops them; no statement may have taken a second.
     async fn end(self, during: &str) {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
@@ -135,7 +135,7 @@ impl Others {
 fn transaction(rng: &mut Rng, worker: u64, turn: u64) -> Vec<String> {
     let (user, post) = (rng.u32(..10_000), rng.u32(..60_000));
     let did = format!("did:plc:u{user}");
-    // Of one subject nobody says anything twice: that is for standpipe's own events to do.
+    // No worker writes twice about the same subject: that is left to standpipe's own events.
     let new = format!("did:plc:w{worker}-{turn}");
     let post = format!("at://did:plc:u{}/app.bsky.feed.post/p{post}", post % 10_000);
     let uri = format!("at://{did}/app.bsky.feed.x/w{worker}-{turn}");
@@ -261,7 +261,7 @@ async fn apply(store: &Store, entries: &[Entry]) {
     session.flush(&[]).await.unwrap();
 }
 
-/// Counters that are not what the rows say, found in another way than the audit finds them.
+/// Counters that do not match the rows, found in a different way than the audit finds them.
 const WRONG_COUNTERS: &str = "
     WITH k AS (
         SELECT uri AS key FROM posts UNION SELECT post_uri FROM likes UNION SELECT post_uri FROM reposts
@@ -285,7 +285,7 @@ const WRONG_COUNTERS: &str = "
 // The tests
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
+async fn a_database_in_use_is_taken_over_and_given_back() {
     let database = old_database().await;
     let before = old_database::catalogue(&database).await;
 
@@ -296,7 +296,7 @@ async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
         "{planned}"
     );
 
-    // Somebody reads for a long time what has to be changed.
+    // A long transaction reads the tables that have to be changed.
     let others = Others::start(&database, 4).await;
     others.get_on(100).await;
     let reader = connect(&database).await;
@@ -316,7 +316,7 @@ async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
 
     new_events_meet_old_rows(&database).await;
 
-    // Back.
+    // Undo it.
     let finished = run(&["migrate", "--undo"], &database).await;
     assert_eq!(finished.code, 64, "nobody was asked: {}{}", finished.stdout, finished.stderr);
     assert!(finished.stdout.contains("2 rows go first"), "{}", finished.stdout);
@@ -345,7 +345,7 @@ async fn a_database_is_taken_over_while_others_work_with_it_and_given_back() {
     assert_eq!(old_database::catalogue(&database).await, before);
 }
 
-/// Through the whole chain, with what the old unique indexes could not hold. Nothing is refused.
+/// Through the whole chain, with rows that the old unique indexes would have refused. Nothing is refused.
 async fn new_events_meet_old_rows(database: &str) {
     let redis = Redis::start().await;
     let target = "at://did:plc:u9/app.bsky.feed.post/p20009";
@@ -355,7 +355,7 @@ async fn new_events_meet_old_rows(database: &str) {
         (query_value(database, &counters).await, query_value(database, &rows).await)
     };
     let (_, old_likes) = likes().await;
-    // An old like of the post, its counter put right first.
+    // An old like of the post, whose counter is corrected first.
     execute(
         database,
         &format!("UPDATE post_aggregations SET like_count = {old_likes} WHERE post_uri = '{target}'"),
@@ -418,11 +418,12 @@ async fn new_events_meet_old_rows(database: &str) {
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'standpipe' AND datname = current_database()";
     wait_until("the worker's sessions to end", SOON, async || query_value(database, sessions).await == "0")
         .await;
-    // Two likes of one account, of which one is enough for the old index: one row; of the three follows two go too.
+    // The old index allows one like per account and post, so one of the two goes here; of the three follows,
+    // the undo removes two.
     execute(database, "DELETE FROM likes WHERE uri = 'at://did:plc:fan/app.bsky.feed.like/3'").await;
 }
 
-/// What a takeover leaves: the catalogue and our notes.
+/// What a takeover leaves behind: the catalogue and our notes.
 async fn taken_over(database: &str) -> Vec<Vec<Option<String>>> {
     let mut state = old_database::catalogue(database).await;
     for notes in ["replaced_indexes", "added_columns", "tables_before"] {
@@ -437,12 +438,12 @@ async fn taken_over(database: &str) -> Vec<Vec<Option<String>>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_takeover_that_is_broken_off_anywhere_ends_like_one_that_is_not() {
+async fn a_takeover_interrupted_anywhere_ends_like_an_undisturbed_one() {
     let mut rng = Rng::new();
     let undisturbed = old_database().await;
     old_database::make_constraints(&undisturbed).await;
     let before = old_database::catalogue(&undisturbed).await;
-    // Several at a time take turns.
+    // Several at once take turns.
     let together: Vec<Standpipe> =
         (0..3).map(|_| Standpipe::start(&["migrate"], &variables(&undisturbed))).collect();
     for mut migrate in together {
@@ -455,7 +456,7 @@ async fn a_takeover_that_is_broken_off_anywhere_ends_like_one_that_is_not() {
     let others = Others::start(&database, 2).await;
     let mut broken_off = 0;
     loop {
-        // Of the points of each step one of the next few.
+        // One of the next few crash points.
         let point = format!("{}:{}", Point::InMigration.name(), rng.u32(1..12));
         let finished =
             Standpipe::run(&["migrate"], &variables(&database).with("STANDPIPE_CRASH_AT", point), RUN).await;
@@ -468,7 +469,7 @@ async fn a_takeover_that_is_broken_off_anywhere_ends_like_one_that_is_not() {
     others.end("a takeover broken off").await;
     assert!(broken_off > 3, "{broken_off} times");
     assert_eq!(taken_over(&database).await, wanted);
-    // The way back, broken off as well.
+    // The undo, interrupted as well.
     let mut broken_off = 0;
     loop {
         let point = format!("{}:{}", Point::InMigration.name(), rng.u32(1..12));
@@ -481,7 +482,7 @@ async fn a_takeover_that_is_broken_off_anywhere_ends_like_one_that_is_not() {
         if finished.code == 0 {
             break;
         }
-        // The sessions of a process that died end a moment later.
+        // The sessions of a dead process end a moment later.
         let stopped = finished.stderr.contains("stop it first");
         assert!(finished.code == ABORTED || stopped, "{}{}", finished.stdout, finished.stderr);
         broken_off += u32::from(!stopped);
@@ -511,11 +512,11 @@ async fn a_takeover_that_is_broken_off_anywhere_ends_like_one_that_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
+async fn an_audit_finds_and_repairs_errors_while_standpipe_is_running() {
     let database = old_database().await;
     runs(&["migrate"], &database).await;
     let store = store(&database);
-    // A worker that knows no tombstones writes what was deleted.
+    // A worker without tombstones writes a record that was deleted.
     let target = "at://did:plc:u11/app.bsky.feed.post/p11";
     let events = [like("did:plc:ghost", "1", target), delete("did:plc:ghost", "app.bsky.feed.like/1")];
     let events: Vec<Entry> = events.iter().zip(1..).map(|(data, place)| entry(place, data)).collect();
@@ -546,7 +547,7 @@ async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
     }
     assert_eq!(query_value(&database, WRONG_COUNTERS).await, wrong.to_string(), "an audit changed something");
 
-    // Standpipe likes, unlikes and replies to posts whose counters are wrong.
+    // Meanwhile standpipe applies likes, unlikes and replies to posts whose counters are wrong.
     let stop = Arc::new(AtomicBool::new(false));
     let place = Arc::new(AtomicU64::new(10));
     let tasks: Vec<_> = (0..3)
@@ -588,7 +589,7 @@ async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
     assert_eq!(repaired.code, 0, "{}{}", repaired.stdout, repaired.stderr);
     assert!(repaired.stdout.contains("repaired: counters agree with the rows"), "{}", repaired.stdout);
     assert!(place.load(Ordering::Relaxed) > at_start + 100, "nothing was applied meanwhile");
-    // Nothing false while everything moves.
+    // No false findings while everything is changing.
     let moving = run(&["audit"], &database).await;
     assert_eq!(moving.code, 0, "{}", moving.stdout);
     stop.store(true, Ordering::Relaxed);
@@ -602,7 +603,7 @@ async fn an_audit_finds_what_is_wrong_and_repairs_it_while_standpipe_works() {
 }
 
 #[tokio::test]
-async fn nothing_is_undone_that_leaves_nothing() {
+async fn undo_refuses_a_database_that_standpipe_created() {
     let server = Postgres::shared().await;
     let database = server.fresh_database().await;
     let refused = run(&["migrate", "--undo", "--yes"], &database).await;
@@ -617,7 +618,7 @@ async fn nothing_is_undone_that_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_role_that_does_not_own_the_tables_is_told_so_before_anything_changes() {
+async fn a_role_that_does_not_own_the_tables_is_refused_before_anything_changes() {
     let database = Postgres::shared().await.fresh_database().await;
     old_database::create(&database).await;
     let name = database.rsplit('/').next().unwrap();
@@ -629,9 +630,9 @@ async fn a_role_that_does_not_own_the_tables_is_told_so_before_anything_changes(
     assert_eq!(old_database::catalogue(&database).await, before);
 }
 
-/// Names differ from one database to the other, and a table may be missing.
+/// Names differ from one database to another, and a table may be missing.
 #[tokio::test]
-async fn unique_indexes_are_found_by_what_they_hold() {
+async fn unique_indexes_are_found_by_their_columns() {
     let database = Postgres::shared().await.fresh_database().await;
     old_database::create(&database).await;
     let client: Client = connect(&database).await;
@@ -647,7 +648,7 @@ async fn unique_indexes_are_found_by_what_they_hold() {
         .await
         .unwrap();
     let before = old_database::catalogue(&database).await;
-    // What is left of a takeover that the server broke off: an index that is not whole.
+    // What is left of a takeover that the server interrupted: an invalid index.
     let follow =
         "INSERT INTO follows (uri, follower_did, following_did, created_at) VALUES ('u', 'a', 'b', now())";
     client.batch_execute(follow).await.unwrap();

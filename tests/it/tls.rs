@@ -1,4 +1,4 @@
-//! TLS to Redis and PostgreSQL: what is trusted works, what is not is refused with what to do.
+//! TLS to Redis and PostgreSQL: trusted certificates work, others are refused with a remedy.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -9,7 +9,7 @@ use crate::support::chain::{Program, RUN, Relay, SOON, Variables, look, network}
 use crate::support::{Finished, Postgres, Redis, Standpipe, execute, free_port, query_value, wait_until};
 use standpipe_lab::servers::RedisOptions;
 
-/// An authority of our own and certificates that it signed.
+/// A certificate authority of our own, and certificates that it signed.
 struct Authority {
     folder: tempfile::TempDir,
 }
@@ -113,7 +113,7 @@ fn nobody_at_http() -> Variables {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_over_tls_is_verified() {
+async fn redis_tls_certificates_are_verified() {
     let authority = Authority::new();
     let (redis, port) = redis_with_tls(&authority, OURS).await;
     let url = format!("rediss://127.0.0.1:{port}");
@@ -148,7 +148,7 @@ async fn redis_over_tls_is_verified() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_of_another_host_is_refused() {
+async fn a_certificate_for_another_host_is_refused() {
     let authority = Authority::new();
     let (_redis, port) = redis_with_tls(&authority, "DNS:elsewhere.example").await;
     let (_postgres, database) = postgres_with_tls(&authority, "DNS:elsewhere.example").await;
@@ -174,7 +174,7 @@ async fn a_certificate_of_another_host_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_over_tls_is_verified_by_libpqs_words() {
+async fn postgresql_tls_is_verified_according_to_sslmode() {
     let authority = Authority::new();
     let redis = Redis::start().await;
     let (_postgres, database) = postgres_with_tls(&authority, OURS).await;
@@ -189,7 +189,7 @@ async fn postgresql_over_tls_is_verified_by_libpqs_words() {
         assert_says(&migrated, 69, &["UnknownIssuer"]);
         let trusted = untrusted.clone().with("PGSSLROOTCERT", authority.ca());
         assert_says(&check(&trusted).await, 0, &["TLSv1.3, certificate", "verified"]);
-        // As the machine's own.
+        // Trusted as one of the system's authorities.
         assert_says(&check(&untrusted.with("SSL_CERT_FILE", authority.ca())).await, 0, &["TLSv1.3"]);
     }
     let in_url = authority.ca().replace('/', "%2F");
@@ -202,7 +202,7 @@ async fn postgresql_over_tls_is_verified_by_libpqs_words() {
     let missing = variables.clone().with("DATABASE_URL", format!("{database}?sslrootcert=/no/such/file"));
     assert_says(&check(&missing).await, 64, &["DATABASE_URL", "cannot be read"]);
 
-    // What promises nothing refuses nothing, and says so.
+    // Modes that promise nothing refuse nothing, and that is reported.
     for mode in ["prefer", "allow"] {
         let words = ["TLSv1.3", &format!("sslmode={mode} takes any certificate"), "sslmode=verify-full"];
         assert_says(&check(&with_mode(mode)).await, 0, &words);
@@ -221,7 +221,7 @@ async fn postgresql_over_tls_is_verified_by_libpqs_words() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_go_over_tls_from_end_to_end() {
+async fn events_flow_over_tls_end_to_end() {
     let authority = Authority::new();
     let (redis, port) = redis_with_tls(&authority, OURS).await;
     let (_postgres, database) = postgres_with_tls(&authority, OURS).await;
@@ -243,18 +243,18 @@ async fn events_go_over_tls_from_end_to_end() {
     assert_eq!(query_value(&database, encrypted).await, "t");
     drop(program);
 
-    // A worker that trusts nobody waits and says why; nothing is lost by it.
+    // A worker that does not trust the certificate waits and reports why; nothing is lost.
     let mut worker = Program::start("worker", &variables.clone().with("PGSSLROOTCERT", "system")).await;
     worker.wait_for_line("UnknownIssuer", SOON).await;
     assert_eq!(worker.readiness().await.0, 503);
-    // One that is told to take anything says that too.
+    // One that is configured to accept any certificate reports that too.
     drop(worker);
     let lenient = variables.with("DATABASE_URL", &database).with("PGSSLROOTCERT", "system");
     let mut worker = Program::start("worker", &lenient).await;
     worker.wait_for_line("the certificate of PostgreSQL is not trusted", SOON).await;
 }
 
-/// A TLS server in front of a port that speaks none.
+/// A TLS server in front of a plain-text port.
 async fn with_tls(authority: &Authority, names: &str, behind: std::net::SocketAddr) -> u16 {
     use rustls::pki_types::pem::PemObject as _;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -285,7 +285,7 @@ async fn with_tls(authority: &Authority, names: &str, behind: std::net::SocketAd
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_of_a_private_authority_is_read_over_wss() {
+async fn a_relay_with_a_private_certificate_authority_is_read_over_wss() {
     let authority = Authority::new();
     let relay = Relay::start(&network(200), None).await;
     let address = relay.name().parse().unwrap();
@@ -307,9 +307,9 @@ async fn a_relay_of_a_private_authority_is_read_over_wss() {
     }
 }
 
-/// Debian's self-signed certificates of old, and those of many a script, are of X.509's first version.
+/// Debian's old self-signed certificates, and those of many scripts, are X.509 version 1.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_of_the_first_version_is_taken_where_any_is() {
+async fn an_x509_v1_certificate_is_accepted_where_any_certificate_is() {
     let authority = Authority::new();
     let (postgres, database) = postgres_with_tls(&authority, OURS).await;
     let data = postgres.folder().join("data");

@@ -1,6 +1,8 @@
-//! This program after the previous release: on what that one left when it was killed, and side by side with it.
+//! This release after the previous one: on what that one left behind when it was killed, and side by side
+//! with it.
 //!
-//! `STANDPIPE_PREVIOUS` is a binary of the previous release; unset, it is the one that `make previous-release` builds.
+//! `STANDPIPE_PREVIOUS` is a binary of the previous release; by default it is the one that
+//! `make previous-release` builds.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,10 +27,10 @@ fn fixture(name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A Redis and a database with it.
+/// A Redis and a database in that state.
 async fn left_by_the_previous_release() -> (Redis, String) {
     let (redis, database) = (Redis::start().await, Postgres::shared().await.fresh_database().await);
-    // The dump empties its session's search path: nobody else has this one.
+    // The dump empties the search path of its session, so the session is not used for anything else.
     connect(&database).await.batch_execute(&fixture("database.sql")).await.unwrap();
     let mut connection = redis.connection().await;
     for line in fixture("redis.jsonl").lines() {
@@ -51,7 +53,7 @@ async fn send(connection: &mut MultiplexedConnection, words: &[String]) -> redis
     command.query_async::<redis::Value>(connection).await.map(|_| ())
 }
 
-/// The rows that a statement returns, each as its values with spaces between them.
+/// The rows that a statement returns, each as its values separated by spaces.
 async fn lines(database: &str, sql: &str) -> Vec<String> {
     let text = |row: &Vec<Option<String>>| {
         row.iter().map(|value| value.as_deref().unwrap_or("NULL")).collect::<Vec<_>>().join(" ")
@@ -59,22 +61,23 @@ async fn lines(database: &str, sql: &str) -> Vec<String> {
     query_rows(database, sql).await.iter().map(text).collect()
 }
 
-/// What a statement returns: of what the previous release left, and when this one has applied the rest of the entries.
+/// What a statement returns: on what the previous release left, and after this one has applied the remaining
+/// entries.
 struct Fact {
     sql: &'static str,
     before: &'static [&'static str],
     after: &'static [&'static str],
 }
 
-/// `scripts/release_fixture.py` says what the entries are.
+/// `scripts/release_fixture.py` defines the entries.
 const FACTS: &[Fact] = &[
-    // Newer versions win, and a version that comes again over a newer one is lost.
+    // Newer versions win, and an older version that is replayed over a newer one loses.
     Fact {
         sql: "SELECT split_part(uri, '/', 5), text FROM posts WHERE author_did = 'did:plc:alice' ORDER BY uri",
         before: &["edited after the edit", "first bob: the first", "gated bob: for some"],
         after: &["edited after the edit", "first bob: the first, edited", "gated bob: for some"],
     },
-    // A newer gate lets a reply in that the older one forbade.
+    // A newer gate allows a reply that the older one forbade.
     Fact {
         sql: "SELECT split_part(uri, '/', 5), text, violates_thread_gate FROM posts
               WHERE author_did = 'did:plc:bob' ORDER BY uri",
@@ -88,15 +91,16 @@ const FACTS: &[Fact] = &[
         before: &["gatequote look what it says t", "plain without a revision f", "refused corrected f"],
         after: &["gatequote look what it says t", "plain with a revision f", "refused corrected f"],
     },
-    // One of them is deleted again.
+    // One of them has been deleted again.
     Fact {
         sql: "SELECT split_part(uri, '/', 5), text FROM posts WHERE author_did = 'did:plc:busy' ORDER BY uri",
         before: &[],
         after: &["three three", "two two"],
     },
-    // The account forbids it.
+    // The account opted out.
     Fact { sql: "SELECT uri FROM posts WHERE author_did = 'did:plc:private'", before: &[], after: &[] },
-    // Deleted accounts: purged before, half purged, and deleted by an entry that was waiting. What is newer lives.
+    // Deleted accounts: purged before, half purged, and deleted by an entry that was waiting. Newer records
+    // live.
     Fact {
         sql: "SELECT author_did, split_part(uri, '/', 5) FROM posts
               WHERE author_did IN ('did:plc:erin', 'did:plc:frank', 'did:plc:heidi') ORDER BY uri",
@@ -122,13 +126,13 @@ const FACTS: &[Fact] = &[
         ],
         after: &[],
     },
-    // A delete, and a create of what was deleted, which comes again.
+    // A delete, and the replayed create of a deleted record.
     Fact {
         sql: "SELECT uri FROM likes WHERE user_did IN ('did:plc:dave', 'did:plc:grace')",
         before: &["at://did:plc:dave/app.bsky.feed.like/first"],
         after: &[],
     },
-    // Profiles, of which one comes again, handles and states.
+    // Profiles, one of them replayed, handles and states.
     Fact {
         sql: "SELECT did, handle, display_name, account_active FROM users
               WHERE did ~ '^did:plc:(alice|carol|dave|erin|frank|grace|heidi|ivan)$' ORDER BY did",
@@ -157,7 +161,7 @@ const FACTS: &[Fact] = &[
         before: &["first 4 2 2 1 1", "gated 0 0 1 0 1"],
         after: &["first 3 2 2 2 2", "gated 1 0 1 0 1"],
     },
-    // The reply was edited: that its recipient has read of it stays.
+    // The reply was edited: its notification stays read.
     Fact {
         sql: "SELECT recipient_did, reason, is_read FROM notifications
               WHERE uri = 'at://did:plc:bob/app.bsky.feed.post/reply#notification/reply'",
@@ -172,7 +176,7 @@ const COUNTERS: &str = "
     WHERE post_uri IN ('at://did:plc:alice/app.bsky.feed.post/first', 'at://did:plc:alice/app.bsky.feed.post/gated')
     ORDER BY post_uri";
 
-/// How many rows of each table are of records of this account.
+/// How many rows of each table belong to this account's records.
 async fn records_of(database: &str, did: &str) -> BTreeMap<&'static str, u64> {
     let mut counts = BTreeMap::new();
     for table in model::table_names().filter(|table| *table != "users") {
@@ -193,7 +197,7 @@ async fn dead_letters(variables: &Variables) -> Vec<Value> {
     listed.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// How many of them have which reason.
+/// How many letters there are of each reason.
 fn reasons(letters: &[Value]) -> Vec<(&str, usize)> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for letter in letters {
@@ -203,8 +207,7 @@ fn reasons(letters: &[Value]) -> Vec<(&str, usize)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_applied_and_its_dead_letters_retried()
- {
+async fn a_database_of_the_previous_release_is_upgraded_with_its_pending_entries_and_dead_letters() {
     let (redis, database) = left_by_the_previous_release().await;
     let variables = Variables::new()
         .with("REDIS_URL", redis.url())
@@ -215,7 +218,7 @@ async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_appl
         // However old the fixture is when this runs.
         .with("TOMBSTONE_RETENTION", "3650d");
 
-    // It is what the previous release left, and nothing is missing.
+    // This is what the previous release left, and nothing is missing.
     let migrations =
         lines(&database, "SELECT version, name FROM standpipe.migrations WHERE version > 0 ORDER BY 1").await;
     assert_eq!(migrations, ["1 tables", "2 every_kind"]);
@@ -236,7 +239,7 @@ async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_appl
         [("database", 5), ("invalid_field", 2), ("missing_field", 2), ("undecodable", 1)]
     );
 
-    // This one goes on from there.
+    // This release continues from there.
     let mut worker = Program::start("worker", &variables).await;
     wait_for("everything to be acknowledged", RUN, async || match look(&redis).await {
         Ok(look) if look.is_drained() => Ok(()),
@@ -254,7 +257,7 @@ async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_appl
     // One record of every kind.
     let records = records_of(&database, "did:plc:ivan").await;
     assert!(records.values().all(|count| *count > 0), "{records:?}");
-    // The bad one of two operations that waited came to the dead letters.
+    // The bad one of two waiting operations became a dead letter.
     let letters = dead_letters(&variables).await;
     assert_eq!(
         reasons(&letters),
@@ -265,7 +268,7 @@ async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_appl
     let lost: u64 = redis_command(&redis, &["EXISTS", "firehose:events:lost"]).await;
     assert_eq!(lost, 0);
 
-    // The constraint that refused four of them is gone; one is refused by another one.
+    // The constraint that refused four of them is gone; one is still refused by another constraint.
     let retried = Standpipe::run(&["dead-letters", "retry", "--all"], &variables, RUN).await;
     assert_eq!(retried.code, 1, "{}{}", retried.stdout, retried.stderr);
     assert!(retried.stdout.contains("4 applied, 7 kept"), "{}", retried.stdout);
@@ -277,7 +280,8 @@ async fn a_database_of_the_previous_release_is_upgraded_its_pending_entries_appl
     assert!(letters.iter().all(|letter| letter["attempts"] == 2), "{letters:?}");
     let refused = letters.iter().find(|letter| letter["reason"] == "database").unwrap();
     assert!(refused["op"].as_str().unwrap().contains("app.bsky.graph.list/forbidden"), "{refused}");
-    // Of the four one is there now. The others are not: one was corrected since, one deleted, one with its account.
+    // One of the four is stored now. The others are not: one has been corrected since, one deleted, one
+    // deleted with its account.
     let refused = "SELECT author_did, text FROM posts WHERE uri LIKE '%/refused' ORDER BY uri";
     assert_eq!(lines(&database, refused).await, ["did:plc:bob REFUSED at first", "did:plc:carol corrected"]);
     assert_eq!(lines(&database, COUNTERS).await, ["first 3 2 3 2 2", "gated 1 0 1 0 1"]);
@@ -305,7 +309,7 @@ fn previous() -> PathBuf {
     path
 }
 
-/// Appends the entries of the simulated network, and says how many they are.
+/// Appends the entries of the simulated network and returns how many there are.
 async fn push(redis: &Redis, network: &NetworkOptions) -> u64 {
     let (config, _) = config::from_env([("COLLECTIONS", "*")], Role::Tool).unwrap();
     let mut pipe = redis::pipe();
@@ -334,7 +338,7 @@ async fn becomes_ready(worker: &Program) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_previous_release_and_this_one_work_in_one_group() {
+async fn the_previous_release_and_this_one_share_a_group() {
     let network = network(4_000);
     let expected = tokio::task::spawn_blocking({
         let network = network.clone();
@@ -348,14 +352,14 @@ async fn the_previous_release_and_this_one_work_in_one_group() {
             .with("REDIS_URL", redis.url())
             .with("DATABASE_URL", &database)
             .with("PARALLEL_CONSUMERS", "2")
-            // So that none of the two has it all.
+            // So that neither of the two does everything.
             .with("BATCH_SIZE", "20");
         let theirs = variables.clone().with("CONSUMER_ID", "previous");
         let mut theirs = Program::start_binary(&previous(), "worker", &theirs).await;
-        // Before this one, or it would put its own functions in the place of ours.
+        // It has to migrate before this one, or it would replace our functions with its own.
         theirs.wait_for_line("the database has been migrated", SOON).await;
         becomes_ready(&theirs).await;
-        // This one upgrades the database while that one is at work on it.
+        // This one upgrades the database while the other is working on it.
         let ours = variables.clone().with("CONSUMER_ID", "this").with("TRANSACTION", transaction);
         let mut ours = Program::start("worker", &ours).await;
         becomes_ready(&ours).await;
@@ -367,7 +371,7 @@ async fn the_previous_release_and_this_one_work_in_one_group() {
             Err(error) => Err(error.to_string()),
         })
         .await;
-        // Each entry was acknowledged by one of them, and each of them had its share.
+        // Each entry was acknowledged by one of them, and each did its share.
         let (by_them, by_us) = wait_for("every entry to be counted", SOON, async || {
             let (by_them, by_us) = (theirs.entries().await as u64, ours.entries().await as u64);
             if by_them + by_us == total {

@@ -1,5 +1,5 @@
-//! What a relay sends that it should not, and what it leaves out: nothing goes missing without a trace, and nothing of it
-//! takes the process down.
+//! What a relay sends that it should not, and what it leaves out: nothing goes missing without a trace, and
+//! nothing takes the process down.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use shrike::cbor::{Value, encode_value};
 
 const DID: &str = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa";
 
-/// Redis, a migrated database, and a relay that sends these frames to whoever is not past them.
+/// Redis and a migrated database, and the variables to run with this relay.
 async fn chain_of(relay: &ScriptedRelay) -> (Chain, crate::support::chain::Variables) {
     let database = Postgres::shared().await.fresh_database().await;
     let ended = Standpipe::run(&["migrate"], &[("DATABASE_URL", &database)], SOON).await;
@@ -51,7 +51,7 @@ async fn cursor_is(chain: &Chain, seq: i64) {
     .await;
 }
 
-/// DAG-CBOR that no decoder may take.
+/// DAG-CBOR that no decoder may accept.
 fn undecodable() -> Vec<(&'static str, Vec<u8>)> {
     let mut nested = vec![0x81_u8; 90];
     nested.push(0x80);
@@ -71,7 +71,7 @@ fn undecodable() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operations_whose_records_cannot_be_read_or_are_missing_are_dead_letters_and_nothing_else_is() {
+async fn only_operations_with_unreadable_or_missing_records_become_dead_letters() {
     let bad = undecodable();
     let mut frames = Vec::new();
     let mut expected = Vec::new();
@@ -79,7 +79,7 @@ async fn operations_whose_records_cannot_be_read_or_are_missing_are_dead_letters
         let seq = n + 1;
         let good = create(&format!("app.bsky.feed.post/good{n}"), &post("good"));
         let mut ops = vec![good];
-        // Accounts enough that no budget of one is reached.
+        // Enough accounts that none reaches its budget.
         let did = format!("did:plc:{:024}", n % 50);
         if n % 20 == 0 {
             let path = format!("app.bsky.feed.post/bad{n}");
@@ -99,7 +99,7 @@ async fn operations_whose_records_cannot_be_read_or_are_missing_are_dead_letters
     let relay = sending(frames).await;
     let (chain, variables) = chain_of(&relay).await;
     let program = Program::start("run", &variables.clone().with("REDIS_CURSOR_KEY", CURSOR)).await;
-    // From the beginning: the relay sends everything to whoever has no cursor.
+    // From the beginning: without a cursor the relay sends everything.
     cursor_is(&chain, 1000).await;
     wait_until("everything to be applied", RUN, async || chain.look().await.is_drained()).await;
     assert_eq!(query_value(&chain.database, "SELECT count(*) FROM posts WHERE text = 'good'").await, "1000");
@@ -128,7 +128,7 @@ async fn operations_whose_records_cannot_be_read_or_are_missing_are_dead_letters
         "{status}"
     );
 
-    // The same frames again are the same letters.
+    // The same frames again give no further letters.
     let _: String = redis_command(&chain.redis, &["SET", CURSOR, "0"]).await;
     wait_until("it to be read again", RUN, async || relay.connections() > 1).await;
     cursor_is(&chain, 1000).await;
@@ -152,7 +152,7 @@ async fn one_account_cannot_fill_the_dead_letters() {
     cursor_is(&chain, 300).await;
     assert_eq!(letters(&chain.redis).await.len(), 100);
     assert_eq!(program.status().await["missing"]["by_reason"]["no_room"], 200);
-    // Those that are purged make room.
+    // Purging makes room.
     let purged = Standpipe::run(&["dead-letters", "purge", "--all"], &variables, SOON).await;
     assert_eq!(purged.code, 0, "{}", purged.stderr);
     let left: i64 =
@@ -163,7 +163,7 @@ async fn one_account_cannot_fill_the_dead_letters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_record_key_of_the_longest_legal_length_is_stored() {
+async fn a_record_key_of_maximum_length_is_stored() {
     let path = format!("app.bsky.feed.post/{}", "k".repeat(512));
     let relay = sending(vec![(1, commit(1, DID, &rev(1), &[create(&path, &post("long"))]))]).await;
     let (chain, variables) = chain_of(&relay).await;
@@ -175,7 +175,7 @@ async fn a_record_key_of_the_longest_legal_length_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_of_a_type_that_nobody_knows_is_a_dead_letter() {
+async fn an_entry_of_unknown_type_becomes_a_dead_letter() {
     let relay = sending(Vec::new()).await;
     let (chain, variables) = chain_of(&relay).await;
     let _program = Program::start("worker", &variables).await;
@@ -186,7 +186,7 @@ async fn an_entry_of_a_type_that_nobody_knows_is_a_dead_letter() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revision_from_the_future_or_none_at_all_is_a_dead_letter_and_outlives_nothing() {
+async fn commits_with_a_future_or_invalid_revision_become_dead_letters() {
     let relay = sending(vec![
         (1, commit(1, DID, "zzzzzzzzzzzzz", &[create("app.bsky.feed.post/a", &post("no TID"))])),
         (2, commit(2, DID, "3zzzzzzzzzzzz", &[create("app.bsky.feed.post/b", &post("future"))])),
@@ -205,7 +205,7 @@ async fn a_revision_from_the_future_or_none_at_all_is_a_dead_letter_and_outlives
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn identities_without_a_handle_and_repositories_that_changed_unseen_are_counted_and_reported() {
+async fn identities_without_a_handle_and_sync_events_are_counted_and_reported() {
     let sync = frame(
         "#sync",
         vec![
@@ -229,13 +229,13 @@ async fn identities_without_a_handle_and_repositories_that_changed_unseen_are_co
 // ---------------------------------------------------------------------------------------------
 // Stuck
 
-/// The reasons why it is not ready; empty when it is.
+/// The reasons why it is not ready; empty if it is.
 async fn reasons(program: &Program) -> String {
     let (code, body) = program.readiness().await;
     if code == 200 { String::new() } else { body }
 }
 
-/// The first of the snapshots that the page is drawn from, as text.
+/// The first of the snapshots that the page displays, as text.
 async fn shown_on_the_page(program: &Program) -> String {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut stream = tokio::net::TcpStream::connect(program.http).await.unwrap();
@@ -254,7 +254,7 @@ async fn shown_on_the_page(program: &Program) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frame_that_is_too_large_is_passed_over_at_the_third_time_and_counted_as_a_gap() {
+async fn an_oversized_frame_is_skipped_at_the_third_attempt_and_counted_as_a_gap() {
     let mut frames: Vec<(i64, Vec<u8>)> = (1..=10)
         .map(|seq| {
             let op = create(&format!("app.bsky.feed.post/{seq}"), &post("good"));
@@ -276,7 +276,7 @@ async fn a_frame_that_is_too_large_is_passed_over_at_the_third_time_and_counted_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_takes_nothing_in_while_it_reconnects_is_not_ready_and_the_page_says_why() {
+async fn a_reader_that_reconnects_without_receiving_anything_is_not_ready_and_the_page_says_why() {
     let relay = ScriptedRelay::start(|mut connection| async move {
         connection.send(&scripted::error("ConsumerTooSlow")).await;
     })
@@ -293,7 +293,7 @@ async fn a_reader_that_takes_nothing_in_while_it_reconnects_is_not_ready_and_the
     })
     .await;
     assert!(relay.connections() > 3);
-    // The page shows the last second's look.
+    // The page shows the state of the last second.
     wait_for("the page to say so", SOON, async || {
         let shown = shown_on_the_page(&program).await;
         let says = shown.contains("The reader has taken nothing in for") && shown.contains("ConsumerTooSlow");
@@ -305,7 +305,7 @@ async fn a_reader_that_takes_nothing_in_while_it_reconnects_is_not_ready_and_the
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_cursor_is_named_and_waited_for() {
+async fn an_unreadable_cursor_is_reported_and_the_reader_waits_for_a_valid_one() {
     let relay = sending(vec![(8, account(8, DID, None))]).await;
     let (chain, variables) = chain_of(&relay).await;
     for text in ["7\n", "12345.0", "\"12345\""] {
@@ -322,7 +322,7 @@ async fn an_unreadable_cursor_is_named_and_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_absurd_number_never_becomes_the_cursor() {
+async fn an_absurd_sequence_number_never_becomes_the_cursor() {
     let relay = sending(vec![
         (1, account(1, DID, None)),
         (2, account(i64::MAX, DID, Some("takendown"))),
@@ -338,7 +338,7 @@ async fn an_absurd_number_never_becomes_the_cursor() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_that_asks_for_patience_gets_it() {
+async fn retry_after_from_the_relay_is_respected() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let requests = Arc::new(AtomicUsize::new(0));
@@ -362,7 +362,7 @@ async fn a_relay_that_asks_for_patience_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_with_the_address_of_the_relay_is_said() {
+async fn a_wrong_relay_address_is_explained() {
     // A port without TLS.
     let relay = sending(Vec::new()).await;
     let (_chain, variables) = chain_of(&relay).await;
@@ -377,7 +377,7 @@ async fn what_is_wrong_with_the_address_of_the_relay_is_said() {
     });
     let mut program = Program::start("reader", &variables.clone().with("RELAY_URL", url)).await;
     program.wait_for_line("did you mean ws://", SOON).await;
-    // A Jetstream, by its path and by what it sends.
+    // A Jetstream, recognised by its path and by what it sends.
     let jetstream = variables.clone().with("RELAY_URL", "wss://jetstream.example/subscribe");
     let ended = Standpipe::run(&["reader"], &jetstream, SOON).await;
     assert_eq!(ended.code, 64);
@@ -399,7 +399,7 @@ async fn what_is_wrong_with_the_address_of_the_relay_is_said() {
 // ---------------------------------------------------------------------------------------------
 // Hostile
 
-/// The most memory that a reader takes for these frames under the limit that the compose file sets.
+/// The peak memory that a reader uses for these frames under the limit that the compose file sets.
 async fn memory_for(frames: Vec<(i64, Vec<u8>)>) -> u64 {
     let last = frames.last().unwrap().0;
     let mut frames = frames;
@@ -426,7 +426,7 @@ fn peak_memory(pid: u32) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_frame_takes_more_than_a_bounded_amount_of_memory() {
+async fn memory_stays_bounded_for_hostile_frames() {
     const MOST: u64 = 256 << 20;
     // Two hundred operations, and two thousand, that all name one large record.
     let text = "x".repeat(990_000);
@@ -441,7 +441,7 @@ async fn no_frame_takes_more_than_a_bounded_amount_of_memory() {
         let peak = memory_for(vec![(1, frame)]).await;
         assert!(peak < MOST, "{count} operations took {} MiB", peak >> 20);
     }
-    // A DID of a megabyte.
+    // A DID of one megabyte.
     let did = format!("did:plc:{}", "a".repeat(1_000_000));
     let ops: Vec<scripted::Op> =
         (0..200).map(|n| create(&format!("app.bsky.feed.post/{n}"), &post("short"))).collect();
@@ -461,10 +461,10 @@ async fn no_frame_takes_more_than_a_bounded_amount_of_memory() {
     }
 }
 
-/// A large commit is appended in several scripts, so that none holds Redis up for long. A reader that dies between two of
-/// them has the whole commit sent again.
+/// A large commit is appended in several scripts, so that none blocks Redis for long. If a reader dies
+/// between two of them, the whole commit is sent again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_commit_is_appended_in_pieces_and_none_is_missing_after_a_crash_between_them() {
+async fn a_large_commit_appended_in_pieces_is_complete_after_a_crash_between_them() {
     let text = "x".repeat(70_000);
     let count = 180;
     let mut ops: Vec<scripted::Op> =
@@ -474,7 +474,7 @@ async fn a_large_commit_is_appended_in_pieces_and_none_is_missing_after_a_crash_
     }
     let relay = sending(vec![(7, account(7, DID, None)), (8, commit(8, DID, &rev(1), &ops))]).await;
     let (chain, variables) = chain_of(&relay).await;
-    // The first append is of what comes before it.
+    // The first append is that of the event before it.
     let mut program =
         Program::start("reader", &variables.clone().with("STANDPIPE_CRASH_AT", "after-append:4")).await;
     assert_ne!(program.wait_exit(SOON).await, 0, "it did not die: {}", program.output());
@@ -500,7 +500,8 @@ async fn a_large_commit_is_appended_in_pieces_and_none_is_missing_after_a_crash_
     }
 }
 
-/// Frames that multiply what a frame may hold: operations, identifiers, nesting, repetition, and the bytes themselves.
+/// Frames that exaggerate what a frame may hold: operations, identifiers, nesting, repetition, and the bytes
+/// themselves.
 struct Fuzzer(fastrand::Rng);
 
 impl Fuzzer {
@@ -539,7 +540,7 @@ impl Fuzzer {
             4 => list(&encode_value(&Value::Cid(scripted::cid(b"x"))).unwrap()),
             // Bytes become base64.
             5 => [head(2, count.min(longest)), fill(b"x")].concat(),
-            // More is said to come than comes.
+            // A length that announces more than follows.
             6 => head(self.0.u8(2..6), 0xffff_ffff),
             _ => encode_value(&Value::Text(&self.text(longest))).unwrap(),
         }
@@ -560,7 +561,7 @@ impl Fuzzer {
             1 => identity(seq, &did, Some(&self.text(2_000_000))),
             2 if self.0.bool() => info(&self.text(2_000_000)),
             2 => {
-                // A field that nobody knows.
+                // An unknown field.
                 let mut bytes = frame("#commit", vec![]);
                 bytes.pop();
                 bytes.extend([0xa1, 0x61, b'x']);
@@ -569,7 +570,7 @@ impl Fuzzer {
             }
             3 => frame(&format!("#{}", self.text(1_000_000)), vec![("seq", Value::Signed(seq))]),
             _ => {
-                // All of them name one record, which stands there once; or each has its own.
+                // All of them name one record, which is included once; or each has its own.
                 let (record, same) = (Arc::new(self.record()), self.0.bool());
                 let long_path = self.0.usize(..1_000);
                 let mut ops = Vec::new();
@@ -595,7 +596,7 @@ impl Fuzzer {
                 commit(seq, &did, &rev, &ops)
             }
         };
-        // Some of it several times, some of it cut off, some of it another byte.
+        // Repeat a part of it, truncate it, or replace some bytes.
         match self.0.u8(..16) {
             0 if !bytes.is_empty() => {
                 let part = self.0.usize(..bytes.len());
@@ -609,7 +610,8 @@ impl Fuzzer {
             2 => {
                 for _ in 0..self.0.usize(1..5) {
                     let at = self.0.usize(..bytes.len());
-                    // The first bytes of lists, maps and texts with a length of up to eight bytes among them.
+                    // Including the initial bytes of lists, maps and texts whose lengths take up to eight
+                    // bytes.
                     bytes[at] =
                         *self.0.choice(&[0x5b, 0x7b, 0x9b, 0xbb, 0x9f, 0xbf, 0xff, 0x81, 0xd8]).unwrap();
                 }
@@ -621,27 +623,27 @@ impl Fuzzer {
     }
 }
 
-/// `STANDPIPE_SEED` chooses the frames.
+/// `STANDPIPE_SEED` selects the frames.
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_a_frame_multiplies_takes_a_bounded_amount_of_memory() {
+async fn memory_stays_bounded_for_fuzzed_frames() {
     const READERS: u64 = 8;
     let frames = if std::env::var("STANDPIPE_LONG").is_ok() { 100 } else { 6 };
     let seed = std::env::var("STANDPIPE_SEED")
         .map_or_else(|_| fastrand::u64(..1 << 32), |seed| seed.parse().unwrap());
     println!("STANDPIPE_SEED={seed}");
-    // Most of the time a reader waits before it tries a frame again.
+    // A reader spends most of its time waiting before it retries a frame, so several run at once.
     let readers = (0..READERS).map(|reader| survives_fuzzed_frames(seed + reader * 1_000_000, frames));
     let gaps: f64 = futures_util::future::join_all(readers).await.into_iter().sum();
     assert!(gaps > 0.0, "no frame was refused");
 }
 
-/// Has a reader read so many frames under a limit; returns how many it refused.
+/// Has a reader read `count` fuzzed frames under a memory limit; returns how many it refused.
 async fn survives_fuzzed_frames(seed: u64, count: i64) -> f64 {
     let relay = ScriptedRelay::start(move |mut connection| async move {
-        // Made on the way, so that they need not all be kept.
+        // Generated on the fly, so that they need not all be kept.
         let passed = connection.cursor.unwrap_or(0);
         for number in 0..count {
-            // An event that is all right stands before each: of a frame that has no number it is known where it was.
+            // A valid event precedes each, so that the position of a frame without a number is known.
             let seq = 2 * number + 1;
             if seq > passed && !connection.send(&account(seq, DID, None)).await {
                 return;
@@ -685,10 +687,10 @@ async fn survives_fuzzed_frames(seed: u64, count: i64) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn floods_take_no_memory_and_few_lines() {
+async fn floods_cost_little_memory_and_few_log_lines() {
     let long = std::env::var("STANDPIPE_LONG").is_ok();
     for flood in ["ping", "info", "outdated"] {
-        // One of them for longer than a lease lives.
+        // One of them for longer than a lease lasts.
         let lasts = Duration::from_secs(match flood {
             _ if long => 60,
             "outdated" => 15,
@@ -742,7 +744,7 @@ async fn floods_take_no_memory_and_few_lines() {
         .await;
         assert!(peak < 128 << 20, "{flood}: {} MiB", peak >> 20);
         assert_eq!(relay.connections(), 1, "{flood}: the flood cost the connection:\n{}", program.stderr());
-        // The progress line is for every ten seconds, whatever the relay sends.
+        // The progress line appears every ten seconds, whatever the relay sends.
         let lines = program.stderr().lines().filter(|line| !line.contains(" INFO progress ")).count();
         assert!(lines <= 20, "{flood}: {lines} lines:\n{}", program.stderr());
         let gaps = program.metric("standpipe_relay_gaps_total").await;
@@ -751,7 +753,7 @@ async fn floods_take_no_memory_and_few_lines() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_relay_that_closes_every_connection_at_once_is_no_relay() {
+async fn a_relay_that_closes_every_connection_immediately_leaves_the_reader_not_ready() {
     let relay = ScriptedRelay::start(|_| async {}).await;
     let (_chain, variables) = chain_of(&relay).await;
     let program = Program::start("reader", &variables).await;

@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_comes_late_and_in_order() {
+    fn bytes_arrive_delayed_and_in_order() {
         let server = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = far(server.local_addr().unwrap(), Duration::from_millis(30)).unwrap();
         let mut client = TcpStream::connect(("127.0.0.1", port)).unwrap();

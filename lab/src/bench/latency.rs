@@ -21,6 +21,7 @@ use super::report::Stat;
 use super::stream::{add, entries_of};
 use super::{BenchOptions, stream, worker};
 use standpipe::event::EntryId;
+use standpipe::stream::Stream;
 use standpipe::stream::append::NewEntry;
 
 /// How long entries are appended and not counted: connections are opened and plans made.
@@ -155,7 +156,7 @@ pub async fn round(
     let mut connection = lab.streams.connection();
     let (sent, first) = send(&mut connection, &lab.keys.stream, &entries, rate, warm_up).await?;
     let seconds = (now_micros() - first) as f64 / 1e6;
-    worker::until_empty(&mut connection, &lab.keys, &mut program).await?;
+    worker::until_empty(&mut Stream::over(connection, lab.keys.clone()), &mut program).await?;
     program.stop().await?;
 
     let mut durable = Vec::with_capacity(sent.len());
@@ -234,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn acknowledgements_are_read_off_the_monitor() {
+    fn acknowledgements_are_parsed_from_monitor_output() {
         let line = r#"1700000000.000042 [0 127.0.0.1:50000] "XACK" "firehose:events" "group" "7-1" "8-0""#;
         let at = 1_700_000_000_000_042;
         assert_eq!(

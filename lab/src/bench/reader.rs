@@ -19,7 +19,7 @@ use super::report::Stat;
 use super::{BenchOptions, machine, stream};
 use crate::simulate::{self, Counters, Frame, Network, NetworkOptions, RelayOptions, Source};
 use standpipe::out;
-use standpipe::stream::append;
+use standpipe::stream::Stream;
 
 /// Bytes of a real relay's frame, on average.
 const REAL_FRAME: f64 = 5500.0;
@@ -139,7 +139,7 @@ async fn round(lab: &mut Lab, frames: &Arc<[Frame]>, last: u64) -> Result<Round>
     }
     let began = Instant::now();
     loop {
-        let cursor = append::read_cursor(&mut connection, &lab.keys).await?.position;
+        let cursor = Stream::over(connection.clone(), lab.keys.clone()).cursor().await?.position;
         if cursor.is_some_and(|cursor| cursor.unsigned_abs() >= last) {
             break;
         }

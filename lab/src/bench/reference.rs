@@ -10,7 +10,6 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
-use redis::aio::MultiplexedConnection;
 use serde_json::Value;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
@@ -19,13 +18,10 @@ use super::lab::Lab;
 use super::postgres::Connection;
 use super::stream::Prepared;
 use standpipe::event::Entry;
-use standpipe::stream::entry::Batch;
-use standpipe::stream::{Keys, group};
+use standpipe::stream::{Redis, Stream};
 
 /// Entries that are read at a time.
 const COUNT: usize = 10;
-/// How long a read waits, in milliseconds: the stream is full before the first one, so that nothing means the end.
-const BLOCK_MS: u64 = 100;
 
 /// How a run went.
 #[derive(Clone, Copy, Debug)]
@@ -49,14 +45,13 @@ impl Reference {
     /// A server refuses.
     pub async fn open(lab: &mut Lab, prepared: &Prepared, database: &str) -> Result<Self> {
         lab.streams.restore(prepared, &lab.keys).await?;
-        group::ensure(&mut lab.streams.connection(), &lab.keys).await?;
-        let redis = standpipe::stream::Redis::new(&lab.redis_url())?;
+        Stream::over(lab.streams.connection(), lab.keys.clone()).ensure().await?;
+        let redis = Redis::open(&lab.config)?;
         let mut pipelines = Vec::new();
         for index in 0..lab.config.parallel_consumers {
             pipelines.push(Pipeline {
                 consumer: format!("reference-{index}"),
-                keys: lab.keys.clone(),
-                redis: redis.connect().await?,
+                stream: redis.connect().await?,
                 database: Connection::open(database).await?,
                 statements: HashMap::new(),
             });
@@ -91,8 +86,7 @@ type Parameter<'a> = &'a (dyn ToSql + Sync);
 
 struct Pipeline {
     consumer: String,
-    keys: Keys,
-    redis: MultiplexedConnection,
+    stream: Stream,
     database: Connection,
     statements: HashMap<&'static str, Statement>,
 }
@@ -103,19 +97,7 @@ impl Pipeline {
         let mut errors = 0;
         let mut last = Instant::now();
         loop {
-            let batch: Batch = redis::cmd("XREADGROUP")
-                .arg("GROUP")
-                .arg(&self.keys.group)
-                .arg(&self.consumer)
-                .arg("COUNT")
-                .arg(COUNT)
-                .arg("BLOCK")
-                .arg(BLOCK_MS)
-                .arg("STREAMS")
-                .arg(&self.keys.stream)
-                .arg(">")
-                .query_async(&mut self.redis)
-                .await?;
+            let batch = self.stream.read_new(&self.consumer, COUNT, true).await?;
             if batch.entries.is_empty() {
                 return Ok((errors, last));
             }
@@ -126,7 +108,7 @@ impl Pipeline {
                     self.database.batch_execute("ROLLBACK").await?;
                     errors += 1;
                 }
-                group::acknowledge(&mut self.redis, &self.keys, &[entry.id]).await?;
+                self.stream.acknowledge(&[entry.id]).await?;
                 last = Instant::now();
             }
         }

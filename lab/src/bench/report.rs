@@ -354,7 +354,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_median_is_in_the_middle() {
+    fn a_stat_holds_median_minimum_and_maximum() {
         let stat = |values: &[f64]| values.iter().copied().collect::<Stat>();
         assert_eq!(stat(&[3.0, 1.0, 2.0]), Stat { median: 2.0, min: 1.0, max: 3.0 });
         assert_eq!(stat(&[4.0, 1.0]).median, 2.5);

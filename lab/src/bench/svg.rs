@@ -206,13 +206,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_short() {
+    fn numbers_are_formatted_compactly() {
         let shown = [0.0, 0.25, 99.5, 100.4, 1000.0, 1_234_567.0].map(number);
         assert_eq!(shown, ["0", "0.25", "99.50", "100", "1,000", "1,234,567"]);
     }
 
     #[test]
-    fn a_plot_has_every_name_and_closes_what_it_opens() {
+    fn a_plot_names_every_series_and_closes_every_tag() {
         let stat = Stat { median: 10.0, min: 8.0, max: 12.0 };
         let plot = bar_plot("a < b", "ms", &[("one".to_owned(), stat), ("two".to_owned(), Stat::default())]);
         assert!(plot.contains("a &lt; b") && plot.contains(">one<") && plot.contains(">10 ms<"), "{plot}");

@@ -9,8 +9,8 @@ use super::lab::{Cost, Lab, Variables};
 use super::program::Program;
 use super::stream::Prepared;
 use standpipe::http;
-use standpipe::stream::Keys;
-use standpipe::stream::janitor::{self, Look};
+use standpipe::stream::Stream;
+use standpipe::stream::janitor::Look;
 
 /// How often the stream is looked at while the time is taken; a look costs Redis less than a tenth of a millisecond.
 const LOOK: Duration = Duration::from_millis(10);
@@ -87,11 +87,11 @@ pub async fn until_ready(variables: &Variables, began: Instant) -> Result<Durati
 }
 
 async fn until_drained(lab: &Lab, entries: u64, program: &mut Program) -> Result<f64> {
-    let mut connection = lab.streams.connection();
+    let mut stream = Stream::over(lab.streams.connection(), lab.keys.clone());
     let mut began = None;
     let mut moved = (Instant::now(), Look::default());
     loop {
-        let look = janitor::look(&mut connection, &lab.keys).await?;
+        let look = stream.look().await?;
         let now = Instant::now();
         // Of a stream that nobody has read, the oldest entry that waits is the first.
         if began.is_none() && (look.pending > 0 || look.is_drained()) {
@@ -118,13 +118,9 @@ async fn until_drained(lab: &Lab, entries: u64, program: &mut Program) -> Result
 /// # Errors
 ///
 /// Redis cannot be reached, or the process has ended.
-pub async fn until_empty(
-    connection: &mut redis::aio::MultiplexedConnection,
-    keys: &Keys,
-    program: &mut Program,
-) -> Result<()> {
+pub async fn until_empty(stream: &mut Stream, program: &mut Program) -> Result<()> {
     let began = Instant::now();
-    while !janitor::look(connection, keys).await?.is_drained() {
+    while !stream.look().await?.is_drained() {
         program.ensure_running()?;
         ensure!(began.elapsed() < STUCK, "it does not get done:\n{}", program.said());
         tokio::time::sleep(LOOK).await;

@@ -50,7 +50,7 @@ fn operations<'a, 'b>(body: &'b BTreeMap<&'a str, Value<'a>>) -> Vec<BTreeMap<&'
 }
 
 #[test]
-fn the_same_options_give_the_same_bytes_and_another_seed_others() {
+fn the_same_options_give_the_same_bytes_and_another_seed_gives_different_ones() {
     let first = frames(&options(3000));
     assert_eq!(first.len(), 3000);
     assert_eq!(first, frames(&options(3000)));
@@ -58,12 +58,12 @@ fn the_same_options_give_the_same_bytes_and_another_seed_others() {
 }
 
 #[test]
-fn a_shorter_run_is_the_beginning_of_a_longer_one() {
+fn a_shorter_run_is_a_prefix_of_a_longer_one() {
     assert_eq!(frames(&options(500)), frames(&options(2000))[..500]);
 }
 
 #[test]
-fn every_frame_decodes_and_every_block_has_its_cid() {
+fn every_frame_decodes_and_every_block_matches_its_cid() {
     for frame in frames(&NetworkOptions { pad: 2000, deletions: true, ..options(5000) }) {
         let (kind, body) = parts(&frame.bytes);
         assert_eq!(body["seq"], Value::Unsigned(frame.seq.unwrap()));
@@ -131,7 +131,7 @@ fn sequence_numbers_and_the_revisions_of_each_repository_increase() {
 }
 
 #[test]
-fn accounts_act_only_on_what_is_there() {
+fn accounts_change_only_records_that_exist() {
     let mut known = HashSet::new();
     let mut inactive = HashSet::new();
     let mut alive = HashSet::new();
@@ -192,7 +192,7 @@ fn seeking_gives_exactly_the_tail_of_the_full_run() {
 }
 
 #[test]
-fn a_tiny_network_goes_on_too() {
+fn tiny_networks_produce_every_frame() {
     for accounts in [0, 1, 2] {
         let options = NetworkOptions { accounts, deletions: true, ..options(3000) };
         assert_eq!(frames(&options).len(), 3000);
@@ -204,7 +204,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 #[test]
-fn recorded_frames_are_read_with_their_numbers() {
+fn recorded_frames_are_read_with_their_sequence_numbers() {
     let frames = read_frames(&fixture("pds-live.frames")).unwrap();
     assert_eq!(frames.len(), 145);
     assert_eq!(frames[0].seq, Some(1));
@@ -215,7 +215,7 @@ fn recorded_frames_are_read_with_their_numbers() {
 }
 
 #[test]
-fn a_cut_off_or_oversized_record_is_refused_with_its_offset() {
+fn a_truncated_or_oversized_frame_is_refused_with_its_offset() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("bad.frames");
     let refusal = |bytes: &[u8]| {
@@ -279,7 +279,7 @@ async fn expect_frames(client: &mut Client, wanted: &[Frame]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_are_sent_everything_from_their_cursor_on() {
+async fn consumers_receive_everything_from_their_cursor_onwards() {
     let all = frames(&options(3000));
     let relay = Relay::start(Source::Network(options(3000)), None).await;
     let mut first = relay.connect("subscribeRepos").await.unwrap();
@@ -296,7 +296,7 @@ async fn consumers_are_sent_everything_from_their_cursor_on() {
 }
 
 #[tokio::test]
-async fn a_cursor_in_the_future_is_answered_with_the_error() {
+async fn a_cursor_in_the_future_gets_a_future_cursor_error() {
     let endless = Relay::start(Source::Network(options(0)), None).await;
     let finite = Relay::start(Source::Network(options(100)), None).await;
     let recorded = read_frames(&fixture("pds-live.frames")).unwrap();
@@ -327,7 +327,7 @@ async fn other_paths_and_bad_cursors_are_refused() {
 }
 
 #[tokio::test]
-async fn a_recorded_error_closes_the_connection_and_can_be_passed() {
+async fn a_recorded_error_closes_the_connection_and_is_skipped_on_reconnect() {
     let mut recorded = read_frames(&fixture("pds-live.frames")).unwrap();
     recorded.truncate(10);
     let error = read_frames(&fixture("error-consumer-too-slow.frames")).unwrap().remove(0);
@@ -344,7 +344,7 @@ async fn a_recorded_error_closes_the_connection_and_can_be_passed() {
 }
 
 #[tokio::test]
-async fn the_rate_is_kept() {
+async fn the_configured_rate_is_not_exceeded() {
     let relay = Relay::start(Source::Network(options(0)), Some(200)).await;
     let mut client = relay.connect("subscribeRepos").await.unwrap();
     let started = std::time::Instant::now();

@@ -11,7 +11,7 @@ use standpipe_lab::servers::Signal;
 use crate::{NOTHING, RUN, run, start};
 
 #[tokio::test]
-async fn a_small_run_has_every_figure() {
+async fn a_small_run_reports_every_figure() {
     let plots = tempfile::tempdir().unwrap();
     let arguments =
         ["bench", "--events", "2000", "--rounds", "1", "--json", "--svg", plots.path().to_str().unwrap()];
@@ -86,7 +86,7 @@ fn no_null(value: &Value, path: &str) {
 }
 
 #[tokio::test]
-async fn help_names_every_option_and_a_wrong_one_is_a_mistake() {
+async fn help_lists_every_option_and_bad_values_exit_64() {
     let help = run(&["bench", "--help"], NOTHING, RUN).await;
     assert_eq!(help.code, 0, "{help:?}");
     for option in [
@@ -112,7 +112,7 @@ async fn help_names_every_option_and_a_wrong_one_is_a_mistake() {
 }
 
 #[tokio::test]
-async fn broken_off_it_leaves_nothing_behind() {
+async fn an_interrupted_run_leaves_nothing_behind() {
     let scratch = tempfile::Builder::new().prefix("standpipe-test-bench-").tempdir_in("/tmp").unwrap();
     // Servers that root starts run as somebody else, who has to get through.
     fs::set_permissions(scratch.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
@@ -127,7 +127,7 @@ async fn broken_off_it_leaves_nothing_behind() {
 
 /// `sql/existing.sql` is made from what was written down of that database.
 #[test]
-fn the_existing_database_is_the_one_that_was_written_down() {
+fn existing_sql_matches_the_recorded_schema() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let lines = |name: &str| -> Vec<Vec<String>> {
         let text = fs::read_to_string(folder.join("../tests/fixtures").join(name)).unwrap();

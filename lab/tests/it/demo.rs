@@ -13,7 +13,7 @@ fn number(line: &str, words: &str) -> Option<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_redis_looks_like_no_loss_and_ctrl_c_audits() {
+async fn killing_redis_is_not_reported_as_loss_and_ctrl_c_runs_the_audit() {
     let mut demo = start(&["demo", "--rate", "500", "--accounts", "300"], NOTHING);
     let line = demo.wait_for_line("to break it: kill -9", RUN).await;
     let redis = number(&line, "its PostgreSQL, kill -9 ").unwrap().to_string();
@@ -45,7 +45,7 @@ async fn a_killed_redis_looks_like_no_loss_and_ctrl_c_audits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_is_stopped_before_its_end_has_failed() {
+async fn a_demo_stopped_before_the_last_event_fails() {
     let mut demo = start(&["demo", "--events", "30000", "--rate", "500"], NOTHING);
     demo.wait_for_line("relay sent", RUN).await;
     tokio::time::sleep(Duration::from_secs(2)).await;

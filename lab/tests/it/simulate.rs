@@ -9,7 +9,7 @@ use standpipe_lab::servers::{Signal, free_port};
 use crate::{NOTHING, RUN, run, start};
 
 #[tokio::test]
-async fn it_serves_every_event_until_it_is_told_to_end() {
+async fn it_serves_every_event_and_exits_on_sigterm() {
     let listen = format!("127.0.0.1:{}", free_port().unwrap());
     let mut relay = start(&["simulate", "--listen", &listen, "--events", "100", "--rate", "1000/s"], NOTHING);
     relay.wait_for_line(&listen, RUN).await;
@@ -21,7 +21,7 @@ async fn it_serves_every_event_until_it_is_told_to_end() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_missing_and_an_address_that_is_taken_are_named() {
+async fn a_missing_file_and_an_address_in_use_are_named_in_the_error() {
     let missing = run(&["simulate", "--frames", "/no/such/file"], NOTHING, RUN).await;
     assert!(missing.code == 1 && missing.stderr.contains("/no/such/file"), "{missing:?}");
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -31,7 +31,7 @@ async fn a_file_that_is_missing_and_an_address_that_is_taken_are_named() {
 }
 
 #[test]
-fn who_stops_reading_ends_it_quietly() {
+fn a_closed_output_pipe_ends_it_quietly() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut child = Command::new(env!("CARGO_BIN_EXE_standpipe-lab"))

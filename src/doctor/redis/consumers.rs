@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use crate::config::Config;
 use crate::doctor::{Findings, rough, some_of};
 use crate::report::Report;
-use crate::stream::group::{self, Pending};
-use crate::stream::{Connection, Keys, StreamResult};
+use crate::stream::group::Pending;
+use crate::stream::{Stream, StreamResult};
 
 /// Consumers whose entries have been idle for long.
 pub(super) fn consumers(
@@ -58,14 +58,12 @@ pub(super) fn consumers(
 
 /// Pending entries that are no longer in the stream.
 pub(super) async fn dangling(
-    keys: &Keys,
     pending: &[Pending],
-    connection: &mut Connection,
+    connection: &mut Stream,
     findings: &mut Findings,
 ) -> StreamResult<()> {
     const WHAT: &str = "pending entries";
-    let gone: Vec<&String> =
-        group::dangling(connection, keys, pending).await?.into_iter().map(|entry| &entry.id).collect();
+    let gone: Vec<&String> = connection.dangling(pending).await?.into_iter().map(|entry| &entry.id).collect();
     if gone.is_empty() {
         findings.ok(WHAT, "all of them are still in the stream");
     } else {

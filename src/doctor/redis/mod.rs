@@ -15,7 +15,7 @@ use self::stream::{dead_letters, missing, stream};
 use super::Findings;
 use crate::config::Config;
 use crate::stream::server as commands;
-use crate::stream::{Connection, Keys, Redis, StreamError, StreamResult, group, lease, noted};
+use crate::stream::{Redis, Stream, StreamError, StreamResult};
 
 /// Maximum number of pending entries to check.
 const PENDING_SEEN: usize = 1000;
@@ -35,8 +35,7 @@ pub async fn check(config: &Config, findings: &mut Findings) -> usize {
         }
     };
     findings.ok("connection", format!("{} answers", config.redis_url));
-    let keys = Keys::new(config);
-    match look(config, &keys, &mut connection, findings).await {
+    match look(config, &mut connection, findings).await {
         Ok(processes) => processes.max(1),
         Err(error) => {
             let (found, remedy) = explain(&error);
@@ -50,14 +49,9 @@ pub async fn check(config: &Config, findings: &mut Findings) -> usize {
     }
 }
 
-async fn look(
-    config: &Config,
-    keys: &Keys,
-    connection: &mut Connection,
-    findings: &mut Findings,
-) -> StreamResult<usize> {
+async fn look(config: &Config, connection: &mut Stream, findings: &mut Findings) -> StreamResult<usize> {
     // Missing permissions are reported by the rights check.
-    let info = permitted(commands::info(connection).await)?;
+    let info = permitted(connection.server_info().await)?;
     if let Some(info) = &info {
         let info = Info(info);
         let mode = info.text("redis_mode");
@@ -72,16 +66,16 @@ async fn look(
         memory(config, info, findings);
     }
     let asked = Instant::now();
-    if let Some((seconds, micros)) = permitted(commands::time(connection).await)? {
+    if let Some((seconds, micros)) = permitted(connection.server_time().await)? {
         findings.clock(seconds as f64 + micros as f64 / 1e6, asked.elapsed());
     }
-    if !may_do_everything(config, keys, connection, findings).await? {
+    if !may_do_everything(config, connection, findings).await? {
         return Ok(0);
     }
-    let report = crate::report::report(connection, keys).await?;
+    let report = crate::report::report(connection).await?;
     stream(config, &report, findings);
-    dead_letters(config, keys, &report, connection, findings).await?;
-    missing(&report, noted::read(connection, keys).await?.refill, findings);
+    dead_letters(config, &report, connection, findings).await?;
+    missing(&report, connection.noted().await?.refill, findings);
     let ids: BTreeSet<&str> = report
         .consumers
         .iter()
@@ -89,14 +83,14 @@ async fn look(
         .collect();
     let mut leased = BTreeSet::new();
     for id in ids {
-        if lease::is_held(connection, &keys.lease_of(id)).await? {
+        if connection.is_leased(id).await? {
             leased.insert(id);
         }
     }
     if report.stream.group_exists {
-        let pending = group::pending(connection, keys, PENDING_SEEN).await?;
+        let pending = connection.pending(PENDING_SEEN).await?;
         consumers(config, &report, &pending, &leased, findings);
-        dangling(keys, &pending, connection, findings).await?;
+        dangling(&pending, connection, findings).await?;
     }
     Ok(leased.len())
 }

@@ -3,19 +3,18 @@
 use super::permitted;
 use crate::config::Config;
 use crate::doctor::Findings;
-use crate::stream::{Connection, Keys, StreamResult, rights, server};
+use crate::stream::{Stream, StreamResult, rights};
 
 /// Whether our user may do everything that the pipelines and the reader do.
 pub(super) async fn may_do_everything(
     config: &Config,
-    keys: &Keys,
-    connection: &mut Connection,
+    connection: &mut Stream,
     findings: &mut Findings,
 ) -> StreamResult<bool> {
     const WHAT: &str = "rights";
-    let who = permitted(server::who_am_i(connection).await);
+    let who = permitted(connection.who_am_i().await);
     let who = who.ok().flatten().map_or_else(|| "this user".to_owned(), |name| format!("user {name}"));
-    let Some(missing) = rights::missing(connection, keys).await? else {
+    let Some(missing) = connection.missing_rights().await? else {
         findings.error(
             WHAT,
             format!("{who} may not use MULTI and DISCARD, without which its rights cannot be tried"),

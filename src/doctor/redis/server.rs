@@ -2,7 +2,7 @@
 
 use crate::config::{Config, MemoryMark};
 use crate::doctor::{Findings, rough, size};
-use crate::stream::{Connection, StreamResult, server};
+use crate::stream::{Stream, StreamResult};
 
 /// The fields that INFO gives.
 #[derive(Clone, Copy)]
@@ -29,10 +29,10 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    pub async fn read(connection: &mut Connection) -> StreamResult<Self> {
+    pub async fn read(connection: &mut Stream) -> StreamResult<Self> {
         Ok(Self {
-            append_fsync: server::setting(connection, "appendfsync").await?,
-            save: server::setting(connection, "save").await?,
+            append_fsync: connection.setting("appendfsync").await?,
+            save: connection.setting("save").await?,
         })
     }
 }

@@ -3,9 +3,8 @@
 use crate::config::Config;
 use crate::doctor::{Findings, rough, size};
 use crate::report::{Report, StreamReport};
-use crate::stream::dead_letters as letters;
 use crate::stream::noted::Refill;
-use crate::stream::{Connection, Keys, StreamResult};
+use crate::stream::{Stream, StreamResult};
 
 pub(super) fn stream(config: &Config, report: &Report, findings: &mut Findings) {
     const WHAT: &str = "stream";
@@ -142,13 +141,12 @@ pub(super) fn missing(report: &Report, refill: Option<Refill>, findings: &mut Fi
 
 pub(super) async fn dead_letters(
     config: &Config,
-    keys: &Keys,
     report: &Report,
-    connection: &mut Connection,
+    connection: &mut Stream,
     findings: &mut Findings,
 ) -> StreamResult<()> {
     const WHAT: &str = "dead letters";
-    let bytes = letters::bytes(connection, keys).await?;
+    let bytes = connection.dead_letter_bytes().await?;
     let budget = config.dead_letter_max_bytes;
     if report.dead_letters == 0 {
         findings.ok(WHAT, "none");

@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minute_has_its_mean_and_its_worst() {
+    fn a_minute_keeps_its_mean_rate_and_worst_latency() {
         let mut day = Day::default();
         for second in 60..150 {
             let p99 = (second == 70).then_some(900.0);
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_day_is_bounded() {
+    fn the_history_of_a_day_is_bounded() {
         let mut day = Day::default();
         for minute in 0..3_000 {
             day.add(point(minute * 60, minute as f64, None));

@@ -23,7 +23,6 @@ use self::sample::Samples;
 use self::snapshot::snapshot;
 use super::Server;
 use crate::mutex::lock;
-use crate::stream::dead_letters as letters;
 
 /// Maximum concurrent viewers: their connections stay open, and other requests need room.
 pub const MAX_WATCHERS: usize = 16;
@@ -123,9 +122,9 @@ pub async fn look(server: &Server) {
 /// Counts the dead letters every two seconds: another process may retry or purge them.
 pub async fn count_dead_letters(server: &Server) {
     loop {
-        if let Ok(mut connection) = server.redis.connect().await {
+        if let Ok(mut stream) = server.redis.connect().await {
             loop {
-                let count = letters::count(&mut connection, &server.keys).await;
+                let count = stream.count_dead_letters().await;
                 let Ok(count) = count else { break };
                 server.live.dead_letters.store(count, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_secs(2)).await;

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_grew_during_a_pause_is_no_falling_behind() {
+    fn a_backlog_grown_during_a_pause_does_not_count_as_falling_behind() {
         let began = Instant::now();
         let sample = |second, waiting, at_work| Sample {
             at: began + Duration::from_secs(second),

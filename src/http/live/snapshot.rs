@@ -108,8 +108,8 @@ fn control(server: &Server) -> Value {
 
 fn stream(server: &Server, look: &Look, seen_ms: u64) -> Value {
     json!({
-        "key": server.keys.stream,
-        "group": server.keys.group,
+        "key": server.redis.keys().stream,
+        "group": server.redis.keys().group,
         "seen_ms": seen_ms,
         "exists": look.exists,
         "group_exists": look.group,

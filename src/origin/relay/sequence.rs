@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn repeats_and_steps_follow() {
+    fn repeats_and_forward_jumps_follow() {
         let mut sequence = Sequence::new(Some(5_000));
         assert_eq!(judge(&mut sequence, &[5_000, 4_990, 5_001, 5_900_000, 5_900_001]), [Place::Follows; 5]);
     }
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn one_absurd_number_is_none() {
+    fn a_single_absurd_number_is_not_a_reset() {
         let mut sequence = Sequence::new(Some(100));
         assert_eq!(
             judge(&mut sequence, &[i64::MAX, -1, 1 << 50, 101, 102]),

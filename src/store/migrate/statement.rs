@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statements_end_where_postgresql_ends_them() {
+    fn statements_are_split_where_postgresql_ends_them() {
         let file = "-- first; not\nCREATE TABLE IF NOT EXISTS a (x text DEFAULT ';', -- said; so\n y int);\n\n\
                     DO $$ BEGIN x; END $$;\nDO $b$ $$; $b$;\nSELECT 1";
         let found = split(file);
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_runner_has_to_know_is_read() {
+    fn statement_kinds_and_names_are_recognised() {
         let kinds = |sql: &str| split(sql).remove(0).kind;
         assert_eq!(
             kinds(
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn every_statement_of_the_migrations_can_be_repeated() {
+    fn every_migration_statement_can_be_repeated() {
         for (version, name, sql) in super::super::MIGRATIONS {
             for statement in split(sql) {
                 if statement.kind == Kind::Other {

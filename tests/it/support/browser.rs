@@ -19,20 +19,20 @@ use standpipe_lab::wait::wait_for;
 const NAMES: [&str; 3] = ["chromium", "chromium-browser", "google-chrome"];
 const SOON: Duration = Duration::from_secs(30);
 
-/// How the page is looked at.
+/// How the page is viewed.
 #[derive(Clone, Copy, Debug)]
 pub struct View {
     pub width: u32,
     pub dark: bool,
 }
 
-/// A browser with one page; it is killed with the value.
+/// A browser with one page; it is killed on drop.
 pub struct Browser {
     child: Child,
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     session: Value,
     next_id: u64,
-    /// What the page threw, logged as an error, or was forbidden by its policy.
+    /// Exceptions, logged errors and policy violations of the page.
     pub complaints: Vec<String>,
     _folder: TempDir,
 }
@@ -110,7 +110,7 @@ impl Browser {
             Some("Runtime.exceptionThrown") => self.complaints.push(message["params"].to_string()),
             Some("Log.entryAdded") if message["params"]["entry"]["level"] == "error" => {
                 let entry = &message["params"]["entry"];
-                // An answer that is no success is noted by the browser as an error; tests ask for some.
+                // The browser logs every unsuccessful response as an error; some tests provoke them.
                 if entry["source"] != "network" {
                     self.complaints.push(entry.to_string());
                 }
@@ -119,7 +119,7 @@ impl Browser {
         }
     }
 
-    /// Looks at the page like this from now on.
+    /// Sets how the page is viewed from now on.
     pub async fn view(&mut self, view: View) {
         let metrics =
             json!({"width": view.width, "height": 900, "deviceScaleFactor": 1, "mobile": view.width < 600});
@@ -155,13 +155,13 @@ impl Browser {
         }
     }
 
-    /// The text of the first element that fits.
+    /// The text of the first element that matches.
     pub async fn text(&mut self, selector: &str) -> String {
         let text = self.evaluate(&format!("document.querySelector({selector:?})?.innerText")).await;
         text.as_str().unwrap_or_default().to_owned()
     }
 
-    /// Clicks the middle of the first element that fits, as a mouse does.
+    /// Clicks the middle of the first element that matches, as a mouse does.
     pub async fn click(&mut self, selector: &str) {
         let at = self
             .evaluate(&format!(
@@ -175,14 +175,14 @@ impl Browser {
         }
     }
 
-    /// How long the page has worked since it was opened; `Performance` must be enabled.
+    /// How long the page has been busy since it was opened; `Performance` must be enabled.
     pub async fn busy_seconds(&mut self) -> f64 {
         let metrics = self.call("Performance.getMetrics", json!({})).await;
         let metrics = metrics["metrics"].as_array().unwrap();
         metrics.iter().find(|metric| metric["name"] == "TaskDuration").unwrap()["value"].as_f64().unwrap()
     }
 
-    /// Types into what has the focus.
+    /// Types into the focused element.
     pub async fn write(&mut self, text: &str) {
         self.call("Input.insertText", json!({"text": text})).await;
     }
@@ -198,9 +198,9 @@ impl Browser {
         }
     }
 
-    /// The whole page as a picture.
+    /// Takes a screenshot of the whole page.
     pub async fn screenshot(&mut self, file: &Path) {
-        // From the top, without a pointer on it.
+        // From the top, with the pointer out of the way.
         self.evaluate("scrollTo(0, 0)").await;
         let mouse = json!({"type": "mouseMoved", "x": 1, "y": 1});
         self.call("Input.dispatchMouseEvent", mouse).await;
@@ -215,7 +215,7 @@ impl Browser {
         fs::write(file, from_base64(picture["data"].as_str().unwrap())).unwrap();
     }
 
-    /// What is seen of the page, as a picture; dialogs stand in its middle.
+    /// Takes a screenshot of the visible part of the page; dialogs are in its middle.
     pub async fn screenshot_of_window(&mut self, file: &Path) {
         let picture = self.call("Page.captureScreenshot", json!({"format": "png"})).await;
         fs::create_dir_all(file.parent().unwrap()).unwrap();

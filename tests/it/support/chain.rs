@@ -1,4 +1,5 @@
-//! The whole chain: simulated relay, Redis, the real binary, PostgreSQL; and what an undisturbed run of it comes to.
+//! The whole chain: simulated relay, Redis, the real binary, PostgreSQL; and the result of an undisturbed
+//! run.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -24,9 +25,9 @@ pub const CURSOR: &str = "firehose:cursor";
 pub const CURSOR_RELAY: &str = "firehose:cursor:relay";
 pub const DEAD: &str = "firehose:events:dead";
 
-/// How long something may take that takes a moment.
+/// Deadline for something that takes a moment.
 pub const SOON: Duration = Duration::from_secs(20);
-/// How long a run of the chain may take: far longer than it does, because other tests run beside it.
+/// Deadline for a run of the chain: far longer than it takes, because other tests run at the same time.
 pub const RUN: Duration = Duration::from_mins(2);
 
 /// The traffic of most tests: every kind of event, few accounts, so that many events touch the same rows.
@@ -37,7 +38,7 @@ pub fn network(events: u64) -> NetworkOptions {
 // ---------------------------------------------------------------------------------------------
 // The relay
 
-/// A simulated relay in the test's own process; it ends with the value.
+/// A simulated relay in the test's own process; it stops on drop.
 pub struct Relay {
     address: SocketAddr,
     pub counters: Arc<Counters>,
@@ -90,7 +91,7 @@ pub async fn serve(source: Source, rate: Option<u32>) -> (String, DropGuard) {
 // ---------------------------------------------------------------------------------------------
 // The stream
 
-/// How stream, group and cursor stand, seen at one moment.
+/// The state of the stream, the group and the cursor at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Look {
     pub exists: bool,
@@ -98,7 +99,7 @@ pub struct Look {
     pub length: u64,
     /// Delivered and not acknowledged.
     pub pending: u64,
-    /// There are entries that nobody got.
+    /// There are entries that have not been delivered.
     pub waiting: bool,
     pub cursor: Option<i64>,
     pub dead_letters: u64,
@@ -131,7 +132,7 @@ const LOOK: &str = "
     end
     return {exists, own, length, pending, waiting, cursor, dead}";
 
-/// Looks at the stream; an error while Redis is away.
+/// Looks at the stream; an error while Redis is down.
 pub async fn look(redis: &Redis) -> redis::RedisResult<Look> {
     type Answer = (u64, u64, u64, u64, u64, String, u64);
     let mut connection = redis::Client::open(redis.url())?.get_multiplexed_async_connection().await?;
@@ -170,12 +171,12 @@ pub async fn redis_command<T: redis::FromRedisValue>(redis: &Redis, words: &[&st
 pub struct Variables(Vec<(String, String)>);
 
 impl Variables {
-    /// What every test wants: an HTTP port of its own, every collection, a stable name.
+    /// What every test needs: an HTTP port of its own, every collection, a stable name.
     pub fn new() -> Self {
         Self(Vec::new()).with("HTTP_ADDR", "127.0.0.1:0").with("COLLECTIONS", "*").with("CONSUMER_ID", "test")
     }
 
-    /// Sets a variable, instead of what it was.
+    /// Sets a variable, replacing its previous value.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl Into<String>) -> Self {
         self.0.retain(|(other, _)| other != name);
@@ -199,12 +200,12 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts `standpipe <command>`; returns when it has said where its HTTP server is.
+    /// Starts `standpipe <command>`; returns once it has logged the address of its HTTP server.
     pub async fn start(command: &str, variables: &Variables) -> Self {
         Self::started(Standpipe::start(&[command], variables)).await
     }
 
-    /// The same of another binary, one of another release.
+    /// The same with the binary of another release.
     pub async fn start_binary(binary: &Path, command: &str, variables: &Variables) -> Self {
         Self::started(Standpipe::start_binary(binary, &[command], variables)).await
     }
@@ -244,7 +245,7 @@ impl Program {
             .sum()
     }
 
-    /// Waits until a metric has this value: what the servers show may be there before it is counted.
+    /// Waits until a metric has this value: an effect may be visible in the servers before it is counted.
     pub async fn metric_is(&self, name: &str, value: f64) {
         wait_for(&format!("{name} to be {value}"), SOON, async || {
             let now = self.metric(name).await;
@@ -258,7 +259,7 @@ impl Program {
         self.metric("standpipe_entries_total").await
     }
 
-    /// Waits until it has finished so many more entries.
+    /// Waits until it has finished this many more entries.
     pub async fn finishes_more(&self, entries: f64) {
         let goal = self.entries().await + entries;
         wait_for("entries to be finished", RUN, async || {
@@ -268,7 +269,7 @@ impl Program {
         .await;
     }
 
-    /// Waits until a metric is above this.
+    /// Waits until a metric is above this value.
     pub async fn metric_rises(&self, name: &str, above: f64) {
         wait_for(&format!("{name} above {above}"), SOON, async || {
             let now = self.metric(name).await;
@@ -293,7 +294,7 @@ impl DerefMut for Program {
 }
 
 // ---------------------------------------------------------------------------------------------
-// All of it
+// The whole chain
 
 /// A relay, a Redis and a database; the program is started by the test.
 pub struct Chain {
@@ -335,8 +336,8 @@ impl Chain {
         .await;
     }
 
-    /// Waits for the end, which must be that of an undisturbed run: the same rows, counters that agree with them,
-    /// no dead letters.
+    /// Waits for the end, whose result must be that of an undisturbed run: the same rows, counters that agree
+    /// with them, no dead letters.
     pub async fn ends_like_an_undisturbed_run(&self) {
         self.finished().await;
         purged(&self.database).await;
@@ -355,7 +356,8 @@ impl Chain {
     }
 }
 
-/// Waits until nothing is left of what deleted accounts had written. Takes part in the work: the program may have ended.
+/// Waits until all records of deleted accounts are purged. It helps with the purge: the program may have
+/// exited.
 pub async fn purged(database: &str) {
     let client = super::connect(database).await;
     wait_for("the deleted accounts to be purged", RUN, async || {
@@ -367,8 +369,8 @@ pub async fn purged(database: &str) {
     .await;
 }
 
-/// What a database holds, apart from what depends on the time of arrival: columns that the clock or a sequence fills,
-/// the ids of stream entries, and the epochs of numbers.
+/// The contents of a database, except for what depends on the time of arrival: columns that the clock or a
+/// sequence fills, the ids of stream entries, and the epochs of numbers.
 #[derive(Clone, Debug, Default)]
 pub struct EndState(BTreeMap<String, Vec<String>>);
 
@@ -402,13 +404,13 @@ impl EndState {
         Self(state)
     }
 
-    /// Rows in all tables together.
+    /// The number of rows in all tables.
     pub fn rows(&self) -> usize {
         self.0.values().map(Vec::len).sum()
     }
 
     /// # Panics
-    /// When it is not `expected`, with the first differences of every table.
+    /// If it is not `expected`, with the first differences of every table.
     pub fn assert_is(&self, expected: &Self) {
         let mut report = String::new();
         for table in self.0.keys().chain(expected.0.keys().filter(|table| !self.0.contains_key(*table))) {
@@ -433,7 +435,7 @@ impl EndState {
     }
 }
 
-/// What of `one` is not in `other`, as often as it is not; both sorted.
+/// The items of `one` that are not in `other`, counting repetitions; both are sorted.
 fn difference<'a>(one: &'a [String], other: &[String]) -> Vec<&'a String> {
     let mut count: HashMap<&String, usize> = HashMap::new();
     for row in other {

@@ -1,4 +1,4 @@
-//! A proxy in front of PostgreSQL that knows as much of its protocol as it takes to stop a connection at a chosen
+//! A proxy in front of PostgreSQL that knows just enough of its protocol to stop a connection at a chosen
 //! moment: before a flush reaches the server, or after a commit and before its answer reaches the client.
 
 use std::collections::HashMap;
@@ -13,21 +13,22 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// What tells a pipeline's flush from every other statement.
+/// Distinguishes a pipeline's flush from every other statement.
 const FLUSH: &[u8] = b"pg_logical_emit_message";
-/// The other statement that flushes the server's log: once a second, what was acknowledged is noted durably.
+/// The other statement that flushes the server's WAL: once a second, the acknowledged position is stored
+/// durably.
 const NOTE: &[u8] = b"INSERT INTO standpipe.acknowledged";
-/// Not a version of the protocol but a request before it: `SSLRequest`, `GSSENCRequest`.
+/// Not a protocol version but a request that precedes it: `SSLRequest`, `GSSENCRequest`.
 const REQUESTS: [u32; 2] = [80_877_103, 80_877_104];
 
-/// What is held at the moment.
+/// What is currently held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hold {
-    /// Flushes do not reach the server, nor does anything else that flushes its log.
+    /// Flushes do not reach the server, nor does anything else that flushes its WAL.
     pub flushes: bool,
-    /// Nothing that the server says reaches the client.
+    /// Nothing that the server sends reaches the client.
     pub answers: bool,
-    /// New connections are accepted and reach nobody.
+    /// New connections are accepted but reach nothing.
     pub newcomers: bool,
 }
 
@@ -51,7 +52,7 @@ struct Shared {
 }
 
 impl Gate {
-    /// Starts a gate for the server that a URL names; it is open.
+    /// Starts a gate for the server that a URL names; it is open at first.
     pub async fn for_url(url: &str) -> Self {
         let url = url::Url::parse(url).unwrap();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -79,28 +80,28 @@ impl Gate {
         url.to_string()
     }
 
-    /// Holds this from now on; what was held and no longer is goes on its way.
+    /// Holds this from now on, and releases whatever is no longer held.
     pub fn hold(&self, hold: Hold) {
         self.shared.hold.send_replace(hold);
     }
 
-    /// Closes all connections that are open now: what is held is never delivered.
+    /// Closes all connections that are open now: held data is never delivered.
     pub fn cut_all(&self) {
         std::mem::take(&mut *self.shared.cut.lock().unwrap()).cancel();
     }
 
-    /// Lets the connections that are open now hang for ever: what they ask is done, and nobody hears of it. New
-    /// ones work.
+    /// Lets the connections that are open now hang forever: their requests are carried out, but the answers
+    /// never arrive. New connections work.
     pub fn silence_all(&self) {
         self.shared.silenced.store(self.shared.connections.load(SeqCst), SeqCst);
     }
 
-    /// Flushes of pipelines that were held, so far.
+    /// Flushes of pipelines held so far.
     pub fn flushes_held(&self) -> u64 {
         self.shared.flushes_held.load(SeqCst)
     }
 
-    /// Bytes of answers that were held, so far.
+    /// Bytes of answers held so far.
     pub fn answer_bytes_held(&self) -> u64 {
         self.shared.answer_bytes_held.load(SeqCst)
     }
@@ -177,7 +178,7 @@ async fn answers(
     }
 }
 
-/// Message by message, so that what stands before a flush in the same packet is not held with it.
+/// Message by message, so that whatever precedes a flush in the same packet is not held with it.
 async fn questions(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) -> io::Result<()> {
     // The statements of this connection that flush, by the names that the client gave them.
     let mut flushing = HashMap::new();
@@ -219,7 +220,7 @@ async fn questions(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Sha
     }
 }
 
-/// Whose flush a statement is.
+/// Which kind of flush a statement is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Flush {
     Pipeline,
@@ -239,7 +240,7 @@ impl Flush {
     }
 }
 
-/// What stands before the first zero byte, and what after it.
+/// The bytes before the first zero byte, and those after it.
 fn text(bytes: &[u8]) -> (&[u8], &[u8]) {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     (&bytes[..end], bytes.get(end + 1..).unwrap_or_default())

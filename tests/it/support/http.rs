@@ -1,4 +1,4 @@
-//! As much HTTP as the tests need.
+//! Just enough HTTP for the tests.
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -6,8 +6,8 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 
 /// GETs `path` and returns the status and the body.
 ///
-/// An error when nobody listens there or the answer is not HTTP, so that a test can wait for a
-/// server to come up.
+/// An error if nobody listens there or the answer is not HTTP, so that a test can wait for a server to come
+/// up.
 pub async fn http_get(address: impl ToSocketAddrs, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");

@@ -1,4 +1,4 @@
-//! What the tables have to be: an oracle that is small, slow and independent.
+//! What the tables have to contain: a small, slow and independent oracle.
 //!
 //! It was written from the design and the contract and shares no code with `src/apply` or `sql/`: no parser, no
 //! comparison, no date arithmetic. It never applies anything: it takes all events as a set, finds the newest write of
@@ -48,14 +48,14 @@ pub struct Op {
 // ---------------------------------------------------------------------------------------------
 // What comes out
 
-/// A row by the names of its columns: text, numbers and booleans as such, a time as [`timestamp`] writes it, `jsonb`
-/// as what it holds, NULL as null.
+/// A row by the names of its columns: text, numbers and booleans as such, times as [`timestamp`] writes them,
+/// `jsonb` as its value, NULL as null.
 pub type Row = BTreeMap<&'static str, Value>;
 
 /// Rows by their primary key.
 pub type Rows = BTreeMap<String, Row>;
 
-/// Every table that the model speaks of, by name.
+/// Every table that the model covers, by name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tables(pub BTreeMap<&'static str, Rows>);
 
@@ -80,7 +80,7 @@ enum Column {
 
 use Column::{Bool, Int, Json, Text, Time};
 
-/// The tables and the columns that events decide. The first column is the key.
+/// The tables and the columns that events determine. The first column is the key.
 const TABLES: &[(&str, &[(&str, Column)])] = &[
     (
         "users",
@@ -381,11 +381,11 @@ struct Write<'a> {
     put: Option<Put>,
 }
 
-/// What a create or update says, checked.
+/// The contents of a create or update, checked.
 struct Put {
     cid: Option<String>,
     record: Map<String, Value>,
-    /// The time that the revision or the stream entry holds.
+    /// The time of the revision or the stream entry.
     committed: i64,
     created_at: i64,
 }
@@ -393,8 +393,7 @@ struct Put {
 /// The tables after these events, which are a set: their order and repetitions do not matter.
 ///
 /// # Panics
-/// When the versions of the events contradict each other, so that there is no newest one: then there is nothing that
-/// the tables have to be.
+/// If the versions of the events contradict each other, so that there is no newest one and no correct result.
 pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
     let events: Vec<&Event> = events.into_iter().collect();
     let mut tables = Tables(TABLES.iter().map(|(name, _)| (*name, Rows::new())).collect());
@@ -409,7 +408,7 @@ pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
     let mut counters = Counters::default();
     let mut accounts = BTreeSet::new();
     for write in records.values().flatten() {
-        // A post that anything ever referred to has its counters, also when what referred to it came too late.
+        // Any post that was ever referred to has its counters, even if the reference came too late.
         counters.posts.extend(referred_posts(write));
         if let (Some(put), "app.bsky.graph.follow" | "app.bsky.graph.block" | "app.bsky.graph.listitem") =
             (&write.put, write.collection)
@@ -466,14 +465,14 @@ pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
     tables
 }
 
-/// Which of two versions is newer; neither, when they are the same. By number, then by revision, then by the entry's id;
-/// what lacks one is older than what has it. (Within named epochs it is the revision that comes first; of events that come
-/// from one relay that is the same order.)
+/// Whether one version is newer than the other; equal versions are not. By number, then by revision, then by
+/// the entry's id; a version that lacks one is older than a version that has it. (Within named epochs the
+/// revision comes first; for the events of one relay the order is the same.)
 fn newer(one: &Version, other: &Version) -> bool {
     (one.seq, &one.rev, one.id) > (other.seq, &other.rev, other.id)
 }
 
-/// The item that no other one is newer than.
+/// The newest item.
 fn newest<T>(items: &[T], newer: impl Fn(&T, &T) -> bool) -> &T {
     let best = items.iter().reduce(|best, item| if newer(item, best) { item } else { best }).unwrap();
     assert!(
@@ -493,7 +492,7 @@ fn about(event: &Event) -> &str {
 
 fn writes(event: &Event) -> Vec<Write<'_>> {
     let Kind::Commit { repo, ops } = &event.kind else { return Vec::new() };
-    // The last one on a path wins, good or bad: the reader drops the others before anybody judges them.
+    // The last one on a path wins, good or bad: the reader drops the others before they are judged.
     let last: HashMap<&str, &Op> = ops.iter().map(|op| (op.path.as_str(), op)).collect();
     last.into_iter()
         .filter_map(|(path, op)| {
@@ -504,7 +503,8 @@ fn writes(event: &Event) -> Vec<Write<'_>> {
             let put = match op.action.as_str() {
                 "delete" => None,
                 "create" | "update" => {
-                    // A gate belongs to the post under its own key. One for another post says nothing.
+                    // A gate belongs to the post with the same record key. A gate for another post has no
+                    // effect.
                     let its_post = format!("at://{repo}/app.bsky.feed.post/{rkey}");
                     let post = op.record["post"].as_str();
                     let is_gate = matches!(collection, THREAD_GATE | POST_GATE);
@@ -525,7 +525,7 @@ fn is_record_key(rkey: &str) -> bool {
     !rkey.is_empty() && rkey.chars().all(|c| c.is_ascii_alphanumeric() || "._:~-".contains(c))
 }
 
-/// What an operation says; `None` when something that its row needs is missing or impossible.
+/// The contents of an operation; `None` if something that its row needs is missing or impossible.
 fn checked(op: &Op, collection: &str, version: &Version) -> Option<Put> {
     let Value::Object(record) = without_nul(&op.record) else { return None };
     let good = match collection {
@@ -610,14 +610,14 @@ fn is_post(record: &Map<String, Value>) -> bool {
             || (strong_ref(&reply["parent"]).is_some() && strong_ref(&reply["root"]).is_some()))
 }
 
-/// The URI and the CID, where it has one.
+/// The URI, and the CID if it has one.
 fn strong_ref(value: &Value) -> Option<(String, Value)> {
     let uri = value["uri"].as_str().filter(|uri| uri.starts_with("at://"))?;
     let cid = &value["cid"];
     (cid.is_null() || cid.is_string()).then(|| (uri.to_owned(), cid.clone()))
 }
 
-/// The post that a post quotes. Other records can be embedded in the same way and are not quoted.
+/// The post that a post quotes. Other records can be embedded in the same way, but do not count as quoted.
 fn quoted(record: &Map<String, Value>) -> Option<(String, Value)> {
     let embed = record.get("embed")?;
     let target = match embed["$type"].as_str()? {
@@ -635,7 +635,7 @@ fn referred_posts(write: &Write<'_>) -> Vec<String> {
         "app.bsky.feed.like" | "app.bsky.feed.repost" | "app.bsky.bookmark" => {
             subject().into_iter().collect()
         }
-        // Their own counter is theirs from the beginning.
+        // These have a counter of their own from the beginning.
         "app.bsky.feed.generator" | "app.bsky.labeler.service" => vec![write.uri.clone()],
         "app.bsky.feed.post" => [write.uri.clone()]
             .into_iter()
@@ -814,7 +814,7 @@ fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &
                     Row::from([("creator_did", json!(write.repo)), ("policies", field("policies"))])
                 }
                 "labels" => Row::from([
-                    // Whatever the record says: it is the repository's owner who says it.
+                    // Whatever the record claims, its source is the repository's owner.
                     ("src", json!(write.repo)),
                     ("subject", field("uri")),
                     ("val", field("val")),
@@ -849,7 +849,7 @@ fn store(tables: &mut Tables, counters: &mut Counters, write: &Write<'_>, put: &
 const THREAD_GATE: &str = "app.bsky.feed.threadgate";
 const POST_GATE: &str = "app.bsky.feed.postgate";
 
-/// Collections whose rows say what their records say.
+/// Collections whose rows mirror their records.
 const TABLE_OF: &[(&str, &str)] = &[
     ("app.bsky.graph.list", "lists"),
     ("app.bsky.graph.listitem", "list_items"),
@@ -877,7 +877,7 @@ fn is_list_or_none(record: &Map<String, Value>, name: &str) -> bool {
     matches!(or_null(record, name), Value::Null | Value::Array(_))
 }
 
-/// The items of a list; none of what is no list.
+/// The items of a list; none if it is not a list.
 fn items(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
@@ -887,7 +887,7 @@ fn rules<'a>(list: &'a Value, rule_type: &str) -> Vec<&'a Value> {
     items(list).iter().filter(|rule| rule["$type"] == json!(rule_type)).collect()
 }
 
-/// The post that a gate is about.
+/// The post that a gate applies to.
 fn gated_post(gate: &str) -> String {
     gate.replacen("/app.bsky.feed.threadgate/", "/app.bsky.feed.post/", 1).replacen(
         "/app.bsky.feed.postgate/",
@@ -896,12 +896,12 @@ fn gated_post(gate: &str) -> String {
     )
 }
 
-/// The part of an at:// URI that says whose it is.
+/// The part of an at:// URI that names its owner.
 fn owner(uri: &str) -> &str {
     uri.strip_prefix("at://").and_then(|rest| rest.split('/').next()).unwrap_or("")
 }
 
-/// What a post or profile says of itself.
+/// Adds the self-labels of a post or profile.
 fn label_self(tables: &mut Tables, write: &Write<'_>, put: &Put) {
     let labels = or_null(&put.record, "labels");
     let known = labels["$type"].is_null() || labels["$type"] == json!("com.atproto.label.defs#selfLabels");
@@ -927,7 +927,7 @@ fn label_self(tables: &mut Tables, write: &Write<'_>, put: &Put) {
     }
 }
 
-/// The accounts that facets mention, in their order.
+/// The accounts that facets mention, in order.
 fn mentioned(facets: &Value) -> Vec<&str> {
     let mut dids = Vec::new();
     for facet in items(facets) {
@@ -943,7 +943,7 @@ fn mentioned(facets: &Value) -> Vec<&str> {
     dids
 }
 
-/// Who is told of a live record.
+/// Adds the notifications of a live record.
 fn notify(rows: &mut Rows, write: &Write<'_>, put: &Put) {
     let Put { cid, record, committed, created_at } = put;
     let mut told: Vec<(String, String, String, Option<String>)> = Vec::new();
@@ -1010,7 +1010,7 @@ fn judge(tables: &mut Tables) {
             let has = |rule: &str| !rules(&gate["allow"], &format!("{THREAD_GATE}#{rule}")).is_empty();
             let let_in = gate["allow"].is_null()
                 || author == owner(root)
-                // Whether they let this author in is for the reader to find out.
+                // Whether these allow this author is decided when the post is displayed.
                 || has("followerRule") || has("followingRule") || has("listRule")
                 || has("mentionRule")
                     && posts.get(root).is_some_and(|root| mentioned(&root["facets"]).contains(&author.as_str()));
@@ -1030,7 +1030,7 @@ fn judge(tables: &mut Tables) {
     }
 }
 
-/// What is counted, as sets: an account or post counts once.
+/// The sets that are counted: an account or post counts once.
 #[derive(Default)]
 struct Counters {
     posts: BTreeSet<String>,
@@ -1056,7 +1056,8 @@ impl Counters {
     }
 }
 
-/// The handles that are shown: the newest one claimed for an account, while the account is the newest to claim it.
+/// The handles that are shown: the newest claim of each account, as long as no other account has claimed the
+/// handle since.
 fn shown_handles<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, String> {
     let claims: Vec<(&Version, &str, String)> = events
         .iter()
@@ -1098,9 +1099,8 @@ fn is_handle(handle: &str) -> bool {
         && !labels[labels.len() - 1].starts_with(|c: char| c.is_ascii_digit())
 }
 
-/// The newest status of each account. By the relay's numbers, where an event without one is older than any; among those
-/// without, by the time that the events give, and by the stream where that is the same. What a deletion purges is not here yet: neither is it in the
-/// program.
+/// The newest status of each account. Ordered by the relay's numbers, an event without one being older than
+/// any; among those without, by the time that the events give, and by the stream if that is the same.
 fn statuses<'a>(events: &[&'a Event]) -> BTreeMap<&'a str, (bool, Option<String>)> {
     type Status<'a> = (Option<i64>, (i64, (u64, u64)), bool, Option<&'a str>);
     let mut all: BTreeMap<&str, Vec<Status<'_>>> = BTreeMap::new();
@@ -1128,7 +1128,7 @@ struct Deletion {
 }
 
 impl Deletion {
-    /// Whether something was written before it.
+    /// Whether a version is older than the deletion.
     fn takes(&self, version: &Version) -> bool {
         if let (Some(seq), Some(deleted)) = (version.seq, self.seq) {
             return seq < deleted;
@@ -1164,7 +1164,7 @@ fn or_null(record: &Map<String, Value>, name: &str) -> Value {
     record.get(name).cloned().unwrap_or(Value::Null)
 }
 
-/// PostgreSQL can hold every text but this character.
+/// PostgreSQL can store every character except this one.
 fn without_nul(value: &Value) -> Value {
     match value {
         Value::String(text) => json!(text.replace('\0', "")),
@@ -1193,7 +1193,7 @@ pub fn tid_micros(tid: &str) -> Option<i64> {
     i64::try_from(number / 1024).ok()
 }
 
-/// A TID of this moment.
+/// The TID of this moment.
 pub fn tid(micros: i64) -> String {
     let number = u64::try_from(micros).unwrap() * 1024;
     (0..13)
@@ -1202,7 +1202,7 @@ pub fn tid(micros: i64) -> String {
         .collect()
 }
 
-/// The moment that a datetime of the protocol names, cut to microseconds; `None` when it is none:
+/// The moment that a datetime of the protocol names, truncated to microseconds; `None` if it is not one:
 /// `YYYY-MM-DDTHH:MM:SS`, perhaps a fraction, and `Z` or `+HH:MM` or `-HH:MM`, but not `-00:00`.
 pub fn micros_of(text: &str) -> Option<i64> {
     let mut rest = text;
@@ -1257,7 +1257,7 @@ pub fn micros_of(text: &str) -> Option<i64> {
     )
 }
 
-/// Days from 1970-01-01 to the first of a month, of the years 0 to 9999.
+/// Days from 1970-01-01 to the first of a month, for the years 0 to 9999.
 fn days_before(year: i64, month: i64) -> i64 {
     // Days before a year, counted from year 0, which is a leap year.
     let before = |year: i64| {
@@ -1284,9 +1284,9 @@ pub fn timestamp(micros: i64) -> String {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What is there
+// What the database contains
 
-/// The tables as they stand in the database.
+/// The tables as they are in the database.
 pub async fn read(client: &Client) -> Tables {
     let mut tables = BTreeMap::new();
     for (name, columns) in TABLES {
@@ -1294,7 +1294,7 @@ pub async fn read(client: &Client) -> Tables {
             .iter()
             .map(|(column, kind)| match kind {
                 Time => format!("to_char({column}, 'YYYY-MM-DD HH24:MI:SS.US')"),
-                // Without the epoch that the number belongs to, which is the reader's to name.
+                // Without the epoch that the number belongs to, which is chosen by the reader.
                 _ if *column == "commit_seq" => format!("split_part({column}, '@', 1)"),
                 _ => format!("{column}::text"),
             })
@@ -1326,7 +1326,7 @@ fn cell(kind: Column, text: Option<&str>) -> Value {
 // ---------------------------------------------------------------------------------------------
 // The difference
 
-/// The differences between two states of the tables, a line each; empty when there are none.
+/// The differences between two states of the tables, one line each; empty if there are none.
 pub fn differences(expected: &Tables, found: &Tables) -> Vec<String> {
     let mut lines = Vec::new();
     for table in table_names() {
@@ -1362,7 +1362,7 @@ fn show(row: &Row) -> String {
 }
 
 /// # Panics
-/// When the two differ, with the first differences.
+/// If the two differ, with the first differences.
 #[track_caller]
 pub fn assert_same(what: &str, expected: &Tables, found: &Tables) {
     let lines = differences(expected, found);

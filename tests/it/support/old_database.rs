@@ -1,4 +1,4 @@
-//! The database of the workers before standpipe, from what was written down of it.
+//! The database of the workers before standpipe, built from its recorded schema.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -6,12 +6,12 @@ use std::path::Path;
 
 use super::{connect, query_rows};
 
-/// Its tables with its indexes, all empty.
+/// Creates its tables and indexes, all empty.
 pub async fn create(url: &str) {
     connect(url).await.batch_execute(&(tables() + &indexes())).await.unwrap();
 }
 
-/// The same with 430,000 rows, made in one go before the indexes are.
+/// The same with 430,000 rows, inserted in one go before the indexes are created.
 pub async fn create_full(url: &str) {
     let sql = [&tables(), FILL, &indexes()].join("\n");
     let client = connect(url).await;
@@ -19,7 +19,7 @@ pub async fn create_full(url: &str) {
     client.batch_execute("VACUUM ANALYZE").await.unwrap();
 }
 
-/// Makes constraints of its unique indexes: of either there are databases.
+/// Turns its unique indexes into constraints: there are databases of either kind.
 pub async fn make_constraints(url: &str) {
     let uniques = fixture("existing-indexes.tsv").into_iter().filter(|line| line[1].starts_with("unique_"));
     let sql: Vec<String> =
@@ -68,7 +68,7 @@ fn indexes() -> String {
     sql
 }
 
-/// Everything that a change of the tables can change: columns, indexes, constraints, other schemas.
+/// Everything that a change to the tables can affect: columns, indexes, constraints, other schemas.
 pub async fn catalogue(url: &str) -> Vec<Vec<Option<String>>> {
     let mut found = query_rows(
         url,
@@ -92,8 +92,8 @@ pub async fn catalogue(url: &str) -> Vec<Vec<Option<String>>> {
     found
 }
 
-/// 10,000 accounts that like, repost and follow each other. Counters and feed items were kept as the old workers kept them:
-/// most of them right.
+/// 10,000 accounts that like, repost and follow each other. Counters and feed items are as the old workers
+/// kept them: most of them right.
 const FILL: &str = "
 INSERT INTO users (did, handle) SELECT 'did:plc:u' || n, 'u' || n || '.test' FROM generate_series(0, 9999) n;
 INSERT INTO posts (uri, cid, author_did, text, parent_uri, root_uri, created_at)

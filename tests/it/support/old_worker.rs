@@ -1,5 +1,5 @@
-//! A worker that behaves as the ones before standpipe: it reads only what is new, acknowledges everything, sends one
-//! statement after the other, counts up and down blindly, and leaves neither revisions nor tombstones.
+//! A worker that behaves like the ones before standpipe: it reads only new entries, acknowledges everything,
+//! sends one statement after another, changes counters blindly, and leaves neither revisions nor tombstones.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -14,9 +14,9 @@ use super::{Redis, connect};
 /// What it has done.
 #[derive(Default)]
 pub struct Done {
-    /// The ids of the entries that it got.
+    /// The ids of the entries that it received.
     pub entries: Vec<String>,
-    /// Records and accounts that they spoke of.
+    /// Records and accounts that the entries mention.
     pub touched: HashSet<String>,
 }
 
@@ -68,7 +68,7 @@ impl OldWorker {
         Self { task, stop, done }
     }
 
-    /// Lets it finish what it has.
+    /// Stops it once it has finished its entries.
     pub async fn stop(self) -> Done {
         self.stop.cancel();
         self.task.await.unwrap();
@@ -76,7 +76,7 @@ impl OldWorker {
     }
 }
 
-/// One transaction. An error is logged by the real one, and the entry acknowledged.
+/// One transaction. The real one logs an error and acknowledges the entry.
 async fn apply(client: &Client, kind: &str, data: &Value) -> Vec<String> {
     let mut touched = Vec::new();
     client.batch_execute("BEGIN").await.unwrap();
@@ -176,7 +176,7 @@ async fn operation(client: &Client, repo: &str, uri: &str, op: &Value) -> Result
             let (table, ..) = relation(collection);
             client.execute(&format!("DELETE FROM {table} WHERE uri = $1"), &[&uri]).await?;
         }
-        // The rest is of no interest to the tests.
+        // The tests do not need any others.
         _ => {}
     }
     Ok(())

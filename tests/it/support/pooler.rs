@@ -16,7 +16,7 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts one in this `pool_mode`, with these lines more in its configuration.
+    /// Starts one in this `pool_mode`, with these additional lines in its configuration.
     pub async fn start(postgres: &Postgres, mode: &str, more: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("standpipe-test-pgbouncer-").tempdir().unwrap();
         let port = free_port().unwrap();
@@ -26,9 +26,9 @@ impl PgBouncer {
              unix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 40\n{more}\n",
             postgres.port()
         );
-        // With auth_type = any the server is entered as the user of the database's line.
+        // With auth_type = any, PgBouncer connects to the server as the user in the database's line.
         std::fs::write(&file, ini.replace("* = host", "* = user=standpipe host")).unwrap();
-        // Debian has it where not every user looks.
+        // Debian installs it outside the PATH of some users.
         let debian = Path::new("/usr/sbin/pgbouncer");
         let mut command = Command::new(if debian.exists() { debian } else { Path::new("pgbouncer") });
         if is_root() {

@@ -11,8 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Stands between the program under test and a server. It belongs to the runtime of the
-/// test that started it.
+/// Sits between the program under test and a server. It belongs to the runtime of the test that started it.
 ///
 /// Every fault has a counter, so that a test can prove that the fault really happened.
 pub struct TcpProxy {
@@ -23,7 +22,7 @@ pub struct TcpProxy {
 
 struct Shared {
     target: String,
-    /// The connections that are open now, and the way to cut them.
+    /// The open connections, and the means to cut them.
     open: Mutex<Connections>,
     refuse: AtomicBool,
     black_hole: AtomicBool,
@@ -81,8 +80,8 @@ impl TcpProxy {
         self.address
     }
 
-    /// Resets all connections that are open now and returns how many there were, after the last
-    /// one is gone. New ones are accepted as before.
+    /// Resets all open connections and, once the last one is gone, returns how many there were. New ones are
+    /// accepted as before.
     pub async fn cut_all(&self) -> u64 {
         let before = self.cuts();
         let open = std::mem::take(&mut *self.shared.open.lock().unwrap());
@@ -92,34 +91,33 @@ impl TcpProxy {
         self.cuts() - before
     }
 
-    /// Whether new connections are reset at once, as when nobody listens; those that are open
-    /// stay.
+    /// Sets whether new connections are reset immediately, as when nobody listens; open ones are kept.
     pub fn refuse(&self, on: bool) {
         self.shared.refuse.store(on, SeqCst);
     }
 
-    /// Whether everything that arrives is read and thrown away, in both directions, as when
-    /// the cable is cut. New connections are accepted. A connection that has lost something
-    /// never works again: it is cut when the black hole is closed.
+    /// Sets whether all data is read and discarded, in both directions, as when the cable is cut. New
+    /// connections are accepted. A connection that has lost data never works again: it is cut when the black
+    /// hole is closed.
     pub async fn black_hole(&self, on: bool) {
         if on {
             self.shared.black_hole.store(true, SeqCst);
             return;
         }
-        // First the cut: what comes after a piece that was swallowed must not get through in between.
+        // Cut first: data that follows a swallowed piece must not get through in between.
         self.cut_all().await;
         self.shared.black_hole.store(false, SeqCst);
-        // Those that were accepted meanwhile reach nobody.
+        // Those accepted in the meantime reach nothing.
         self.cut_all().await;
     }
 
-    /// Holds back everything that arrives by this much; zero for no delay. It is counted per
-    /// read of up to 64 KiB, so it also limits the throughput.
+    /// Delays all data by this much; zero for no delay. The delay applies to each read of up to 64 KiB, so it
+    /// also limits the throughput.
     pub fn delay(&self, delay: Duration) {
         self.shared.delay_micros.store(u64::try_from(delay.as_micros()).unwrap(), SeqCst);
     }
 
-    /// Connections accepted so far, without the refused ones.
+    /// Connections accepted so far, not counting the refused ones.
     pub fn connections(&self) -> u64 {
         self.shared.connections.load(SeqCst)
     }
@@ -165,8 +163,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             continue;
         }
         shared.connections.fetch_add(1, SeqCst);
-        // Cloned and used under the lock, so that `cut_all` finds either the task or not yet the
-        // connection.
+        // Cloned and used under the lock, so that `cut_all` finds either the task or no connection yet.
         let open = shared.open.lock().unwrap();
         let cut = open.cut.clone();
         open.tasks.spawn(serve(client, shared.clone(), cut));
@@ -181,7 +178,7 @@ fn reset(stream: TcpStream) {
 
 async fn serve(client: TcpStream, shared: Arc<Shared>, cut: CancellationToken) {
     if shared.black_hole.load(SeqCst) {
-        // Whoever connects now reaches nobody.
+        // A connection made now reaches nothing.
         let (reader, writer) = client.into_split();
         if cut.run_until_cancelled(swallow(reader, &shared)).await.is_none() {
             shared.cuts.fetch_add(1, SeqCst);
@@ -209,10 +206,10 @@ async fn serve(client: TcpStream, shared: Arc<Shared>, cut: CancellationToken) {
     }
 }
 
-/// Like [`reset`], when the other half is gone already.
+/// Like [`reset`], for when the other half is already gone.
 fn reset_half(writer: OwnedWriteHalf) {
     let _ = writer.as_ref().set_zero_linger();
-    // Dropping it would send an orderly end first.
+    // Dropping it would send an orderly shutdown first.
     writer.forget();
 }
 

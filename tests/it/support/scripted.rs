@@ -27,7 +27,7 @@ impl Connection {
         self.socket.send(Message::Binary(frame.to_vec().into())).await.is_ok()
     }
 
-    /// Sends those of these frames that are behind the cursor.
+    /// Sends those of these frames that come after the cursor.
     pub async fn send_after_cursor(&mut self, frames: &[(i64, Vec<u8>)]) -> bool {
         for (seq, frame) in frames {
             if self.cursor.is_none_or(|cursor| *seq > cursor) && !self.send(frame).await {
@@ -37,14 +37,14 @@ impl Connection {
         true
     }
 
-    /// Stays open and silent until the consumer goes.
+    /// Stays open and silent until the consumer disconnects.
     pub async fn stay(mut self) {
         use futures_util::StreamExt as _;
         while let Some(Ok(_)) = self.socket.next().await {}
     }
 }
 
-/// The relay; it ends with the value.
+/// The relay; it stops on drop.
 pub struct ScriptedRelay {
     pub address: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -106,7 +106,7 @@ impl ScriptedRelay {
         format!("ws://{}", self.address)
     }
 
-    /// How many connections there were.
+    /// How many connections there have been.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }
@@ -119,7 +119,7 @@ pub struct Op {
     pub path: String,
     /// The record's bytes, good or bad; `None` for a delete.
     pub record: Option<Arc<Vec<u8>>>,
-    /// Whether the archive holds them.
+    /// Whether the archive contains them.
     pub in_archive: bool,
 }
 
@@ -138,7 +138,7 @@ pub fn delete(path: &str) -> Op {
     Op { action: "delete", path: path.to_owned(), record: None, in_archive: true }
 }
 
-/// A post that says this.
+/// A post with this text.
 pub fn post(text: &str) -> Value<'_> {
     Value::Map(vec![
         ("text", Value::Text(text)),
@@ -152,7 +152,7 @@ pub fn cid(record: &[u8]) -> Cid {
     Cid::compute(Codec::Drisl, record)
 }
 
-/// A revision of this moment of 2026: the more microseconds, the newer.
+/// A revision from a moment in 2026: the more microseconds, the newer.
 pub fn rev(micros: u64) -> String {
     const ALPHABET: &[u8; 32] = b"234567abcdefghijklmnopqrstuvwxyz";
     let bits = (1_790_000_000_000_000 + micros) << 10;

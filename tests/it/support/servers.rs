@@ -9,10 +9,10 @@ use tokio::sync::OnceCell;
 
 use super::{execute, query_value};
 
-/// A Redis of the test's own, in a folder that goes with it. Everything that
-/// [`PrivateRedis`] can do, it can.
+/// A Redis that belongs to the test, in a folder that is removed with it. It dereferences to
+/// [`PrivateRedis`].
 pub struct Redis {
-    // Before the folder, so that the server is stopped before its files are removed.
+    // Declared before the folder, so that the server is stopped before its files are removed.
     server: PrivateRedis,
     _folder: PrivateFolder,
 }
@@ -50,16 +50,17 @@ impl DerefMut for Redis {
     }
 }
 
-/// A PostgreSQL: one that all tests of a binary share, each with a database of its own, or
-/// one that a test may kill. Everything that [`PrivatePostgres`] can do, it can.
+/// A PostgreSQL: one that all tests of a binary share, each with a database of its own, or one that a test
+/// may kill. It dereferences to [`PrivatePostgres`].
 pub struct Postgres {
-    // Before the folder, so that the server is stopped before its files are removed.
+    // Declared before the folder, so that the server is stopped before its files are removed.
     server: PrivatePostgres,
     _folder: PrivateFolder,
     databases: AtomicU32,
 }
 
-/// Settings under which a database is not what we take it for, as SQL literals. `session_replication_role` is refused.
+/// Settings under which a database does not behave as we expect, as SQL literals. `session_replication_role`
+/// is refused.
 pub const HOSTILE_DEFAULTS: [(&str, &str); 11] = [
     ("default_transaction_isolation", "'repeatable read'"),
     ("default_transaction_isolation", "serializable"),
@@ -79,7 +80,7 @@ impl Postgres {
     ///
     /// It runs without fsync: it is only ever lost together with the machine.
     pub async fn shared() -> &'static Self {
-        // A static is never dropped: the server ends, and its folder goes, with this process.
+        // A static is never dropped: the server and its folder go away with this process.
         static SHARED: OnceCell<Postgres> = OnceCell::const_new();
         SHARED
             .get_or_init(|| {
@@ -114,7 +115,7 @@ impl Postgres {
         self.server.create_database(&self.fresh_name()).await.unwrap()
     }
 
-    /// Creates an empty database that prescribes a setting to whoever connects, and returns its URL.
+    /// Creates an empty database that imposes a setting on its connections, and returns its URL.
     pub async fn fresh_database_with(&self, setting: &str, value: &str) -> String {
         let database = self.fresh_database().await;
         let name = database.rsplit('/').next().unwrap();

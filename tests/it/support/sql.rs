@@ -8,7 +8,7 @@ pub async fn connect(url: &str) -> Client {
         .await
         .unwrap_or_else(|error| panic!("connecting to {url}: {error}"));
     tokio::spawn(connection);
-    // Whatever the database prescribes.
+    // Regardless of the database's defaults.
     let ours = "SET statement_timeout = 0; SET lock_timeout = 0; SET default_transaction_isolation = 'read committed';
                 SET DateStyle = 'ISO'; SET TimeZone = 'UTC'; SET default_transaction_read_only = off;
                 SELECT set_config('search_path', '\"$user\", public', false)
@@ -30,7 +30,7 @@ pub async fn query_rows(url: &str, sql: &str) -> Vec<Vec<Option<String>>> {
             SimpleQueryMessage::Row(row) => {
                 rows.push((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect());
             }
-            // A statement begins: what came before belongs to another one.
+            // A new statement begins: earlier rows belong to another one.
             SimpleQueryMessage::RowDescription(_) => rows.clear(),
             _ => {}
         }
@@ -45,13 +45,13 @@ pub async fn query_value(url: &str, sql: &str) -> String {
     value.unwrap_or_else(|| panic!("{sql}: no value"))
 }
 
-/// Runs statements whose rows nobody wants.
+/// Runs statements and ignores their rows.
 pub async fn execute(url: &str, sql: &str) {
     query_rows(url, sql).await;
 }
 
-/// The given columns (a list as SQL has it) of all rows of a table, sorted, so that two tables
-/// with the same content compare equal.
+/// The given columns (an SQL list) of all rows of a table, sorted, so that two tables with the same content
+/// compare equal.
 pub async fn table_dump(url: &str, table: &str, columns: &str) -> Vec<Vec<Option<String>>> {
     let mut rows = query_rows(url, &format!("SELECT {columns} FROM {table}")).await;
     rows.sort();

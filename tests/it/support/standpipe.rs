@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use standpipe_lab::program::{Finished, Program};
 
-/// A running `standpipe`; everything that [`Program`] can do, it can.
+/// A running `standpipe`; it dereferences to [`Program`].
 pub struct Standpipe(Program);
 
 impl Standpipe {
@@ -15,7 +15,7 @@ impl Standpipe {
         Self::start_binary(Path::new(env!("CARGO_BIN_EXE_standpipe")), arguments, variables)
     }
 
-    /// The same of another binary, one of another release.
+    /// The same with the binary of another release.
     pub fn start_binary<K: AsRef<str>, V: AsRef<str>>(
         binary: &Path,
         arguments: &[&str],
@@ -24,7 +24,7 @@ impl Standpipe {
         Self(Program::start(binary, arguments, variables))
     }
 
-    /// Runs `standpipe <arguments>` to its end, which must come within the deadline.
+    /// Runs `standpipe <arguments>` to its end, which must be reached within the deadline.
     pub async fn run<K: AsRef<str>, V: AsRef<str>>(
         arguments: &[&str],
         variables: &[(K, V)],

@@ -1,4 +1,4 @@
-//! The simulated relay's events as the model takes them.
+//! The simulated relay's events in the form that the model expects.
 
 use serde_json::Value;
 use standpipe::config::{self, Role};
@@ -16,7 +16,7 @@ pub fn events(options: &NetworkOptions) -> Vec<Event> {
         };
         for entry in entries {
             let data: Value = serde_json::from_str(&entry.data).unwrap();
-            // Every event has its number: the stream's ids decide nothing.
+            // Every event has a number, so the stream's ids decide nothing.
             let version =
                 Version { rev: data["rev"].as_str().map(str::to_owned), seq: Some(seq), id: (0, 0) };
             events.extend(kind(entry.event_type, &data).map(|kind| Event { version, kind }));
@@ -25,7 +25,7 @@ pub fn events(options: &NetworkOptions) -> Vec<Event> {
     events
 }
 
-/// What an entry of this type says; `None` for what changes nothing.
+/// The meaning of an entry of this type; `None` if it changes nothing.
 pub fn kind(event_type: &str, data: &Value) -> Option<Kind> {
     let text = |name: &str| data[name].as_str().map(str::to_owned);
     Some(match event_type {
