@@ -25,7 +25,7 @@
 //! - [`doctor`]: `standpipe check`
 //! - [`health`]: how this process is, judged in one place
 //! - [`http`]: health, metrics, status, the dashboard, the operator's commands
-//! - [`run`]: the only place that spawns
+//! - [`run`]: starts the parts and drains them in order
 
 // Anything that would end the process or a pipeline needs a reason in place. Tests are exempt.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]

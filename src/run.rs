@@ -1,4 +1,4 @@
-//! Starting the parts and ending them in order. The only place that spawns.
+//! Starting the parts and ending them in order.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, network, purged, redis_command};
-use crate::support::{connect, query_rows, query_value, wait_until};
+use crate::support::{Postgres, connect, execute, query_rows, query_value, wait_until};
 use serde_json::{Value, json};
+use standpipe::config::{Role, from_env};
+use standpipe::store::{Store, migrate};
 use standpipe_lab::simulate::NetworkOptions;
 
 const DID: &str = "did:plc:big";
@@ -283,4 +285,46 @@ async fn account_deletion_removes_only_older_records_in_any_order() {
     let audit = chain.audit(&[]).await;
     assert_eq!(audit.code, 0, "{}", audit.stdout);
     assert!(program.is_running());
+}
+
+/// The purge chooses its rows before it locks anything, and looks at them again under the lock: one that was rewritten
+/// in between is newer than the deletion.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_rewritten_while_the_purge_waits_for_its_lock_is_kept() {
+    let database = Postgres::shared().await.fresh_database().await;
+    let (config, _) = from_env([("DATABASE_URL", database.as_str())], Role::Worker).unwrap();
+    let store = Store::new(&config).unwrap();
+    migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
+    let rows = format!(
+        "INSERT INTO users (did, handle) VALUES ('{DID}', 'handle.invalid');
+         INSERT INTO standpipe.accounts (did, deleted_seq, deleted_time, purge_pending)
+             VALUES ('{DID}', '100', '2026-11-21', true);
+         INSERT INTO blocks (uri, blocker_did, blocked_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+             SELECT 'at://{DID}/app.bsky.graph.block/' || n, '{DID}', 'did:plc:other', now(), '', n::text, n, 0
+             FROM generate_series(1, 2) n"
+    );
+    execute(&database, &rows).await;
+    let (writer, purger) = (connect(&database).await, connect(&database).await);
+    // As a pipeline does that applies a commit of this account.
+    writer
+        .batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('{DID}', 0))"))
+        .await
+        .unwrap();
+    let purge = tokio::spawn(async move {
+        let sql = format!("SELECT standpipe.purge('{DID}', 'block', 200)");
+        purger.query_one(&sql, &[]).await.unwrap().get::<_, i32>(0)
+    });
+    wait_until("the purge to wait for the lock", SOON, async || {
+        let waiting = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                       WHERE d.datname = current_database() AND l.locktype = 'advisory' AND NOT l.granted";
+        query_value(&database, waiting).await == "1"
+    })
+    .await;
+    writer
+        .batch_execute("UPDATE blocks SET commit_seq = '200', stream_ms = 200 WHERE uri LIKE '%/1'; COMMIT")
+        .await
+        .unwrap();
+    assert_eq!(purge.await.unwrap(), 1);
+    let left = query_rows(&database, "SELECT uri FROM blocks").await;
+    assert_eq!(left, [[Some(format!("at://{DID}/app.bsky.graph.block/1"))]]);
 }
