@@ -17,9 +17,9 @@ maintainer=${MAINTAINER:-standpipe contributors <standpipe@packages.invalid>}
 description=(
     "AT Protocol firehose into Redis and PostgreSQL"
     " Takes the AT Protocol firehose into a Redis stream and, through consumer-group"
-    " pipelines working side by side, into PostgreSQL: one transaction per event,"
+    " pipelines working in parallel, into PostgreSQL: one transaction per event,"
     " nothing lost, nothing counted twice. It waits for outages of either server,"
-    " goes on where it was, and shows its health, its metrics and a dashboard."
+    " resumes where it stopped, and exposes its health, metrics and a dashboard."
 )
 
 missing=()

@@ -92,7 +92,7 @@ check "systemd: its exposure is small" bash -c \
 kill -KILL "$pid"
 check "systemd: is started again after kill -9" within 20 property_is standpipe NRestarts 1
 check "systemd: and gets ready again" within 60 healthy
-check "systemd: and goes on writing rows" grows
+check "systemd: and keeps writing rows" grows
 
 pid=$(property standpipe MainPID)
 check "systemd: a new version is installed" dpkg -i /test/standpipe.deb

@@ -1,6 +1,6 @@
-//! What an operator can ask of a running process: pause, resume, change the log level, drain.
+//! An operator's commands to a running process: pause, resume, change the log level, drain.
 //!
-//! Nothing here outlives the process: after a restart only the environment counts.
+//! Nothing here is persisted: after a restart only the environment counts.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -28,7 +28,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// The part of this name.
+    /// The part with this name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
         match name {
@@ -40,7 +40,7 @@ impl Part {
     }
 }
 
-/// The operator's commands; the parts watch them.
+/// The operator's commands, which the parts watch.
 pub struct Control {
     /// Whether the reader is paused.
     reader: watch::Sender<bool>,
@@ -48,7 +48,7 @@ pub struct Control {
     pipelines: watch::Sender<bool>,
     drain: CancellationToken,
     set_level: Option<SetLevel>,
-    /// The level that was set since the start.
+    /// The level set since the start.
     level: Mutex<Option<LogLevel>>,
 }
 

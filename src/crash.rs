@@ -1,41 +1,38 @@
 //! Named points at every durable boundary, at which a test lets the process die.
 //!
-//! Only in debug builds; in a release build nothing of this is left. `STANDPIPE_CRASH_AT=<point>:<n>` lets the process abort
-//! when it comes to that point for the n-th time, saying so on standard error, so that a test can prove that it died
-//! there. (The one place besides the configuration that reads the environment: it is not a setting.)
+//! Only in debug builds; a release build contains none of this. `STANDPIPE_CRASH_AT=<point>:<n>` makes the process
+//! abort when it reaches that point for the n-th time. It reports this on standard error, so that a test can prove that
+//! the process died there. (This is the one place besides the configuration that reads the environment: it is not a
+//! setting.)
 
-/// A durable boundary, and what recovery owes to a process that died there.
+/// A durable boundary, and what recovery must do after a process died there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
-    /// Entries and cursor are in Redis; the reader does not know it yet. The next reader starts from the cursor in Redis
-    /// and appends nothing twice that matters.
+    /// Entries and cursor are in Redis; the reader does not know it yet. The next reader starts from the cursor in
+    /// Redis, and anything that it appends twice is harmless.
     AfterAppend,
-    /// Entries are pending with us and nothing has been done about them. They are read again under the same name, or
-    /// claimed by others.
+    /// Entries are pending with us and untouched. They are read again under the same name, or claimed by others.
     AfterRead,
-    /// An event's transaction is open. It is rolled back, and the event applied again.
-    InTransaction,
-    /// Events are committed and their answers read, but not flushed. If PostgreSQL lives they are there and applying
-    /// them again changes nothing; if it does not, they may be gone and are applied again.
+    /// Events are committed and confirmed, but not flushed. If PostgreSQL survives, they are there and applying them
+    /// again changes nothing; if not, they may be lost and are applied again.
     AfterCommit,
     /// Events are durable but pending. They are applied again, which changes nothing.
     AfterFlush,
-    /// The good entries of a batch are acknowledged, the bad ones not yet dead letters. They are read again, and
-    /// become dead letters then, once.
+    /// The good entries of a batch are acknowledged, the bad ones are not dead letters yet. They are read again, and
+    /// then become dead letters, once.
     BeforeDeadLetter,
-    /// A bad entry is a dead letter and acknowledged, in one transaction. Nothing is owed.
+    /// A bad entry is a dead letter and acknowledged, in one transaction. Nothing is left to do.
     AfterDeadLetter,
-    /// Entries of another consumer are ours now and nothing has been done about them. As after a read.
+    /// Entries of another consumer are now ours and untouched. Recovery is as after a read.
     WhileClaiming,
     /// A migration is open. It is rolled back, and run again from its beginning.
     InMigration,
 }
 
 /// Every point.
-pub const ALL: [Point; 9] = [
+pub const ALL: [Point; 8] = [
     Point::AfterAppend,
     Point::AfterRead,
-    Point::InTransaction,
     Point::AfterCommit,
     Point::AfterFlush,
     Point::BeforeDeadLetter,
@@ -51,7 +48,6 @@ impl Point {
         match self {
             Point::AfterAppend => "after-append",
             Point::AfterRead => "after-read",
-            Point::InTransaction => "in-transaction",
             Point::AfterCommit => "after-commit",
             Point::AfterFlush => "after-flush",
             Point::BeforeDeadLetter => "before-dead-letter",
@@ -62,7 +58,7 @@ impl Point {
     }
 }
 
-/// Dies here if a test wants it.
+/// Aborts here if a test asks for it.
 #[cfg(debug_assertions)]
 pub fn at(point: Point) {
     if is_due(point) {
@@ -75,8 +71,8 @@ pub fn at(point: Point) {
 #[inline]
 pub fn at(_: Point) {}
 
-/// Panics if a test wants it over this text (`STANDPIPE_PANIC_OVER`): the program has no known way to panic over an entry,
-/// and must survive the unknown ones.
+/// Panics if a test asks for it on this text (`STANDPIPE_PANIC_OVER`): no entry is known to make the program panic, and
+/// it must survive the unknown ones.
 ///
 /// # Panics
 ///
@@ -99,7 +95,7 @@ pub fn panic_over(stage: &str, text: &str) {
 #[inline]
 pub fn panic_over(_: &str, _: &str) {}
 
-/// Whether a test wants the process to die here, this time. For a point that takes some preparation.
+/// Whether a test asks the process to abort here, this time. For a point that needs some preparation.
 #[cfg(debug_assertions)]
 #[must_use]
 pub fn is_due(point: Point) -> bool {

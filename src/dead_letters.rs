@@ -1,4 +1,4 @@
-//! `standpipe dead-letters`: inspecting, retrying and purging what could not be applied.
+//! `standpipe dead-letters`: inspecting, retrying and purging events that could not be applied.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -14,12 +14,12 @@ use crate::store::{Contended, Fate, Store};
 use crate::stream::Stream;
 use crate::stream::dead_letters::Letter;
 
-/// Letters that are read at a time.
+/// Letters read at a time.
 const PAGE: usize = 200;
-/// Lines of an operation that are shown to a person.
+/// Maximum lines of an operation shown to a person.
 const LINES: usize = 500;
 
-/// Which letters are meant; everything that is given must fit.
+/// A filter of dead letters; a letter must match every condition that is given.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// These ids; empty for any.
@@ -35,7 +35,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether the letter is meant.
+    /// Whether the letter matches.
     #[must_use]
     pub fn fits(&self, letter: &Letter) -> bool {
         let young = |since: Duration| {
@@ -57,7 +57,7 @@ impl Filter {
     }
 }
 
-/// Whether a text stands anywhere in a letter, as it is kept: operations are JSON.
+/// Whether a text occurs anywhere in a letter as stored: operations are JSON.
 fn contains(letter: &Letter, text: &str) -> bool {
     let text = text.to_lowercase();
     [
@@ -75,7 +75,7 @@ fn contains(letter: &Letter, text: &str) -> bool {
     .any(|field| field.to_lowercase().contains(&text))
 }
 
-/// The letter on one line, bounded, and with nothing in it that could control a terminal.
+/// The letter on one line, bounded, and safe to print on a terminal.
 #[must_use]
 pub fn line(letter: &Letter) -> String {
     let cell = |text: &str| out::safe(text, out::CELL);
@@ -113,9 +113,7 @@ pub fn page(letter: &Letter) -> String {
             let _ = writeln!(page, "{name:<11} {}", out::safe(&value, 10 * out::LINE));
         }
     }
-    for (title, text, json) in
-        [("operation", &letter.op, &op), ("of the commit around it", &letter.data, &data)]
-    {
+    for (title, text, json) in [("operation", &letter.op, &op), ("rest of the commit", &letter.data, &data)] {
         if text.is_empty() {
             continue;
         }
@@ -128,14 +126,14 @@ pub fn page(letter: &Letter) -> String {
         match text.lines().count().saturating_sub(LINES) {
             0 => {}
             more => {
-                let _ = writeln!(page, "({more} more lines: --json has them)");
+                let _ = writeln!(page, "({more} more lines: use --json to see them)");
             }
         }
     }
     page.trim_end().to_owned()
 }
 
-/// The at:// URI of the record that a letter is about, where it names one.
+/// The at:// URI of the record that a letter is about, if it names one.
 fn record(op: &Value, data: &Value) -> Option<String> {
     let repo = [&data["repo"], &op["repo"], &op["did"]].into_iter().find_map(Value::as_str)?;
     Some(match op["path"].as_str() {
@@ -148,8 +146,8 @@ fn parsed(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_default()
 }
 
-/// A walk over the letters, the oldest first. It ends at the letter that was the newest when it began: one whose retry
-/// failed comes back behind that.
+/// A walk over the letters, oldest first. It ends at the letter that was newest when it began: a letter whose retry
+/// failed is put back behind that one.
 pub struct Walk {
     stream: Stream,
     filter: Filter,
@@ -160,17 +158,17 @@ pub struct Walk {
     interrupted: bool,
 }
 
-/// How many letters a walk retried.
+/// The outcome of a walk's retries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Retries {
-    /// Now in the database, and removed.
+    /// Letters now applied, and removed.
     pub applied: u64,
-    /// Still not applicable, and kept.
+    /// Letters that still cannot be applied, and are kept.
     pub kept: u64,
 }
 
 impl Walk {
-    /// Begins.
+    /// Starts a walk over the letters that match.
     ///
     /// # Errors
     ///
@@ -181,20 +179,20 @@ impl Walk {
         Ok(Self { stream, filter, page, after: None, end, until: None, interrupted: false })
     }
 
-    /// Ends it after this time.
+    /// Ends the walk after this time.
     #[must_use]
     pub fn for_at_most(mut self, time: Duration) -> Self {
         self.until = Some(Instant::now() + time);
         self
     }
 
-    /// Whether the time was up before the last letter.
+    /// Whether time ran out before the last letter.
     #[must_use]
     pub fn was_interrupted(&self) -> bool {
         self.interrupted
     }
 
-    /// The next letter that fits.
+    /// The next letter that matches.
     ///
     /// # Errors
     ///
@@ -218,7 +216,8 @@ impl Walk {
         }
     }
 
-    /// Retries the rest; `counts` holds also when it fails midway. `kept` is told of each that still cannot be applied.
+    /// Retries the remaining letters; `counts` is valid even if it fails midway. Calls `kept` for each that still
+    /// cannot be applied.
     ///
     /// # Errors
     ///
@@ -242,7 +241,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Deletes the rest; `removed` holds also when it fails midway.
+    /// Deletes the remaining letters; `removed` is valid even if it fails midway.
     ///
     /// # Errors
     ///
@@ -292,7 +291,7 @@ pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result
                     session.discard();
                     return Err(error.into());
                 }
-                Ok(Some(Fate::Deferred) | None) => bail!("the database gave no answer"),
+                Ok(Some(Fate::Deferred) | None) => bail!("the database returned no result"),
             }
         }
     };
@@ -341,7 +340,7 @@ mod tests {
             assert!(!text.contains(|c: char| c.is_control() || c == '\u{202e}'), "{text:?}");
         }
         let many = Letter { op: format!("[{}1]", "1,".repeat(9_000)), ..letter() };
-        assert!(super::page(&many).contains("more lines: --json has them"));
+        assert!(super::page(&many).contains("more lines: use --json to see them"));
         let unreadable = Letter { op: "{".to_owned(), data: String::new(), ..letter() };
         assert!(super::page(&unreadable).ends_with("operation:\n{"));
     }

@@ -1,4 +1,4 @@
-//! `standpipe check`: configuration, then Redis, then PostgreSQL; what is wrong and what to do. Changes nothing.
+//! `standpipe check`: configuration, then Redis, then PostgreSQL; problems and remedies. Changes nothing.
 
 mod postgres;
 mod redis;
@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::out;
 
-/// Clocks that differ by more than this make ages and times that mislead.
+/// Clocks that differ by more than this make ages and times misleading.
 const SKEW: f64 = 2.0;
 
 /// How much one finding matters.
@@ -22,7 +22,7 @@ pub enum Level {
     Ok,
     /// Good to know.
     Note,
-    /// It works, but something should be done.
+    /// It works, but needs attention.
     Warning,
     /// It does not work, or not safely.
     Error,
@@ -51,7 +51,7 @@ impl Level {
     }
 }
 
-/// Where it was looked.
+/// What was examined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Section {
     /// The environment.
@@ -74,7 +74,7 @@ impl Section {
     }
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
     /// How much it matters.
@@ -95,9 +95,9 @@ pub struct Finding {
 pub enum Verdict {
     /// No errors.
     Healthy,
-    /// Something has to be fixed.
+    /// There are errors to fix.
     Unhealthy,
-    /// A service cannot be reached, or does not let us in.
+    /// A service cannot be reached, or rejects our login.
     Unreachable,
 }
 
@@ -108,12 +108,12 @@ pub struct Examination {
     pub version: &'static str,
     /// The overall result.
     pub verdict: Verdict,
-    /// In the order in which it was looked.
+    /// In the order of the checks.
     pub findings: Vec<Finding>,
 }
 
 impl Examination {
-    /// For people: aligned, each finding with what to do below it. Lines are broken at `columns`, where there are any.
+    /// For people: aligned, each finding with its remedy below it. Lines wrap at `columns`, if given.
     #[must_use]
     pub fn page(&self, colour: bool, columns: Option<usize>) -> String {
         let paint = |code: &str, text: &str| {
@@ -129,7 +129,7 @@ impl Examination {
             }
             let level = paint(finding.level.colour(), &format!("{:<7}", finding.level.name()));
             let start = format!("  {level}  {:<width$}  ", finding.what);
-            // Where the text begins, whatever colours take.
+            // Where the text begins, not counting colour codes.
             let indent = 2 + 7 + 2 + width + 2;
             let _ = writeln!(page, "{start}{}", broken(&finding.found, indent, columns));
             if !finding.remedy.is_empty() {
@@ -183,7 +183,7 @@ impl Findings {
         self.add(Level::Error, what, found, remedy);
     }
 
-    /// A server that cannot be asked anything.
+    /// A server that cannot be queried.
     fn unreachable(&mut self, found: impl Into<String>, remedy: impl Into<String>) {
         self.unreachable = true;
         self.error("connection", found, remedy);
@@ -192,7 +192,7 @@ impl Findings {
     /// Compares a server's clock with ours. `asked` is how long its answer took.
     fn clock(&mut self, theirs: f64, asked: Duration) {
         let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        // It looked at its clock at some moment while we waited.
+        // It read its clock at some moment while we waited.
         let skew = theirs - (ours - asked.as_secs_f64() / 2.0);
         if skew.abs() > SKEW + asked.as_secs_f64() / 2.0 {
             let way = if skew > 0.0 { "ahead of" } else { "behind" };
@@ -210,14 +210,14 @@ impl Findings {
     }
 }
 
-/// Names and answers come from elsewhere: nothing in them reaches a terminal as it is.
+/// Names and answers come from elsewhere: nothing in them may reach a terminal unescaped.
 fn one_line(text: &str) -> String {
     out::safe(&text.split_whitespace().collect::<Vec<_>>().join(" "), 10 * out::LINE)
 }
 
-/// The text on lines of its own, each but the first with as many blanks before it.
+/// Wraps the text at `columns`, indenting every line but the first.
 fn broken(text: &str, indent: usize, columns: Option<usize>) -> String {
-    // On a narrow terminal it is better broken anywhere than a word to a line.
+    // On a very narrow terminal, leave wrapping to the terminal rather than print a word per line.
     let Some(room) = columns.and_then(|columns| columns.checked_sub(indent)).filter(|room| *room >= 30)
     else {
         return text.to_owned();
@@ -270,11 +270,11 @@ fn size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
-/// Looks at everything. `warnings` are what the configuration gave.
+/// Runs every check. `warnings` are those of the configuration.
 pub async fn check(config: &Config, warnings: &[String]) -> Examination {
     let mut findings = Findings { section: Section::Configuration, list: Vec::new(), unreachable: false };
     if warnings.is_empty() {
-        findings.ok("variables", "every one is understood");
+        findings.ok("variables", "all of them are valid");
     }
     for warning in warnings {
         findings.warning("variables", warning, "");

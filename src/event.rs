@@ -1,5 +1,5 @@
-//! The common language of the pipelines: an event is what one stream entry says, in operations that the database
-//! understands. Pure data; nothing here knows Redis or PostgreSQL.
+//! The common vocabulary: an event is the content of one stream entry, as operations on the database. Pure data;
+//! nothing here knows Redis or PostgreSQL.
 
 mod entry;
 mod epoch;
@@ -23,7 +23,7 @@ pub struct EntryId {
 }
 
 impl EntryId {
-    /// The greatest id that is smaller.
+    /// The greatest smaller id.
     #[must_use]
     pub fn before(self) -> Self {
         match self.seq.checked_sub(1) {
@@ -63,19 +63,20 @@ pub struct Micros(pub i64);
 /// The order of two events about one record: see `standpipe.newer` in `sql/apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version<'a> {
-    /// The commit's revision, a TID; the Python reader gives none, and a place between those of our reader stands here.
+    /// The commit's revision, a TID. For entries of the Python reader, which gives none, a place between our reader's
+    /// revisions.
     pub rev: Option<Cow<'a, str>>,
-    /// The relay's sequence number, in digits; of a named epoch, with `@` and the epoch.
+    /// The relay's sequence number, in digits; in a named epoch, followed by `@` and the epoch.
     pub seq: Option<Cow<'a, str>>,
     /// The epoch that the number belongs to; 0 for one without a name.
     pub epoch: u64,
-    /// The stream entry that brought it.
+    /// The stream entry that contained it.
     pub entry: EntryId,
 }
 
 impl Version<'_> {
-    /// The moment that stands in for a missing or impossible `createdAt`, and that no record is sorted after: the
-    /// time inside the revision, else the stream entry's.
+    /// The time that replaces a missing or impossible `createdAt`, and after which no record is sorted: the time inside
+    /// the revision, else the stream entry's.
     #[must_use]
     pub fn time(&self) -> Micros {
         self.rev
@@ -85,15 +86,15 @@ impl Version<'_> {
     }
 }
 
-/// A revision is at most so far ahead of the clock; what is beyond would outlive everything that comes after it.
+/// The tolerance for revisions ahead of the clock: one further ahead would win over all later events.
 const MAX_AHEAD: Micros = Micros(5 * 60 * 1_000_000);
 
-/// Whether a revision is one that may be believed: a TID (<https://atproto.com/specs/tid>), and no more than five minutes
-/// ahead of the clock (`now_ms`, Unix time).
+/// Checks that a revision is plausible: a TID (<https://atproto.com/specs/tid>), and at most five minutes ahead of the
+/// clock (`now_ms`, Unix time).
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// The problem with it.
 pub fn check_rev(rev: &str, now_ms: u64) -> Result<(), String> {
     let time = tid_time(rev).ok_or_else(|| "`rev` is not a TID".to_owned())?;
     let now = i64::try_from(now_ms).unwrap_or(i64::MAX / 1000).saturating_mul(1000);
@@ -126,13 +127,13 @@ pub fn tid_time(tid: &str) -> Option<Micros> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Json<'a>(pub Cow<'a, str>);
 
-/// One change of the database. What `subject` and `body` mean for a kind stands at the head of that kind's file
-/// in `sql/apply`.
+/// One change of the database. The meaning of `subject` and `body` for a kind is documented at the top of that kind's
+/// file in `sql/apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Op<'a> {
-    /// What it is about.
+    /// The kind of record or register.
     pub kind: Kind,
-    /// A delete that leaves a tombstone.
+    /// Whether it is a delete, which leaves a tombstone.
     pub delete: bool,
     /// `at://did/collection/rkey`; for identity and account events the DID.
     pub uri: String,
@@ -142,13 +143,13 @@ pub struct Op<'a> {
     pub subject: Option<Cow<'a, str>>,
     /// The CID of what it points at.
     pub subject_cid: Option<Cow<'a, str>>,
-    /// When the record says it was made.
+    /// The record's own creation time.
     pub created_at: Micros,
-    /// Where it is sorted: the lesser of `created_at` and [`Version::time`].
+    /// The time to sort it by: the lesser of `created_at` and [`Version::time`].
     pub sort_at: Micros,
     /// Fields specific to the kind.
     pub body: Option<Json<'a>>,
-    /// Of a post that is a reply: the URI of its thread's root.
+    /// For a reply, the URI of its thread's root.
     pub root: Option<Cow<'a, str>>,
 }
 
@@ -160,12 +161,12 @@ pub struct Reject {
     pub reason: Reason,
     /// The problem, for a person.
     pub message: String,
-    /// PostgreSQL's SQLSTATE, when it was the database that refused.
+    /// PostgreSQL's SQLSTATE, if the database refused.
     pub sqlstate: Option<String>,
 }
 
 impl Reject {
-    /// A refusal before the database was asked.
+    /// A refusal by this program.
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into(), sqlstate: None }
     }
@@ -174,23 +175,23 @@ impl Reject {
 /// The classes of dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// The entry is not what the contract says, or the record's bytes are not DAG-CBOR.
+    /// The entry violates the format, or the record's bytes are not DAG-CBOR.
     Undecodable,
-    /// The record lacks a field without which its row cannot be.
+    /// The record lacks a field that its row requires.
     MissingField,
     /// A field has the wrong type or an impossible value.
     InvalidField,
     /// The database refused the values.
     Database,
-    /// The entry's `type` is none that we know.
+    /// The entry's `type` is unknown.
     UnknownType,
-    /// The commit's archive lacks the record, or the record's bytes are not what its CID says.
+    /// The commit's archive lacks the record, or the record's bytes do not match its CID.
     MissingBlock,
     /// The event is larger than the protocol allows.
     TooLarge,
-    /// A function or trigger of the operator's own refused it.
+    /// The operator's own function or trigger refused it.
     Trigger,
-    /// The program panicked over it.
+    /// The program panicked while processing it.
     Panic,
 }
 
@@ -225,7 +226,7 @@ impl Reason {
     }
 }
 
-/// An operation that can never be applied, with the text that it came as.
+/// An operation that can never be applied, with its original text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejected {
     /// Why.
@@ -239,13 +240,13 @@ pub struct Rejected {
 pub struct Event<'a> {
     /// commit, identity, account, sync or an unknown word.
     pub event_type: &'a str,
-    /// The repository that it is about; empty where there is nothing to do.
+    /// The repository that it is about; empty if there is nothing to do.
     pub repo: Cow<'a, str>,
-    /// What orders it.
+    /// Its version, which orders it.
     pub version: Version<'a>,
-    /// Valid operations: deletes first, those of a kind side by side, no two on the same record.
+    /// Valid operations: deletes first, grouped by kind, no two on the same record.
     pub ops: Vec<Op<'a>>,
-    /// The operations as they came, by the index in `ops`: kept for a dead letter, should the database refuse one.
+    /// The original operations, by their index in `ops`: kept for a dead letter, in case the database refuses one.
     pub sources: Vec<&'a str>,
     /// Accounts that must have a row, besides the repository's own.
     pub mentions: Vec<Cow<'a, str>>,
@@ -254,13 +255,13 @@ pub struct Event<'a> {
 }
 
 impl Event<'_> {
-    /// Whether it says which handle an account has.
+    /// Whether it claims a handle for an account.
     #[must_use]
     pub fn claims_handle(&self) -> bool {
         self.ops.iter().any(|op| op.kind == Kind::Identity)
     }
 
-    /// Keeps only these operations; `false` when there are none.
+    /// Keeps only these operations; `false` if none are left.
     pub fn keep(&mut self, mut wanted: impl FnMut(&Op<'_>) -> bool) -> bool {
         let sources = std::mem::take(&mut self.sources);
         for (op, source) in std::mem::take(&mut self.ops).into_iter().zip(sources) {

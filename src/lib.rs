@@ -1,33 +1,33 @@
 //! standpipe: the AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL,
 //! one transaction per event.
 //!
-//! Imports point up this list; a test reads the `use` lines.
+//! Each module imports only from those above it in this list; a test reads the `use` lines.
 //!
-//! - [`mutex`]: locks that outlive a panic
-//! - [`stop`]: the end of a loop
+//! - [`mutex`]: locks that survive a panic
+//! - [`stop`]: stopping a loop
 //! - [`time`]: the clock, and the pauses between attempts
-//! - [`out`]: what commands print
+//! - [`out`]: the commands' output
 //! - [`crash`]: the points at which tests make the process die
-//! - [`event`]: the common language: entries, events, operations, versions; pure
-//! - [`apply`]: what each kind of event means; pure
+//! - [`event`]: the common vocabulary: entries, events, operations, versions; pure
+//! - [`apply`]: interprets each kind of event; pure
 //! - [`config`]: the only place that reads the environment
 //! - [`stream`]: the only place that knows Redis
 //! - [`status`]: what the parts are doing
-//! - [`metrics`]: names and meanings of what Prometheus scrapes
+//! - [`metrics`]: names and help of the Prometheus metrics
 //! - [`control`]: pause, resume, drain
-//! - [`logging`]: where log lines go
+//! - [`logging`]: the log
 //! - [`store`]: the only place that knows PostgreSQL
-//! - [`origin`]: entries in: the relay, and the reader that appends
+//! - [`origin`]: the relay, and the reader that appends its events to the stream
 //! - [`pipeline`]: the loop: take, apply, settle
 //! - [`report`]: the state of stream and process, for people and programs
-//! - [`dead_letters`]: inspecting, retrying and purging what could not be applied
-//! - [`tasks`]: what else has to be done now and then
+//! - [`dead_letters`]: inspecting, retrying and purging dead letters
+//! - [`tasks`]: background tasks
 //! - [`doctor`]: `standpipe check`
-//! - [`health`]: how this process is, judged in one place
+//! - [`health`]: the health of this process, judged in one place
 //! - [`http`]: health, metrics, status, the dashboard, the operator's commands
 //! - [`run`]: starts the parts and drains them in order
 
-// Anything that would end the process or a pipeline needs a reason in place. Tests are exempt.
+// Anything that could panic needs a stated reason. Tests are exempt.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
 
 pub mod apply;

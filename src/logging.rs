@@ -1,4 +1,4 @@
-//! Where log lines go, in which format, and from which level on.
+//! The destination, format and level of the log.
 
 use std::io::IsTerminal as _;
 
@@ -16,7 +16,7 @@ use crate::control::SetLevel;
 ///
 /// `RUST_LOG` is not a filter.
 pub fn install(config: &Config) -> Result<SetLevel> {
-    // Below a warning only our own messages are of interest. The pipelines report broken connections better than the pool.
+    // Below warnings, only our own messages matter. The pipelines report broken connections better than the pool does.
     let at = |level: LogLevel| {
         EnvFilter::new(format!("warn,deadpool.postgres=error,standpipe={}", level.as_filter()))
     };
@@ -26,7 +26,7 @@ pub fn install(config: &Config) -> Result<SetLevel> {
     };
     let (filter, reload) = tracing_subscriber::reload::Layer::new(filter);
     let layer = tracing_subscriber::fmt::layer().with_target(false).with_writer(std::io::stderr);
-    // A closed log is not a reason to exit: reporting it on the same output would panic.
+    // Writes that fail are ignored: reporting them on the same closed output would panic.
     let layer = layer.log_internal_errors(false);
     match config.log_format {
         LogFormat::Json => {

@@ -1,4 +1,4 @@
-//! Parses the command line, loads the configuration, starts the runtime, gives the exit code.
+//! Parses the command line, starts the runtime, and returns the exit code.
 
 use std::process::ExitCode;
 
@@ -11,13 +11,13 @@ fn main() -> ExitCode {
     let command = match cli::Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(error) => {
-            // --help and --version arrive here too, and are not mistakes.
+            // --help and --version arrive here, too, and are not errors.
             let code = if error.use_stderr() { cli::EX_USAGE } else { 0 };
             let _ = error.print();
             return ExitCode::from(code);
         }
     };
-    // The first thing that needs it decides otherwise, or panics.
+    // Otherwise the first user of TLS would choose a provider, or panic.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         out::note("standpipe: another TLS provider is installed already");
         return ExitCode::FAILURE;

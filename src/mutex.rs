@@ -1,8 +1,8 @@
-//! Locks that outlive a panic.
+//! Locks that survive a panic.
 
 use std::sync::Mutex;
 
-/// The lock's content, even after a panic: every write leaves it whole.
+/// Locks even a poisoned mutex: every write here leaves the content consistent.
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -1,5 +1,5 @@
-//! Output of the commands. Text that comes from a relay, a database or a person is made harmless first, and a reader that
-//! has seen enough (`standpipe dead-letters list | head -1`) ends the command quietly.
+//! Output of the commands. Text from a relay, a database or a person is escaped first, and a closed pipe
+//! (`standpipe dead-letters list | head -1`) ends the command quietly.
 
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
@@ -9,19 +9,19 @@ pub const CELL: usize = 120;
 /// Maximum characters of a message or a reason on one line.
 pub const LINE: usize = 300;
 
-/// The standard output is closed: the command has nothing left to do, and has not failed.
+/// Standard output is closed: the command has nothing left to do, and has not failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
 impl fmt::Display for Closed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nobody reads the standard output")
+        f.write_str("standard output is closed")
     }
 }
 
 impl std::error::Error for Closed {}
 
-/// Prints a line. What could control a terminal is escaped; line breaks and tabs are kept.
+/// Prints a line. Terminal control characters are escaped; line breaks and tabs are kept.
 ///
 /// # Errors
 ///
@@ -40,11 +40,11 @@ pub fn raw(text: &str) -> anyhow::Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(Closed.into()),
-        Err(error) => Err(anyhow::Error::new(error).context("the standard output cannot be written")),
+        Err(error) => Err(anyhow::Error::new(error).context("standard output cannot be written")),
     }
 }
 
-/// For commands whose exit code is the answer: a closed output does not change it.
+/// Ignores [`Closed`], for commands whose exit code is the answer.
 ///
 /// # Errors
 ///
@@ -53,12 +53,12 @@ pub fn unless_closed(printed: anyhow::Result<()>) -> anyhow::Result<()> {
     printed.or_else(|error| if error.is::<Closed>() { Ok(()) } else { Err(error) })
 }
 
-/// Prints a line to the standard error, escaped as [`line`] does. A closed output does not matter.
+/// Prints a line to standard error, escaped like [`line`]. Ignores errors.
 pub fn note(text: impl fmt::Display) {
     let _ = writeln!(std::io::stderr(), "{}", lines(&text.to_string()));
 }
 
-/// A text on one line, without anything that could control a terminal, and no longer than `most` characters.
+/// A text on one line, safe to print on a terminal, and no longer than `most` characters.
 ///
 /// An escaped character, such as `\u{1b}`, counts as one.
 #[must_use]
@@ -74,8 +74,8 @@ pub fn safe(text: &str, most: usize) -> String {
     short
 }
 
-/// JSON that says the same, without anything that could control a terminal. The serializer escapes the first 32
-/// characters; those beyond occur in strings only, where JSON has an escape of its own.
+/// Equivalent JSON that is safe to print on a terminal. The serialiser already escapes the first 32 characters; the
+/// others can occur only in strings, where JSON escapes apply.
 #[must_use]
 pub fn safe_json(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
@@ -113,7 +113,7 @@ fn escape(character: char, into: &mut String) {
     }
 }
 
-/// Whether a character controls the terminal or changes the order in which the others appear.
+/// Whether a character controls the terminal or changes the order of other characters.
 fn is_harmful(character: char) -> bool {
     character.is_control()
         || matches!(

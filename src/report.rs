@@ -1,5 +1,5 @@
-//! `/status` and `standpipe status`: stream, group, pipelines, reader, dead letters; from Redis alone, and from the
-//! process where one is at hand.
+//! `/status` and `standpipe status`: stream, group, pipelines, reader, dead letters; from Redis, and from the process
+//! if there is one.
 
 pub mod table;
 
@@ -15,20 +15,20 @@ use crate::stream::group::ConsumerInfo;
 use crate::stream::{Stream, StreamResult};
 use crate::time::now_ms;
 
-/// The whole of it.
+/// The complete status.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The program's version.
     pub version: &'static str,
     /// The stream and its group.
     pub stream: StreamReport,
-    /// The group's consumers, also those of other processes and programs.
+    /// The group's consumers, including those of other processes and programs.
     pub consumers: Vec<ConsumerInfo>,
     /// Dead letters.
     pub dead_letters: u64,
     /// Known gaps and losses.
     pub missing: Missed,
-    /// The process's own report; absent when only Redis was asked.
+    /// The process's own report; absent if only Redis was queried.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessReport>,
 }
@@ -67,14 +67,14 @@ pub struct ProcessReport {
     pub uptime_seconds: f64,
     /// Entries finished since its start.
     pub entries: u64,
-    /// Entries per second in the last ten seconds or so.
+    /// Entries per second over about the last ten seconds.
     pub entries_per_second: f64,
-    /// How the pipelines work.
+    /// The pipelines' settings.
     #[serde(flatten)]
     pub settings: Settings,
     /// Each pipeline.
     pub pipelines: Vec<PipelineStatus>,
-    /// The reader, in a process that has one.
+    /// The reader, if this process has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reader: Option<ReaderStatus>,
     /// Connections to PostgreSQL.
@@ -95,7 +95,7 @@ pub struct PoolReport {
     pub max: usize,
 }
 
-/// Asks Redis.
+/// The status as Redis knows it.
 ///
 /// # Errors
 ///

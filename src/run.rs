@@ -1,4 +1,4 @@
-//! Starting the parts and ending them in order.
+//! Starts the parts, and ends them in order.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -56,7 +56,7 @@ impl Parts {
 pub struct Running {
     config: Arc<Config>,
     redis: Redis,
-    /// Where there are pipelines.
+    /// Present if there are pipelines.
     store: Option<Store>,
     /// The status of its parts.
     pub status: Arc<Status>,
@@ -65,7 +65,7 @@ pub struct Running {
     pub http: Option<SocketAddr>,
     stop_reader: CancellationToken,
     stop: CancellationToken,
-    /// Told when the pipelines have ended.
+    /// Cancelled when the pipelines have ended.
     release: CancellationToken,
     readers: JoinSet<()>,
     pipelines: JoinSet<()>,
@@ -123,13 +123,13 @@ pub async fn run(
         }
         name = next_signal() => {
             warn!(signal = name, "a signal while draining: exiting immediately; entries in hand stay pending");
-            // Immediately: tasks in the middle of a call are not waited for.
+            // Exits without waiting for tasks in the middle of a call.
             std::process::exit(130);
         }
     }
 }
 
-/// Starts the parts. None of them waits for another: the reader reads while PostgreSQL is down.
+/// Starts the parts. None waits for another: the reader reads even while PostgreSQL is down.
 ///
 /// # Errors
 ///
@@ -227,12 +227,12 @@ impl Running {
         self.help(Acknowledged::new(redis.clone(), store.clone(), Arc::clone(&self.status)));
     }
 
-    /// A task that is aborted when everything else has ended.
+    /// Spawns a task that is aborted when everything else has ended.
     fn help(&mut self, task: impl Task + 'static) {
         self.helpers.spawn(tasks::run(task, Arc::clone(&self.status), CancellationToken::new()));
     }
 
-    /// A task that ends at `release`.
+    /// Spawns a task that ends at `release`.
     fn keep(&mut self, task: impl Task + 'static) {
         self.keepers.spawn(tasks::run(task, Arc::clone(&self.status), self.release.clone()));
     }
@@ -268,7 +268,7 @@ impl Running {
         Ok(())
     }
 
-    /// Resolves when a part ended unexpectedly: it panicked.
+    /// Resolves when a part has ended unexpectedly, which means that it panicked.
     pub async fn failed(&mut self) {
         tokio::select! {
             Some(_) = self.readers.join_next() => {}
@@ -279,14 +279,14 @@ impl Running {
         }
     }
 
-    /// Resolves when an operator asks for a drain.
+    /// Resolves when an operator requests a drain.
     pub async fn drain_begun(&self) {
         self.control.drain_begun().await;
     }
 
-    /// Stops the reader, lets the pipelines finish and acknowledge what they hold, closes everything.
+    /// Stops the reader, lets the pipelines finish and acknowledge their entries, then closes everything.
     ///
-    /// Returns whether that was done within `DRAIN_TIMEOUT`.
+    /// Returns whether that succeeded within `DRAIN_TIMEOUT`.
     pub async fn drain(&mut self) -> bool {
         self.control.drain();
         let limit = self.config.drain_timeout;
@@ -301,7 +301,7 @@ impl Running {
         self.readers.shutdown().await;
         self.pipelines.shutdown().await;
         self.release.cancel();
-        // A moment to give the lease back and to write the last figures.
+        // Allows a moment to release the lease and write the final figures.
         let _ = tokio::time::timeout(Duration::from_secs(1), async {
             while self.keepers.join_next().await.is_some() {}
         })

@@ -1,4 +1,4 @@
-//! The status of the parts, for readiness, `/status` and the progress line.
+//! The status of the parts, for readiness, `/status`, the page and the progress line.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -12,21 +12,21 @@ use crate::stream::legacy::Counts;
 use crate::stream::noted::Refill;
 use crate::time::now_ms;
 
-/// One word for what a part is doing, with the reason where it is not what it should be.
+/// What a part is doing, with the reason if that is not normal operation.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum State {
     /// Not connected yet.
     #[default]
     Starting,
-    /// At work, or waiting for work.
+    /// Working, or waiting for work.
     Running,
     /// Redis is down.
     WaitingForRedis {
         /// The error.
         reason: String,
     },
-    /// PostgreSQL is down, or refuses for a while.
+    /// PostgreSQL is down, or temporarily refuses.
     WaitingForPostgres {
         /// The error.
         reason: String,
@@ -36,7 +36,7 @@ pub enum State {
         /// The error.
         reason: String,
     },
-    /// The stream is at its mark, or Redis is.
+    /// The stream or Redis's memory is at its mark.
     WaitingForRoom {
         /// Which mark.
         reason: String,
@@ -58,7 +58,7 @@ pub enum State {
 }
 
 impl State {
-    /// The states that a pipeline can be in, as the status page and the metrics call them.
+    /// The states that a pipeline can be in, as named on the status page and in the metrics.
     pub const OF_PIPELINES: [&str; 8] = [
         "starting",
         "running",
@@ -70,7 +70,7 @@ impl State {
         "stopped",
     ];
 
-    /// Its name, as the status page and the metrics have it.
+    /// Its name on the status page and in the metrics.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -104,7 +104,7 @@ pub struct PipelineStatus {
     pub entries: u64,
     /// Repeated attempts since the start.
     pub retries: u64,
-    /// Of the finished entries, those that left dead letters.
+    /// Finished entries that left dead letters.
     pub dead_letters: u64,
     /// When it last acknowledged something, Unix milliseconds.
     pub last_ack_ms: Option<u64>,
@@ -122,18 +122,18 @@ pub struct ReaderStatus {
     pub relay: String,
     /// Whether the websocket is open.
     pub connected: bool,
-    /// When it was last open, Unix milliseconds; the start of the process before that.
+    /// When it was last open, Unix milliseconds; initially the start of the process.
     pub connected_ms: u64,
     /// The position up to which everything is in the stream.
     pub cursor: Option<i64>,
     /// Data frames since the start.
     pub frames: u64,
-    /// When the last one came, Unix milliseconds.
+    /// When the last one arrived, Unix milliseconds.
     pub last_frame_ms: Option<u64>,
     /// Gaps since the start: events that the relay no longer had.
     pub gaps: u64,
-    /// When the reader last took something in, or was steadily connected to a relay that had nothing to send, Unix
-    /// milliseconds; the start of the process before that.
+    /// When the reader last received something, or was last steadily connected to a relay that had nothing to send,
+    /// Unix milliseconds; initially the start of the process.
     pub taking_in_ms: u64,
 }
 
@@ -142,18 +142,18 @@ pub struct ReaderStatus {
 pub struct TaskStatus {
     /// When a round last succeeded, Unix milliseconds.
     pub last_ms: Option<u64>,
-    /// Why the last round failed; `None` where it did not.
+    /// Why the last round failed; `None` if it succeeded.
     pub error: Option<String>,
 }
 
-/// Everything.
+/// The status of the whole process.
 #[derive(Debug, Default)]
 pub struct Status {
     /// `None` in a process without a reader.
     pub reader: Option<Mutex<ReaderStatus>>,
     /// Empty in a process without pipelines.
     pub pipelines: Vec<Mutex<PipelineStatus>>,
-    /// How the stream was at the last look, and when that was; `None` before the first.
+    /// The stream at the last look, and when that was; `None` before the first.
     pub stream: Mutex<Option<(Look, u64)>>,
     /// The background tasks by name.
     pub tasks: Mutex<BTreeMap<&'static str, TaskStatus>>,
@@ -161,9 +161,9 @@ pub struct Status {
     pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.
     pub entries: AtomicU64,
-    /// How many of them per second in the last ten seconds; `None` in the first five.
+    /// Entries finished per second over the last ten seconds; `None` in the first five.
     pub pace: Mutex<Option<f64>>,
-    /// Of these, by what they are and came to; see [`Counts`].
+    /// Entries finished, by type and outcome; see [`Counts`].
     pub commits: AtomicU64,
     /// As `commits`.
     pub identities: AtomicU64,
@@ -177,11 +177,11 @@ pub struct Status {
     pub last_ack_ms: AtomicU64,
     /// When the process started, Unix milliseconds.
     pub started_ms: u64,
-    /// How it works.
+    /// How the pipelines work.
     pub settings: Settings,
 }
 
-/// The settings by which a worker's pace is explained.
+/// The settings that determine a worker's pace.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Settings {
     /// `TRANSACTION`.
@@ -210,7 +210,7 @@ impl ReaderStatus {
                     | State::WaitingForLease { .. }
             )
         };
-        // It could take nothing in until now.
+        // It could not receive anything until now.
         if held_up(&before) && !held_up(&self.state) {
             self.taking_in_ms = now_ms();
         }
@@ -218,7 +218,7 @@ impl ReaderStatus {
     }
 }
 
-/// Another reason for the same state does not make it a new one.
+/// A change of the reason alone is not a new state.
 fn enter(state: &mut State, since_ms: &mut u64, new: State) -> State {
     if std::mem::discriminant(state) != std::mem::discriminant(&new) {
         *since_ms = now_ms();
@@ -226,11 +226,11 @@ fn enter(state: &mut State, since_ms: &mut u64, new: State) -> State {
     std::mem::replace(state, new)
 }
 
-/// Buckets of [`Latency`]: four for each doubling, up to a day and a half.
+/// Buckets of [`Latency`]: four per doubling, up to a day and a half.
 const LATENCIES: usize = 110;
 
-/// How long events took, counted in buckets that grow by a fifth: percentiles of any stretch of time come from the
-/// difference of two counts, and counting costs next to nothing.
+/// A histogram of how long events took, in buckets that grow by a fifth. The difference of two snapshots gives the
+/// percentiles of the time between them, and counting costs next to nothing.
 #[derive(Debug)]
 pub struct Latency([AtomicU64; LATENCIES]);
 
@@ -243,19 +243,19 @@ impl Default for Latency {
 impl Latency {
     /// Counts an event.
     pub fn add(&self, ms: u64) {
-        // The first bucket holds what took less than a millisecond.
+        // The first bucket holds times below a millisecond.
         let bucket = if ms == 0 { 0 } else { 1 + ((ms as f64).log2() * 4.0) as usize };
         self.0[bucket.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The counts as they are now.
+    /// The current counts.
     #[must_use]
     pub fn counts(&self) -> Vec<u64> {
         self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect()
     }
 }
 
-/// The time, in milliseconds, within which this share of the events between two counts was finished; `None` without any.
+/// The time, in milliseconds, within which this share of the events between two snapshots finished; `None` without any.
 #[must_use]
 pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
     let counts = || now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before));
@@ -264,7 +264,7 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
     for (bucket, count) in counts().enumerate().filter(|(_, count)| *count > 0) {
         let count = count as f64;
         if left <= count {
-            // Within a bucket they are taken to be spread evenly.
+            // Assumes an even spread within a bucket.
             let bound = |bucket: usize| 2_f64.powf(bucket as f64 / 4.0);
             let (low, high) = if bucket == 0 { (0.0, 1.0) } else { (bound(bucket - 1), bound(bucket)) };
             return Some(low + (high - low) * left / count);
@@ -275,7 +275,7 @@ pub fn percentile(before: &[u64], now: &[u64], share: f64) -> Option<f64> {
 }
 
 impl Status {
-    /// Nothing is known yet.
+    /// A status before the parts report anything.
     #[must_use]
     pub fn new(reader: Option<String>, consumers: Vec<String>, settings: Settings) -> Self {
         Self {
@@ -319,7 +319,7 @@ impl Status {
         }
     }
 
-    /// Notes that a pipeline acknowledged entries.
+    /// Records that a pipeline acknowledged entries.
     pub fn acknowledged(&self, index: usize, entries: u64) {
         let now = now_ms();
         self.pipeline(index, |pipeline| {
@@ -330,7 +330,7 @@ impl Status {
         self.last_ack_ms.store(now, Ordering::Relaxed);
     }
 
-    /// Counts an entry that is finished.
+    /// Counts a finished entry.
     pub fn count(&self, event_type: &str, dead_letter: bool) {
         let counter = match event_type {
             "commit" => Some(&self.commits),
@@ -343,7 +343,7 @@ impl Status {
         }
     }
 
-    /// Everything that is finished.
+    /// The number of finished entries.
     #[must_use]
     pub fn counts(&self) -> Counts {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

@@ -1,8 +1,8 @@
-//! The end of a loop that was asked to stop.
+//! Stopping a loop.
 
 use tokio_util::sync::CancellationToken;
 
-/// It is time to stop: what is in hand and not finished stays pending.
+/// It is time to stop: entries in hand that are not finished stay pending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stopped")]
 pub struct Stopped;

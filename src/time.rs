@@ -15,7 +15,7 @@ pub fn now_ms() -> u64 {
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// The increasing, jittered pauses between attempts: 100 ms to 5 s. Endless.
+/// Increasing, jittered pauses between attempts: 100 ms to 5 s, without end.
 #[derive(Debug)]
 pub struct Backoff(ExponentialBackoff);
 
@@ -33,12 +33,12 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// How long to wait before the next attempt.
+    /// The pause before the next attempt.
     pub fn pause(&mut self) -> Duration {
         self.0.next().unwrap_or(LONGEST)
     }
 
-    /// An attempt succeeded: the next pause is short again.
+    /// Resets the pauses after a success.
     pub fn reset(&mut self) {
         *self = Self::default();
     }

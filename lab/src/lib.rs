@@ -1,4 +1,4 @@
-//! What standpipe is shown, tested and measured with. The program and its image contain nothing of it.
+//! Tools to demonstrate, test and measure standpipe. The program and its image contain none of this.
 //!
 //! - [`simulate`]: a simulated relay
 //! - [`servers`]: private Redis and PostgreSQL servers

@@ -1,5 +1,5 @@
--- A sequence number as something to compare: its epoch, then the number. '<number>' is of no named epoch, '<number>@<epoch>'
--- of that one; what is neither comes before both.
+-- A sequence number in comparable form: its epoch, then the number. '<number>' has no named epoch, '<number>@<epoch>'
+-- has that one; anything else sorts before both.
 CREATE OR REPLACE FUNCTION standpipe.place(seq text) RETURNS bigint[] LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE
         WHEN seq ~ '^[0-9]{1,18}$' THEN ARRAY[0, seq::bigint]
@@ -9,25 +9,26 @@ CREATE OR REPLACE FUNCTION standpipe.place(seq text) RETURNS bigint[] LANGUAGE s
     END
 $$;
 
--- Whether a version is of a named epoch.
+-- Whether a version has a named epoch.
 CREATE OR REPLACE FUNCTION standpipe.is_named(rev text, seq text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(position('@' IN seq) > 0, coalesce(rev, '') <> '')
 $$;
 
--- Which of two versions of one record or register is newer: the one at hand against the one that the row, the tombstone or
--- the register was written with. One strict total order.
+-- Which of two versions of one record or register is newer: the given one, or the one that the row, the tombstone or
+-- the register was written with. A strict total order.
 --
--- An epoch is the time, by Redis's clock, at which the numbering of an origin began as far as we know; numbers of different
--- epochs are never compared. What was written before epochs had names is older than everything since, and has only its
--- numbers to go by, because the Python reader gives no revisions: by number, then by revision. Everything else, by
--- revision (a TID's string order is its time order); what has none, by epoch and number. An entry of the Python reader
--- beside ours gets a place between our revisions (src/event/epoch.rs), which many entries share: they, too, are ordered by
--- epoch and number. A revision without a number is one that an origin without numbering made, and belongs to the latter.
+-- An epoch is the time, by Redis's clock, at which the numbering of an origin began as far as we know; numbers of
+-- different epochs are never compared. Versions from before epochs had names are older than everything since, and are
+-- ordered by number, then by revision, because the Python reader gives no revisions. All others are ordered by revision
+-- (a TID's string order is its time order); those without one, by epoch and number. An entry of the Python reader
+-- alongside ours gets a place between our revisions (src/event/epoch.rs), which many entries share: they, too, are
+-- ordered by epoch and number. A revision without a number was made by an origin without numbering, and belongs to the
+-- latter.
 --
--- One revision is one event, whichever relay sends it and however often, and comes again without changing anything; but of
--- several entries of one event the first counts, so that a time taken from the entry's id does not depend on the order of
--- arrival. Where there is neither revision nor number to tell events apart, the later entry is newer. A row of another
--- program's has none of all this, and loses to anything.
+-- One revision is one event, whichever relay sends it and however often: a repeat changes nothing. But of several
+-- entries of one event the first counts, so that a time taken from the entry's id does not depend on the order of
+-- arrival. If there is neither revision nor number to tell events apart, the later entry is newer. Another program's
+-- row has none of these, and loses to anything.
 CREATE OR REPLACE FUNCTION standpipe.newer(
     rev text, seq text, ms bigint, sq bigint,
     than_rev text, than_seq text, than_ms bigint, than_sq bigint
@@ -51,7 +52,7 @@ CREATE OR REPLACE FUNCTION standpipe.newer(
     END
 $$;
 
--- The number with the epoch that was in force when the entry came, for an entry that does not name it.
+-- For an entry that names no epoch: the number with the epoch in force when the entry was appended.
 CREATE OR REPLACE FUNCTION standpipe.placed(seq text, at_ms bigint) RETURNS text LANGUAGE plpgsql STABLE AS $$
 DECLARE
     in_force bigint;

@@ -1,4 +1,4 @@
--- Every delete leaves a tombstone, whether there was a row or not: a create that comes late must find it.
+-- Every delete leaves a tombstone, whether or not there was a row: a create that arrives late must find it.
 CREATE OR REPLACE FUNCTION standpipe.put_tombstone(o standpipe.op) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO standpipe.tombstones AS t (uri, commit_rev, commit_seq, stream_ms, stream_seq)
@@ -11,7 +11,7 @@ BEGIN
         t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
 END $$;
 
--- The same of several, no two of the same record.
+-- The same for several, no two of the same record.
 CREATE OR REPLACE FUNCTION standpipe.put_tombstones(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO standpipe.tombstones AS t (uri, commit_rev, commit_seq, stream_ms, stream_seq)
@@ -24,7 +24,7 @@ BEGIN
         t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
 END $$;
 
--- Whether a delete that is not older than this operation has been seen, of the record or of its account.
+-- Whether the record or its account has a delete that is not older than this operation.
 CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM FROM standpipe.tombstones t

@@ -1,9 +1,9 @@
--- Notifications are a function of the record that causes them: the account to be told is the authority of the URI that
--- the record points at, or a DID that it names, and nobody is told of what they did themselves. Whether that account or
--- what the record points at is known here does not matter.
+-- Notifications are a function of the record that causes them: the recipient is the authority of the URI that the
+-- record points at, or a DID that it names, and nobody is notified of their own actions. It does not matter whether the
+-- recipient or the record's subject is known here.
 --
 -- They belong to the record's repository, whose lock the caller has: no two transactions write the same one. Their keys
--- are the record's URI with an ending, so that those of a row that goes are known without looking for them.
+-- are the record's URI with a suffix, so that those of a removed row are known without a search.
 --
 -- Where standpipe.notifications is off, the table belongs to somebody else.
 
@@ -19,7 +19,7 @@ BEGIN
       -- A value too long for the columns is not a reason to lose the record.
       AND length(recipient) <= 255 AND length(o.uri) + length(ending) <= 499
       AND (about IS NULL OR length(about) <= 512)
-    -- Whether it was read is the application's to say, and of this recipient.
+    -- Whether it was read is up to the application, and applies to this recipient only.
     ON CONFLICT (uri) DO UPDATE SET
         recipient_did = excluded.recipient_did, author_did = excluded.author_did, reason = excluded.reason,
         reason_subject = excluded.reason_subject, cid = excluded.cid, created_at = excluded.created_at,
@@ -29,7 +29,7 @@ BEGIN
     END IF;
 END $$;
 
--- Of new likes, reposts or follows, to the owner of what they point at.
+-- For new likes, reposts or follows: notifies the owner of their subject.
 CREATE OR REPLACE FUNCTION standpipe.notify_new(ops standpipe.op[], why text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
@@ -45,7 +45,7 @@ BEGIN
       AND (r.about IS NULL OR length(r.about) <= 512);
 END $$;
 
--- Of posts that were not there before, as notify_post does it for one.
+-- For new posts: like notify_post, for several.
 CREATE OR REPLACE FUNCTION standpipe.notify_new_posts(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
@@ -63,7 +63,7 @@ BEGIN
     WHERE o.body ? 'facets' AND did <> o.repo AND length(did) <= 255 AND length(o.uri) + length(did) <= 490;
 END $$;
 
--- Of one like, repost or follow that was not there before.
+-- For one new like, repost or follow.
 CREATE OR REPLACE FUNCTION standpipe.notify_one(o standpipe.op, recipient text, why text, about text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
@@ -74,7 +74,7 @@ BEGIN
       AND (about IS NULL OR length(about) <= 512);
 END $$;
 
--- Those of a record that is gone, or of what an update no longer says.
+-- Removes the notifications of a deleted record, or those that an update no longer causes.
 CREATE OR REPLACE FUNCTION standpipe.unnotify(record text, endings text[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('standpipe.notifications', true) = 'off' THEN
@@ -92,7 +92,7 @@ BEGIN
     END IF;
 END $$;
 
--- Of a like or repost: to the owner of its subject, and to the account of `via`, if that is another one.
+-- For a like or repost: notifies the owner of its subject, and the account of `via`, if that is a different one.
 CREATE OR REPLACE FUNCTION standpipe.notify_pointer(o standpipe.op, why text, replaces boolean) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -110,7 +110,7 @@ BEGIN
     END IF;
 END $$;
 
--- Whom a post's facets mention: each account once, in the order in which they appear, no more than 50.
+-- The accounts that a post's facets mention: each once, in order of appearance, at most 50.
 CREATE OR REPLACE FUNCTION standpipe.mentioned(facets jsonb) RETURNS text[] LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
     dids text[] := '{}';
@@ -134,9 +134,9 @@ BEGIN
     RETURN dids;
 END $$;
 
--- Of a post: to the parent's author, to the quoted post's, and to everybody whom it mentions. What they are about is
--- the post itself: it is what the application shows for them. former: the facets of
--- the version that it replaces, if it replaces one.
+-- For a post: notifies the parent's author, the quoted post's author, and everybody whom it mentions. The subject is
+-- the post itself, which is what the application shows for them. former: the facets of
+-- the version that it replaces, if any.
 CREATE OR REPLACE FUNCTION standpipe.notify_post(o standpipe.op, replaces boolean, former jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -152,7 +152,7 @@ BEGIN
     ignored := standpipe.notify_mentioned(o, former);
 END $$;
 
--- Of a post: to those whom its facets mention. former: see notify_post.
+-- For a post: notifies those whom its facets mention. former: see notify_post.
 CREATE OR REPLACE FUNCTION standpipe.notify_mentioned(o standpipe.op, former jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     facets jsonb := o.body -> 'facets';

@@ -1,5 +1,5 @@
--- com.atproto.label.defs#selfLabels in a post or profile: what the author says of it, as rows of labels under
--- '<its URI>#label/<value>'. They change and go with the record.
+-- com.atproto.label.defs#selfLabels in a post or profile: the author's own labels, as rows of labels under
+-- '<its URI>#label/<value>'. They change and disappear with the record.
 --
 -- vals: a JSON list of the values, NULL for none. replaces: an older version of the record may have left some.
 CREATE OR REPLACE FUNCTION standpipe.label_self(o standpipe.op, vals jsonb, replaces boolean) RETURNS void
@@ -26,7 +26,7 @@ BEGIN
     END IF;
 END $$;
 
--- Those of a post that is gone.
+-- Removes those of a deleted post.
 CREATE OR REPLACE FUNCTION standpipe.unlabel_self(gone text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     DELETE FROM labels l WHERE l.subject = gone AND l.uri = gone || '#label/' || l.val;

@@ -1,15 +1,15 @@
--- Records that point at another one and are counted there: who likes, reposts or bookmarks it. Of each:
+-- Records that point at another one and are counted there: likes, reposts and bookmarks. For each:
 --
---   subject        the URI of what it points at; subject_cid: its CID, except of a bookmark
---   body           `via`, where a like or repost came from
+--   subject        the URI of what it points at; subject_cid: its CID, except for a bookmark
+--   body           `via`, the repost through which a like or repost came about
 --
 -- The counter counts distinct accounts: a repository can hold two likes of one post. A like and a repost notify (like,
 -- like-via-repost, and so on), and every live repost has a feed item.
 --
--- One pattern, written out for each of their tables: functions of their own, so that their statements are planned once.
+-- One template, instantiated for each table: each has its own functions, so that their statements are planned once.
 --
---   put_<kind>     whatever is there
---   new_<kind>     fast path of event mode: one record about a post, without `via`, of which nothing is known
+--   put_<kind>     applies a record, whatever rows exist
+--   new_<kind>     fast path of event mode: one record about a post, without `via`, that is probably new
 --   delete_<kind>  deletes the row if it is older than its delete
 --   remove_<kind>  removes a row, whatever its age
 --
@@ -24,8 +24,8 @@ BEGIN
         ('repost', 'reposts', ', subject_cid, via', ', o.subject_cid, o.body', '0, ', ', 0, 0, 0', true),
         ('bookmark', 'bookmarks', '', '', '0, 0, 0, 0, ', '', false)
     ) AS v (kind, relation, columns, fields, before, after, has_feed_item) LOOP
-        -- A delta is returned for the subject even when nothing changed, of zero then: a counter row exists as soon as
-        -- anything refers to the post, in whatever order the events came.
+        -- Returns a delta for the subject even if nothing changed, which is zero then: a counter row exists as soon as
+        -- anything refers to the post, in whatever order the events arrive.
         EXECUTE format($sql$
             CREATE OR REPLACE FUNCTION standpipe.put_%1$s(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
             DECLARE
@@ -37,9 +37,10 @@ BEGIN
                 IF standpipe.is_dead(o) THEN
                     RETURN ROW(false, ARRAY[ROW(o.subject, 0, 0, 0, 0, 0)::standpipe.delta]);
                 END IF;
-                -- At most twice: an older row is removed, and the second attempt finds nothing in the way.
+                -- At most twice: an older row is removed, and the second attempt finds no conflict.
                 LOOP
-                    -- Before the insert, so that only others are seen: was there one of it by this account already?
+                    -- Before the insert, so that it sees only others: does this account already have one for this
+                    -- subject?
                     PERFORM FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo;
                     counted := CASE WHEN FOUND THEN 0 ELSE 1 END;
                     INSERT INTO %2$I (uri, user_did, post_uri%3$s, created_at,
@@ -66,7 +67,7 @@ BEGIN
             BEGIN
                 DELETE FROM %2$I r WHERE r.uri = gone RETURNING r.post_uri, r.user_did INTO post, account;
                 %8$s
-                -- Counts its account out if no other one of the same record by it is left.
+                -- Counts its account out if it has no other one for the same subject.
                 PERFORM FROM %2$I x WHERE x.post_uri = post AND x.user_did = account;
                 RETURN CASE WHEN FOUND THEN ARRAY[]::standpipe.delta[]
                             ELSE ARRAY[ROW(post, %5$s-1%6$s)::standpipe.delta] END;
@@ -84,7 +85,7 @@ BEGIN
                 format('ignored := standpipe.notify_pointer(o, %L, replaces);', p.kind) ELSE '' END,
             CASE WHEN p.has_feed_item THEN 'DELETE FROM feed_items f WHERE f.uri = gone;' ELSE '' END);
 
-        -- Nobody is told of a bookmark, and it has no fast path: see the end.
+        -- A bookmark causes no notification, and has no fast path: see the end.
         CONTINUE WHEN p.kind = 'bookmark';
 
         EXECUTE format($sql$
@@ -98,9 +99,9 @@ BEGIN
                 SELECT o.uri, o.repo, o.subject, o.subject_cid, o.created_at, o.rev, o.seq, o.ms, o.sq
                 WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
                 ON CONFLICT (uri) DO NOTHING
-                -- The statement sees the table as it was before: was there one of it by this account already?
+                -- The statement sees the table as it was before: did this account already have one for this subject?
                 RETURNING EXISTS (SELECT FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo) INTO another;
-                -- There is a row or a tombstone already, and nothing was written.
+                -- There already is a row or a tombstone, and nothing was written.
                 IF another IS NULL THEN
                     RETURN false;
                 END IF;

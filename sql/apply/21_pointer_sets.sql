@@ -1,7 +1,7 @@
--- Likes and reposts, several at a time: what 20_pointers.sql does for one.
+-- Likes and reposts, several at a time: like 20_pointers.sql, for sets.
 
 -- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: records without a
--- row or tombstone are written at once, the others one by one.
+-- row or tombstone are written in one statement, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_likes(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;
@@ -18,7 +18,7 @@ BEGIN
         FROM unnest(ops) o
         WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
           AND NOT EXISTS (SELECT FROM likes r WHERE r.uri = o.uri)
-        -- The statement sees the table as it was before: was there a like of it by this account already?
+        -- The statement sees the table as it was before: did this account already like this subject?
         RETURNING r.uri, r.post_uri,
             EXISTS (SELECT FROM likes x WHERE x.post_uri = r.post_uri AND x.user_did = r.user_did) AS another
     )
@@ -69,7 +69,7 @@ BEGIN
         RETURN all_of;
     END IF;
     all_of.applied := ARRAY(SELECT o.uri = ANY (gone) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    -- Counts out who has no other like of the same record left.
+    -- Counts out accounts that have no other like of the same subject.
     all_of.deltas := ARRAY(
         SELECT ROW(p.post, -1, 0, 0, 0, 0)::standpipe.delta
         FROM (SELECT DISTINCT * FROM unnest(subjects, accounts)) AS p (post, account)
@@ -79,7 +79,7 @@ BEGIN
 END $$;
 
 -- Several at a time, none of them with `via`, no two of the same record, no two of one account and subject: records without a
--- row or tombstone are written at once, the others one by one.
+-- row or tombstone are written in one statement, the others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_reposts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;
@@ -96,7 +96,7 @@ BEGIN
         FROM unnest(ops) o
         WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
           AND NOT EXISTS (SELECT FROM reposts r WHERE r.uri = o.uri)
-        -- The statement sees the table as it was before: was there a repost of it by this account already?
+        -- The statement sees the table as it was before: did this account already repost this subject?
         RETURNING r.uri, r.post_uri,
             EXISTS (SELECT FROM reposts x WHERE x.post_uri = r.post_uri AND x.user_did = r.user_did) AS another
     )
@@ -149,7 +149,7 @@ BEGIN
         RETURN all_of;
     END IF;
     all_of.applied := ARRAY(SELECT o.uri = ANY (gone) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    -- Counts out who has no other repost of the same record left.
+    -- Counts out accounts that have no other repost of the same subject.
     all_of.deltas := ARRAY(
         SELECT ROW(p.post, 0, -1, 0, 0, 0)::standpipe.delta
         FROM (SELECT DISTINCT * FROM unnest(subjects, accounts)) AS p (post, account)

@@ -4,7 +4,7 @@
 --
 -- reply_count counts live posts whose parent the post is; quote_count the live posts that quote it. Every live
 -- post has a feed item, and a quote has a row in quotes under the post's own URI: a post quotes at most one.
--- What the four flags about gates say stands in 31_gates.sql. Notifications: reply, quote, mention.
+-- For the four flags about gates, see 31_gates.sql. Notifications: reply, quote, mention.
 CREATE OR REPLACE FUNCTION standpipe.put_post(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 DECLARE
     parent text := o.body ->> 'parent_uri';
@@ -39,8 +39,8 @@ BEGIN
                 breaks_post, o.rev, o.seq, o.ms, o.sq)
         ON CONFLICT (uri) DO NOTHING;
         IF NOT FOUND THEN
-            -- There is a row. One that is older is rewritten in place, so that what others keep in it (indexed_at)
-            -- stays; what it referred to before is counted down. The row comes before its quote: see judge_quotes.
+            -- There is a row. An older one is rewritten in place, so that other programs' data in it (indexed_at)
+            -- stays; its previous references are counted down. The row comes before its quote: see judge_quotes.
             SELECT r.parent_uri, r.facets INTO before, former FROM posts r WHERE r.uri = o.uri AND standpipe.newer(
                 o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
             applied := FOUND;
@@ -74,7 +74,7 @@ BEGIN
             sort_at = excluded.sort_at, cid = excluded.cid, created_at = excluded.created_at;
         ignored := standpipe.put_post_parts(o, replaces, former);
         IF own_thread THEN
-            -- Whom the root of a thread mentions may have changed.
+            -- The accounts that the root of a thread mentions may have changed.
             ignored := standpipe.judge_replies(o.uri);
         END IF;
     END IF;
@@ -82,7 +82,7 @@ BEGIN
     RETURN ROW(applied, deltas || standpipe.post_deltas(o, applied::integer));
 END $$;
 
--- What a post adds to counters.
+-- A post's changes of counters.
 CREATE OR REPLACE FUNCTION standpipe.post_deltas(o standpipe.op, one integer) RETURNS standpipe.delta[]
 LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
@@ -98,7 +98,7 @@ BEGIN
     RETURN deltas;
 END $$;
 
--- What some posts have besides their rows in posts and feed_items. former: see notify_post.
+-- Rows of a post other than those in posts and feed_items: quote, labels, notifications. former: see notify_post.
 CREATE OR REPLACE FUNCTION standpipe.put_post_parts(o standpipe.op, replaces boolean, former jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -149,8 +149,8 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, no two of the same record: posts without a row, a tombstone or a gate are written at once, the others one
--- by one.
+-- Several at a time, no two of the same record: posts without a row, a tombstone or a gate are written together, the
+-- others one by one.
 CREATE OR REPLACE FUNCTION standpipe.put_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;
@@ -193,7 +193,7 @@ BEGIN
     SELECT o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
            o.sort_at, o.cid, o.created_at
     FROM unnest(fresh) o;
-    -- As put_post_parts and post_deltas do it for one.
+    -- Like put_post_parts and post_deltas, for several.
     INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
     SELECT o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at FROM unnest(fresh) o WHERE o.subject IS NOT NULL;
     ignored := standpipe.notify_new_posts(fresh);
@@ -248,20 +248,20 @@ BEGIN
     IF gone IS NULL THEN
         RETURN all_of;
     END IF;
-    -- As remove_post does it for one.
+    -- Like remove_post, for several.
     WITH d AS (DELETE FROM quotes q WHERE q.post_uri = ANY (gone) RETURNING q.quoted_uri)
     SELECT all_of.deltas || array_agg(ROW(d.quoted_uri, 0, 0, 0, -1, 0)::standpipe.delta) INTO all_of.deltas FROM d;
     DELETE FROM feed_items f WHERE f.uri = ANY (gone);
     DELETE FROM labels l USING unnest(gone) g WHERE l.subject = g AND l.uri = g || '#label/' || l.val;
     ignored := standpipe.unnotify_keys(notifications);
     FOR i IN 1 .. coalesce(cardinality(gated), 0) LOOP
-        -- Nobody knows any more whom it mentioned.
+        -- The accounts that it mentioned are no longer known.
         ignored := standpipe.judge_replies(gated[i]);
     END LOOP;
     RETURN all_of;
 END $$;
 
--- Removes a row and everything that hangs on it. Gates stay: they are records of their own.
+-- Removes a row and everything that depends on it. Gates stay: they are records of their own.
 CREATE OR REPLACE FUNCTION standpipe.remove_post(gone text) RETURNS standpipe.delta[] LANGUAGE plpgsql AS $$
 DECLARE
     deltas standpipe.delta[] := '{}';
@@ -278,7 +278,7 @@ BEGIN
     END IF;
     DELETE FROM feed_items f WHERE f.uri = gone;
     IF post.has_thread_gate THEN
-        -- Nobody knows any more whom it mentioned.
+        -- The accounts that it mentioned are no longer known.
         PERFORM standpipe.judge_replies(gone);
     END IF;
     PERFORM standpipe.unnotify(gone, ARRAY['/reply', '/quote']

@@ -1,22 +1,23 @@
 -- app.bsky.feed.threadgate and app.bsky.feed.postgate: who may reply to a post, and who may quote it. subject: the
 -- URI of the post, which is the one under the gate's own key in the gate's own repository; a record that names
--- another one has no effect and comes as a delete. The tombstone stands under the gate's own URI.
+-- another one has no effect and arrives as a delete. The tombstone is stored under the gate's own URI.
 --
 -- A post's four flags are a function of rows alone:
 --   has_thread_gate, has_post_gate   the post's gate has a row
 --   violates_thread_gate             by standpipe.breaks_thread_gate, of the root's gate and the root post
 --   violates_embedding_rules         by standpipe.breaks_post_gate, of the quoted post's gate
--- so that whatever comes last sets them: a post when it is written, a gate or root post for those who refer to it.
+-- so that whichever arrives last sets them: a post when it is written, a gate or root post for the posts that refer to
+-- it.
 --
 -- The writers of a post hold the lock on its URI, shared ones on the URIs of its root and of what it quotes; those of
--- a gate hold the lock on the post's: of a gate and a post that refer to it, one sees the other. A reply that is
--- moved to another root at the same time gives its old root's lock no thought: its row is locked, then looked at
+-- a gate hold the lock on the post's: of a gate and a post affected by it, one sees the other. A reply that is
+-- moved to another root at the same time does not take its old root's lock: its row is locked, then checked
 -- again before it is judged.
 
--- Whether a reply breaks its root's gate. A gate without rules lets everybody in, one with an empty list nobody but
--- the root's author. Rules about followers, follows and lists are not decided here but by the reading application: what they
--- let in is not counted as a breach. Whom the root mentions is known as long as the root has a row. A reply that
--- the gate hides breaks it, whoever wrote it.
+-- Whether a reply breaks its root's gate. A gate without rules lets everybody in, one with an empty list nobody but the
+-- root's author. Rules about followers, follows and lists are not decided here but by the reading application: what
+-- they might allow does not count as a breach. The accounts that the root mentions are known while it has a row. A
+-- reply that the gate hides breaks it, whoever wrote it.
 CREATE OR REPLACE FUNCTION standpipe.breaks_thread_gate(
     allow jsonb, hidden jsonb, root text, root_facets jsonb, author text, reply text
 ) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
@@ -31,7 +32,7 @@ CREATE OR REPLACE FUNCTION standpipe.breaks_thread_gate(
                     jsonb_build_object('$type', 'app.bsky.richtext.facet#mention', 'did', author)))), false))
 $$;
 
--- Whether a post that quotes another one breaks that one's gate: it is detached, or nobody else may quote it.
+-- Whether a post that quotes another breaks that post's gate: it is detached, or nobody else may quote that post.
 CREATE OR REPLACE FUNCTION standpipe.breaks_post_gate(rules jsonb, quoted text, author text, quoting text)
 RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(rules -> 'detachedEmbeddingUris' ? quoting, false)
@@ -59,8 +60,8 @@ BEGIN
     RETURN FOUND AND standpipe.breaks_post_gate(rules, quoted, author, quoting);
 END $$;
 
--- Judges the replies to a root anew. Rows of several repositories: they are locked in key order, and only those that
--- change.
+-- Judges the replies to a root again. The rows belong to several repositories: only those that change are locked, in
+-- key order.
 CREATE OR REPLACE FUNCTION standpipe.judge_replies(root text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     g record;
@@ -81,7 +82,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- Judges those who quote a post anew.
+-- Judges the posts that quote a post again.
 CREATE OR REPLACE FUNCTION standpipe.judge_quotes(quoted text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     rules jsonb;
@@ -94,7 +95,7 @@ BEGIN
             rules, quoted, p.author_did, p.uri)
         ORDER BY p.uri COLLATE "C" FOR UPDATE OF p
     LOOP
-        -- Now that nobody can change the post: does it quote this one still?
+        -- Now that nobody can change the post: does it still quote this one?
         UPDATE posts p SET violates_embedding_rules = NOT p.violates_embedding_rules
         WHERE p.uri = quoting AND EXISTS (
                 SELECT FROM quotes q WHERE q.post_uri = p.uri AND q.quoted_uri = quoted)

@@ -1,5 +1,5 @@
--- app.bsky.graph.follow. subject: the DID of the followed account, who is told. Nothing is counted from it, so that a write
--- is one statement.
+-- app.bsky.graph.follow. subject: the DID of the followed account, which is notified. Nothing is counted from it, so a
+-- write is one statement.
 
 CREATE OR REPLACE FUNCTION standpipe.put_follow(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE

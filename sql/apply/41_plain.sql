@@ -1,4 +1,4 @@
--- Kinds whose row says what the record says, and from which nothing is counted and nobody is told. subject and body
+-- Kinds whose row just holds the record's fields, without counters and notifications. subject and body
 -- for each:
 --
 --   block              subject: the DID of the blocked account
@@ -12,14 +12,14 @@
 --   feed_generator     subject: the DID of its service; body: display_name, description, avatar_url
 --   labeler_service    body: policies
 --
--- One pattern, written out for each of their tables: functions of their own, so that their statements are planned
--- once (put_list and delete_list, and so on). What names all of them is made from the same list: a new kind is one line
--- here. The likes of a feed generator or labeler are counted where those of a post are, and copied: see
+-- One template, instantiated for each table: each has its own functions, so that their statements are planned once
+-- (put_list and delete_list, and so on). Functions that name all kinds are generated from the same list: a new kind is
+-- one line here. The likes of a feed generator or labeler are counted like those of a post, and copied: see
 -- standpipe.apply for why their rows are written after the counters.
 DO $do$
 DECLARE
-    -- kind, table, the columns that are its own, their values, and the column that holds the repository's account: ''
-    -- where only the key tells it.
+    -- kind, table, its own columns, their values, and the column that holds the repository's account: '' if only the
+    -- key contains it.
     wanted CONSTANT text[][] := ARRAY[
         ARRAY['block', 'blocks', 'blocker_did, blocked_did', 'o.repo, o.subject', 'blocker_did'],
         ARRAY['record', 'generic_records', 'cid, author_did, record_type, record', 'o.cid, o.repo, o.subject, o.body',
@@ -75,7 +75,7 @@ BEGIN
             (SELECT string_agg('excluded.' || c, ', ') FROM unnest(string_to_array(kind[3], ', ')) c));
     END LOOP;
 
-    -- One of them, whichever it is.
+    -- Dispatches to the kind's function.
     EXECUTE format($sql$
         CREATE OR REPLACE FUNCTION standpipe.apply_plain(kind text, o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
         BEGIN

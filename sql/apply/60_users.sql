@@ -1,5 +1,5 @@
--- Every account that an event speaks of has a row. `dids` comes sorted: two transactions that insert the same
--- accounts take them in the same order.
+-- Every account that an event mentions has a row. `dids` is sorted: two transactions that insert the same
+-- accounts do so in the same order.
 CREATE OR REPLACE FUNCTION standpipe.ensure_users(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     account text;
@@ -19,7 +19,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- app.bsky.actor.profile/self. A register of the account: a delete is a write of nothing (body NULL), so that it
+-- app.bsky.actor.profile/self. A register of the account: a delete writes an empty value (body NULL), so it
 -- needs no tombstone. body: display_name, description, avatar_url, banner_url, pinned_post, record; labels, a list of
 -- the values of its self-labels, where it has some.
 CREATE OR REPLACE FUNCTION standpipe.put_profile(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -40,7 +40,7 @@ BEGIN
     WHERE a.did = o.repo AND a.deleted_time IS NOT NULL
       AND standpipe.before_deletion(o.rev, o.seq, o.ms, a.deleted_seq, a.deleted_time);
     IF FOUND THEN
-        -- It was written before the account was deleted, and says nothing any more.
+        -- It was written before the account was deleted, and no longer applies.
         o.body := NULL;
     END IF;
     UPDATE users u SET
@@ -52,7 +52,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- Of several accounts, none of them deleted.
+-- For several accounts, none of them deleted.
 CREATE OR REPLACE FUNCTION standpipe.put_profiles(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     one standpipe.op;
@@ -77,7 +77,7 @@ BEGIN
         pinned_post = o.body -> 'pinned_post', profile_record = o.body -> 'record'
     FROM unnest(ops) o
     WHERE o.repo = ANY (changed) AND u.did = o.repo;
-    -- As label_self does it for one.
+    -- Like label_self, for several.
     DELETE FROM labels l USING unnest(ops) o
     WHERE o.repo = ANY (changed) AND l.subject = o.uri AND l.uri = o.uri || '#label/' || l.val
       AND NOT coalesce(o.body -> 'labels' ? l.val, false);
@@ -132,7 +132,7 @@ BEGIN
     RETURN changed;
 END $$;
 
--- Of several accounts, each with a handle of its own.
+-- For several accounts, each with a different handle.
 CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[]) RETURNS standpipe.effects
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -180,8 +180,8 @@ BEGIN
     RETURN all_of;
 END $$;
 
--- Which of two statuses of an account is newer: by the number and its epoch; where neither has one, by the event's time.
--- With the same number it is the same event again.
+-- Which of two statuses of an account is newer: by epoch and number; if neither has a number, by the event's time. With
+-- the same number, it is a repeat of the same event.
 CREATE OR REPLACE FUNCTION standpipe.newer_status(
     seq text, "time" timestamp, ms bigint, sq bigint,
     than_seq text, than_time timestamp, than_ms bigint, than_sq bigint
@@ -195,8 +195,8 @@ CREATE OR REPLACE FUNCTION standpipe.newer_status(
 $$;
 
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
--- Status is a register: see standpipe.newer_status. A deletion is a second register, and only grows: it says from when on
--- older records are dead, whatever the status says later (80_purge.sql).
+-- Status is a register: see standpipe.newer_status. A deletion is a second register, which only grows: records older
+-- than it are dead, whatever the status becomes later (80_purge.sql).
 CREATE OR REPLACE FUNCTION standpipe.put_account(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     changed boolean;
@@ -213,7 +213,7 @@ BEGIN
         UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
     END IF;
     IF o.subject = 'deleted' AND o.body = 'false' THEN
-        -- By this the functions for new records know the account. No sweep is so late.
+        -- Lets the functions for new records recognise the account. Sweeps never reach this one.
         INSERT INTO standpipe.tombstones (uri, stream_ms, stream_seq) VALUES (o.repo, 9223372036854775807, 0)
         ON CONFLICT (uri) DO NOTHING;
         UPDATE standpipe.accounts a SET
@@ -227,7 +227,7 @@ BEGIN
     RETURN changed;
 END $$;
 
--- Of several accounts, none of which says that it is deleted.
+-- For several accounts, none with the status deleted.
 CREATE OR REPLACE FUNCTION standpipe.put_accounts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
 DECLARE
     all_of standpipe.effects;

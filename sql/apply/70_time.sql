@@ -1,6 +1,6 @@
--- When a record was committed, from what its row was written with: the time inside the revision (a TID,
+-- When a record was committed, from its row's version: the time inside the revision (a TID,
 -- https://atproto.com/specs/tid: 13 characters of base32-sortable hold microseconds and 10 bits of clock id), else that
--- of the stream entry, else what the caller has.
+-- of the stream entry, else the caller's fallback.
 CREATE OR REPLACE FUNCTION standpipe.committed_at(rev text, ms bigint, otherwise timestamp) RETURNS timestamp
 LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE

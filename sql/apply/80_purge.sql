@@ -1,6 +1,6 @@
--- Removing what an account had written when it was deleted. The newest deletion is a register of the account
--- (standpipe.put_account): what is older is dead (standpipe.is_dead), also where it comes late, and needs no tombstones;
--- what is newer lives. The account's row in users stays, without its profile.
+-- Removes what an account had written before it was deleted. The newest deletion is a register of the account
+-- (standpipe.put_account): older records are dead (standpipe.is_dead), even if they arrive late, and need no
+-- tombstones; newer ones live. The account's row in users stays, without its profile.
 
 -- The deletions of an account, as `deleted_seq` holds them: by epoch the greatest number and the latest time (microseconds
 -- of Unix time) of its deletions in that epoch. '-1' stands for those without a number. A plain number, or none, is what
@@ -19,7 +19,7 @@ BEGIN
         jsonb_build_array(place[2], (extract(epoch FROM deleted_time) * 1000000)::bigint));
 END $$;
 
--- The same with one more of them.
+-- The same with another deletion added.
 CREATE OR REPLACE FUNCTION standpipe.with_deletion(
     deleted_seq text, deleted_time timestamp, seq text, "time" timestamp
 ) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$
@@ -33,8 +33,8 @@ BEGIN
         greatest((before -> epoch ->> 1)::bigint, (extract(epoch FROM "time") * 1000000)::bigint))))::text;
 END $$;
 
--- Whether something was written before one of the account's deletions: by the relay's sequence number where both are of
--- one epoch, else by time. What has neither is a row of the old workers, and older than anything.
+-- Whether a record was written before one of the account's deletions: by the relay's sequence number if both have the
+-- same epoch, else by time. A row with neither was written by the old workers, and is older than anything.
 CREATE OR REPLACE FUNCTION standpipe.before_deletion(
     rev text, seq text, ms bigint, deleted_seq text, deleted_time timestamp
 ) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
@@ -61,10 +61,10 @@ BEGIN
     RETURN false;
 END $$;
 
--- Removes some rows of one kind that were written before the account was deleted, at most `most`, and counts them out. Returns
--- how many; call it until there are none.
+-- Removes up to `most` rows of one kind that were written before the account was deleted, and counts them out. Returns
+-- how many; call it until there are none left.
 --
--- They are chosen before anything is locked, locked as standpipe.apply locks them, and looked at again.
+-- They are chosen before anything is locked, locked like in standpipe.apply, and checked again.
 CREATE OR REPLACE FUNCTION standpipe.purge(account text, kind text, most integer) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -91,7 +91,7 @@ BEGIN
         WHEN 'post' THEN 'author_did' WHEN 'follow' THEN 'follower_did' WHEN 'thread_gate' THEN 'owner_did'
         WHEN 'post_gate' THEN '' ELSE (standpipe.plain_table(kind))[2] END;
     condition := CASE owner
-        -- Some know their account by their key alone. A self-label goes with what it labels.
+        -- In some tables only the key contains the account. A self-label is removed with its subject.
         WHEN '' THEN
             format('r.%1$I COLLATE "C" >= ''at://'' || $1 || ''/'' AND r.%1$I COLLATE "C" < ''at://'' || $1 || ''0'''
                    ' AND position(''#'' IN r.%1$I) = 0', key)
@@ -115,7 +115,7 @@ BEGIN
                     WHERE r.%1$I = ANY ($1)' || old, key, relation)
         INTO keys USING keys, deleted.deleted_seq, deleted.deleted_time;
     IF keys IS NULL THEN
-        -- All of them have been rewritten or removed meanwhile; there may be more.
+        -- All of them have been rewritten or removed in the meantime; there may be more.
         RETURN 1;
     END IF;
 
@@ -151,12 +151,12 @@ BEGIN
     RETURN cardinality(keys);
 END $$;
 
--- Which deletion an account has.
+-- An account's newest deletion.
 CREATE OR REPLACE FUNCTION standpipe.deletion(deleted_seq text, deleted_time timestamp) RETURNS text
 LANGUAGE sql IMMUTABLE AS $$ SELECT coalesce(deleted_seq, '') || ' ' || deleted_time::text $$;
 
--- Clears the profile, when every kind has been purged, and notes that nothing is left of before this deletion. There
--- may have been a newer one meanwhile.
+-- When every kind has been purged: clears the profile, and records that nothing from before this deletion is left.
+-- There may have been a newer deletion in the meantime.
 CREATE OR REPLACE FUNCTION standpipe.purged(account text, deletion text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     a standpipe.accounts;

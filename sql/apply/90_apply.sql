@@ -1,6 +1,6 @@
--- Counters move once per call, last, and in the order of their keys: two calls that touch the same posts in the
--- order of their operations lock each other out. There is no floor at zero: a negative counter is a defect
--- that must be seen.
+-- Counters are updated once per call, last, and in the order of their keys: two calls that updated the same posts in
+-- the order of their operations would deadlock. There is no floor at zero: a negative counter is a defect that must be
+-- visible.
 CREATE OR REPLACE FUNCTION standpipe.count(deltas standpipe.delta[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     d standpipe.delta;
@@ -25,14 +25,14 @@ BEGIN
     END IF;
     FOREACH d IN ARRAY deltas LOOP
         IF d.likes <> 0 AND split_part(d.post_uri, '/', 4) IN ('app.bsky.feed.generator', 'app.bsky.labeler.service') THEN
-            -- The counter's row is locked now, until the end of the transaction: see standpipe.apply.
+            -- The counter's row is now locked until the end of the transaction: see standpipe.apply.
             UPDATE feed_generators g SET like_count = standpipe.like_count(d.post_uri) WHERE g.uri = d.post_uri;
             UPDATE labeler_services s SET like_count = standpipe.like_count(d.post_uri) WHERE s.uri = d.post_uri;
         END IF;
     END LOOP;
 END $$;
 
--- The only change of a call, and of a post.
+-- A call's only change, which is to a post.
 CREATE OR REPLACE FUNCTION standpipe.count_one(d standpipe.delta) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO post_aggregations AS a
@@ -49,8 +49,8 @@ BEGIN
        OR excluded.quote_count <> 0 OR excluded.bookmark_count <> 0;
 END $$;
 
--- The operation with its number placed in the epoch in force at its entry, where it names none: version 0.1, which may
--- still be at work beside us, knows no epochs.
+-- The operation with its number placed in the epoch in force at its entry, if it names none: version 0.1, which may
+-- still be running alongside us, knows no epochs.
 CREATE OR REPLACE FUNCTION standpipe.with_epoch(o standpipe.op) RETURNS standpipe.op LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF position('@' IN o.seq) = 0 THEN
@@ -59,13 +59,13 @@ BEGIN
     RETURN o;
 END $$;
 
--- Begins a transaction that writes: takes its locks, in their order, and does not wait for the disk at its end.
+-- Begins a writing transaction: takes its locks, in order, and does not wait for the disk at its end.
 CREATE OR REPLACE FUNCTION standpipe.lock(locks text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     name text;
     ignored text := set_config('synchronous_commit', 'off', true);
 BEGIN
-    -- The caller may have them already.
+    -- The caller may already hold them.
     IF locks IS NULL THEN
         RETURN;
     END IF;
@@ -78,7 +78,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- Takes those locks that can be had without waiting; returns the others.
+-- Takes those locks that are available without waiting; returns the others.
 CREATE OR REPLACE FUNCTION standpipe.try_lock(locks text[]) RETURNS text[] LANGUAGE plpgsql AS $$
 BEGIN
     RETURN ARRAY(
@@ -90,21 +90,21 @@ END $$;
 
 -- Applies the operations of one event, or of several, in one transaction: all of them or none.
 --
---   locks     what is locked, sorted bytewise without the ~: the repositories that the operations belong to, and URIs of
---             posts whose gates may matter (31_gates.sql); with a ~ in front where sharing the lock will do
+--   locks     the names to lock, sorted bytewise without the ~: the operations' repositories, and URIs of posts whose
+--             gates may matter (31_gates.sql); with a leading ~ if a shared lock suffices
 --   repos     the repositories
 --   handles   the handles that #identity operations claim; empty otherwise
 --   dids      accounts that must have a row in users, sorted
---   sets      operations for the functions over sets, which say what they ask of a set
+--   sets      operations for the set functions, which document what they require of a set
 --   ops       all other operations, deletes first
---   kinds     what each of these is: '<kind>' or 'delete <kind>'
+--   kinds     the kind of each of these: '<kind>' or 'delete <kind>'
 --
--- Lists without anything in them are NULL.
+-- Empty lists are NULL.
 --
--- Returns for each operation whether it changed something, in the order of the lists; if not, it met something newer.
+-- Returns for each operation whether it changed something, in the order of the lists; if not, it was stale.
 --
--- VOLATILE, and the locks come before anything is read: every statement after them sees what the holders before
--- committed. Taken inside the statement that writes they would come too late, its snapshot is older.
+-- VOLATILE, and the locks come before anything is read: every later statement sees what the previous holders
+-- committed. Inside the statement that writes they would come too late, because its snapshot is older.
 -- synchronous_commit is off for this transaction only; the caller flushes once per batch before it acknowledges
 -- anything. A SET clause on the function would be undone before the commit.
 --
@@ -113,8 +113,8 @@ END $$;
 -- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter is
 -- locked: by the writer of the record and by the writer of a like, so that they take turns and never deadlock.
 --
--- The functions over sets, and those of standpipe.put_new, write without ON CONFLICT, which makes a row half as expensive
--- again: they look first, and no one else writes to a locked repository. Where a worker without locks does, or left a row
+-- The set functions, and those of standpipe.put_new, write without ON CONFLICT, which makes a row half as expensive
+-- again: they check first, and nobody else writes to a locked repository. If a worker without locks does, or left a row
 -- without its record, the call is refused with unique_violation, and the caller has to use the other functions.
 CREATE OR REPLACE FUNCTION standpipe.apply(
     locks text[], repos text[], handles text[], dids text[], sets standpipe.set[], ops standpipe.op[], kinds text[]
@@ -137,7 +137,7 @@ BEGIN
     IF cardinality(handles) > 0 THEN
         handles := handles || (SELECT array_agg(a.handle) FROM standpipe.accounts a
                                WHERE a.did = ANY (repos) AND a.handle IS NOT NULL);
-        -- In this order an exclusive lock comes before a shared one of the same name.
+        -- In this order, an exclusive lock comes before a shared one with the same name.
         locks := ARRAY(SELECT n.name FROM (SELECT unnest(locks) UNION SELECT '@' || unnest(handles)) AS n (name)
                        ORDER BY ltrim(n.name, '~') COLLATE "C", n.name COLLATE "C");
     END IF;
@@ -155,7 +155,7 @@ BEGIN
     UNION ALL
     SELECT FROM standpipe.accounts a WHERE a.did = ANY (repos) AND a.deleted_time IS NOT NULL;
     IF FOUND THEN
-        -- None of this is common.
+        -- All of this is rare.
         forbidden := ARRAY(SELECT s.user_did FROM user_settings s
                            WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
         FOREACH one IN ARRAY coalesce(sets, '{}') LOOP
@@ -192,7 +192,7 @@ BEGIN
             outcomes := outcomes || false;
             CONTINUE;
         END IF;
-        -- In the order of how many of each come here.
+        -- Most frequent first.
         CASE kinds[i]
             WHEN 'delete like' THEN e := standpipe.delete_like(o);
             WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
@@ -212,7 +212,8 @@ BEGIN
             WHEN 'bookmark' THEN e := standpipe.put_bookmark(o);
             WHEN 'delete bookmark' THEN e := standpipe.delete_bookmark(o);
             WHEN 'feed_generator', 'labeler_service', 'delete feed_generator', 'delete labeler_service' THEN
-                -- Now only its counter: it exists as soon as the record was written, and is locked where there is a row.
+                -- Only its counter for now: it exists as soon as the record is written, and is locked if there is a
+                -- row.
                 late := true;
                 e.applied := false;
                 IF kinds[i] NOT LIKE 'delete %'
@@ -246,14 +247,14 @@ BEGIN
     RETURN outcomes;
 END $$;
 
--- Applies several events, each in a transaction of its own, for one message from the caller and one back. Returns what
--- standpipe.apply returns for each, one after the other.
+-- Applies several events, each in its own transaction, with one message from the caller and one back. Returns the
+-- concatenated results of standpipe.apply.
 --
--- The first that is refused ends it: those before it are committed, those after it are not begun. The caller applies
--- all of them again then, one message each, which changes nothing where it was done already.
+-- The first refused event ends it: those before it are committed, those after it are not started. The caller then
+-- applies all of them again, one message each, which changes nothing for those already applied.
 --
--- Most events write one record that nothing is known of: a short cut for those, because each expression of PL/pgSQL is set
--- up anew in each transaction.
+-- Most events write a single new record: there is a fast path for those, because PL/pgSQL sets up each expression again
+-- in each transaction.
 CREATE OR REPLACE PROCEDURE standpipe.apply_each(calls standpipe.call[], INOUT outcomes boolean[]) LANGUAGE plpgsql AS $$
 DECLARE
     c standpipe.call;
@@ -279,8 +280,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- The short cut. locks: NULL when the repository's is the only one. False when it is none; the locks are held then, and the
--- accounts are there.
+-- The fast path. locks: NULL if the repository's is the only one. Returns false if it cannot be used; then the locks
+-- are held, and the accounts exist.
 CREATE OR REPLACE FUNCTION standpipe.put_new(o standpipe.op, kind text, locks text[], dids text[]) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -1,4 +1,4 @@
--- Of these notifications ($1: their keys) those whose cause is gone.
+-- The notifications among these ($1: their keys) whose cause is gone.
 SELECT k.key, 'a notification', 'none'
 FROM unnest($1::text[]) AS k (key)
 JOIN notifications n ON n.uri = k.key

@@ -1,5 +1,5 @@
--- Of these accounts ($1) those that do not show the handle that was claimed last for them, or show one of which
--- another account is the newest claimant.
+-- The accounts among these ($1) that do not show the handle most recently claimed for them, or show one whose newest
+-- claimant is another account.
 SELECT k.key, u.handle::text, e.handle
 FROM unnest($1::text[]) AS k (key)
 JOIN standpipe.accounts a ON a.did = k.key

@@ -1,5 +1,5 @@
--- Of these posts ($1) those whose counters are not what the rows say. One statement sees one moment, and a call of
--- standpipe.apply changes rows and counters at one moment: what differs here is wrong.
+-- The posts among these ($1) whose counters disagree with the rows. A statement sees a single moment, and a call of
+-- standpipe.apply changes rows and counters at the same moment: any difference here is an error.
 SELECT k.key,
        CASE WHEN a.post_uri IS NOT NULL
             THEN row(a.like_count, a.repost_count, a.reply_count, a.quote_count, a.bookmark_count)::text END,

@@ -1,6 +1,6 @@
--- Takes the counter rows of these posts ($1), in the order in which standpipe.apply takes them, and makes those that are
--- missing. A call that changed rows and not yet its counters waits for us now, and adds its difference to what we
--- count without its rows; one that has changed the counters already is waited for.
+-- Locks the counter rows of these posts ($1), in the order of standpipe.apply, and creates missing ones. A call that
+-- has changed rows but not yet its counters now waits for us, and adds its difference to a count that excludes its
+-- rows; we wait for one that has already changed the counters.
 INSERT INTO post_aggregations AS a (post_uri)
 SELECT k.key FROM unnest($1::text[]) AS k (key) ORDER BY k.key COLLATE "C"
 ON CONFLICT (post_uri) DO UPDATE SET updated_at = a.updated_at

@@ -1,5 +1,5 @@
--- Counts again. A statement of its own, after the one that took the rows: a count in that one would see the moment
--- before it waited for others, and lose what they did.
+-- Counts again, in a statement after the one that took the locks: that one's snapshot is older than its wait for
+-- others, so a count in it would miss their changes.
 UPDATE post_aggregations a SET
     like_count = e.likes, repost_count = e.reposts, reply_count = e.replies, quote_count = e.quotes,
     bookmark_count = e.bookmarks, updated_at = now()

@@ -1,4 +1,4 @@
--- Of these records ($1: URIs) those whose feed item is missing, surplus or of the wrong type.
+-- The records among these ($1: URIs) whose feed item is missing, surplus or of the wrong type.
 SELECT k.key, f.type, r.type
 FROM unnest($1::text[]) AS k (key)
 LEFT JOIN feed_items f ON f.uri = k.key

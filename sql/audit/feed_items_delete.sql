@@ -1,4 +1,4 @@
--- Feed items of what is gone.
+-- Removes feed items of deleted records.
 DELETE FROM feed_items f
 WHERE f.uri = ANY ($1::text[])
   AND NOT EXISTS (SELECT FROM posts p WHERE p.uri = f.uri)

@@ -1,5 +1,5 @@
--- Of these posts ($1) those whose flags are not what the gates say (sql/apply/31_gates.sql). A gate that the old workers
--- wrote does not hold its record's rules: what they made of them stays.
+-- The posts among these ($1) whose flags disagree with the gates (sql/apply/31_gates.sql). A gate written by the old
+-- workers does not hold its record's rules, so the flags that they set stay.
 SELECT k.key,
        row(p.has_thread_gate, p.has_post_gate, p.violates_thread_gate, p.violates_embedding_rules)::text,
        row(e.thread_gate, e.post_gate, e.breaks_thread, e.breaks_post)::text

@@ -1,4 +1,4 @@
--- Of these handles ($1) those that more than one account shows.
+-- The handles among these ($1) that more than one account shows.
 SELECT k.key, count(*)::text || ' accounts', '1'
 FROM unnest($1::text[]) AS k (key) JOIN users u ON u.handle = k.key
 WHERE k.key <> 'handle.invalid'

@@ -1,5 +1,5 @@
--- The newest claimant keeps it; where nobody knows who that is, as with rows of the old workers, the account that came
--- last, because a handle is taken by newer accounts when older ones have left it.
+-- The newest claimant keeps it; if that is unknown, as with rows of the old workers, the newest account does, because
+-- newer accounts take over handles that older ones have given up.
 UPDATE users u SET handle = 'handle.invalid'
 WHERE u.did IN (
     SELECT p.did FROM (

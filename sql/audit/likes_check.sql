@@ -1,4 +1,4 @@
--- Of these feed generators and labelers ($1: URIs) those whose copy of their counter is another.
+-- The feed generators and labelers among these ($1: URIs) whose copy of their counter differs from it.
 SELECT r.key, r.like_count::text, standpipe.like_count(r.key)::text
 FROM (
     SELECT g.uri::text AS key, g.like_count FROM feed_generators g WHERE g.uri = ANY ($1::text[])

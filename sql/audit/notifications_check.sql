@@ -1,6 +1,6 @@
--- Of these records ($1: URIs of likes, reposts, follows and posts) those of whose notifications one is missing
--- (sql/apply/11_notifications.sql). Rows of the old workers are passed over: whom they told is theirs to know. Where
--- standpipe.notifications is off, the table belongs to somebody else.
+-- The records among these ($1: URIs of likes, reposts, follows and posts) with a missing notification
+-- (sql/apply/11_notifications.sql). Rows of the old workers are skipped, because their notifications follow other
+-- rules. If standpipe.notifications is off, the table belongs to somebody else.
 WITH pointers AS (
     SELECT r.uri, r.user_did, r.post_uri, r.via FROM likes r
     WHERE r.uri = ANY ($1::text[]) AND r.stream_ms IS NOT NULL

@@ -1,5 +1,5 @@
--- Of these tombstones ($1: URIs) those that something older lives under. A worker that knows no tombstones, working
--- beside us, makes such rows.
+-- The tombstones among these ($1: URIs) that have an older row. A worker without tombstones that runs alongside us can
+-- create such rows.
 SELECT s.key, s.what, 'none'
 FROM (
     SELECT k.key, replace(r.kind, 'delete ', 'a ') AS what

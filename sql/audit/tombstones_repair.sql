@@ -1,4 +1,4 @@
--- Applies these deletes ($1: URIs) once more, with everything that belongs to it: counters, feed items, notifications.
+-- Applies these deletes ($1: URIs) again, with all their effects: counters, feed items, notifications.
 WITH dead AS MATERIALIZED (
     SELECT k.key, split_part(k.key, '/', 3) AS did, r.kind, r.subject,
            t.commit_rev AS rev, t.commit_seq AS seq, t.stream_ms AS ms, t.stream_seq AS sq

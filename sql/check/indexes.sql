@@ -1,4 +1,4 @@
--- The indexes of our tables and how they do. $1: the application's tables that the program writes.
+-- The indexes of our tables and their condition. $1: the application's tables that the program writes.
 SELECT
     CASE n.nspname WHEN 'standpipe' THEN 'standpipe.' ELSE '' END || t.relname AS table_name,
     i.indexrelid::regclass::text AS name,

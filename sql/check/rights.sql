@@ -1,4 +1,4 @@
--- What the role may not do and the program does. $1: the application's tables that it writes.
+-- The rights that the program needs and the role lacks. $1: the application's tables that the program writes.
 WITH tables AS (
     SELECT c.oid, c.oid::regclass::text AS name
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -18,7 +18,7 @@ SELECT 'USAGE', 'sequence ' || s.oid::regclass
 FROM tables t
 JOIN pg_depend d ON d.refobjid = t.oid AND d.refclassid = 'pg_class'::regclass AND d.classid = 'pg_class'::regclass
 JOIN pg_class s ON s.oid = d.objid
--- CASE, because it refuses whatever is no sequence, and conditions have no order.
+-- CASE, because the function fails on anything but a sequence, and conditions are evaluated in no fixed order.
 WHERE CASE s.relkind WHEN 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE') END
 UNION ALL
 SELECT 'EXECUTE', 'function ' || p.oid::regprocedure

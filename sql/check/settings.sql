@@ -1,4 +1,4 @@
--- What the doctor asks of the server and of the role that it came as.
+-- What the doctor asks about the server and its own role.
 SELECT
     current_setting('server_version_num')::int AS number,
     current_setting('server_version') AS version,
@@ -24,7 +24,7 @@ SELECT
         + coalesce(current_setting('reserved_connections', true)::int, 0) END AS reserved,
     r.rolconnlimit AS role_limit,
     d.datconnlimit AS database_limit,
-    -- numbackends is told to everybody; of other roles' sessions pg_stat_activity tells little.
+    -- numbackends is visible to everybody; pg_stat_activity shows little of other roles' sessions.
     (SELECT coalesce(sum(numbackends), 0)::int FROM pg_stat_database) AS connections,
     (SELECT count(*)::int FROM pg_stat_activity WHERE usesysid = r.oid AND application_name = 'standpipe') AS ours,
     has_database_privilege(current_database(), 'CREATE') AS may_create_schema,

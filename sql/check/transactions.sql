@@ -1,5 +1,5 @@
--- Transactions that are open for long: no vacuum removes what died since they began. Of other roles' sessions a role
--- without pg_read_all_stats sees nothing but that they are there.
+-- Long-open transactions: vacuum cannot remove rows that died since they began. A role without pg_read_all_stats sees
+-- of other roles' sessions only that they exist.
 SELECT pid, coalesce(usename, '')::text AS role, coalesce(application_name, '') AS application,
     coalesce(state, '') AS state, extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds
 FROM pg_stat_activity

@@ -2,12 +2,12 @@
 --
 -- On an empty database all of this is one transaction. On a database that has the tables already, every statement
 -- is a transaction of its own that waits only a moment for its lock; what is there already is passed over, so that
--- it can be broken off anywhere and begun again. So every statement has to be one that the runner knows
+-- it can be interrupted anywhere and restarted. So every statement must be one that the runner knows
 -- (src/store/migrate/statement.rs) or one that can be repeated, and none may rewrite a table: columns come nullable
 -- or with a constant default.
 --
 -- Keys compare bytewise (COLLATE "C"): URIs and DIDs are ASCII, and comparing them with a language's rules made every
--- index probe several times dearer.
+-- index probe several times more expensive.
 -- An index stands here only where reading needs it: keeping long text keys in order is most of what a write costs.
 
 CREATE TABLE IF NOT EXISTS users (
@@ -450,13 +450,13 @@ CREATE TYPE standpipe.delta AS (
     bookmarks integer
 );
 
--- What an operation came to: whether it changed something, and what it counts.
+-- The result of an operation: whether it changed something, and its changes of counters.
 CREATE TYPE standpipe.effect AS (
     applied boolean,
     deltas standpipe.delta[]
 );
 
--- The same of several operations, in their order.
+-- The same for several operations, in order.
 CREATE TYPE standpipe.effects AS (
     applied boolean[],
     deltas standpipe.delta[]

@@ -27,7 +27,7 @@ struct Commit<'a> {
 struct CommitOp<'a> {
     #[serde(borrow)]
     action: Text<'a>,
-    // A name is taken as it is, and refused with a U+0000 in it: without, it would be another one.
+    // A name is taken verbatim, and refused if it contains U+0000: without that, it would be another name.
     #[serde(borrow)]
     path: Cow<'a, str>,
     #[serde(borrow, default)]
@@ -121,14 +121,14 @@ fn interpret_op<'a>(
     }
     match &*op.action.0 {
         "delete" => {
-            // A profile is a register of its account: deleting it writes nothing into it.
+            // A profile is a register of its account: a delete writes an empty value into it.
             out.delete = kind != Kind::Profile;
             Ok((out, None))
         }
         "create" | "update" => write(out, op.cid, op.record, collection, version),
         other => Err(Reject::new(
             Reason::InvalidField,
-            format!("the action {} is none of create, update, delete", json::quote(other)),
+            format!("the action {} is not create, update or delete", json::quote(other)),
         )),
     }
 }
@@ -149,9 +149,9 @@ fn write<'a>(
     if op.cid.as_ref().is_some_and(|cid| cid.len() > MAX_NAME) {
         return Err(Reject::new(Reason::InvalidField, "`cid` is longer than 255 characters"));
     }
-    // The Python reader writes no revision; in our own entries `py_type` is a field like any other.
+    // The Python reader writes no revision; in our own entries, `py_type` is an ordinary field.
     if version.rev.is_none() && python::is_python_form(record.get()) {
-        // Rare beside our own entries, so that a tree and owned text are cheap enough.
+        // Rare compared with our own entries, so a tree and owned text are cheap enough.
         let tree = serde_json::from_str(record.get()).map_err(|error| reject(&error))?;
         let normal =
             RawValue::from_string(python::normalise(tree).to_string()).map_err(|error| reject(&error))?;

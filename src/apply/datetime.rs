@@ -5,7 +5,7 @@ use jiff::civil::{Date, date};
 
 use crate::event::Micros;
 
-/// The moment, in UTC, cut to microseconds; `None` when the text is not a datetime.
+/// The time in UTC, truncated to microseconds; `None` if the text is not a datetime.
 #[must_use]
 pub fn parse(text: &str) -> Option<Micros> {
     // YYYY-MM-DDTHH:MM:SS, then a fraction of any length, then Z or an offset.
@@ -23,7 +23,7 @@ pub fn parse(text: &str) -> Option<Micros> {
     )
     .ok()?;
     let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
-    // A leap second is the last one of its minute.
+    // A leap second counts as the last second of its minute.
     if hour > 23 || minute > 59 || second > 60 {
         return None;
     }
@@ -32,7 +32,7 @@ pub fn parse(text: &str) -> Option<Micros> {
         Some(rest) => {
             let length = rest.bytes().take_while(u8::is_ascii_digit).count();
             let (fraction, zone) = rest.split_at(length);
-            // Microseconds are what PostgreSQL keeps.
+            // PostgreSQL keeps microseconds.
             let micros = format!("{:0<6}", fraction.get(..6).unwrap_or(fraction));
             if length == 0 {
                 return None;
@@ -42,7 +42,7 @@ pub fn parse(text: &str) -> Option<Micros> {
     };
     let days = day.duration_since(date(1970, 1, 1)).as_hours() / 24;
     let seconds = days * 86_400 + hour * 3600 + minute * 60 + second.min(59) - offset(zone)?;
-    // The protocol has no moments before the year 0.
+    // The protocol has no dates before the year 0.
     (seconds >= YEAR_ZERO).then_some(Micros(seconds * 1_000_000 + micros))
 }
 

@@ -1,4 +1,4 @@
-//! How a record's fields are read, and what is refused of them.
+//! Reading a record's fields, and refusing bad ones.
 
 use std::borrow::Cow;
 
@@ -9,14 +9,14 @@ use super::json::Text;
 use super::{datetime, json};
 use crate::event::{Micros, Op, Reason, Reject};
 
-/// The longest URI (<https://atproto.com/specs/at-uri-scheme>). Tables of other programs may hold less; then the database
-/// says so.
+/// The longest URI (<https://atproto.com/specs/at-uri-scheme>). Other programs' tables may hold less; then the database
+/// refuses it.
 pub(super) const MAX_URI: usize = 8192;
-/// The longest DID, handle or CID that the tables hold.
+/// The longest DID, handle or CID that the tables can hold.
 pub(super) const MAX_NAME: usize = 255;
 
-/// Sets both times from the record's `createdAt`: one that is missing or not a datetime is the time inside the revision
-/// (already in `op`); nothing is sorted after the moment it was committed.
+/// Sets both times from the record's `createdAt`. If that is missing or not a datetime, the time inside the revision
+/// (already in `op`) stays. A record is never sorted after the time of its commit.
 pub(super) fn set_created_at(op: &mut Op<'_>, created_at: Option<&RawValue>) {
     let committed = op.created_at;
     if let Some(Text(text)) = created_at.and_then(|raw| serde_json::from_str(raw.get()).ok())
@@ -27,7 +27,7 @@ pub(super) fn set_created_at(op: &mut Op<'_>, created_at: Option<&RawValue>) {
     op.sort_at = Micros(op.created_at.0.min(committed.0));
 }
 
-/// Most tables keep the record's CID and cannot do without.
+/// Requires the record's CID, which most tables store.
 pub(super) fn need_cid(op: &Op<'_>) -> Result<(), Reject> {
     match op.cid {
         Some(_) => Ok(()),
@@ -35,7 +35,7 @@ pub(super) fn need_cid(op: &Op<'_>) -> Result<(), Reject> {
     }
 }
 
-/// The field, when it has the JSON shape that readers of the table expect.
+/// The field, if it has the JSON shape that readers of the table expect.
 pub(super) fn shaped<'a>(
     value: Option<&'a RawValue>,
     open: char,
@@ -110,7 +110,7 @@ pub(super) fn shorten(text: &str) -> String {
     text.chars().take(100).collect()
 }
 
-/// `com.atproto.repo.strongRef`: a record and its version. Clients of old left the CID out.
+/// `com.atproto.repo.strongRef`: a record and its version. Old clients left out the CID.
 #[derive(Deserialize)]
 pub(super) struct StrongRef<'a> {
     #[serde(borrow)]

@@ -1,4 +1,4 @@
-//! Follows and blocks: an account and another one.
+//! Follows and blocks: an account pointing at another.
 
 use std::borrow::Cow;
 

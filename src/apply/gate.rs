@@ -14,7 +14,7 @@ pub(super) fn post_uri(repo: &str, rkey: &str) -> String {
     format!("at://{repo}/app.bsky.feed.post/{rkey}")
 }
 
-/// Whether the record names that post. One that names another has no effect, so that it is what a delete is.
+/// Whether the record names that post. One that names another has no effect, so it is treated like a delete.
 fn names_its_post(op: &mut Op<'_>, post: &str) -> bool {
     op.delete = op.subject.as_deref() != Some(post);
     !op.delete
@@ -85,7 +85,7 @@ struct PostGate<'a> {
     created_at: Option<&'a RawValue>,
 }
 
-/// The column `embedding_rules`, in the protocol's words.
+/// The value of the column `embedding_rules`, in the protocol's terms.
 #[derive(Serialize)]
 struct PostGateBody<'a> {
     #[serde(rename = "embeddingRules")]

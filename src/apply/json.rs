@@ -1,5 +1,5 @@
-//! JSON as records bring it, in the form that PostgreSQL takes: U+0000, which neither `text` nor `jsonb` can hold,
-//! is left out.
+//! JSON from records, in a form that PostgreSQL accepts: U+0000, which neither `text` nor `jsonb` can hold, is left
+//! out.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::event::{Json, Reason, Reject};
 
-/// A string, borrowed from the input where it holds no escapes, without U+0000.
+/// A string without U+0000, borrowed from the input if it has no escapes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Text<'a>(pub Cow<'a, str>);
 
@@ -44,7 +44,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     }
 }
 
-/// JSON text as it came, without U+0000.
+/// JSON text as received, without U+0000.
 #[must_use]
 pub fn clean(raw: &RawValue) -> Json<'_> {
     Json(without_nul(raw.get()))
@@ -64,7 +64,7 @@ pub fn without_nul(json: &str) -> Cow<'_, str> {
         if let Some(after) = rest.strip_prefix("\\u0000") {
             rest = after;
         } else {
-            // A backslash and the character that it escapes go together, so that `\\u0000` is not torn apart.
+            // A backslash is consumed together with the character that it escapes, so that `\\u0000` is read correctly.
             let end = 1 + rest[1..].chars().next().map_or(0, char::len_utf8);
             out.push_str(&rest[..end]);
             rest = &rest[end..];

@@ -1,4 +1,4 @@
-//! Labels: records of their own, and what posts and profiles say of themselves.
+//! Labels: label records, and the self-labels of posts and profiles.
 
 use std::borrow::Cow;
 
@@ -29,7 +29,7 @@ struct Body<'a> {
     neg: bool,
 }
 
-/// A label that is a record. Its `src` is not read: the owner of a repository is the source of its records.
+/// A label record. Its `src` is ignored: the owner of a repository is the source of its records.
 pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
     let label: Label<'a> = parse(record.get())?;
     let named = ["at://", "did:"].iter().any(|start| label.uri.starts_with(start));
@@ -57,12 +57,13 @@ struct SelfLabel<'a> {
     val: Text<'a>,
 }
 
-/// The longest value that the table holds, and how many one record may have (com.atproto.label.defs#selfLabels).
+/// The longest value that the table can hold, and the number that one record may have
+/// (com.atproto.label.defs#selfLabels).
 const MAX_VALUE: usize = 128;
 const MAX_VALUES: usize = 10;
 
-/// The values in `com.atproto.label.defs#selfLabels`, each once. What is none, or does not fit, is left out: it is no
-/// reason to refuse the record.
+/// The distinct values in `com.atproto.label.defs#selfLabels`. Values that are invalid or too long are left out: they
+/// are not a reason to refuse the record.
 pub(super) fn of_self(labels: Option<&RawValue>, uri: &str) -> Vec<String> {
     let mut out = Vec::new();
     let Some(labels) = labels.and_then(|raw| serde_json::from_str::<SelfLabels<'_>>(raw.get()).ok()) else {

@@ -13,7 +13,7 @@ struct Pointer<'a> {
     subject: StrongRef<'a>,
     #[serde(borrow, default, rename = "createdAt")]
     created_at: Option<&'a RawValue>,
-    /// The repost through which it came.
+    /// The repost through which the post was found.
     #[serde(borrow, default)]
     via: Option<&'a RawValue>,
 }

@@ -1,4 +1,4 @@
-//! Lists, who is on them, who blocks them, and the starter packs made of them.
+//! Lists, their items, list blocks, and the starter packs made from lists.
 
 use std::borrow::Cow;
 
@@ -126,7 +126,7 @@ pub(super) fn put_starter_pack<'a>(mut op: Op<'a>, record: &'a RawValue) -> Resu
     op.body = Some(json::body(&StarterPackBody {
         name: &pack.name.0,
         description: pack.description.as_ref().map(|text| &*text.0),
-        // The URIs alone, as the old workers keep them; anything but a feed is left out.
+        // Only the URIs, as stored by the old workers; anything but a feed is left out.
         feeds: feeds
             .into_iter()
             .filter_map(|feed| serde_json::from_str::<Feed<'_>>(feed.get()).ok())

@@ -1,5 +1,5 @@
-//! What each kind of event means: from the text of a stream entry to operations on the database, which `sql/apply` carries
-//! out. Kinds that are read alike share a file.
+//! Interprets each kind of event: turns the text of a stream entry into operations on the database, which `sql/apply`
+//! carries out. Kinds that are read the same way share a file.
 //!
 //! | kinds | read in | applied in |
 //! |---|---|---|
@@ -44,25 +44,25 @@ use crate::time::now_ms;
 pub struct Context<'a> {
     /// The epochs of the stream.
     pub epochs: &'a Epochs,
-    /// The clock, Unix time in milliseconds: revisions ahead of it are refused.
+    /// The current Unix time in milliseconds: revisions ahead of it are refused.
     pub now_ms: u64,
 }
 
 impl<'a> Context<'a> {
-    /// With the present time.
+    /// A context with the current time.
     #[must_use]
     pub fn now(epochs: &'a Epochs) -> Self {
         Self { epochs, now_ms: now_ms() }
     }
 }
 
-/// Reads what an entry says.
+/// Interprets an entry.
 ///
-/// A bad operation is set aside in [`Event::rejected`] and harms no other.
+/// A bad operation is set aside in [`Event::rejected`] and does not affect the others.
 ///
 /// # Errors
 ///
-/// The whole entry is unreadable: it says neither what it is about nor what to do.
+/// The whole entry is unreadable.
 pub fn interpret<'a>(entry: &'a Entry, context: Context<'_>) -> Result<Event<'a>, Reject> {
     let seq = match entry.seq.as_str() {
         "" => None,
@@ -75,7 +75,7 @@ pub fn interpret<'a>(entry: &'a Entry, context: Context<'_>) -> Result<Event<'a>
         "identity" => registers::identity(entry, version, context),
         "account" => registers::account(entry, version, context),
         "" => Err(Reject::new(Reason::Undecodable, "the entry has no `type`")),
-        // It says that a repository changed without saying how: there is nothing to apply.
+        // It announces that a repository changed, but not how: there is nothing to apply.
         "sync" => Ok(Event {
             event_type: &entry.event_type,
             repo: Cow::Borrowed(""),
@@ -87,15 +87,15 @@ pub fn interpret<'a>(entry: &'a Entry, context: Context<'_>) -> Result<Event<'a>
         }),
         other => Err(Reject::new(
             Reason::UnknownType,
-            format!("the type {} is none of commit, identity, account, sync", json::quote(&shorten(other))),
+            format!("the type {} is not commit, identity, account or sync", json::quote(&shorten(other))),
         )),
     }
 }
 
-/// An account that an operation speaks of, besides the repository's own.
+/// An account that an operation mentions, besides the repository's own.
 type Mention<'a> = Option<Cow<'a, str>>;
 
-/// Fills in what the record says.
+/// Fills in the operation from the record.
 fn put<'a>(op: Op<'a>, record: &'a RawValue, collection: &str) -> Result<(Op<'a>, Mention<'a>), Reject> {
     match op.kind {
         Kind::Post => post::put(op, record).map(|op| (op, None)),
@@ -118,7 +118,7 @@ fn put<'a>(op: Op<'a>, record: &'a RawValue, collection: &str) -> Result<(Op<'a>
     }
 }
 
-/// As [`interpret`], in a stream without named epochs and with the present time.
+/// Like [`interpret`], in a stream without named epochs and with the current time.
 #[cfg(test)]
 fn interpret_now(entry: &Entry) -> Result<Event<'_>, Reject> {
     interpret(entry, Context::now(&Epochs::UNNAMED))

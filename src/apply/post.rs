@@ -12,7 +12,7 @@ use crate::event::{Op, Reject};
 
 #[derive(Deserialize)]
 struct Post<'a> {
-    /// Required by the lexicon, but a post without it is stored with an empty text, as the old workers store it.
+    /// Required by the lexicon, but a post without it is stored with an empty text, as by the old workers.
     #[serde(borrow, default)]
     text: Option<Text<'a>>,
     #[serde(borrow, default, rename = "createdAt")]
@@ -39,7 +39,7 @@ struct Reply<'a> {
     parent: StrongRef<'a>,
 }
 
-/// The operation's body, as `standpipe.put_post` reads it.
+/// The operation's body, for `standpipe.put_post`.
 #[derive(Serialize)]
 struct Body<'a> {
     text: &'a str,
@@ -109,7 +109,7 @@ struct Wrapped<'a> {
     record: StrongRef<'a>,
 }
 
-/// The post that an embed quotes. Feeds, lists and starter packs are embedded in the same way but are no quotes.
+/// The post that an embed quotes. Feeds, lists and starter packs are embedded in the same way but are not quotes.
 fn quoted(embed: &RawValue) -> Option<(Cow<'_, str>, Option<Cow<'_, str>>)> {
     let outer: RecordEmbed<'_> = serde_json::from_str(embed.get()).ok()?;
     let strong_ref: StrongRef<'_> = match &*outer.embed_type.0 {

@@ -1,4 +1,4 @@
-//! Profiles: what an account says about itself.
+//! Profiles.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -26,7 +26,7 @@ struct Profile<'a> {
     created_at: Option<&'a RawValue>,
 }
 
-/// The operation's body, as `standpipe.put_profile` reads it.
+/// The operation's body, for `standpipe.put_profile`.
 #[derive(Serialize)]
 struct Body<'a> {
     display_name: Option<&'a str>,
@@ -57,7 +57,7 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
 }
 
 /// The CID of a blob: `{"$type":"blob","ref":{"$link":cid},...}`, or the legacy form `{"cid":cid,"mimeType":...}` that
-/// is still about, or `ref` as a plain string. Anything else is not a picture, but not a reason to refuse a profile.
+/// is still in use, or `ref` as a plain string. Anything else is not a picture, but not a reason to refuse a profile.
 pub(super) fn blob_cid(blob: &RawValue) -> Option<String> {
     let blob: serde_json::Value = serde_json::from_str(blob.get()).ok()?;
     let link = match &blob["ref"] {

@@ -1,8 +1,8 @@
 //! Records as the Python reader writes them, turned into the protocol's JSON form.
 //!
-//! Its library turns a known record into a model and writes that out again: attribute names in snake case, the
-//! model's type as `py_type`, absent fields as null, and a blob's CID as hexadecimal bytes. What the library does not
-//! know (fields of other clients) it keeps as it came.
+//! Its library turns a known record into a model and serialises that: attribute names in snake case, the model's type
+//! as `py_type`, absent fields as null, and a blob's CID as hexadecimal bytes. Fields that the library does not know
+//! (those of other clients) stay as received.
 
 use serde_json::{Map, Value};
 
@@ -12,8 +12,8 @@ pub fn is_python_form(record: &str) -> bool {
     record.contains("\"py_type\"")
 }
 
-/// The record in the protocol's JSON form. `$type` stands on every object that the library had a model for, also
-/// where the protocol leaves it out.
+/// The record in the protocol's JSON form. Every object that the library had a model for has a `$type`, even where the
+/// protocol leaves it out.
 #[must_use]
 pub fn normalise(value: Value) -> Value {
     match value {

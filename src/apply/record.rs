@@ -1,4 +1,4 @@
-//! Records of collections without a table of their own: kept whole.
+//! Records of collections without a table of their own, stored whole.
 
 use std::borrow::Cow;
 

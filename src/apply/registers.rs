@@ -40,7 +40,7 @@ pub(super) fn identity<'a>(
 ) -> Result<Event<'a>, Reject> {
     let identity: Identity<'a> = parse(&entry.data)?;
     context.epochs.place(&mut version, identity.epoch);
-    // An event without a handle, or with one that is none, says that something changed but not what: it never
+    // An event without a handle, or with an invalid one, announces that something changed, but not what: it never
     // overwrites a good handle.
     let handle = identity.handle.map(|text| text.0.to_ascii_lowercase()).filter(|handle| is_handle(handle));
     let ops = handle.map(|handle| {
@@ -62,7 +62,7 @@ pub(super) fn account<'a>(
     if let Some(time) = account.time.as_ref().and_then(|time| datetime::parse(&time.0)) {
         op.created_at = time;
     }
-    // New words may come; only `deleted` means something to us.
+    // New statuses may appear; only `deleted` matters to us.
     op.subject = account.status.map(|status| status.0).filter(|status| !status.is_empty());
     if op.subject.as_ref().is_some_and(|status| status.chars().count() > 64) {
         return Err(Reject::new(Reason::InvalidField, "`status` is longer than 64 characters"));

@@ -1,4 +1,4 @@
-//! Verifications: one account vouches for another one's handle.
+//! Verifications: one account vouches for another's handle.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! `standpipe audit`: counters and feed items, recounted from the rows.
+//! `standpipe audit`: recounts counters and feed items from the rows.
 
 use std::process::ExitCode;
 

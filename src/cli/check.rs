@@ -1,4 +1,4 @@
-//! `standpipe check`: an examination of everything the program depends on.
+//! `standpipe check`: examines everything that the program depends on.
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! `standpipe control` and `standpipe healthcheck`: they ask the running process.
+//! `standpipe control` and `standpipe healthcheck`: requests to the running process.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -42,11 +42,11 @@ pub enum Action {
 /// It does not answer.
 pub async fn healthcheck(config: Config) -> Result<ExitCode> {
     let Some(address) = config.http_addr else {
-        // Nothing to ask: that this program runs at all is the whole answer.
+        // There is nothing to ask: that this program runs at all has to do.
         return Ok(ExitCode::SUCCESS);
     };
     let (code, body) = http::client::get(address, "/readyz", Duration::from_secs(5)).await?;
-    // The exit code is the answer, whether or not anybody reads this.
+    // The exit code is the answer, so a closed output does not matter.
     let _ = out::line(out::safe_json(&body));
     // An orchestrator restarts unhealthy containers; a deliberate pause must not look unhealthy.
     let paused = || {

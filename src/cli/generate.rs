@@ -1,4 +1,4 @@
-//! `standpipe completions` and `standpipe man`: what is installed beside the program, made from the command line itself.
+//! `standpipe completions` and `standpipe man`: files installed alongside the program, generated from the command line.
 
 use std::fs;
 use std::io::{self, ErrorKind, Write as _};
@@ -15,7 +15,7 @@ use super::{Cli, EX_UNAVAILABLE, EX_USAGE};
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
-/// Whose completions.
+/// The shells that completions exist for.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Shell {
     Bash,
@@ -23,7 +23,7 @@ pub enum Shell {
     Fish,
 }
 
-/// Prints the script that makes the shell complete commands and options.
+/// Prints the shell's completion script.
 ///
 /// # Errors
 ///
@@ -45,9 +45,9 @@ pub fn completions(shell: Shell) -> Result<ExitCode> {
 ///
 /// The output, or a file, cannot be written.
 pub fn man(folder: Option<&Path>) -> Result<ExitCode> {
-    // A page about `help` would say nothing.
+    // A page about `help` would be useless.
     let mut program = Cli::command().disable_help_subcommand(true);
-    // Gives the subcommands their whole names.
+    // Gives the subcommands their full names.
     program.build();
     let Some(folder) = folder else {
         return print(&page(&program)?);
@@ -70,7 +70,7 @@ fn write_pages(command: &clap::Command, folder: &Path) -> Result<()> {
 fn page(command: &clap::Command) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     let source = format!("{PROGRAM} {}", env!("CARGO_PKG_VERSION"));
-    // No date, but in quotation marks: an empty argument would be none, and those after it would move up.
+    // No date, but quoted: an unquoted empty argument would vanish and shift the following ones.
     Man::new(command.clone()).date("\"\"").source(source).manual(PROGRAM).render(&mut text)?;
     let rest = if command.get_name() == PROGRAM { about_the_program() } else { pointer_to_the_program() };
     rest.to_writer(&mut text)?;
@@ -115,7 +115,7 @@ fn print(text: &[u8]) -> Result<ExitCode> {
     let mut out = io::stdout().lock();
     match out.write_all(text).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("standard output"),
-        // A reader that has seen enough, such as head, is not an error.
+        // A closed pipe, as after head, is not an error.
         _ => Ok(ExitCode::SUCCESS),
     }
 }

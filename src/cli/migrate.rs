@@ -50,7 +50,7 @@ pub async fn migrate(config: Config, options: &Options) -> Result<ExitCode> {
                 Some(true) => {}
                 Some(false) => return Ok(ExitCode::FAILURE),
                 None => {
-                    out::note("standpipe: nothing was changed: no terminal to ask at; add --yes");
+                    out::note("standpipe: nothing was changed: no terminal for the confirmation; add --yes");
                     return Ok(ExitCode::from(EX_USAGE));
                 }
             }

@@ -123,12 +123,12 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
     }
 }
 
-/// Reads the environment; reports every mistake.
+/// Reads the environment; reports every problem.
 fn load(role: Role) -> Result<(Config, Vec<String>), ExitCode> {
     config::from_env(std::env::vars_os(), role).map_err(|error| unusable(&error))
 }
 
-/// Reports what is wrong with the configuration.
+/// Reports the problems with the configuration.
 fn unusable(error: &ConfigError) -> ExitCode {
     for line in error.report() {
         out::note(line);

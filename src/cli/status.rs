@@ -1,4 +1,4 @@
-//! `standpipe status`: once, or again and again.
+//! `standpipe status`: once, or repeatedly.
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
@@ -15,9 +15,9 @@ use standpipe::{http, out, report};
 
 use super::EX_UNAVAILABLE;
 
-/// How long the process and PostgreSQL may take to answer.
+/// Time limit for answers from the process and PostgreSQL.
 const ANSWER: Duration = Duration::from_secs(3);
-/// No more dead letters than this are read for their reasons: they are read whole.
+/// Maximum dead letters read to count their reasons: each is read in full.
 const REASONS: usize = 1000;
 
 /// What to print.
@@ -32,7 +32,7 @@ pub struct Options {
     watch: Option<u64>,
 }
 
-/// Prints what is known.
+/// Prints the status.
 ///
 /// # Errors
 ///
@@ -81,10 +81,10 @@ fn print(answer: &Answer, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Writes over what was there, line by line, so that nothing flickers.
+/// Overwrites the previous output line by line, to avoid flicker.
 fn redraw(page: &str, first: bool) -> Result<()> {
     let mut text = if first { "\x1b[2J\x1b[H".to_owned() } else { "\x1b[H".to_owned() };
-    for line in page.lines().chain(["", "Ctrl-C stops this"]) {
+    for line in page.lines().chain(["", "Ctrl-C to stop"]) {
         text.push_str(line);
         text.push_str("\x1b[K\n");
     }
@@ -94,10 +94,10 @@ fn redraw(page: &str, first: bool) -> Result<()> {
 
 /// The answer.
 struct Answer {
-    /// As `/status` has it; null when nobody answered.
+    /// The JSON of `/status`; null if nothing answered.
     status: Value,
     beside: Beside,
-    /// Redis could not be asked, and why.
+    /// Why Redis could not be queried.
     trouble: Option<String>,
 }
 
@@ -120,12 +120,12 @@ impl Answer {
 struct Asker {
     config: Config,
     redis: Redis,
-    /// Kept while it is good.
+    /// Reused as long as it works.
     stream: Option<Stream>,
 }
 
 impl Asker {
-    /// The process knows more than the servers; without one, they are asked.
+    /// Prefers the process, which knows more than the servers; without one, queries them.
     async fn ask(&mut self, json: bool) -> Answer {
         let mut beside = Beside::default();
         let process = self.ask_process().await;
@@ -148,7 +148,7 @@ impl Asker {
             return Answer { status, beside, trouble };
         }
         if status["dead_letters"].as_u64().is_some_and(|count| count > 0) {
-            // Only a detail: without it the number is there all the same.
+            // A detail: without the reasons, the total is still shown.
             let _ = self.add_reasons(&status, &mut beside).await;
         }
         if !status["process"].is_object() && self.config.database_url.is_some() {

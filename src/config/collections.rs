@@ -11,7 +11,7 @@ pub struct Collections(Vec<Wanted>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Wanted {
     All,
-    /// With its last dot: `app.bsky.`.
+    /// With its trailing dot: `app.bsky.`.
     Under(String),
     Exactly(String),
 }

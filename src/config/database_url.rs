@@ -1,4 +1,4 @@
-//! The address of PostgreSQL, in libpq's words.
+//! The address of PostgreSQL, in libpq's syntax.
 
 use std::fmt;
 
@@ -39,7 +39,7 @@ impl DatabaseUrl {
         "schema",
     ];
 
-    /// What to write in place of parameters that other libraries know.
+    /// The remedy for parameters that other libraries know.
     fn instead_of(parameter: &str) -> &'static str {
         match parameter {
             "ssl" => "write sslmode=require, or sslmode=disable",
@@ -63,8 +63,8 @@ impl DatabaseUrl {
         }
     }
 
-    /// Checks what `url::Url` cannot: PostgreSQL's URLs may name several hosts, or none but in a parameter.
-    /// The parts are cut as the client library cuts them.
+    /// Checks what `url::Url` cannot: PostgreSQL's URLs may name several hosts, or name one only in a parameter.
+    /// Splits the parts as the client library does.
     pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
         let right = "write postgres://user:password@host:5432/database";
         let hidden = |what: &str| Wrong::new(format!("{what} (its value is not shown)"), right);
@@ -80,7 +80,7 @@ impl DatabaseUrl {
         let (hosts, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         if hosts.contains('@') || user.contains(['/', '?', '#']) {
             return Err(Wrong::new(
-                "has an @ or / where none can be (its value is not shown)",
+                "has a misplaced @ or / (its value is not shown)",
                 "percent-encode special characters of the password: %40 for @, %2F for /",
             ));
         }
@@ -95,14 +95,14 @@ impl DatabaseUrl {
                 return Err(hidden("names no host"));
             }
         } else if !hosts.split(',').all(is_host_and_port) {
-            return Err(hidden("has a host or port that cannot be"));
+            return Err(hidden("has an invalid host or port"));
         }
         for (name, value) in &parameters {
             let translated = *name == "ssl" && matches!(*value, "true" | "1" | "false" | "0");
             if !translated && !Self::PARAMETERS.contains(name) {
                 let name: String = name.chars().filter(|c| !c.is_control()).take(40).collect();
                 return Err(Wrong::new(
-                    format!("has the parameter {name}, which is not known here (the URL is not shown)"),
+                    format!("has the parameter {name}, which standpipe does not know (the URL is not shown)"),
                     Self::instead_of(&name),
                 ));
             }
@@ -153,14 +153,14 @@ impl DatabaseUrl {
 
     fn root_cert(&self) -> Option<String> {
         let (_, path) = self.parameters().filter(|(name, _)| *name == "sslrootcert").last()?;
-        // As a query's value would be read, but for the plus sign, which libpq leaves alone.
+        // Decoded like a query value, except for the plus sign, which libpq leaves alone.
         let path = path.replace('+', "%2B");
         let decoded = url::form_urlencoded::parse(path.as_bytes()).next()?.0.into_owned();
         (!decoded.is_empty()).then_some(decoded)
     }
 
-    /// The URL in the words of the client library, which knows three modes and no file of certificates:
-    /// [`DatabaseUrl::ssl_mode`] holds what to check of TLS. With the password; never log it.
+    /// The URL in the syntax of the client library, which knows only three modes and no certificate file:
+    /// [`DatabaseUrl::ssl_mode`] determines the checks of TLS. With the password; never log it.
     #[must_use]
     pub fn for_driver(&self) -> String {
         let Some((url, parameters)) = self.0.split_once('?') else { return self.0.clone() };

@@ -1,16 +1,16 @@
-//! The environment becomes a [`Config`], or a list of everything that is wrong with it.
+//! Turns the environment into a [`Config`], or a list of everything that is wrong with it.
 //!
 //! This is the only module that reads environment variables. [`VARIABLES`] holds each of them once, with its default
 //! and its meaning; the defaults used here, `--help`, `config.example.env` and
 //! `docs/configuration.md` all come from it or are tested against it.
 //!
 //! Two rules shape the code. All problems are reported at once, because an operator who fixes one variable
-//! per restart loses an evening. And no message holds a secret: a URL that does not parse is not printed at
-//! all, since nobody can tell which part of it is the password.
+//! per restart loses an evening. And no message contains a secret: a URL that does not parse is not printed at
+//! all, since there is no telling which part of it is the password.
 //!
 //! - `settings`: one entry per variable
-//! - `read`: texts become values; all problems at once
-//! - `rules`: combinations that are refused or warned of
+//! - `read`: parses all values, and collects all problems
+//! - `rules`: combinations that are refused or cause a warning
 //! - `url`, `database_url`, `collections`, `unit`, `words`, `text`: the types of values
 
 mod collections;
@@ -42,7 +42,7 @@ pub enum Role {
     Reader,
     /// `worker`: from Redis into PostgreSQL.
     Worker,
-    /// `check`, `status` and the other tools: they say themselves what they miss.
+    /// `check`, `status` and the other tools: they report themselves what is missing.
     Tool,
 }
 
@@ -53,14 +53,14 @@ impl Role {
 }
 
 impl Config {
-    /// One `NAME=value` line per variable, in the order of [`VARIABLES`], as in force. Passwords are
+    /// One `NAME=value` line per variable with its effective value, in the order of [`VARIABLES`]. Passwords are
     /// redacted.
     #[must_use]
     pub fn describe(&self) -> Vec<String> {
         self.values().into_iter().map(|(name, value)| format!("{name}={value}")).collect()
     }
 
-    /// The name of the pipeline with this number, as Redis knows it.
+    /// The consumer name of the pipeline with this number.
     #[must_use]
     pub fn consumer_name(&self, pipeline: usize) -> String {
         format!("{}-{pipeline}", self.consumer_id)
@@ -78,14 +78,14 @@ impl Config {
         format!("{}:dead", self.stream_key)
     }
 
-    /// Where the name of the relay is kept that the cursor belongs to.
+    /// The key with the name of the relay that the cursor belongs to.
     #[must_use]
     pub fn cursor_relay_key(&self) -> String {
         format!("{}:relay", self.cursor_key)
     }
 }
 
-/// Whether a person wants no colours, in no program: <https://no-color.org>.
+/// Whether the user disabled colours in all programs: <https://no-color.org>.
 #[must_use]
 pub fn no_colour() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())

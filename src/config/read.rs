@@ -1,4 +1,4 @@
-//! The environment's texts become values; every problem is collected.
+//! Parses the environment's values and collects every problem.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -66,7 +66,7 @@ where
     let mut ours: Vec<(String, String)> = Vec::new();
     let mut host = None;
     for (name, value) in vars {
-        // A name that is not UTF-8 is neither ours nor close to ours.
+        // A name that is not UTF-8 is neither ours nor similar to one of ours.
         let Ok(name) = name.into().into_string() else {
             continue;
         };
@@ -90,8 +90,8 @@ where
     }
     read.warnings.sort();
 
-    // envy stops at the first field that it cannot parse and prints its value, so it only sorts texts into
-    // fields here; a field that is an optional text cannot fail.
+    // envy stops at the first field that it cannot parse and prints its value, so it only assigns texts to
+    // fields here; an optional text cannot fail.
     let mut raw: Raw = match envy::from_iter(ours) {
         Ok(raw) => raw,
         Err(error) => {
@@ -100,7 +100,7 @@ where
         }
     };
     raw.consumer_id.get_or_insert_with(|| host_name(host.as_deref()));
-    // The nearer word wins, as with libpq.
+    // The URL's own parameter wins, as with libpq.
     let in_url = raw.database_url.as_deref().and_then(DatabaseUrl::root_cert_of);
     if in_url.is_some() {
         raw.pgsslrootcert = None;
@@ -135,7 +135,7 @@ impl Wrong {
     }
 }
 
-/// Collects what is wrong while the variables are parsed one by one.
+/// Collects problems while the variables are parsed one by one.
 pub(super) struct Reading {
     problems: Vec<Problem>,
     warnings: Vec<String>,
@@ -146,8 +146,8 @@ impl Reading {
         self.problems.push(Problem { variable, message });
     }
 
-    /// Parses the given text or, when there is none, the variable's default. `None` when that is a problem,
-    /// which is then in the list.
+    /// Parses the given text or, if there is none, the variable's default. `None` if that fails; the problem is then in
+    /// the list.
     pub(super) fn take<T>(
         &mut self,
         name: &'static str,
@@ -158,7 +158,7 @@ impl Reading {
         let text = given.unwrap_or(variable.default);
         let quoted = ['"', '\''].iter().any(|quote| text.starts_with(*quote) && text.ends_with(*quote));
         let parsed = if quoted {
-            // Shells remove them, env files of containers mostly do not.
+            // Shells remove them, but container env files mostly do not.
             Err(Wrong::new("has quotation marks around it", "remove them"))
         } else {
             parse(text)
@@ -178,8 +178,8 @@ impl Reading {
     }
 }
 
-/// A value of a variable that is not secret, quoted, on one line and short. A value that looks like a secret in the wrong
-/// variable is not shown.
+/// A non-secret variable's value, quoted, on one line and shortened. A value that looks like a misplaced secret is not
+/// shown.
 pub(super) fn shown(value: &str) -> String {
     if value.contains("://") || value.contains('@') || value.to_ascii_lowercase().contains("password") {
         return "(value not shown)".to_owned();
@@ -190,7 +190,7 @@ pub(super) fn shown(value: &str) -> String {
     }
 }
 
-/// The host's name, which mostly stays the same over restarts; HOSTNAME is exported by containers, seldom by
+/// The host name, which mostly survives restarts; HOSTNAME is exported by containers, but rarely by
 /// shells.
 fn host_name(variable: Option<&str>) -> String {
     let file = || std::fs::read_to_string("/etc/hostname").ok();
@@ -201,10 +201,10 @@ fn host_name(variable: Option<&str>) -> String {
     }
 }
 
-/// Names that are near one of ours, but belong to other programs.
+/// Names that are similar to one of ours, but belong to other programs.
 const FOREIGN: &[&str] = &["BATCH_TIME", "REDIS_SSL", "REDIS_TTL", "RUSTC_LOG"];
 
-/// The variable that a person may have meant by `name`, which is none of ours.
+/// The variable that may have been meant by `name`, which is not one of ours.
 fn did_you_mean(name: &str) -> Option<&'static str> {
     if FOREIGN.contains(&name) {
         return None;
@@ -220,7 +220,7 @@ fn did_you_mean(name: &str) -> Option<&'static str> {
         .map(|(_, meant)| meant)
 }
 
-/// How many letters must be inserted, removed, replaced or swapped with their neighbour to make `a` into `b`
+/// The number of letters to insert, remove, replace or swap with their neighbour to turn `a` into `b`
 /// (Damerau-Levenshtein, optimal string alignment).
 pub(super) fn edits(a: &[u8], b: &[u8]) -> usize {
     let mut rows: [Vec<usize>; 3] = [Vec::new(), Vec::new(), (0..=b.len()).collect()];

@@ -1,4 +1,4 @@
-//! Combinations of settings that are refused or warned of.
+//! Combinations of settings that are refused or cause a warning.
 
 use std::time::Duration;
 
@@ -6,12 +6,12 @@ use super::read::{Reading, shown};
 use super::settings::Parsed;
 use super::{Config, Role};
 
-/// Notes what cannot be safe together.
+/// Reports unsafe combinations.
 pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
     if role.has_pipelines() && matches!(parsed.database_url, Some(None)) && !read.is_wrong("DATABASE_URL") {
         read.problem(
             "DATABASE_URL",
-            "is not set and is needed here; write postgres://user:password@host:5432/database".to_owned(),
+            "is not set, but required here; write postgres://user:password@host:5432/database".to_owned(),
         );
     }
     if let (Some(stream), Some(cursor)) = (&parsed.stream_key, &parsed.cursor_key) {
@@ -19,7 +19,7 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
     }
 }
 
-/// Two uses of one Redis key would destroy each other: SET replaces a stream without a word.
+/// Two uses of one Redis key would destroy each other: SET silently replaces a stream.
 fn refuse_shared_keys(stream: &str, cursor: &str, read: &mut Reading) {
     let clash = if cursor == stream {
         Some((
@@ -74,11 +74,11 @@ pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
              some pipelines will stay idle"
         ));
     }
-    // Relays repeat up to three days; while they repeat an older create, its delete must still be known.
+    // Relays replay up to three days; while they replay an older create, its delete must still be known.
     if config.tombstone_retention < Duration::from_hours(72) {
         warnings.push(format!(
-            "TOMBSTONE_RETENTION is {}, less than the three days that a relay can repeat: \
-             a deleted record may come back until its delete is repeated too",
+            "TOMBSTONE_RETENTION is {}, less than the three days that a relay can replay: \
+             a deleted record may come back until its delete is replayed too",
             humantime::format_duration(config.tombstone_retention)
         ));
     }

@@ -1,4 +1,4 @@
-//! Every variable, once: its name, default and meaning, how its text is read, how its value is shown.
+//! Every variable, once: its name, default and meaning, and how its value is parsed and shown.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,11 +22,11 @@ use super::words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode};
 pub struct Variable {
     /// Its exact name; names are upper case.
     pub name: &'static str,
-    /// The value that is used when it is unset or empty; empty when there is none.
+    /// The value used when it is unset or empty; empty if there is none.
     pub default: &'static str,
     /// What it does, in one line.
     pub meaning: &'static str,
-    /// Whether its value can hold a password. Such a value is printed only redacted.
+    /// Whether its value can contain a password. Such a value is only printed redacted.
     pub secret: bool,
 }
 
@@ -53,13 +53,13 @@ macro_rules! settings {
             $(pub(super) $raw: Option<String>,)*
         }
 
-        /// What could be read; a field is `None` where a problem is noted.
+        /// The values parsed so far; a field is `None` if it had a problem.
         pub(super) struct Parsed {
             $(pub(super) $field: Option<$type>,)*
         }
 
         impl Parsed {
-            /// Parses every variable before anybody looks at a result, so that no problem hides another.
+            /// Parses every variable before any result is used, so that no problem hides another.
             pub(super) fn new(raw: &Raw, reading: &mut Reading) -> Self {
                 Self { $($field: reading.take($name, raw.$raw.as_deref(), $parse),)* }
             }

@@ -1,4 +1,4 @@
-//! What the configuration accepts, refuses and says.
+//! What the configuration accepts, refuses and reports.
 
 use std::ffi::OsString;
 use std::time::Duration;

@@ -1,17 +1,17 @@
-//! Settings that are texts, or may be missing.
+//! Settings that are plain or optional texts.
 
 use std::fmt;
 
 use super::read::Wrong;
 
-/// A key or a group of Redis: any text, as long as it is not obviously something else.
+/// A Redis key or group: any text that is not obviously something else.
 pub(super) fn key(text: &str) -> Result<String, Wrong> {
     let right = "write a name such as firehose:events";
     if text.contains("://") {
         return Err(Wrong::new("is a URL", right));
     }
     if text.chars().any(|c| c.is_control() || c.is_whitespace()) {
-        return Err(Wrong::new("holds a blank or a control character", right));
+        return Err(Wrong::new("contains a blank or a control character", right));
     }
     if text.len() > 256 {
         return Err(Wrong::new("is longer than 256 bytes", right));
@@ -44,7 +44,7 @@ pub(super) fn unless<T>(
     move |text| if text == word { Ok(None) } else { parse(text).map(Some) }
 }
 
-/// Shows the value, or this word where there is none.
+/// Shows the value, or this word if there is none.
 pub(super) fn or<T: fmt::Display>(word: &str) -> impl Fn(&Option<T>) -> String {
     move |value| value.as_ref().map_or_else(|| word.to_owned(), ToString::to_string)
 }

@@ -18,12 +18,13 @@ pub enum MemoryMark {
 }
 
 impl MemoryMark {
-    /// Redis refuses the keys that everything else needs when memory is full; everything else must keep room to proceed.
+    /// When its memory is full, Redis refuses writes that everything else needs to proceed, so the mark must leave
+    /// room.
     const MAX_PERCENT: u8 = 80;
 
     pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
         let Some(percent) = text.strip_suffix('%') else {
-            // Redis itself needs some megabytes: under a lower mark the reader would never read.
+            // Redis itself needs some megabytes: with a lower mark, the reader would never read.
             return parse_size(text, 4 << 20).map(Self::Bytes);
         };
         match percent.trim().parse::<u8>() {
@@ -54,7 +55,7 @@ pub(super) fn yes_or_no(text: &str) -> Result<bool, Wrong> {
     }
 }
 
-/// A whole number of this range.
+/// A whole number in this range.
 pub(super) fn whole<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, Wrong>
 where
     T: FromStr + PartialOrd + fmt::Display,
@@ -94,7 +95,7 @@ fn parse_duration(text: &str) -> Result<Duration, Wrong> {
 pub(super) fn claim_idle(text: &str) -> Result<Duration, Wrong> {
     match parse_duration(text)? {
         idle if idle < Duration::from_secs(10) => Err(Wrong::new(
-            "is less than 10s: a pipeline marks the entries that it works on every 3 s at the latest, so a \
+            "is less than 10s: a pipeline marks the entries that it works on at least every 3 s, so a \
              shorter time could take over work that is still running",
             "write 10s or more",
         )),
@@ -120,12 +121,11 @@ pub(super) fn statement_timeout(text: &str) -> Result<Duration, Wrong> {
     let right = "write a time from 100ms to 24h";
     match parse_duration(text)? {
         Duration::ZERO => {
-            Err(Wrong::new("means no limit to PostgreSQL: a stuck statement would hold its pipeline", right))
+            Err(Wrong::new("means no limit in PostgreSQL: a stuck statement would block its pipeline", right))
         }
-        timeout if timeout < Duration::from_millis(100) => Err(Wrong::new(
-            "is so short that ordinary work would be cancelled and tried again without end",
-            right,
-        )),
+        timeout if timeout < Duration::from_millis(100) => {
+            Err(Wrong::new("is so short that ordinary work would be cancelled and retried endlessly", right))
+        }
         timeout if timeout > Duration::from_hours(24) => Err(Wrong::new("is longer than 24h", right)),
         timeout => Ok(timeout),
     }
@@ -138,7 +138,7 @@ pub(super) fn idle_timeout(text: &str) -> Result<Option<Duration>, Wrong> {
     match parse_duration(text)? {
         Duration::ZERO => Ok(None),
         timeout if timeout < Duration::from_secs(1) => {
-            Err(Wrong::new("is so short that the reader would reconnect without end", "write 60s, or off"))
+            Err(Wrong::new("is so short that the reader would reconnect endlessly", "write 60s, or off"))
         }
         timeout => Ok(Some(timeout)),
     }
@@ -185,7 +185,7 @@ pub(super) fn parse_size(text: &str, least: u64) -> Result<u64, Wrong> {
     }
 }
 
-/// As [`humantime`] writes it.
+/// In the format of [`humantime`].
 pub(super) fn duration(duration: &Duration) -> String {
     humantime::format_duration(*duration).to_string()
 }

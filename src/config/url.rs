@@ -1,4 +1,4 @@
-//! Addresses and secrets: what is printed of them is redacted.
+//! Addresses and secrets, redacted when printed.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ impl RelayUrl {
         }
         if url.path().trim_end_matches('/').ends_with("/subscribe") {
             return Err(Wrong::new(
-                "is the address of a Jetstream, which speaks JSON and not the protocol of a relay",
+                "is the address of a Jetstream, which speaks JSON, not the protocol of a relay",
                 "write the address of a relay, such as wss://bsky.network",
             ));
         }
@@ -46,14 +46,14 @@ impl RelayUrl {
         self.0.scheme() == "wss"
     }
 
-    /// The URL with everything that is secret in it, to connect with; never log it.
+    /// The URL with its secrets, to connect with; never log it.
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.as_str()
     }
 
-    /// The relay's name, `host` or `host:port`: sequence numbers have a meaning only together with it. A port
-    /// that the scheme implies is left out.
+    /// The relay's name, `host` or `host:port`: sequence numbers are meaningful only together with it. The scheme's
+    /// default port is left out.
     #[must_use]
     pub fn relay(&self) -> String {
         let host = self.0.host_str().unwrap_or_default();
@@ -82,7 +82,7 @@ impl RedisUrl {
                 }
                 let database = url.path().trim_start_matches('/');
                 if !database.is_empty() && database.parse::<u32>().is_err() {
-                    let what = "has a path that is not the number of a database";
+                    let what = "has a path that is not a database number";
                     return Err(Wrong::new(what, "end it with /0, or with nothing"));
                 }
             }
@@ -140,7 +140,7 @@ impl CaFile {
             return Ok(None);
         }
         let pem = std::fs::read(text).map_err(|error| {
-            Wrong::new(format!("names a file of certificates that cannot be read ({})", error.kind()), right)
+            Wrong::new(format!("names a certificate file that cannot be read ({})", error.kind()), right)
         })?;
         let count = CertificateDer::pem_slice_iter(&pem).flatten().count();
         if count == 0 {
@@ -161,7 +161,7 @@ impl CaFile {
 pub struct AdminToken(String);
 
 impl AdminToken {
-    /// Fewer characters than this can be guessed.
+    /// A shorter token could be guessed.
     const MIN_LENGTH: usize = 16;
 
     pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
@@ -169,17 +169,17 @@ impl AdminToken {
         if text.len() < Self::MIN_LENGTH {
             return Err(Wrong::new("is too short (its value is not shown)", right));
         }
-        // It travels in a header.
+        // It is sent in a header.
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(Wrong::new(
                 "has a character that a header cannot carry (its value is not shown)",
-                "write letters, digits and punctuation of ASCII",
+                "write ASCII letters, digits and punctuation",
             ));
         }
         Ok(Self(text.to_owned()))
     }
 
-    /// Whether this is the token. How long it takes does not tell how much of it is right.
+    /// Whether this is the token. Takes constant time, so that it does not reveal how much of the token is right.
     #[must_use]
     pub fn is(&self, given: &str) -> bool {
         use subtle::ConstantTimeEq as _;
@@ -226,12 +226,12 @@ pub(super) use redacted_display;
 redacted_display!(RelayUrl RedisUrl);
 
 /// `scheme://user:***@host/path?parameter=value`, with `***` for whatever may be secret. It works on any
-/// text: where the parts cannot be told apart it hides too much rather than too little.
+/// text: if the parts cannot be told apart, it hides too much rather than too little.
 pub(super) fn redacted(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else {
         return "***".to_owned();
     };
-    // The last @, since a password may hold others.
+    // The last @, since a password may contain others.
     let (user_info, rest) = match rest.rsplit_once('@') {
         Some((user_info, rest)) => (Some(user_info), rest),
         None => (None, rest),
@@ -241,7 +241,7 @@ pub(super) fn redacted(url: &str) -> String {
         Some(text) if text.contains(['/', '?', '#']) => return format!("{scheme}://***"),
         Some(text) => match text.split_once(':') {
             Some((user, _)) => format!("{user}:***@"),
-            // A name alone is a name in PostgreSQL; in Redis it is mostly a password at the wrong place.
+            // For PostgreSQL, a name alone is a user; for Redis, it is usually a misplaced password.
             None if scheme.starts_with("postgres") => format!("{text}@"),
             None => "***@".to_owned(),
         },

@@ -1,10 +1,10 @@
-//! Settings whose values are words.
+//! Settings with a fixed set of words as values.
 
 use std::fmt;
 
 use super::read::Wrong;
 
-/// An enumeration whose values are words; the first spelling of each is the one that is printed.
+/// An enumeration whose values are words; the first spelling of each is the one printed.
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident {
         $($(#[$variant_doc:meta])* $variant:ident = $word:literal $(| $other:literal)*,)*
@@ -24,7 +24,7 @@ macro_rules! words {
                 }
             }
 
-            /// Upper and lower case do not matter.
+            /// Parses the word; case does not matter.
             pub(super) fn from_word(text: &str) -> Result<Self, Wrong> {
                 $(if [$word $(, $other)*].iter().any(|word| text.eq_ignore_ascii_case(word)) {
                     return Ok(Self::$variant);
@@ -45,7 +45,7 @@ macro_rules! words {
 words! {
     /// `LOG_LEVEL`.
     LogLevel {
-        /// Everything that helps to find a fault.
+        /// Everything that helps with debugging.
         Debug = "DEBUG",
         /// Normal operation.
         Info = "INFO",
@@ -86,11 +86,11 @@ words! {
 }
 
 words! {
-    /// `ON_FUTURE_CURSOR`: what the reader does when the relay says that the stored cursor is in its future.
+    /// `ON_FUTURE_CURSOR`: what the reader does when the relay reports that the stored cursor is in its future.
     OnFutureCursor {
         /// Stop and report it: an operator decides about the gap.
         Stop = "stop",
-        /// Resume with what the relay sends now.
+        /// Resume from the relay's live position.
         Live = "live",
         /// Resume with the oldest event that the relay still has.
         Oldest = "oldest",

@@ -1,8 +1,8 @@
-//! An entry of the stream, as every part sees it.
+//! An entry of the stream.
 
 use super::EntryId;
 
-/// One entry of the stream. Fields that are missing are empty; the interpretation says what is wrong with that.
+/// One entry of the stream. Missing fields are empty; interpreting the entry reports them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// Its id.
@@ -16,7 +16,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// What it takes of memory, about.
+    /// Its approximate size in memory, in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
         self.data.len() + self.event_type.len() + self.seq.len() + size_of::<Self>()

@@ -1,15 +1,17 @@
-//! Epochs: sequence numbers mean something only within the numbering that they were counted in.
+//! Epochs: sequence numbers are meaningful only within their own numbering.
 //!
-//! An epoch is the time, in Redis's milliseconds, at which an origin's numbering began as far as we know. Our reader begins
-//! one at its first start, at a relay that starts over, at a change of relay, and when Redis lost the cursor, and names it
-//! in every entry. The Python reader names none: its entries belong to the epoch in force at their id.
+//! An epoch is the time, in milliseconds by Redis's clock, at which an origin's numbering began as far as we know. Our
+//! reader begins one on its first start, when a relay starts over, on a change of relay, and when Redis lost the
+//! cursor, and names it in every entry. The Python reader names none: its entries belong to the epoch in force at their
+//! id.
 //!
-//! Nor does the Python reader give revisions, by which records are ordered within named epochs. Its entries get the place
-//! behind everything that our reader had appended before them: the newest revision until then, with an ending.
+//! Nor does the Python reader give revisions, by which records are ordered within named epochs. Its entries are placed
+//! after everything that our reader had appended before them: at the newest revision until then, with a suffix.
 
 use super::{EntryId, Version};
 
-/// From an entry on, this epoch is in force, and this is the newest revision that our reader had appended before it.
+/// The start of an epoch: the entry from which it is in force, and the newest revision that our reader had appended
+/// before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Start {
     /// The first entry.
@@ -25,17 +27,17 @@ pub struct Start {
 pub struct Epochs(Vec<Start>);
 
 impl Epochs {
-    /// No epoch has a name.
+    /// A stream without named epochs.
     pub const UNNAMED: Epochs = Epochs(Vec::new());
 
-    /// From the starts, in any order.
+    /// Builds it from the starts, in any order.
     #[must_use]
     pub fn new(mut starts: Vec<Start>) -> Self {
         starts.sort_by_key(|start| start.first);
         Self(starts)
     }
 
-    /// Every epoch that has a name.
+    /// All named epochs.
     pub fn named(&self) -> impl Iterator<Item = u64> {
         self.0.iter().map(|start| start.epoch).filter(|epoch| *epoch > 0)
     }
@@ -44,7 +46,7 @@ impl Epochs {
         self.0.iter().rev().find(|start| start.first <= id)
     }
 
-    /// Gives the version its place: its number that of its epoch, and, where it has no revision, the place between
+    /// Gives the version its place: adds the epoch to its number and, if it has no revision, sets its place between
     /// revisions. `named` is the epoch that the entry itself names.
     pub(crate) fn place(&self, version: &mut Version<'_>, named: Option<u64>) {
         let start = self.in_force(version.entry);
@@ -58,10 +60,10 @@ impl Epochs {
         }
     }
 
-    /// The place between revisions of a commit without one, or `None` where no epoch has a name.
+    /// The place between revisions for a commit without one, or `None` if no epoch is named.
     pub(crate) fn rev_of(&self, version: &Version<'_>) -> Option<String> {
         let start = self.in_force(version.entry).filter(|_| version.epoch > 0)?;
-        // "." comes before every character of a TID: behind the revision itself, before the next one.
+        // "." sorts before every character of a TID: after the revision itself, before the next one.
         Some(format!("{}.", start.rev))
     }
 }

@@ -1,7 +1,7 @@
 //! The table of kinds.
 
-/// One line a kind: its variant, its name, its collection, and the table of its rows with their key. What is derived from
-/// it: the name in metrics, logs and `sql/apply`, the kind of a path, which tables are checked, and what is purged.
+/// One line per kind: its variant, its name, its collection, and the table of its rows with their key. Derived from it:
+/// the name in metrics, logs and `sql/apply`, the kind of a path, the tables to check, and the rows to purge.
 macro_rules! kinds {
     ($($kind:ident $name:literal $($collection:literal)? $(=> $table:literal $key:literal)?;)*) => {
         /// The kinds of operation, one per file in `sql/apply` and `src/apply`.
@@ -20,13 +20,13 @@ macro_rules! kinds {
                 match self { $(Kind::$kind => $name,)* }
             }
 
-            /// What its delete is called in `sql/apply/90_apply.sql`; registers are never deleted.
+            /// The name of its delete in `sql/apply/90_apply.sql`; registers are never deleted.
             #[must_use]
             pub fn delete_name(self) -> &'static str {
                 match self { $(Kind::$kind => concat!("delete ", $name),)* }
             }
 
-            /// The table of its rows, and the column that holds the record's URI, or its post's; `None` for registers.
+            /// The table of its rows, and the column with the URI of the record or its post; `None` for registers.
             #[must_use]
             pub fn table(self) -> Option<(&'static str, &'static str)> {
                 match self {
@@ -35,11 +35,11 @@ macro_rules! kinds {
                 }
             }
 
-            /// What the records of a collection are.
+            /// The kind of the records in a collection.
             #[must_use]
             pub fn of(collection: &str, rkey: &str) -> Self {
                 match collection {
-                    // Only this one is the account's profile.
+                    // Only the record with this key is the account's profile.
                     "app.bsky.actor.profile" if rkey == "self" => Kind::Profile,
                     $($($collection => Kind::$kind,)?)*
                     _ => Kind::Record,
@@ -75,7 +75,7 @@ kinds! {
 }
 
 impl Kind {
-    /// Their order within one call. Gates come first: a post that is written after its gate has its flags at once.
+    /// Their order within one call. Gates come first: a post written after its gate gets its flags immediately.
     #[must_use]
     pub fn rank(self) -> (bool, Self) {
         (!matches!(self, Kind::ThreadGate | Kind::PostGate), self)

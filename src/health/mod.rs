@@ -1,4 +1,5 @@
-//! How this process is: one look at its parts, judged in one place, for the page's sentence and for readiness.
+//! The health of this process: one snapshot of its parts, judged in one place, for the page's sentence and for
+//! readiness.
 
 mod ready;
 mod rules;
@@ -16,13 +17,13 @@ use crate::status::{PipelineStatus, ReaderStatus, State, Status};
 use crate::stream::noted::Refill;
 use crate::time::now_ms;
 
-/// A backlog with no acknowledgement for this long counts as stalled; a part that waits for its lease for so long is not
-/// ready, and neither is a reader without a relay.
+/// A backlog with no acknowledgement for this long counts as stalled. A part that has waited for its lease for this
+/// long is not ready, and neither is a reader without a relay.
 const NO_PROGRESS_MS: u64 = 30_000;
-/// A reader that has received nothing for this long, and was not steadily connected either, is stuck.
+/// A reader that has received nothing for this long, without being steadily connected, is stuck.
 const NOTHING_IN_MS: u64 = 60_000;
 
-/// How bad it is.
+/// Severity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
@@ -38,7 +39,7 @@ pub enum Level {
     Bad,
 }
 
-/// The state of the process in one sentence, for a reader who has never seen it.
+/// The state of the process in one sentence, for someone who has never seen it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Health {
     /// How bad it is.
@@ -60,11 +61,11 @@ pub struct Facts {
     pub pipelines: Vec<PipelineStatus>,
     /// Its reader.
     pub reader: Option<ReaderStatus>,
-    /// The process is about to end.
+    /// The process is shutting down.
     pub draining: bool,
-    /// When the stream was last looked at.
+    /// When the janitor last looked at the stream.
     pub look_ms: Option<u64>,
-    /// Since when the process runs.
+    /// When the process started.
     pub started_ms: u64,
     /// When anything was last acknowledged.
     pub last_ack_ms: u64,
@@ -76,16 +77,16 @@ pub struct Facts {
     pub rate: f64,
     /// Frames from the relay per second.
     pub frames: f64,
-    /// How many fewer wait than a second before.
+    /// Entries per second by which the backlog shrinks.
     pub shrinking: f64,
-    /// 99 of 100 events are durable within this, in milliseconds.
+    /// The time within which 99% of events are durable, in milliseconds.
     pub p99_ms: Option<f64>,
     /// The refill in progress, because PostgreSQL lost events.
     pub refill: Option<Refill>,
 }
 
 impl Facts {
-    /// What the parts report of themselves now. The rates are the caller's to add.
+    /// The parts' own current reports. The caller adds the rates.
     #[must_use]
     pub fn of(status: &Status, draining: bool) -> Self {
         let look = status.look();
@@ -104,12 +105,12 @@ impl Facts {
         }
     }
 
-    /// How long ago that was.
+    /// Milliseconds since a point in time.
     fn since_ms(&self, since_ms: u64) -> u64 {
         self.now_ms.saturating_sub(since_ms)
     }
 
-    /// Since when nothing was acknowledged although entries wait; `None` while there is progress.
+    /// Since when nothing has been acknowledged although entries are waiting; `None` while there is progress.
     fn stalled_since_ms(&self) -> Option<u64> {
         let idle_since = self.last_ack_ms.max(self.started_ms);
         let stalled = !self.pipelines.is_empty()
@@ -118,7 +119,7 @@ impl Facts {
         stalled.then_some(idle_since)
     }
 
-    /// The reader, where it receives nothing although it should. Room, Redis and leases have states of their own.
+    /// The reader, if it receives nothing although it should. Room, Redis and leases have states of their own.
     fn stuck_reader(&self) -> Option<&ReaderStatus> {
         let receives =
             |state: &State| matches!(state, State::Starting | State::Running | State::WaitingForRelay { .. });

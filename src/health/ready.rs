@@ -1,11 +1,11 @@
-//! Readiness: whether work gets in and out, with everything that is wrong.
+//! Readiness: whether work gets in and out, with every problem found.
 
 use serde::Serialize;
 
 use super::{Facts, NO_PROGRESS_MS};
 use crate::status::State;
 
-/// What the servers said when they were asked just now; `None` where a server answered, or is not used.
+/// The servers' answers just now; `None` where a server answered, or is not used.
 #[derive(Debug, Default)]
 pub struct Answers {
     /// Redis's error.
@@ -17,15 +17,15 @@ pub struct Answers {
 /// The result of the readiness check.
 #[derive(Debug, Serialize)]
 pub struct Readiness {
-    /// Everything is as it should be.
+    /// Ready.
     pub ready: bool,
     /// Not ready only because an operator paused it.
     pub only_paused: bool,
-    /// Everything that is wrong, for people.
+    /// Every problem, for people.
     pub reasons: Vec<String>,
 }
 
-/// Everything that is wrong.
+/// Every problem found.
 #[must_use]
 pub fn readiness(facts: &Facts, answers: Answers) -> Readiness {
     let (mut reasons, mut paused) = (Vec::new(), Vec::new());
@@ -34,14 +34,14 @@ pub fn readiness(facts: &Facts, answers: Answers) -> Readiness {
     pipelines(facts, &mut reasons, &mut paused);
     if let (Some(since), true) = (facts.stalled_since_ms(), paused.is_empty()) {
         reasons.push(format!(
-            "no progress: the oldest entry has waited for {:.0} s and nothing was finished for {} s",
+            "no progress: the oldest entry has waited for {:.0} s and nothing has finished for {} s",
             facts.oldest_seconds,
             facts.since_ms(since) / 1000
         ));
     }
     if let Some(refill) = facts.refill {
         reasons.push(format!(
-            "PostgreSQL had lost acknowledged events: reading again from {} to {}",
+            "PostgreSQL lost acknowledged events: re-reading from {} to {}",
             refill.from, refill.until
         ));
     }

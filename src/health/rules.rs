@@ -1,17 +1,17 @@
-//! The sentence: rules in the order of their weight, the first that applies is the one.
+//! The health sentence: rules in order of importance; the first that applies wins.
 
 use super::words::{duration, entries_wait, milliseconds, reason, thousands, upper};
 use super::{Facts, Health, Level};
 use crate::status::{ReaderStatus, State};
 
-/// Entries that wait less long than this are on their way, not waiting.
+/// A backlog younger than this is normal latency.
 const BEHIND_SECONDS: f64 = 5.0;
-/// The stream is looked at every second; when that stops, Redis is not answering.
+/// The janitor looks at the stream every second; an older look means that Redis is not answering.
 const LOOK_IS_OLD_MS: u64 = 4_000;
 /// An event that takes longer than this to become durable is late.
 const SLOW_MS: f64 = 5_000.0;
 
-/// In the order of their weight.
+/// Most important first.
 const RULES: [fn(&Facts) -> Option<Health>; 15] = [
     draining,
     halted,
@@ -30,7 +30,7 @@ const RULES: [fn(&Facts) -> Option<Health>; 15] = [
     only_reading,
 ];
 
-/// The most important statement to make.
+/// The state of the process, by the most important rule that applies.
 #[must_use]
 pub fn health(facts: &Facts) -> Health {
     RULES.iter().find_map(|rule| rule(facts)).unwrap_or_else(|| at_work(facts))
@@ -51,7 +51,7 @@ fn draining(facts: &Facts) -> Option<Health> {
         1 => "1 entry is still in hand.".to_owned(),
         count => format!("{} entries are still in hand.", thousands(count as f64)),
     };
-    let sentence = "Draining: finishes the work in hand, then exits.";
+    let sentence = "Draining: finishing the work in hand, then exiting.";
     facts.draining.then(|| say(Level::Paused, "draining", sentence, detail))
 }
 
@@ -97,7 +97,7 @@ fn waiting_for_redis(facts: &Facts) -> Option<Health> {
     })
 }
 
-/// Found before the parts report it.
+/// Noticed before the parts report it.
 fn silent_redis(facts: &Facts) -> Option<Health> {
     let looked = facts.look_ms.unwrap_or(facts.started_ms);
     let sentence = || format!("Redis has not answered for {}; nothing is lost.", since(facts, looked));
@@ -106,8 +106,8 @@ fn silent_redis(facts: &Facts) -> Option<Health> {
 
 fn lease(facts: &Facts) -> Option<Health> {
     let waiting = longest(facts, |state| matches!(state, State::WaitingForLease { .. }))?;
-    let who = if waiting.is_reader { "Another reader is" } else { "Another process of this name is" };
-    let sentence = format!("{who} at work; waiting for {}.", since(facts, waiting.since_ms));
+    let who = if waiting.is_reader { "Another reader is" } else { "Another process with this name is" };
+    let sentence = format!("{who} active; waiting for {}.", since(facts, waiting.since_ms));
     Some(say(Level::Waiting, "lease", sentence, reason(waiting.state)))
 }
 
@@ -119,14 +119,14 @@ fn paused(facts: &Facts) -> Option<Health> {
     let pipelines_idle = facts.pipelines.iter().any(|pipeline| is(&pipeline.state));
     let who = match (reader_idle, pipelines_idle) {
         (true, true) => "reader and pipelines idle",
-        (true, false) if !facts.pipelines.is_empty() => "the reader is idle, the pipelines work",
-        (true, false) => "the reader is idle",
-        (false, _) if facts.reader.is_some() => "the pipelines are idle, the reader works",
-        (false, _) => "the pipelines are idle",
+        (true, false) if !facts.pipelines.is_empty() => "reader idle, pipelines running",
+        (true, false) => "reader idle",
+        (false, _) if facts.reader.is_some() => "pipelines idle, reader running",
+        (false, _) => "pipelines idle",
     };
     let detail = match facts.waiting {
-        Some(0) | None => "Nothing is lost meanwhile.".to_owned(),
-        Some(count) => format!("Nothing is lost meanwhile; {}.", entries_wait(count)),
+        Some(0) | None => "Nothing is lost.".to_owned(),
+        Some(count) => format!("Nothing is lost; {}.", entries_wait(count)),
     };
     let sentence = format!("Paused by an operator {} ago: {who}.", since(facts, part.since_ms));
     Some(say(Level::Paused, "paused", sentence, detail))
@@ -143,7 +143,7 @@ fn no_progress(facts: &Facts) -> Option<Health> {
     Some(say(
         Level::Bad,
         "no_progress",
-        format!("No progress: entries wait, and nothing was finished for {since}."),
+        format!("No progress: entries are waiting and nothing has finished for {since}."),
         format!("The oldest entry has waited for {}.", duration(facts.oldest_seconds)),
     ))
 }
@@ -159,8 +159,8 @@ fn refill(facts: &Facts) -> Option<Health> {
     Some(say(
         Level::Waiting,
         "refill",
-        format!("Reading again what PostgreSQL had lost, for {}.", since(facts, refill.since_ms)),
-        format!("From position {} to {}; until then the tables lack some of it.", refill.from, refill.until),
+        format!("Re-reading events that PostgreSQL lost, for {}.", since(facts, refill.since_ms)),
+        format!("From position {} to {}; the tables are incomplete until then.", refill.from, refill.until),
     ))
 }
 
@@ -192,7 +192,7 @@ fn behind(facts: &Facts) -> Option<Health> {
     let count = facts.waiting.map_or_else(String::new, |count| format!(", {}", entries_wait(count)));
     let detail = match facts.waiting {
         Some(count) if facts.shrinking > 1.0 => {
-            format!("At this pace nothing waits in {}.", duration((count as f64 / facts.shrinking).max(1.0)))
+            format!("At this pace, caught up in {}.", duration((count as f64 / facts.shrinking).max(1.0)))
         }
         _ => format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
     };
@@ -200,31 +200,31 @@ fn behind(facts: &Facts) -> Option<Health> {
     Some(say(Level::Busy, "behind", format!("{way}: {}{count}.", pace(facts)), detail))
 }
 
-/// A process without pipelines, of which nothing worse is to be said.
+/// A healthy process without pipelines.
 fn only_reading(facts: &Facts) -> Option<Health> {
     let frames = thousands(facts.frames);
-    let sentence = || format!("Well: {frames} frames/s from the relay into the stream.");
+    let sentence = || format!("Healthy: {frames} frames/s from the relay into the stream.");
     facts.pipelines.is_empty().then(|| say(Level::Well, "well", sentence(), ""))
 }
 
-/// A process with pipelines, of which nothing worse is to be said.
+/// A process with pipelines, if no other rule applies.
 fn at_work(facts: &Facts) -> Health {
-    let within = |p99| format!("99 of 100 are safe in PostgreSQL within {}.", milliseconds(p99));
+    let within = |p99| format!("99% of events are safe in PostgreSQL within {}.", milliseconds(p99));
     match (facts.p99_ms.filter(|_| facts.rate >= 0.5), facts.waiting) {
         (Some(p99), _) if p99 > SLOW_MS => {
             say(Level::Busy, "behind", format!("Slow: {}, with high latency.", pace(facts)), within(p99))
         }
         (Some(p99), waiting) => {
             let long = if waiting == Some(0) { "" } else { " for long" };
-            say(Level::Well, "well", format!("Well: {}, nothing waits{long}.", pace(facts)), within(p99))
+            say(Level::Well, "well", format!("Healthy: {}, nothing waiting{long}.", pace(facts)), within(p99))
         }
         (None, Some(count)) if count > 0 => say(
             Level::Busy,
             "behind",
-            format!("Nothing was finished in the last second; {}.", entries_wait(count)),
+            format!("Nothing finished in the last second; {}.", entries_wait(count)),
             format!("The oldest has waited for {}.", duration(facts.oldest_seconds)),
         ),
-        (None, _) => say(Level::Well, "well", "Well: no incoming events, nothing waits.", ""),
+        (None, _) => say(Level::Well, "well", "Healthy: no incoming events, nothing waiting.", ""),
     }
 }
 
@@ -232,14 +232,14 @@ fn pace(facts: &Facts) -> String {
     format!("{} events/s", thousands(facts.rate))
 }
 
-/// A part, as far as the sentence is concerned.
+/// A reader or pipeline, reduced to what the sentence needs.
 struct Part<'a> {
     state: &'a State,
     since_ms: u64,
     is_reader: bool,
 }
 
-/// Of the parts in such a state, the one that is so for the longest time.
+/// Of the parts in such a state, the one that has been in it the longest.
 fn longest(facts: &Facts, is: impl Fn(&State) -> bool) -> Option<Part<'_>> {
     let pipelines = facts.pipelines.iter().map(|part| Part {
         state: &part.state,
@@ -308,14 +308,11 @@ mod tests {
         let both = health(&facts(&rests, Some(&paused)));
         assert_eq!(both.sentence, "Paused by an operator 1 min 1 s ago: reader and pipelines idle.");
         let pipelines = health(&facts(&rests, Some(&running)));
-        assert_eq!(
-            pipelines.sentence,
-            "Paused by an operator 1 min ago: the pipelines are idle, the reader works."
-        );
+        assert_eq!(pipelines.sentence, "Paused by an operator 1 min ago: pipelines idle, reader running.");
         let only_reader = health(&facts(&works, Some(&paused)));
         assert_eq!(
             only_reader.sentence,
-            "Paused by an operator 1 min 1 s ago: the reader is idle, the pipelines work."
+            "Paused by an operator 1 min 1 s ago: reader idle, pipelines running."
         );
     }
 
@@ -323,8 +320,8 @@ mod tests {
     fn progress_is_reported_with_its_rate() {
         let pipelines = [pipeline(State::Running, 1_000)];
         let well = Facts { rate: 2143.0, waiting: Some(0), p99_ms: Some(48.2), ..facts(&pipelines, None) };
-        assert_eq!(health(&well).sentence, "Well: 2,143 events/s, nothing waits.");
-        assert_eq!(health(&well).detail, "99 of 100 are safe in PostgreSQL within 48 ms.");
+        assert_eq!(health(&well).sentence, "Healthy: 2,143 events/s, nothing waiting.");
+        assert_eq!(health(&well).detail, "99% of events are safe in PostgreSQL within 48 ms.");
         let behind = Facts {
             waiting: Some(120_000),
             oldest_seconds: 40.0,
@@ -332,12 +329,12 @@ mod tests {
             shrinking: 1000.0,
             ..facts(&pipelines, None)
         };
-        assert_eq!(health(&behind).sentence, "Catching up: 2,143 events/s, 120,000 entries wait.");
-        assert_eq!(health(&behind).detail, "At this pace nothing waits in 2 min.");
+        assert_eq!(health(&behind).sentence, "Catching up: 2,143 events/s, 120,000 entries waiting.");
+        assert_eq!(health(&behind).detail, "At this pace, caught up in 2 min.");
         let halted = Facts { waiting: Some(4_609), oldest_seconds: 3.4, ..facts(&pipelines, None) };
-        assert_eq!(health(&halted).sentence, "Nothing was finished in the last second; 4,609 entries wait.");
+        assert_eq!(health(&halted).sentence, "Nothing finished in the last second; 4,609 entries waiting.");
         let worse = Facts { shrinking: -500.0, ..behind };
-        assert_eq!(health(&worse).sentence, "Falling behind: 2,143 events/s, 120,000 entries wait.");
+        assert_eq!(health(&worse).sentence, "Falling behind: 2,143 events/s, 120,000 entries waiting.");
         let stuck = Facts { oldest_seconds: 90.0, last_ack_ms: 50_000, ..facts(&pipelines, None) };
         assert_eq!(health(&stuck).about, "no_progress");
         assert_eq!(health(&facts(&pipelines, None)).level, Level::Well);

@@ -1,8 +1,8 @@
-//! The words in which states, numbers and times are told.
+//! The words for states, numbers and times.
 
 use crate::status::State;
 
-/// The reason in a state, as a sentence begins.
+/// The reason for a state, capitalised.
 pub(super) fn reason(state: &State) -> String {
     match state {
         State::WaitingForRedis { reason }
@@ -15,12 +15,12 @@ pub(super) fn reason(state: &State) -> String {
     }
 }
 
-/// A state in the words that stand beside a part.
+/// A state in the words shown next to a part.
 #[must_use]
 pub fn state(state: &State) -> &'static str {
     match state {
         State::Starting => "starting",
-        State::Running => "at work",
+        State::Running => "running",
         State::WaitingForRedis { .. } => "waiting for Redis",
         State::WaitingForPostgres { .. } => "waiting for PostgreSQL",
         State::WaitingForRelay { .. } => "waiting for the relay",
@@ -40,7 +40,11 @@ pub(super) fn upper(text: &str) -> String {
 }
 
 pub(super) fn entries_wait(count: u64) -> String {
-    if count == 1 { "1 entry waits".to_owned() } else { format!("{} entries wait", thousands(count as f64)) }
+    if count == 1 {
+        "1 entry waiting".to_owned()
+    } else {
+        format!("{} entries waiting", thousands(count as f64))
+    }
 }
 
 /// 1,234,567; below ten with one decimal.

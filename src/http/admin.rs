@@ -1,4 +1,4 @@
-//! Control and dead letters: who may ask, and what is done.
+//! Control and dead letters: authorisation and handlers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,16 +21,16 @@ use crate::event::EntryId;
 use crate::stream::StreamResult;
 use crate::stream::dead_letters::Letter;
 
-/// Dead letters in one answer.
+/// Maximum dead letters in one answer.
 const PAGE: usize = 50;
-/// Dead letters searched for one answer.
+/// Maximum dead letters searched for one answer.
 const LOOKED_THROUGH: usize = 2_000;
-/// How long one request may keep retrying or purging; the answer says when more is left.
+/// How long one request may keep retrying or purging; the answer reports whether more is left.
 const WORK: Duration = Duration::from_secs(15);
-/// Characters of a message or an address shown in a list; the letter itself has all of them.
+/// Maximum characters of a message or an address shown in a list; the letter itself has all of them.
 const SHORT: usize = 300;
 
-/// Admits a request that has the token and does not come from another site's page.
+/// Admits a request that carries the token and does not come from another site's page.
 pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     if is_foreign(headers) {
@@ -47,8 +47,8 @@ pub async fn admins_only(Shared(server): Shared<Arc<Server>>, request: Request, 
     }
 }
 
-/// Admits a request for dead letters or for PostgreSQL's statements: with the token from anywhere, without it only from this
-/// machine and by address. A name in the request means a proxy, or a foreign page that made its own name resolve to us.
+/// Admits a request for dead letters or for PostgreSQL's statements: with the token from anywhere; without it only from
+/// this machine and by address. A name in the request means a proxy, or a foreign page whose name resolves to us.
 pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let peer = request
@@ -61,19 +61,19 @@ pub async fn nearby_or_admin(Shared(server): Shared<Arc<Server>>, request: Reque
         Token::Missing | Token::Unset if peer && names_an_address(headers) && !is_foreign(headers) => {
             next.run(request).await
         }
-        Token::Missing => unauthorized("from another machine this needs the admin token"),
+        Token::Missing => unauthorized("from another machine, this needs the admin token"),
         Token::Unset => {
-            refuse(StatusCode::FORBIDDEN, "this is shown on the machine itself only: ADMIN_TOKEN is not set")
+            refuse(StatusCode::FORBIDDEN, "this is shown only on the machine itself: ADMIN_TOKEN is not set")
         }
     }
 }
 
-/// The token in a request.
+/// The state of the token in a request.
 enum Token {
     Right,
     Wrong,
     Missing,
-    /// This process has none.
+    /// This process has no token.
     Unset,
 }
 
@@ -191,18 +191,19 @@ pub async fn log_level(Shared(server): Shared<Arc<Server>>, Query(which): Query<
 
 /// POST /control/drain
 pub async fn drain(Shared(server): Shared<Arc<Server>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
-    info!(%peer, "drained manually");
+    info!(%peer, "drain requested by an operator");
     server.control.drain();
-    (StatusCode::ACCEPTED, Json(json!({ "done": "finishes the work in hand, then exits" }))).into_response()
+    (StatusCode::ACCEPTED, Json(json!({ "done": "finishing the work in hand, then exiting" })))
+        .into_response()
 }
 
 // ---------------------------------------------------------------------------------------------
 // Dead letters
 
-/// Which of them to list.
+/// The dead letters to list.
 #[derive(Debug, Deserialize)]
 pub struct List {
-    /// Older than this one.
+    /// Only letters older than this one.
     before: Option<String>,
     reason: Option<String>,
     kind: Option<String>,
@@ -210,7 +211,7 @@ pub struct List {
     limit: Option<usize>,
 }
 
-/// GET /dead-letters: the newest first.
+/// GET /dead-letters: newest first.
 pub async fn list(Shared(server): Shared<Arc<Server>>, Query(list): Query<List>) -> Response {
     if list.before.as_ref().is_some_and(|id| id.parse::<EntryId>().is_err()) {
         return refuse(StatusCode::BAD_REQUEST, "before is the id of a dead letter");
@@ -296,7 +297,7 @@ fn short(text: &str) -> String {
     }
 }
 
-/// Which of them to retry or purge: ids, or all that fit.
+/// The letters to retry or purge: ids, or all that match.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Chosen {
@@ -312,7 +313,7 @@ pub struct Chosen {
 impl Chosen {
     fn filter(self) -> Result<Filter, &'static str> {
         if self.ids.is_empty() && !self.all {
-            return Err("give ids, or all (with reason, kind, text or since for some of them)");
+            return Err("give ids, or all (with reason, kind, text or since to select some of them)");
         }
         let since = self.since.as_deref().map(humantime::parse_duration).transpose();
         let since = since.map_err(|_| "since is a time such as 1h or 2d")?;
@@ -323,7 +324,7 @@ impl Chosen {
 /// POST /dead-letters/retry
 pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Json<Chosen>) -> Response {
     let Some(store) = &server.store else {
-        return refuse(StatusCode::CONFLICT, "this process has no pipelines: ask one that has");
+        return refuse(StatusCode::CONFLICT, "this process has no pipelines: send this to one that has");
     };
     let filter = match chosen.filter() {
         Ok(filter) => filter,
@@ -388,7 +389,7 @@ fn unavailable(error: &anyhow::Error) -> Response {
     refuse(StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}"))
 }
 
-/// The chosen letters, until the time of a request is up.
+/// The chosen letters, within a request's time limit.
 async fn walk(server: &Server, filter: Filter) -> anyhow::Result<Walk> {
     let stream = server.redis.connect().await?;
     Ok(Walk::new(stream, filter).await?.for_at_most(WORK))

@@ -1,4 +1,4 @@
-//! A minimal HTTP client for the command line to talk to a running process.
+//! A minimal HTTP client with which the command line talks to a running process.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -45,7 +45,7 @@ async fn ask(
         .with_context(|| format!("no answer from {address} within {limit:?}"))?
 }
 
-/// An address that serves all interfaces is asked on loopback.
+/// The address to connect to: loopback if the process listens on all interfaces.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -67,7 +67,7 @@ async fn fetch(address: SocketAddr, method: &str, path: &str, headers: &str) -> 
     let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("the answer is not HTTP")?;
     if head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
-        bail!("the answer comes in chunks, which standpipe does not send");
+        bail!("the answer is chunked, which standpipe never sends");
     }
     Ok((code, body.to_owned()))
 }

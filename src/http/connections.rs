@@ -1,5 +1,5 @@
-//! Accepting connections, with bounds on everything that a client decides: the number of connections, the time to send a
-//! request, the time to read an answer.
+//! Accepting connections, with bounds on everything that a client controls: the number of connections, the time to send
+//! a request, the time to read an answer.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,19 +26,20 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
-/// Maximum concurrent connections. Beyond it, connections that wait for a request are closed, longest idle first.
+/// Maximum concurrent connections. Beyond it, connections that are waiting for a request are closed, longest idle
+/// first.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Extra connections for health and metrics while all others are busy.
 const RESERVED: usize = 16;
-/// The paths served on those.
+/// The paths served on the extra connections.
 const RESERVED_PATHS: [&str; 4] = ["/livez", "/readyz", "/health", "/metrics"];
-/// Time limit for the headers of a request; an idle connection is closed after it, too.
+/// Time limit for the headers of a request; also closes idle connections.
 const HEADER_READ: Duration = Duration::from_secs(10);
 /// Drop a client that has read nothing for this long.
 const STALLED: Duration = Duration::from_secs(10);
 /// Buffer size of one connection, in and out.
 const BUFFER: usize = 16 * 1024;
-/// Kernel buffer of one connection: small, so that a client that reads nothing is found sooner.
+/// Kernel buffer of one connection: small, so that a client that reads nothing is noticed sooner.
 const SEND_BUFFER: u32 = 32 * 1024;
 
 /// The client's address.
@@ -49,30 +50,30 @@ pub struct Peer(pub SocketAddr);
 ///
 /// # Errors
 ///
-/// The address is taken, or is not one of this machine.
+/// The address is in use, or does not belong to this machine.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
-    // What is accepted inherits it.
+    // Accepted sockets inherit it.
     socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.bind(address)?;
     socket.listen(128)
 }
 
-/// An open connection, as far as it can be closed for another one.
+/// An open connection, and what decides whether it can be closed for another one.
 #[derive(Default)]
 struct Slot {
-    /// Requests that are being answered.
+    /// Requests in progress.
     busy: AtomicBool,
-    /// It is to end.
+    /// Tells the connection to end.
     close: CancellationToken,
 }
 
-/// Answers for as long as it is polled.
+/// Serves connections for as long as it is polled.
 pub async fn serve(listener: TcpListener, routes: Router) {
-    // All in one task: its owner owns them all.
+    // All in one task, so that dropping it drops every connection.
     let mut open = FuturesUnordered::new();
-    // The longest open first.
+    // Longest open first.
     let mut slots: VecDeque<Arc<Slot>> = VecDeque::new();
     loop {
         tokio::select! {
@@ -89,7 +90,7 @@ pub async fn serve(listener: TcpListener, routes: Router) {
                     slots.push_back(Arc::clone(&slot));
                     open.push(answer(stream, peer, routes.clone(), slot, reserved));
                 }
-                // Out of descriptors, perhaps: an immediate retry would not help.
+                // Possibly out of file descriptors: an immediate retry would not help.
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
             Some(()) = open.next() => {}
@@ -97,7 +98,7 @@ pub async fn serve(listener: TcpListener, routes: Router) {
     }
 }
 
-/// `reserved`: only for health and metrics, and for one request.
+/// `reserved`: for a single request, and only for health and metrics.
 async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<Slot>, reserved: bool) {
     let service = service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Peer(peer));
@@ -137,10 +138,10 @@ async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<S
     slot.close.cancel();
 }
 
-/// A connection that ends when the other side reads nothing for [`STALLED`].
+/// A connection that ends when the other side has read nothing for [`STALLED`].
 struct Impatient {
     stream: TcpStream,
-    /// Until when something must have been taken; only while something waits to be.
+    /// The deadline by which the client must have read something; set only while output is pending.
     deadline: Option<Pin<Box<Sleep>>>,
 }
 

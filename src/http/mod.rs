@@ -33,13 +33,13 @@ use crate::store::Store;
 use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
 
-/// How long a server may take to answer us.
+/// Time limit for an answer from Redis or PostgreSQL.
 const ANSWER: Duration = Duration::from_secs(2);
-/// The largest body of a request.
+/// Maximum size of a request's body.
 const MAX_BODY: usize = 64 * 1024;
-/// How long a request may take until its answer begins.
+/// Time limit until the answer to a request begins.
 const REQUEST: Duration = Duration::from_secs(30);
-/// The page, whole: its style and its script are in it. `NONCE` stands where each answer has one of its own.
+/// The whole page, with its style and script inline. `NONCE` is replaced by a fresh one in each answer.
 const PAGE: &str = include_str!("dashboard.html");
 
 /// State shared by the handlers.
@@ -55,13 +55,13 @@ pub struct Server {
     token: Option<AdminToken>,
     /// This process's name on the page.
     name: String,
-    /// The level it began to log with.
+    /// The log level at the start.
     level: LogLevel,
     live: Live,
 }
 
 impl Server {
-    /// A server for this process's parts; `store` where there are pipelines.
+    /// A server for this process's parts; `store` if there are pipelines.
     #[must_use]
     pub fn new(
         config: &Config,
@@ -89,7 +89,7 @@ impl Server {
         }
     }
 
-    /// Answers for as long as it is polled.
+    /// Serves requests for as long as it is polled.
     pub async fn serve(self, listener: TcpListener) {
         let server = Arc::new(self);
         let admins = middleware::from_fn_with_state(Arc::clone(&server), admin::admins_only);
@@ -129,7 +129,7 @@ impl Server {
         );
     }
 
-    /// Asks Redis, over a connection that is kept while it is good.
+    /// Queries Redis, over a connection that is reused as long as it works.
     async fn ask_redis(&self) -> Result<report::Report, String> {
         let ask = async {
             let mut kept = self.stream.lock().await;
@@ -153,7 +153,7 @@ impl Server {
 
     async fn readiness(&self) -> Readiness {
         let mut answers = Answers::default();
-        // The janitor's look may be old: this one is of now.
+        // A fresh look, because the janitor's may be old.
         let oldest_seconds = match self.ask_redis().await {
             Ok(report) => report.stream.oldest_waiting_seconds.unwrap_or(0.0),
             Err(reason) => {
@@ -162,7 +162,7 @@ impl Server {
             }
         };
         if let Some(store) = &self.store {
-            // All connections being in use is not a fault while work progresses.
+            // A fully used pool is not a fault while work progresses.
             let (_, in_use) = store.pool_status();
             if in_use < self.pool_max {
                 answers.postgres = store.ping(ANSWER).await.err().map(|error| error.to_string());
@@ -180,11 +180,11 @@ impl Server {
     }
 }
 
-/// A bound on the time of every request, and the headers that every answer has.
+/// Bounds the time of every request, and adds the headers common to all answers.
 async fn guard(request: Request, next: Next) -> Response {
     let mut response = match tokio::time::timeout(REQUEST, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => (StatusCode::REQUEST_TIMEOUT, "this took too long\n").into_response(),
+        Err(_) => (StatusCode::REQUEST_TIMEOUT, "the request timed out\n").into_response(),
     };
     let headers = response.headers_mut();
     for (name, value) in [
@@ -205,13 +205,13 @@ async fn guard(request: Request, next: Next) -> Response {
 ///
 /// # Errors
 ///
-/// The system gives no random bytes.
+/// The system provides no random bytes.
 pub fn random_token() -> anyhow::Result<String> {
     let mut bytes = [0; 16];
     rustls::crypto::ring::default_provider()
         .secure_random
         .fill(&mut bytes)
-        .map_err(|_| anyhow::anyhow!("the system gives no random bytes"))?;
+        .map_err(|_| anyhow::anyhow!("the system provides no random bytes"))?;
     Ok(bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
@@ -263,7 +263,7 @@ async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
         ::metrics::gauge!(metrics::PIPELINES, "state" => name).set(count as f64);
     }
     if let Some(reader) = &server.status.reader {
-        // Before the first one, from the start: a relay that never sends anything must be seen as well.
+        // Counts from the start before the first frame, so that a relay that never sends anything shows up, too.
         let last = lock(reader).last_frame_ms.unwrap_or(server.status.started_ms);
         ::metrics::gauge!(metrics::RELAY_FRAME_AGE).set(now_ms().saturating_sub(last) as f64 / 1000.0);
     }

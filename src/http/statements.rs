@@ -1,4 +1,4 @@
-//! The cost of PostgreSQL's statements, from the extension `pg_stat_statements`. Queried only while somebody looks at it.
+//! The cost of PostgreSQL's statements, from the extension `pg_stat_statements`. Queried only while a page shows it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use serde_json::{Value, json};
 use super::Server;
 use crate::store::statements;
 
-/// How long PostgreSQL may take to answer.
+/// Time limit for PostgreSQL's answer.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// GET /statements: the ten on which most time was spent.
+/// GET /statements: the ten on which the most time was spent.
 pub async fn statements(Shared(server): Shared<Arc<Server>>) -> Response {
     let answer = match ask(&server).await {
         Ok(Some(found)) => found,
         Ok(None) => json!({
             "counted": false,
-            "why": "PostgreSQL does not count them; put pg_stat_statements into shared_preload_libraries, restart it, \
+            "why": "PostgreSQL does not track them; add pg_stat_statements to shared_preload_libraries, restart it, \
                     and run CREATE EXTENSION pg_stat_statements in this database",
         }),
         Err(why) => json!({ "counted": false, "why": why }),
@@ -30,17 +30,17 @@ pub async fn statements(Shared(server): Shared<Arc<Server>>) -> Response {
 
 async fn ask(server: &Server) -> Result<Option<Value>, String> {
     let Some(store) = &server.store else {
-        return Err("this process has no pipelines, and so no connection to PostgreSQL".to_owned());
+        return Err("this process has no pipelines, and therefore no connection to PostgreSQL".to_owned());
     };
-    // The pipelines come first.
+    // Does not queue for a connection: the pipelines come first.
     if store.pool_status().1 >= server.pool_max {
         return Err("every connection is in use".to_owned());
     }
-    let late = || format!("PostgreSQL gives no answer within {ANSWER:?}");
+    let late = || format!("no answer from PostgreSQL within {ANSWER:?}");
     let session = tokio::time::timeout(ANSWER, store.session()).await.map_err(|_| late())?;
     let session = session.map_err(|error| error.to_string())?;
     let Ok(found) = tokio::time::timeout(ANSWER, statements::look(session.client())).await else {
-        // Returned to the pool, its answer would hold up the next user.
+        // In the pool, the outstanding answer would hold up the next user.
         session.give_up();
         return Err(late());
     };

@@ -11,7 +11,7 @@ use super::{
     WAITING,
 };
 
-/// Describes them all to the recorder.
+/// Describes all metrics to the recorder.
 pub(super) fn describe() {
     describe_work();
     describe_stream();

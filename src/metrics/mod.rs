@@ -27,7 +27,7 @@ pub const RETRIES: &str = "standpipe_retries_total";
 pub const DEAD_LETTERS: &str = "standpipe_dead_letters_total";
 /// Entries kept pending because the dead letters are full.
 pub const DEAD_LETTERS_FULL: &str = "standpipe_dead_letters_overflow_total";
-/// Entries that another client trimmed while they were pending.
+/// Entries that another client removed before they were known to be acknowledged.
 pub const LOST: &str = "standpipe_entries_lost_total";
 /// Times that the reader was set back for such entries.
 pub const SET_BACK: &str = "standpipe_reader_set_back_total";
@@ -35,7 +35,7 @@ pub const SET_BACK: &str = "standpipe_reader_set_back_total";
 pub const PURGED_ACCOUNTS: &str = "standpipe_purged_accounts_total";
 /// Records of deleted accounts that have been removed.
 pub const PURGED_RECORDS: &str = "standpipe_purged_records_total";
-/// Entries taken over from consumers that are gone.
+/// Entries taken over from dead consumers.
 pub const CLAIMED: &str = "standpipe_claimed_entries_total";
 /// Group recreations.
 pub const GROUP_RECREATED: &str = "standpipe_group_recreations_total";
@@ -95,13 +95,13 @@ pub const RETRY_REASONS: [&str; 4] = ["reconnect", "retry", "halt", "split"];
 /// The types that [`RELAY_FRAMES`] and [`ENTRIES`] are counted by; everything else is `other`.
 pub const TYPES: [&str; 6] = ["commit", "identity", "account", "sync", "info", "other"];
 
-/// The label for an event or frame type: never upstream's own words.
+/// The label for an event or frame type: never upstream's own text.
 #[must_use]
 pub fn type_label(event_type: &str) -> &'static str {
     TYPES.iter().find(|known| **known == event_type).copied().unwrap_or("other")
 }
 
-/// Counts what of the relay's events could not be used, by class.
+/// Counts relay events that could not be used, by class.
 pub fn missed(class: &'static str, by: u64) {
     metrics::counter!(RELAY_MISSED, "reason" => class).increment(by);
 }
@@ -124,12 +124,12 @@ pub fn look(look: &Look) {
     if look.set_back {
         count(SET_BACK, 1);
         tracing::warn!(
-            "the reader goes back to the lowest position that is not acknowledged, for what was removed"
+            "the reader goes back to the lowest unacknowledged position to re-read the removed entries"
         );
     }
 }
 
-/// Counts and logs that somebody else removed entries that may not have been acknowledged.
+/// Counts and logs entries that somebody else removed and that may not have been acknowledged.
 pub fn note_removed(entries: u64) {
     if entries > 0 {
         count(LOST, entries);
@@ -149,9 +149,7 @@ pub fn frame(event_type: &str) {
 pub fn note_ensured(ensured: Ensured) {
     if ensured.stream_lost {
         count(STREAM_LOST, 1);
-        tracing::warn!(
-            "the stream was gone: the reader goes back to the lowest position that was not acknowledged"
-        );
+        tracing::warn!("the stream was gone: the reader goes back to the lowest unacknowledged position");
     }
     if ensured.group_created {
         count(GROUP_RECREATED, 1);

@@ -1,4 +1,5 @@
-//! The counters that the page shows: kept here, where it reads them, and handed to the exporter before every scrape.
+//! The counters that the page shows: kept here, where the page can read them, and passed to the exporter before each
+//! scrape.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -29,7 +30,7 @@ const PLAIN: [&str; 15] = [
     DATABASE_WENT_BACK,
 ];
 
-/// What the operations of one kind came to.
+/// The outcome of one kind's operations.
 struct Operations {
     applied: AtomicU64,
     stale: AtomicU64,
@@ -42,7 +43,7 @@ static REPETITIONS: [AtomicU64; RETRY_REASONS.len()] = [const { AtomicU64::new(0
 static COUNTS: [AtomicU64; PLAIN.len()] = [const { AtomicU64::new(0) }; PLAIN.len()];
 static BACKPRESSURE_MS: AtomicU64 = AtomicU64::new(0);
 
-/// Counts a run of operations of one kind.
+/// Counts operations of one kind.
 pub fn operations(kind: Kind, total: u32, applied: u32) {
     let counts = &OPERATIONS[kind as usize];
     counts.applied.fetch_add(applied.into(), Ordering::Relaxed);
@@ -105,7 +106,7 @@ pub fn backpressure_seconds() -> u64 {
     BACKPRESSURE_MS.load(Ordering::Relaxed) / 1000
 }
 
-/// Hands them all to the exporter.
+/// Passes them all to the exporter.
 pub fn export() {
     for kind in Kind::ALL {
         let (applied, stale) = of_kind(kind);

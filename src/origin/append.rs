@@ -1,5 +1,4 @@
-//! Queue -> stream: the entries, the cursor and what is known to be missing, in one step each; and the marks at which the
-//! reader waits.
+//! Queue -> stream: appends entries, cursor and known losses atomically; and the marks at which the reader waits.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -21,24 +20,24 @@ use crate::stream::gap::Gap;
 use crate::stream::{Stream, is_oom};
 use crate::time::now_ms;
 
-/// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this much,
-/// because it checks the limit before a script and not within.
+/// Maximum size of one append. A longer script would hold up the server, and Redis may exceed its memory limit by this
+/// amount, because it checks the limit before a script and not during it.
 const APPEND_BYTES: usize = 512 * 1024;
 const APPEND_ENTRIES: usize = 500;
-/// Beyond this an append is cut into pieces: what was gathered, and then one commit that is larger than all of it.
+/// An append larger than this is split: it is a gathered batch plus one commit that is larger than the batch.
 const PIECE_BYTES: usize = 2 * APPEND_BYTES;
-/// How often the cursor, the lease and the marks are looked at.
+/// How often the cursor, the lease and the marks are checked.
 const LOOK: Duration = Duration::from_secs(1);
-/// Dead letters that the reader keeps of one account.
+/// Maximum dead letters that the reader keeps per account.
 const LETTERS_PER_ACCOUNT: u64 = 100;
 
-/// An arrival on its way to the stream, with the room that it takes in the queue.
+/// An arrival on its way to the stream, with the space that it takes in the queue.
 pub(super) struct Item {
     pub(super) arrival: Arrival,
     pub(super) _room: OwnedSemaphorePermit,
 }
 
-/// Adds what waits in the queue, up to what one append may hold.
+/// Adds waiting items from the queue, up to the size of one append.
 fn take_along(items: &mut Vec<Item>, queue: &mut mpsc::Receiver<Item>) {
     let size = |item: &Item| item.arrival.entries.iter().map(|entry| entry.data.len()).sum::<usize>();
     let mut bytes: usize = items.iter().map(size).sum();
@@ -49,13 +48,13 @@ fn take_along(items: &mut Vec<Item>, queue: &mut mpsc::Receiver<Item>) {
     }
 }
 
-/// One connection's way into the stream.
+/// Appends to the stream over one connection.
 pub(super) struct Appender<'a> {
     pub(super) reader: &'a Reader,
     pub(super) stream: &'a mut Stream,
     pub(super) cursor: &'a mut Cursor,
     pub(super) plan: &'a Plan,
-    /// Which server it is; `None` before the first look.
+    /// The server's identity; `None` before the first look.
     pub(super) run_id: Option<String>,
     pub(super) stop: &'a CancellationToken,
 }
@@ -69,7 +68,7 @@ impl Appender<'_> {
     ) -> Result<(), End> {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Repeats of events already in the stream do not set the cursor back.
+        // Repeats of events already in the stream do not move the cursor back.
         let mut position = self.plan.from;
         let mut items = Vec::new();
         loop {
@@ -93,7 +92,8 @@ impl Appender<'_> {
                 let to = if number + 1 == count {
                     position.unwrap_or(last)
                 } else {
-                    // Until the last piece is there, all of them have to come again. Another relay's numbers mean nothing.
+                    // Until the last piece is in, all of them must be sent again. Another relay's numbers are
+                    // meaningless.
                     self.cursor.position.filter(|_| self.cursor.is_current).unwrap_or(what.entries[0].seq - 1)
                 };
                 let Some(appended) = self.append(&what, to).await? else { return Ok(()) };
@@ -116,7 +116,7 @@ impl Appender<'_> {
         }
     }
 
-    /// Appends one piece and moves the cursor, as soon as there is room for it; `None` when it is time to stop.
+    /// Appends one piece and moves the cursor, as soon as there is room; `None` when it is time to stop.
     async fn append(&mut self, what: &Appendix, position: i64) -> Result<Option<append::Appended>, End> {
         let budget =
             Budget { bytes: self.reader.config.dead_letter_max_bytes, per_account: LETTERS_PER_ACCOUNT };
@@ -163,7 +163,7 @@ impl Appender<'_> {
             if gauge.cursor != self.cursor.position.map(|position| position.to_string()) {
                 return Err(AppendError::CursorMoved.into());
             }
-            // Another numbering's positions mean nothing here.
+            // Positions of another numbering are meaningless here.
             let same = gauge.relay.as_ref().is_none_or(|relay| *relay == self.plan.origin);
             if self.cursor.is_current && same {
                 self.cursor.acked = gauge.acked.or(self.cursor.acked);
@@ -183,7 +183,7 @@ impl Appender<'_> {
 }
 
 impl Reader {
-    /// Counts what was appended besides entries.
+    /// Counts everything appended besides entries.
     fn note(&self, what: &Appendix, appended: append::Appended) {
         if let Some(gap) = &what.gap {
             self.note_gap(gap);
@@ -208,13 +208,13 @@ impl Reader {
             after = gap.after,
             until = gap.until,
             events = gap.size(),
-            "gap: events are missing that the relay no longer sends"
+            "gap: the relay no longer has some events"
         );
         metrics::count(metrics::RELAY_GAPS, 1);
         self.status.reader(|reader| reader.gaps += 1);
     }
 
-    /// Which mark is reached. Once waiting, a little below the mark: no stuttering.
+    /// The mark that is reached, if any. While waiting, the threshold is a little lower, to avoid flapping.
     fn full(&self, gauge: &append::Gauge, waiting: bool) -> Option<String> {
         let margin = |mark: u64| if waiting { mark - mark / 20 } else { mark };
         let length = self.config.max_stream_len;
@@ -238,7 +238,7 @@ impl Reader {
         None
     }
 
-    /// Waits a moment.
+    /// Waits a moment, and records that the reader is waiting.
     async fn wait_for_room(&self, reason: &str, stop: &CancellationToken) -> Result<(), Stopped> {
         let mut first = false;
         self.status.reader(|reader| {
@@ -246,7 +246,7 @@ impl Reader {
             reader.enter(State::WaitingForRoom { reason: reason.to_owned() });
         });
         if first {
-            info!(reason, "the reader waits for room; the relay keeps what comes meanwhile");
+            info!(reason, "the reader waits for room; the relay keeps new events");
         }
         let began = Instant::now();
         let waited = or_stop(stop, tokio::time::sleep(Duration::from_millis(200))).await;
@@ -255,12 +255,12 @@ impl Reader {
     }
 }
 
-/// The items' contents combined, in order, with the epoch in every entry.
+/// Combines the items' contents, in order, and adds the epoch to every entry.
 fn gather(items: &mut [Item], epoch: u64) -> Appendix {
     let mut what = Appendix::default();
     for Item { arrival: item, .. } in items {
         for mut entry in item.entries.drain(..) {
-            // An object always ends with a brace. Last, where the pipelines look for it.
+            // The data always ends with a brace. The epoch goes last, where the pipelines look for it.
             entry.data.pop();
             entry.data.push_str(",\"epoch\":");
             entry.data.push_str(&epoch.to_string());
@@ -279,8 +279,8 @@ fn gather(items: &mut [Item], epoch: u64) -> Appendix {
     what
 }
 
-/// Cuts what one append would carry too much of. A gap goes with the first piece, which may begin an epoch; what is counted,
-/// and must not be twice, with the last, which moves the cursor.
+/// Splits an append that is too large. A gap goes with the first piece, which may begin an epoch; counts, which must
+/// not be added twice, go with the last, which moves the cursor.
 fn in_pieces(mut what: Appendix) -> Vec<Appendix> {
     if what.entries.iter().map(|entry| entry.data.len()).sum::<usize>() <= PIECE_BYTES {
         return vec![what];

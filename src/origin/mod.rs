@@ -1,9 +1,9 @@
-//! Where entries come from: an origin behind three verbs (`open`, `next`, `settled`), and the reader, which appends what it
-//! yields to the stream.
+//! The source of entries: an origin behind three verbs (`open`, `next`, `settled`), and the reader, which appends the
+//! origin's arrivals to the stream.
 //!
 //! - `relay`: `com.atproto.sync.subscribeRepos`
-//! - `reader`: one session after the other: lease, cursor, origin
-//! - `append`: queue -> stream, and the marks at which that slows down
+//! - `reader`: one session after another: lease, cursor, origin
+//! - `append`: queue -> stream, and the marks at which the reader slows down
 
 mod append;
 pub mod reader;
@@ -17,56 +17,56 @@ use crate::stream::gap::Gap;
 
 pub use reader::Reader;
 
-/// Something that entries come from.
+/// A source of entries.
 ///
-/// The reader keeps the lease, the cursor and the queue; an origin only connects and reads. What the status and the page
-/// show of it, the origin reports itself: `frames` and `last_frame_ms` of [`crate::status::ReaderStatus`] for whatever it
-/// receives, and `taking_in_ms` while it is steadily connected and there is nothing to receive.
+/// The reader manages the lease, the cursor and the queue; an origin only connects and reads. An origin updates its own
+/// part of [`crate::status::ReaderStatus`]: `frames` and `last_frame_ms` for everything that it receives, and
+/// `taking_in_ms` while it is steadily connected and there is nothing to receive.
 pub trait Origin: Send {
-    /// What it is called, `host` or `host:port`: a position means something only together with it.
+    /// Its name, `host` or `host:port`: positions are meaningful only together with it.
     fn name(&self) -> String;
 
-    /// Connects. The first arrival is the one behind `from`: `None` is from now on, `Some(0)` from the oldest that there is.
-    /// It may send the one at `from` once more.
+    /// Connects. The first arrival is the one after `from`: `None` starts from now, `Some(0)` from the oldest
+    /// available. It may send the one at `from` again.
     fn open(&mut self, from: Option<i64>) -> impl Future<Output = Result<(), OriginError>> + Send;
 
-    /// The next arrival. Cancel-safe: what was dropped while it waited is not lost.
+    /// The next arrival. Cancel-safe: dropping the future loses nothing.
     fn next(&mut self) -> impl Future<Output = Result<Arrival, OriginError>> + Send;
 
-    /// Everything up to `position` is in the stream, whatever has become of it behind that: the moment to acknowledge upstream.
-    /// Called as the stream grows and once more at the end, so that a position may come again.
+    /// Everything up to `position` is in the stream, whether or not it has been applied: the moment to acknowledge
+    /// upstream. Called as the stream grows and once more at the end, so a position may be repeated.
     fn settled(&mut self, position: i64) -> impl Future<Output = Result<(), OriginError>> + Send {
         let _ = position;
         std::future::ready(Ok(()))
     }
 
-    /// Disconnects in good order.
+    /// Disconnects gracefully.
     fn close(&mut self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
 }
 
-/// What arrived, and its position.
+/// One event from an origin, with its position.
 #[derive(Clone, Debug, Default)]
 pub struct Arrival {
-    /// Positions grow by one or more; one that was there before is a repeat.
+    /// Positions grow by one or more; an earlier one is a repeat.
     pub position: i64,
-    /// What goes into the stream, in this order. `data` is a JSON object that ends with its brace; `seq` a position.
+    /// The entries for the stream, in order. `data` is a JSON object that ends with its brace; `seq` is a position.
     pub entries: Vec<NewEntry>,
-    /// What can never be applied.
+    /// Dead letters: what can never be applied.
     pub letters: Vec<NewLetter>,
-    /// What is missing from the tables because it could not be used, by reason.
+    /// Counts of what could not be used, by reason.
     pub missed: BTreeMap<&'static str, u64>,
     /// Its newest revision, or empty.
     pub rev: String,
-    /// In front of it.
+    /// The gap before it.
     pub gap: Option<Gap>,
 }
 
-/// Why nothing more arrives.
+/// Why an origin delivers nothing more.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OriginError {
-    /// It cannot be reached, or ended the connection. It is tried again.
+    /// It cannot be reached, or ended the connection. It is retried.
     #[error("relay: {reason}")]
     Away {
         /// In words.
@@ -74,10 +74,10 @@ pub enum OriginError {
         /// How long it asks us to wait.
         retry_after: Option<Duration>,
     },
-    /// Its positions begin anew: it is read from its oldest event, in a new epoch.
+    /// Its numbering restarted: it is read from its oldest event, in a new epoch.
     #[error("{0}")]
     Reset(String),
-    /// The position is in its future.
+    /// The requested position is in its future.
     #[error("{0}")]
     Future(String),
     /// Operator action needed.
@@ -86,7 +86,7 @@ pub enum OriginError {
 }
 
 impl OriginError {
-    /// It is tried again after the usual time.
+    /// An error that is retried after the usual pause.
     pub fn away(reason: impl Into<String>) -> Self {
         Self::Away { reason: reason.into(), retry_after: None }
     }

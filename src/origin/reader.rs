@@ -1,8 +1,8 @@
 //! The reader: origin -> stream. It never waits for PostgreSQL, and slows down instead of discarding.
 //!
-//! A session is one connection to the origin and one to Redis. Whatever goes wrong with either ends the session, and the
-//! next one starts from the cursor that Redis has: it may have lost its last second, stream and cursor together, and a
-//! reader that carried on from its own memory would leave a hole under a clean cursor.
+//! A session is one connection to the origin and one to Redis. An error on either ends the session, and the next one
+//! starts from the cursor in Redis: Redis may have lost its last second, stream and cursor together, and a reader that
+//! continued from its own memory would leave a hole below a valid cursor.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +26,7 @@ use crate::time::{Backoff, now_ms};
 
 /// Queue between origin and Redis. A slow Redis then slows the origin.
 const QUEUE_BYTES: u32 = 16 * 1024 * 1024;
-/// The same trouble is reported again after this time.
+/// A persistent problem is logged again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 /// A condition that needs operator action is checked again after this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -36,7 +36,7 @@ pub struct Reader {
     pub(super) config: Arc<Config>,
     redis: Redis,
     pub(super) status: Arc<Status>,
-    /// Our identity to the lease.
+    /// Our identity as a holder of the lease.
     pub(super) token: String,
     /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
@@ -57,7 +57,7 @@ pub(super) enum End {
 }
 
 impl End {
-    /// The key of a repeated log line: digits, such as times and ports, may differ.
+    /// Identifies repeated log lines: digits, such as times and ports, may differ.
     fn cause(&self) -> String {
         self.to_string().replace(|c: char| c.is_ascii_digit(), "")
     }
@@ -75,17 +75,17 @@ impl From<CursorError> for End {
 /// State that the reader keeps between sessions.
 #[derive(Default)]
 struct Memory {
-    /// The last known position before the lowest that was not acknowledged, should Redis lose everything.
+    /// The last known position before the lowest unacknowledged one, in case Redis loses everything.
     acked: Option<i64>,
-    /// Where to begin with a new numbering, until something of it is in the stream.
+    /// Where to start in a new numbering, until the stream has an entry of it.
     restart: Option<Restart>,
-    /// The lease was ours.
+    /// Whether we held the lease.
     leased: bool,
-    /// Why a session ended, when that was last logged.
+    /// The last logged reason for the end of a session, and when it was logged.
     said: Option<(String, Instant)>,
 }
 
-/// A new numbering: from which position of it to read, and the gap in front of it.
+/// A new numbering: the position to read from, and the gap before it.
 #[derive(Clone, Debug)]
 struct Restart {
     from: Option<i64>,
@@ -94,12 +94,12 @@ struct Restart {
 
 /// A session's starting point.
 pub(super) struct Plan {
-    /// Whose positions these are.
+    /// The origin that the positions belong to.
     pub(super) origin: String,
-    /// The position to ask for; `None` is from now on.
+    /// The position to ask for; `None` starts from now.
     pub(super) from: Option<i64>,
     pub(super) epoch: u64,
-    /// In front of what comes first.
+    /// The gap before the first arrival.
     gap: Option<Gap>,
     /// Whether something has been appended.
     pub(super) appended: AtomicBool,
@@ -158,13 +158,13 @@ impl Reader {
             }
         }
         if let Ok(mut stream) = self.redis.connect().await {
-            // If this fails the lease runs out by itself.
+            // If this fails, the lease expires by itself.
             let _ = stream.release_lease(Lease::Reader, &self.token).await;
         }
         self.enter(State::Stopped);
     }
 
-    /// A session. A pause ends it like a stop: what is queued is still appended, and the origin is disconnected.
+    /// Runs a session. A pause ends it like a stop: queued items are still appended, and the origin is disconnected.
     async fn until_paused(
         &self,
         origin: &mut impl Origin,
@@ -183,8 +183,8 @@ impl Reader {
         }
     }
 
-    /// Enters the state, and logs it where it is news: an outage is a line a minute, not one per attempt. Returns how long
-    /// to wait.
+    /// Enters the state, and logs it if it is news: an outage is one line per minute, not one per attempt. Returns how
+    /// long to wait.
     fn report(&self, end: &End, delay: Duration, memory: &mut Memory) -> Duration {
         let reason = end.to_string();
         self.enter(match end {
@@ -209,16 +209,13 @@ impl Reader {
             End::Origin(OriginError::Away { retry_after: Some(wanted), .. }) => {
                 let delay = delay.max(*wanted);
                 if news {
-                    warn!(reason, wait = ?delay, "the relay asks us to back off; nothing is lost meanwhile");
+                    warn!(reason, wait = ?delay, "the relay asks us to back off; nothing is lost");
                 }
                 delay
             }
             _ => {
                 if news {
-                    warn!(
-                        reason,
-                        "the reader waits and starts again from the cursor in Redis; nothing is lost"
-                    );
+                    warn!(reason, "the reader waits, then resumes from the cursor in Redis; nothing is lost");
                 }
                 delay
             }
@@ -237,9 +234,9 @@ impl Reader {
         }
     }
 
-    /// Waits until resumed. We keep our lease: nobody else may read meanwhile.
+    /// Waits until resumed. We keep our lease, so that nobody else reads in the meantime.
     async fn rest(&self, leased: bool, stop: &CancellationToken) {
-        info!("the reader is paused manually; the relay keeps what comes meanwhile");
+        info!("the reader is paused manually; the relay keeps new events");
         self.enter(State::Paused);
         let hold = async {
             if !leased {
@@ -298,7 +295,7 @@ impl Reader {
         let mut cursor = stream.cursor().await?;
         let plan = Self::plan(origin.name(), &mut cursor, memory);
         if let (None, Some(position)) = (cursor.position, memory.acked) {
-            warn!(position, "Redis lost the cursor: going back to what was last known to be applied");
+            warn!(position, "Redis lost the cursor: going back to the last position known to be applied");
         }
         if cursor.is_current {
             memory.acked = cursor.acked.or(memory.acked);
@@ -325,7 +322,8 @@ impl Reader {
             };
             let stream = appender.run(receiver, settle);
             tokio::pin!(arrivals, stream);
-            // The stream's error ends the session at once; after the origin's, what is queued is still appended.
+            // An error of the stream ends the session at once; after one of the origin, queued items are still
+            // appended.
             tokio::select! {
                 ended = &mut stream => ended,
                 read = &mut arrivals => stream.await.and(read),
@@ -359,7 +357,7 @@ impl Reader {
         stop: &CancellationToken,
     ) -> Result<(), End> {
         let room = Arc::new(Semaphore::new(QUEUE_BYTES as usize));
-        // In front of what comes first.
+        // The gap before the first arrival.
         let mut gap = plan.gap.clone();
         loop {
             let mut arrival = tokio::select! {
@@ -401,8 +399,8 @@ impl Reader {
         Ok(true)
     }
 
-    /// Where to begin, and in which epoch. A new one begins where the numbering does, as far as we know: at a first start,
-    /// after a reset, at another relay, and where Redis lost the cursor.
+    /// Where to start, and in which epoch. A new epoch begins wherever the numbering may have changed: on a first
+    /// start, after a reset, on a change of relay, and if Redis lost the cursor.
     fn plan(origin: String, cursor: &mut Cursor, memory: &mut Memory) -> Plan {
         let new = |from, gap| (from, cursor.next_epoch, gap);
         let elsewhere =
@@ -410,7 +408,7 @@ impl Reader {
         let (from, epoch, gap) = if let Some(restart) = &memory.restart {
             new(restart.from, Some(restart.gap.clone()))
         } else if let Some(before) = elsewhere {
-            // Its positions mean nothing here.
+            // The other relay's positions are meaningless here.
             memory.acked = None;
             let reason = format!(
                 "the cursor belongs to {before}, not to {origin}: the events between the two are unknown; continuing \
@@ -421,11 +419,11 @@ impl Reader {
             cursor.is_current = cursor.position.is_some();
             match (cursor.position, cursor.epoch) {
                 (Some(position), Some(epoch)) => (Some(position), epoch, None),
-                // From a reader that knew no epochs, and of the numbering that is read.
+                // Written by a reader without epochs, in the current numbering.
                 (Some(position), None) => (Some(position), cursor.next_epoch, None),
                 (None, _) if memory.acked.is_some() => (memory.acked, cursor.next_epoch, None),
                 (None, Some(_)) => {
-                    let reason = "the cursor is gone from Redis; continuing from what the relay sends now";
+                    let reason = "the cursor is gone from Redis; continuing from the relay's live position";
                     (None, cursor.next_epoch, Some(Gap::new(reason, None)))
                 }
                 (None, None) => (None, cursor.next_epoch, None),

@@ -1,4 +1,4 @@
-//! Gets a batch into the database, however long that takes.
+//! Applies a batch to the database, however long that takes.
 
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
@@ -25,9 +25,9 @@ pub(super) const HALTED: Duration = Duration::from_secs(10);
 const NO_ANSWER: Duration = Duration::from_secs(5);
 
 impl Pipeline {
-    /// Applies entries until every one is durable, among the rejected, or left. Waits for the database as long as it takes.
+    /// Applies entries until each is durable, rejected or deferred. Waits for the database as long as necessary.
     ///
-    /// [`Stopped`] when it is time to stop and the database is down: the entries stay pending.
+    /// [`Stopped`] when it is time to stop while the database is down: the entries stay pending.
     pub(super) async fn apply<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
@@ -45,7 +45,7 @@ impl Pipeline {
                         Ok(Err(error)) => Ok(error),
                         Err(panic) => Err(panicked(panic.as_ref())),
                     };
-                    // Commits that were answered on this connection may be gone: all of it again, from the first.
+                    // Commits that this connection confirmed may be lost: start over with the whole batch.
                     session.discard();
                     for work in &mut batch {
                         work.reopen();
@@ -61,7 +61,7 @@ impl Pipeline {
         }
     }
 
-    /// After a panic over these entries: each alone, so that it costs only the one that it is over.
+    /// After a panic: applies each entry alone, so that only the one that causes it is lost.
     async fn apply_alone<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
@@ -69,7 +69,11 @@ impl Pipeline {
         stop: &CancellationToken,
     ) -> Result<Vec<Work<'a>>, Stopped> {
         if let [work] = batch.as_mut_slice() {
-            error!(entry = %work.entry.id, reason = reject.message, "an entry made the program panic: it is a dead letter");
+            error!(
+                entry = %work.entry.id,
+                reason = reject.message,
+                "an entry made the program panic: it becomes a dead letter"
+            );
             work.reject_all(reject);
             return Ok(batch);
         }
@@ -80,7 +84,7 @@ impl Pipeline {
         Ok(done)
     }
 
-    /// Waits for the database, and reports when it takes long. It never gives up: the statement timeout decides that.
+    /// Waits for the database, and reports a slow answer. It never gives up: that is up to the statement timeout.
     async fn answered<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         tokio::select! {
@@ -91,7 +95,7 @@ impl Pipeline {
         work.await
     }
 
-    /// One connection: every event in its own transaction, repetitions of those that lost to others, then the flush.
+    /// One attempt on one connection: applies the events, repeats those that lost to other transactions, then flushes.
     async fn attempt(
         &self,
         session: &Session,
@@ -112,7 +116,7 @@ impl Pipeline {
                 crash::panic_over("apply", &batch[index].entry.data);
             }
             let fates = session.apply(&events, mode, contended).await?;
-            // Once. What has failed is applied by itself.
+            // Transactions are shared only in the first round; the remaining events are applied one by one.
             mode = TransactionMode::Event;
             let mut again = None;
             for (&index, fate) in open.iter().zip(fates) {
@@ -149,14 +153,14 @@ impl Pipeline {
     ) -> Result<(), Stopped> {
         let StoreError { verdict, message: reason, .. } = error;
         let (label, delay, state) = match verdict {
-            // The store has singled out what can be rejected; a refusal of everything else is our own fault.
+            // The store has already singled out the rejects; any other refusal is our own fault.
             Verdict::Halt | Verdict::Reject => ("halt", HALTED, State::Halted { reason: reason.clone() }),
             Verdict::Reconnect => ("reconnect", delay, State::WaitingForPostgres { reason: reason.clone() }),
             Verdict::Retry => ("retry", delay, State::WaitingForPostgres { reason: reason.clone() }),
         };
         metrics::retry(label);
         self.status.pipeline(self.index, |status| status.retries += 1);
-        // Losing to another transaction now and then is not an outage.
+        // Occasionally losing to another transaction is not an outage.
         if verdict != Verdict::Retry || delay > Duration::from_millis(500) {
             self.say(state);
         }

@@ -1,4 +1,4 @@
-//! Takes over what consumers that are gone have left pending.
+//! Takes over the pending entries of dead consumers.
 
 use std::time::Duration;
 
@@ -13,17 +13,17 @@ use crate::mutex::lock;
 use crate::stream::entry::Batch;
 use crate::stream::{Stream, is_nogroup};
 
-/// Entries claimed at a time: more than a batch, because one search for another program's later work covers all of them.
+/// Bytes claimed at a time: more than a batch, because one search for another program's later work covers all of them.
 const CLAIM_BYTES: usize = 16 * 1024 * 1024;
 
 impl Pipeline {
-    /// Takes over entries of consumers that are gone. Not while PostgreSQL is down: every holder is waiting for it too, and
+    /// Takes over entries of dead consumers. Not while PostgreSQL is down: every holder is waiting for it, too, and
     /// taking entries from each other would not help.
     pub(super) async fn claim(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<(), Ended> {
         let mut start = Some("0-0".to_owned());
         while start.is_some() && !stop.is_cancelled() && !self.is_paused() {
-            // As many as fit into memory: one search for another program's later work covers all of them. A search per page
-            // would read the whole stream each time.
+            // As many as fit into memory: one search for another program's later work covers all of them, while a
+            // search per page would read the whole stream each time.
             let mut batch = Batch::default();
             let mut bytes = 0;
             while bytes < CLAIM_BYTES
@@ -35,7 +35,7 @@ impl Pipeline {
                 let page = stream.claim(&self.consumer, self.claim_idle, &from, self.batch_size);
                 let page = match page.await {
                     Ok(page) => page,
-                    // The next read meets it and has the group created.
+                    // The next read runs into the same error and creates the group.
                     Err(error) if is_nogroup(&error) => break,
                     Err(error) => return Err(error.into()),
                 };

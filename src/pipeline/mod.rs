@@ -1,11 +1,11 @@
 //! The loop: take entries from the group, apply them, settle them.
 //!
 //! - `work`: an entry on its way through
-//! - `apply`: into the database, however long that takes
+//! - `apply`: applying to the database, however long that takes
 //! - `settle`: acknowledgements and dead letters
-//! - `claim`: what other consumers have left pending
-//! - `replay`: beside another program
-//! - `state`: whether it may work, and what it says of itself
+//! - `claim`: taking over the pending entries of other consumers
+//! - `replay`: working alongside another program
+//! - `state`: whether the pipeline may run, and its reported state
 
 mod apply;
 mod claim;
@@ -35,18 +35,18 @@ use crate::stream::{Redis, Stream, StreamError, StreamResult, epochs, is_nogroup
 use crate::time::Backoff;
 use work::Work;
 
-/// Entries in hand are kept fresh this often: the Node.js workers claim what is idle for ten seconds.
+/// Entries in hand are kept fresh this often: the Node.js workers claim entries that are idle for ten seconds.
 const KEEP_FRESH: Duration = Duration::from_secs(3);
-/// A batch larger than this halves the next read: entries are of any size, memory is not.
+/// A batch larger than this halves the next read: entries can be of any size, memory is limited.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
 /// How many batches in a row may defer events to the next one; after that the pipeline waits for the locks.
 const LEAVE_ROUNDS: u32 = 4;
 
-/// One of N: a consumer of the group with a connection to Redis of its own.
+/// One of N pipelines: a consumer of the group with its own connection to Redis.
 pub struct Pipeline {
     index: usize,
     consumer: String,
-    /// All names of this process.
+    /// The names of all pipelines of this process.
     consumers: Vec<String>,
     redis: Redis,
     store: Store,
@@ -57,7 +57,7 @@ pub struct Pipeline {
     claim_idle: Duration,
     max_attempts: u64,
     in_hand: InHand,
-    /// Whether our consumer names are ours.
+    /// Whether this process has its consumer names to itself.
     names: watch::Receiver<Names>,
     /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
@@ -69,7 +69,7 @@ pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
 /// Why a loop over the stream ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Ended {
-    /// It was asked to.
+    /// It was asked to stop.
     #[error(transparent)]
     Stopped(#[from] Stopped),
     /// Redis cannot be reached, or refuses.
@@ -123,7 +123,7 @@ impl Pipeline {
         self
     }
 
-    /// Works until `stop`, then finishes what is in hand.
+    /// Works until `stop`, then finishes the entries in hand.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut delays = Backoff::default();
         while !stop.is_cancelled() {
@@ -135,7 +135,7 @@ impl Pipeline {
                 Ok(()) | Err(Ended::Stopped(_)) => continue,
                 Err(Ended::Redis(error)) => error,
             };
-            // A connection in doubt is dropped: a read whose answer was lost has still moved entries to us.
+            // A connection in doubt is dropped: a read whose answer was lost has still assigned entries to us.
             metrics::count(metrics::REDIS_RECONNECTS, 1);
             if began.elapsed() > Duration::from_secs(30) {
                 delays.reset();
@@ -147,7 +147,8 @@ impl Pipeline {
         self.say(State::Stopped);
     }
 
-    /// One connection to Redis. Entries unfinished when it breaks are pending, and the next one starts with them.
+    /// Works over one connection to Redis. Entries unfinished when it breaks stay pending, and the next session starts
+    /// with them.
     async fn session(&self, stop: &CancellationToken) -> Result<(), Ended> {
         let mut left = Vec::new();
         let ended = self.read_and_work(&mut left, stop).await;
@@ -158,8 +159,8 @@ impl Pipeline {
         ended
     }
 
-    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries that a batch defers to
-    /// the next, because other pipelines hold locks on the same accounts.
+    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries deferred to
+    /// the next batch, because other pipelines hold locks on the same accounts.
     async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> Result<(), Ended> {
         let mut rounds = 0;
         let mut stream = self.redis.connect().await?;
@@ -214,8 +215,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// The next entries: after `after` those that were delivered to us before, new ones where it is `None`. `None` when the
-    /// group had to be created again.
+    /// The next entries: with `after`, those behind it that were delivered to us before; without it, new ones. `None`
+    /// if the group had to be created again.
     async fn read(
         &self,
         stream: &mut Stream,
@@ -235,7 +236,7 @@ impl Pipeline {
             Ok(batch) => Ok(Some(batch)),
             Err(error) if is_nogroup(&error) => {
                 metrics::note_ensured(stream.ensure().await?);
-                // Without a pause, a group that is destroyed again and again would keep a processor busy.
+                // Without a pause, a group that keeps being destroyed would keep a processor busy.
                 or_stop(stop, tokio::time::sleep(missing.pause())).await?;
                 Ok(None)
             }
@@ -243,7 +244,7 @@ impl Pipeline {
         }
     }
 
-    /// Works on deferred entries until they are done, however long others hold locks on the same accounts.
+    /// Works on deferred entries until they are done, however long others hold the locks on their accounts.
     async fn finish_left(
         &self,
         stream: &mut Stream,
@@ -254,8 +255,8 @@ impl Pipeline {
         self.work(stream, batch, Contended::Wait, stop).await.map(drop)
     }
 
-    /// Works on entries that were delivered before. An entry that was delivered often is processed alone: if it crashed the
-    /// process, its neighbours get through. The count alone never makes a dead letter.
+    /// Works on entries that were delivered before. An entry that was delivered many times is processed alone: if it is
+    /// the one that crashes the process, its neighbours get through. The count alone never makes a dead letter.
     async fn work_again(
         &self,
         stream: &mut Stream,
@@ -279,8 +280,8 @@ impl Pipeline {
         self.work(stream, batch, Contended::Wait, stop).await.map(drop)
     }
 
-    /// Applies a batch and acknowledges it: the only place from which an acknowledgement starts. Returns what is left,
-    /// where `contended` allows it.
+    /// Applies a batch and acknowledges it: the only place that acknowledges. Returns the deferred entries, if
+    /// `contended` allows any.
     async fn work(
         &self,
         stream: &mut Stream,
@@ -328,8 +329,8 @@ impl Pipeline {
         }
     }
 
-    /// Applies entries, and where another program works beside us, what it has made of the same records since. Returns
-    /// what is done, and which are left.
+    /// Applies entries and, if another program works alongside us, replays later entries about the same records.
+    /// Returns the finished work, and the ids of the deferred entries.
     async fn finish<'a>(
         &self,
         mut stream: Stream,
@@ -345,8 +346,8 @@ impl Pipeline {
         }
         let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(Work::is_deferred);
         let left = left.iter().map(|work| work.entry.id).collect();
-        // Asked after the commit: entries delivered to another program from now on find our rows, even if it has only just
-        // started.
+        // Checked after the commit: entries delivered to another program from now on find our rows, even if it has only
+        // just started.
         let others = match stream.has_others().await {
             Err(error) if is_nogroup(&error) => false,
             others => others?,
@@ -357,7 +358,7 @@ impl Pipeline {
         Ok((done, left))
     }
 
-    /// The epochs of the stream, where one of these entries does not say which it belongs to.
+    /// The epochs of the stream; read only if one of these entries does not name its epoch.
     async fn epochs_of(&self, stream: &mut Stream, entries: &[Entry]) -> StreamResult<Epochs> {
         if entries.iter().all(epochs::is_named) {
             return Ok(Epochs::default());

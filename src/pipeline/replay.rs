@@ -1,4 +1,4 @@
-//! Beside another program, which leaves no revisions and no tombstones: what it may have undone is applied again.
+//! Working alongside another program, which writes no revisions and no tombstones: replays whatever it may have undone.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -16,9 +16,9 @@ use crate::stream::group::LeaveOut;
 /// The scope of a replay of delivered entries.
 #[derive(Default)]
 struct Replay {
-    /// Hashes of URIs of records and accounts: entries about one of them.
+    /// Hashes of URIs of records and accounts; entries about any of them are replayed.
     touched: HashSet<u64>,
-    /// Also everything that was acknowledged, and then whatever came after it about the same.
+    /// Also replays everything that was acknowledged, and then all later entries about the same records.
     acknowledged: bool,
 }
 
@@ -33,9 +33,9 @@ impl Replay {
 }
 
 impl Pipeline {
-    /// Applies again what came after these entries about the same records and accounts, and was delivered already: to
-    /// another program perhaps, which leaves no revisions and no tombstones by which we could know that it is newer. What
-    /// is delivered from now on finds our rows.
+    /// Replays entries behind these that are about the same records and accounts and were already delivered: possibly
+    /// to another program, which writes no revisions and no tombstones to show that they are newer. Entries delivered
+    /// from now on find our rows.
     pub(super) async fn apply_later(
         &self,
         mut stream: Stream,
@@ -52,9 +52,9 @@ impl Pipeline {
         self.replay_delivered(&mut stream, first, replay, stop).await.map(drop)
     }
 
-    /// Before the first entry: applies what was acknowledged between the first entry that is pending and the last that was
-    /// delivered, when another program has worked in the group. It may be newer than what is pending, and the other program
-    /// left nothing by which we could know. Pending entries are applied when they are claimed or read again.
+    /// Runs before the first entry if another program has worked in the group: replays what was acknowledged between
+    /// the first pending entry and the last delivered one. It may be newer than the pending entries, and the other
+    /// program left nothing to show that. Pending entries are applied when they are claimed or read again.
     ///
     /// Returns how many entries were looked at.
     ///
@@ -65,15 +65,15 @@ impl Pipeline {
         let mut stream = self.redis.connect().await?;
         let first = stream.first_pending().await?;
         let Some(first) = first else { return Ok(0) };
-        info!(%first, "replaying what another program did after entries that are still pending");
+        info!(%first, "replaying entries that another program applied after ones that are still pending");
         let replay = Replay { acknowledged: true, ..Replay::default() };
         self.replay_delivered(&mut stream, first.before(), replay, stop).await
     }
 
-    /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing. Repeats
-    /// this with entries delivered meanwhile, because the other program may have removed again what the replay restored, until
-    /// there are no more; later deliveries find our rows. Entries pending with this process are left out: they are applied
-    /// anyway, and leave what shows how old they are.
+    /// Applies the entries delivered after `after`, to any consumer, that are part of the replay; acknowledges nothing.
+    /// Repeats this with entries delivered during the replay, because the other program may have undone it, until there
+    /// are no more; later deliveries find our rows. Entries pending with this process are left out: they are applied
+    /// anyway, and their rows record how old they are.
     ///
     /// Returns how many entries were looked at.
     async fn replay_delivered(
@@ -116,7 +116,7 @@ impl Pipeline {
     }
 }
 
-/// Stands for a URI: one that is taken for another is applied once more than it has to be.
+/// A URI's hash. A collision only applies an entry once more than necessary.
 fn hash(uri: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     uri.hash(&mut hasher);

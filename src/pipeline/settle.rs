@@ -1,4 +1,4 @@
-//! Acknowledges what is durable, keeps dead letters of what cannot be applied, counts both.
+//! Acknowledges durable entries, buries those that cannot be applied, and counts both.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::stream::{Stream, StreamResult};
 use crate::time::now_ms;
 
 impl Pipeline {
-    /// Everything in `done` is durable or rejected.
+    /// Settles entries that are all durable or rejected.
     pub(super) async fn acknowledge(&self, stream: &mut Stream, done: &[Work<'_>]) -> StreamResult<()> {
         let good: Vec<EntryId> =
             done.iter().filter(|work| work.rejected.is_empty()).map(|work| work.entry.id).collect();
@@ -35,7 +35,7 @@ impl Pipeline {
         }
         let now = now_ms();
         let seconds = ::metrics::histogram!(metrics::EVENT_SECONDS);
-        // Looking up a counter by its labels costs more than counting.
+        // Summed up first, because looking up a counter by its labels costs more than counting.
         let mut types: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut operations: BTreeMap<Kind, (u32, u32)> = BTreeMap::new();
         for work in done {

@@ -1,4 +1,4 @@
-//! Whether a pipeline may work, and what it says of itself.
+//! Whether a pipeline may run, and its reported state.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ impl Pipeline {
             let names = self.names.borrow_and_update().clone();
             match names {
                 Names::Ours => return Ok(()),
-                // It is the same for all pipelines: one reports it.
+                // The same for all pipelines, so only one logs it.
                 Names::Waiting(state) if self.index > 0 => {
                     self.status.pipeline(self.index, |status| {
                         status.enter(state);
@@ -25,17 +25,17 @@ impl Pipeline {
                 }
                 Names::Waiting(state) => self.say(state),
             }
-            // Nobody left to give them means the same as the end.
+            // If the sender is gone, the process is stopping.
             or_stop(stop, self.names.changed()).await?.map_err(|_| Stopped)?;
         }
     }
 
-    /// Removes our consumer from the group when nothing is pending under it, so that the next start under this name need not
-    /// wait to see whether we are still running.
+    /// Removes our consumer from the group if nothing is pending under it, so that the next start with this name need
+    /// not wait to find out whether we are still running.
     pub(super) async fn leave(&self) {
         if let Ok(mut stream) = self.redis.connect().await {
             let name = Some(self.consumer.as_str());
-            // If it fails the name stays, and the next start waits for it to fall silent.
+            // If this fails, the name stays, and the next start waits until it has been idle.
             let _ = stream.remove_idle_consumers(Duration::ZERO, name).await;
         }
     }
@@ -45,7 +45,7 @@ impl Pipeline {
         *self.pause.borrow() && self.pause.has_changed().is_ok()
     }
 
-    /// Waits until resumed. Everything in hand is acknowledged; the names stay ours.
+    /// Waits until resumed. All entries in hand are acknowledged; we keep our names.
     pub(super) async fn rest(&self, stop: &CancellationToken) {
         let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
         self.say(State::Paused);
@@ -56,7 +56,7 @@ impl Pipeline {
         }
     }
 
-    /// Notes the state, and logs it where it is a new one: an outage is one line, not one per attempt.
+    /// Records the state, and logs it if it is new: an outage is one line, not one per attempt.
     pub(super) fn say(&self, state: State) {
         let mut before = State::default();
         self.status.pipeline(self.index, |status| before = status.enter(state.clone()));
@@ -71,7 +71,7 @@ impl Pipeline {
             State::WaitingForPostgres { reason } => {
                 warn!(
                     consumer,
-                    reason, "waiting for PostgreSQL; nothing is lost, and this pipeline reads nothing more"
+                    reason, "waiting for PostgreSQL; nothing is lost, and this pipeline stops reading"
                 );
             }
             State::Halted { reason } => {

@@ -8,7 +8,7 @@ use crate::event::Entry;
 use crate::event::{Epochs, Event, Reason, Reject, Rejected};
 use crate::store::Counts;
 
-/// An entry, what is to be done about it, and what cannot be.
+/// An entry, its stage, and its rejected operations.
 pub(super) struct Work<'a> {
     pub(super) entry: &'a Entry,
     pub(super) stage: Stage<'a>,
@@ -16,15 +16,15 @@ pub(super) struct Work<'a> {
     pub(super) rejected: Vec<Rejected>,
 }
 
-/// How far it is.
+/// An entry's progress.
 pub(super) enum Stage<'a> {
-    /// Nothing of it can be applied.
+    /// No part of it can be applied.
     Refused,
-    /// The database has still work to do.
+    /// Not in the database yet.
     Open(Event<'a>),
-    /// In the database: how many operations of each kind there were, and how many of them changed anything.
+    /// In the database: the number of operations of each kind, and how many of them changed anything.
     Applied(Event<'a>, Counts),
-    /// Left to the next batch, because others hold locks on the same accounts.
+    /// Deferred to the next batch, because others hold locks on the same accounts.
     Deferred(Event<'a>),
 }
 
@@ -38,7 +38,7 @@ impl<'a> Stage<'a> {
 }
 
 impl<'a> Work<'a> {
-    /// Reads an entry.
+    /// Interprets an entry.
     pub(super) fn new(entry: &'a Entry, epochs: &Epochs) -> Self {
         let read = catch_unwind(AssertUnwindSafe(|| {
             crash::panic_over("interpret", &entry.data);
@@ -64,7 +64,7 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Drops the operations that are not wanted; returns whether any is left.
+    /// Drops unwanted operations; returns whether any are left.
     pub(super) fn keep(&mut self, wanted: impl FnMut(&crate::event::Op<'_>) -> bool) -> bool {
         match &mut self.stage {
             Stage::Refused => false,
@@ -72,13 +72,13 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Nothing of the entry can be applied.
+    /// Rejects the whole entry.
     pub(super) fn reject_all(&mut self, reject: Reject) {
         self.rejected.push(Rejected { reject, op: self.entry.data.clone() });
         self.stage = Stage::Refused;
     }
 
-    /// Whether the database still has work to do. An event of no interest has no repository and needs none.
+    /// Whether it still has to be applied. An irrelevant event has no repository, and nothing to apply.
     pub(super) fn is_open(&self) -> bool {
         matches!(&self.stage, Stage::Open(event) if !event.repo.is_empty())
     }
@@ -87,7 +87,7 @@ impl<'a> Work<'a> {
         matches!(self.stage, Stage::Deferred(_))
     }
 
-    /// Moves it on.
+    /// Advances it to another stage.
     pub(super) fn applied(&mut self, counts: Counts) {
         self.change(|event| Stage::Applied(event, counts));
     }
@@ -96,7 +96,7 @@ impl<'a> Work<'a> {
         self.change(Stage::Deferred);
     }
 
-    /// The commit may be gone: all of it again.
+    /// Starts it over, because its commit may be lost.
     pub(super) fn reopen(&mut self) {
         self.change(Stage::Open);
     }
@@ -117,7 +117,7 @@ impl<'a> Work<'a> {
                 let op = event.sources.remove(index).to_owned();
                 self.rejected.push(Rejected { reject, op });
             } else {
-                // Not an operation: the event itself.
+                // Not an operation, but the event itself.
                 self.reject_all(reject);
                 return;
             }

@@ -1,4 +1,4 @@
-//! `standpipe status` for people: what [`super::Report`] says, as a page of text.
+//! `standpipe status` for people: a [`super::Report`] as a page of text.
 
 use std::fmt::Write as _;
 
@@ -9,15 +9,15 @@ use crate::out;
 /// Facts from the command line in addition to the report.
 #[derive(Clone, Debug, Default)]
 pub struct Beside {
-    /// Dead letters by reason, with how many were looked at.
+    /// Dead letters by reason.
     pub reasons: Vec<(String, u64)>,
-    /// The number of newest letters whose reasons these are.
+    /// The number of newest letters that the reasons cover.
     pub newest: Option<u64>,
-    /// PostgreSQL's answer, where no process reported it.
+    /// PostgreSQL's answer, if no process reported it.
     pub database: Option<String>,
 }
 
-/// Gaps, and what of the relay's events could not be used; nothing where nothing is.
+/// Gaps, and events from the relay that could not be used; empty if there are none.
 fn missing(missing: &Value) -> Option<String> {
     let mut parts = Vec::new();
     let gaps = number(&missing["gaps"]);
@@ -41,7 +41,7 @@ fn missing(missing: &Value) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// The page. `status` is what `/status` gives and [`super::Report`] becomes; what is not there is left out.
+/// The page. `status` is the JSON of `/status`, a serialised [`super::Report`]; absent fields are left out.
 #[must_use]
 pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     let mut lines: Vec<(&str, String)> = Vec::new();
@@ -110,10 +110,11 @@ fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
     let group = name(&stream["group"]);
     let mut lines = Vec::new();
     if stream["exists"] == Value::Bool(false) {
-        lines.push(("stream", format!("{key} is not there yet")));
+        lines.push(("stream", format!("{key} does not exist yet")));
     } else {
         lines.push(("stream", format!("{key}: {} entries", grouped(number(&stream["length"])))));
-        let missing = if stream["group_exists"] == Value::Bool(false) { ", which is not there" } else { "" };
+        let missing =
+            if stream["group_exists"] == Value::Bool(false) { ", which does not exist" } else { "" };
         lines.push(("group", format!("{group}{missing}")));
         let waiting = stream["waiting"].as_u64().map_or_else(|| "unknown to Redis".to_owned(), grouped);
         let oldest = stream["oldest_waiting_seconds"].as_f64();
@@ -170,7 +171,7 @@ fn reader_line(reader: &Value, now_ms: u64) -> String {
 
 fn process_line(process: &Value) -> String {
     if !process.is_object() {
-        return "no process answers at HTTP_ADDR; this is what the servers know".to_owned();
+        return "no process answers at HTTP_ADDR; this is what Redis and PostgreSQL report".to_owned();
     }
     format!(
         "up for {}, {} entries finished, {:.0} per second now",
@@ -180,7 +181,7 @@ fn process_line(process: &Value) -> String {
     )
 }
 
-/// The state's word, with the reason where there is one.
+/// The state's word, with the reason if there is one.
 fn state(part: &Value) -> String {
     let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
     let words = words.replace("postgres", "PostgreSQL").replace("redis", "Redis");
@@ -190,7 +191,7 @@ fn state(part: &Value) -> String {
     }
 }
 
-/// A table with a heading: the first and last column flush left, those between flush right.
+/// A table with a heading: first and last column left-aligned, those between right-aligned.
 fn columns<const N: usize>(heading: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = std::iter::once(heading.map(str::to_owned)).chain(rows).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -224,7 +225,7 @@ fn text(value: &Value) -> Option<&str> {
     value.as_str()
 }
 
-/// A name from elsewhere, without what would control a terminal.
+/// A name from elsewhere, made safe for a terminal.
 fn name(value: &Value) -> String {
     plain(text(value).unwrap_or_default())
 }
@@ -233,7 +234,7 @@ fn plain(text: &str) -> String {
     out::safe(text, out::CELL)
 }
 
-/// As `plain`, for what explains something.
+/// As `plain`, for longer texts.
 fn sentence(text: &str) -> String {
     out::safe(text, out::LINE)
 }
@@ -318,8 +319,8 @@ dead\\u{1b}-0        2  24 h
 
     #[test]
     fn missing_parts_are_left_out() {
-        let page = table(&serde_json::json!({"version": "1", "error": "Redis: away"}), &Beside::default(), 0);
-        assert!(page.contains("trouble       Redis: away") && page.contains("no process answers"), "{page}");
+        let page = table(&serde_json::json!({"version": "1", "error": "Redis: down"}), &Beside::default(), 0);
+        assert!(page.contains("trouble       Redis: down") && page.contains("no process answers"), "{page}");
         assert!(!page.contains("dead letters") && !page.contains("PIPELINE"), "{page}");
     }
 }

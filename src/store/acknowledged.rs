@@ -1,12 +1,12 @@
-//! What PostgreSQL knows of what the group has acknowledged. Redis keeps the same: when PostgreSQL knows less, it has gone
-//! back in time (a restored backup, a standby promoted without its last second), or is another database.
+//! PostgreSQL's record of what the group has acknowledged. Redis keeps the same record: if PostgreSQL knows less, it
+//! has gone back in time (a restored backup, a standby promoted without its last second), or is another database.
 
 use super::{Session, StoreError};
 
-/// The position that everything up to is in the tables.
+/// The position up to which everything is in the tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Noted {
-    /// When it was noted, by Redis's clock, Unix milliseconds: a later note has a greater number.
+    /// When it was recorded, by Redis's clock, Unix milliseconds: a later record has a greater number.
     pub ms: u64,
     /// The relay that the position belongs to.
     pub relay: Option<String>,
@@ -19,13 +19,13 @@ pub struct Noted {
 /// PostgreSQL's identity and recorded position.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Known {
-    /// The server's identity and timeline; empty where we may not ask.
+    /// The server's identity and timeline; empty if we lack the right to ask.
     pub server: String,
     /// The last recorded position; `None` for none.
     pub noted: Option<Noted>,
 }
 
-/// Asks what PostgreSQL knows.
+/// Reads PostgreSQL's record.
 ///
 /// # Errors
 ///
@@ -37,13 +37,13 @@ pub async fn known(session: &Session, stream: &str, group: &str) -> Result<Known
         let number = |column: usize| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
         Noted { ms: number(0), relay: row.get(1), epoch: number(2), position: row.get(3) }
     });
-    // Managed servers may keep these functions to themselves.
+    // Managed servers may not allow these functions.
     let sql = include_str!("../../sql/store/server.sql");
     let row = session.in_time(session.client.query_opt(sql, &[])).await?;
     Ok(Known { server: row.map(|row| row.get(0)).unwrap_or_default(), noted })
 }
 
-/// Notes a position durably, unless something later is noted.
+/// Records a position durably, unless a later one is recorded already.
 ///
 /// # Errors
 ///

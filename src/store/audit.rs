@@ -1,5 +1,5 @@
-//! Recounting: what counters, feed items, quotes and handles say against what the rows say. Table by table, a few
-//! thousand keys at a time: nobody waits for it, and it takes no more memory for more rows.
+//! The audit: compares counters, feed items, quotes and handles with the rows that they are derived from. It walks
+//! table by table, a few thousand keys at a time: nobody waits for it, and more rows do not take more memory.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -12,25 +12,25 @@ use super::migrate::Say;
 use super::verdict::Verdict;
 use crate::out;
 
-/// Keys that are looked at with one statement.
+/// Keys checked with one statement.
 const CHUNK: i64 = 1_000;
-/// Keys that are put right in one transaction: what it locks, others wait for.
+/// Keys repaired in one transaction: others wait for its locks.
 const BATCH: usize = 100;
-/// How often a transaction that lost to others is tried again.
+/// How often a transaction that lost to others is retried.
 const TRIES: u32 = 20;
 const EXAMPLES: usize = 5;
 const SAY_EVERY: Duration = Duration::from_secs(5);
 
-/// One rule that the tables must obey. Its statements stand in `sql/audit`; each takes keys, `$1`.
+/// One rule that the tables must obey. Its statements are in `sql/audit`; each takes keys, `$1`.
 struct Rule {
     name: &'static str,
-    /// Where the keys come from that are looked at.
+    /// Where the keys to check come from.
     walks: &'static [Walk],
     /// Yields a row for every key that violates it: key, found, expected. It must see rows and what is derived from
     /// them in one statement.
     check: &'static str,
-    /// Puts keys right, in one transaction: first what makes `standpipe.apply` wait, then, in a statement that sees what
-    /// all before it committed, the repair.
+    /// Repairs keys, in one transaction: first takes the locks that make `standpipe.apply` wait, then repairs in a
+    /// statement that sees everything committed before.
     repair: &'static [&'static str],
 }
 
@@ -38,7 +38,7 @@ struct Rule {
 struct Walk {
     table: &'static str,
     column: &'static str,
-    /// Keys that are in one of these columns are passed over.
+    /// Keys in one of these columns are skipped.
     unless: &'static [(&'static str, &'static str)],
 }
 
@@ -46,7 +46,7 @@ const fn all(table: &'static str, column: &'static str) -> Walk {
     Walk { table, column, unless: &[] }
 }
 
-/// Where posts are referred to. None of them comes twice, nor one that has counters.
+/// Columns that refer to posts. No post is checked twice, nor one that has counters.
 const UNCOUNTED: [(&str, &str); 7] = [
     ("post_aggregations", "post_uri"),
     ("posts", "uri"),
@@ -57,7 +57,7 @@ const UNCOUNTED: [(&str, &str); 7] = [
     ("bookmarks", "post_uri"),
 ];
 
-/// Those that have no counters and come from the column at this place.
+/// The posts without counters from the column at this place.
 const fn uncounted(place: usize) -> Walk {
     let (table, column) = UNCOUNTED[place];
     let (unless, _) = UNCOUNTED.split_at(place);
@@ -65,9 +65,9 @@ const fn uncounted(place: usize) -> Walk {
 }
 
 const RULES: &[Rule] = &[
-    // First what others are counted from.
+    // First the tables that others are counted from.
     Rule {
-        name: "no record lives that was deleted later",
+        name: "no record is left that was deleted later",
         walks: &[all("standpipe.tombstones", "uri")],
         check: include_str!("../../sql/audit/tombstones_check.sql"),
         repair: &[
@@ -88,7 +88,7 @@ const RULES: &[Rule] = &[
     },
     Rule {
         name: "counters agree with the rows",
-        // First those that have none: what is applied meanwhile begins to count them at nothing.
+        // First posts without counters: an event applied in the meantime starts their counters at zero.
         walks: &[
             uncounted(1),
             uncounted(2),
@@ -105,7 +105,7 @@ const RULES: &[Rule] = &[
         ],
     },
     Rule {
-        name: "feed generators and labelers show their counter",
+        name: "feed generators and labelers have their current like count",
         walks: &[all("feed_generators", "uri"), all("labeler_services", "uri")],
         check: include_str!("../../sql/audit/likes_check.sql"),
         repair: &[
@@ -115,7 +115,7 @@ const RULES: &[Rule] = &[
         ],
     },
     Rule {
-        name: "every live post and repost has its feed item, and nothing else has",
+        name: "every live post and repost has its feed item, and nothing else does",
         walks: &[
             all("posts", "uri"),
             all("reposts", "uri"),
@@ -129,7 +129,7 @@ const RULES: &[Rule] = &[
         ],
     },
     Rule {
-        name: "posts show what the gates say",
+        name: "the flags of posts agree with the gates",
         walks: &[all("posts", "uri")],
         check: include_str!("../../sql/audit/flags_check.sql"),
         repair: &[
@@ -156,7 +156,7 @@ const RULES: &[Rule] = &[
         ],
     },
     Rule {
-        name: "every account shows the handle that was claimed last",
+        name: "every account shows its most recently claimed handle",
         walks: &[all("standpipe.accounts", "did")],
         check: include_str!("../../sql/audit/claims_check.sql"),
         repair: &[
@@ -165,7 +165,7 @@ const RULES: &[Rule] = &[
         ],
     },
     Rule {
-        name: "a handle is shown by one account at most",
+        name: "no handle is shown by more than one account",
         walks: &[all("users", "handle")],
         check: include_str!("../../sql/audit/handles_check.sql"),
         repair: &[
@@ -180,9 +180,9 @@ const RULES: &[Rule] = &[
 pub struct Finding {
     /// The rule.
     pub rule: &'static str,
-    /// How many violations.
+    /// The number of violations.
     pub count: u64,
-    /// The first few: what, found, expected.
+    /// The first few violations.
     pub examples: Vec<String>,
 }
 
@@ -206,7 +206,7 @@ pub async fn audit(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     audit_and_say(client, &mut |_| {}).await
 }
 
-/// As [`audit`], reporting progress now and then.
+/// Like [`audit`], with progress reports.
 ///
 /// # Errors
 ///
@@ -215,8 +215,8 @@ pub async fn audit_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Vec
     each_rule(client, false, say).await
 }
 
-/// Repairs what [`audit`] finds, without stopping work, and returns what that was. It ends with the database of its own
-/// moments: look again with [`audit`].
+/// Repairs what [`audit`] finds, without stopping work, and returns those findings. Work continues during the repair,
+/// so check the result with [`audit`].
 ///
 /// # Errors
 ///
@@ -225,7 +225,7 @@ pub async fn repair(client: &mut Client) -> Result<Vec<Finding>, StoreError> {
     repair_and_say(client, &mut |_| {}).await
 }
 
-/// As [`repair`], reporting progress now and then.
+/// Like [`repair`], with progress reports.
 ///
 /// # Errors
 ///
@@ -235,14 +235,14 @@ pub async fn repair_and_say(client: &mut Client, say: &mut Say<'_>) -> Result<Ve
 }
 
 async fn each_rule(client: &mut Client, repair: bool, say: &mut Say<'_>) -> Result<Vec<Finding>, StoreError> {
-    // A thousand keys can take a while on a slow disk; nobody waits for it.
+    // A thousand keys can take a while on a slow disk, and nobody is waiting.
     client.batch_execute("SET statement_timeout = 0").await?;
     let mut findings = Vec::with_capacity(RULES.len());
     for rule in RULES {
         match rule.look(client, repair, say).await {
             Ok(finding) => findings.push(finding),
             Err(error) => {
-                // If it fails the connection is gone, and the reason is the first error's.
+                // If this fails, the connection is broken, and the first error gives the reason.
                 let _ = client.batch_execute("RESET statement_timeout").await;
                 return Err(error);
             }
@@ -277,7 +277,7 @@ impl Rule {
                     self.judge(client, &check, suspects, repair, &mut finding).await?;
                 }
                 if said.elapsed() > SAY_EVERY {
-                    // Asked again each time: tables grow, and statistics may be made meanwhile.
+                    // Estimated afresh each time: tables grow, and statistics may be collected in the meantime.
                     let about = self.rows(client).await?;
                     say(&format!("  {}: {}", self.name, progress(looked_at, about)));
                     said = Instant::now();
@@ -287,8 +287,8 @@ impl Rule {
         Ok(finding)
     }
 
-    /// How many rows its tables have, as the planner estimates it: the rows of a page, as counted by the last vacuum or
-    /// analyze, times the pages that there are now. `None` where a table was never counted.
+    /// The planner's estimate of the number of rows: rows per page, as counted by the last vacuum or analyze, times the
+    /// current number of pages. `None` if a table was never counted.
     async fn rows(&self, client: &Client) -> Result<Option<f64>, StoreError> {
         let tables: Vec<&str> = self.walks.iter().map(|walk| walk.table).collect();
         let rows = client.query_one(include_str!("../../sql/store/estimated_rows.sql"), &[&tables]).await?;
@@ -307,7 +307,7 @@ impl Rule {
             return Ok(());
         }
         let keys: Vec<String> = suspects.into_iter().map(|suspect| suspect.key).collect();
-        // A worker that changes rows and counters one after the other may have been between the two.
+        // A worker that changes rows and counters one after the other may have been caught between the two.
         let violations = violations(client, check, &keys).await?;
         finding.count += violations.len() as u64;
         let room = EXAMPLES - finding.examples.len();
@@ -335,7 +335,7 @@ impl Rule {
     }
 
     async fn try_to_put_right(&self, client: &mut Client, keys: &[&str]) -> Result<(), StoreError> {
-        // Every statement sees what was committed before it began, whatever the database's default is.
+        // Every statement must see what was committed before it began, whatever the database's default is.
         let transaction =
             client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await?;
         for sql in self.repair {
@@ -346,7 +346,7 @@ impl Rule {
     }
 }
 
-/// How far a walk is. An estimate that it has passed is not shown: it would promise an end that was before.
+/// A walk's progress. An estimate that it has already passed is not shown.
 fn progress(looked_at: i64, about: Option<f64>) -> String {
     match about {
         Some(about) if about > looked_at as f64 => {
@@ -358,10 +358,10 @@ fn progress(looked_at: i64, about: Option<f64>) -> String {
 }
 
 impl Walk {
-    /// The next keys after `$1`: the last one of `$2`, those to look at, and how many rows that were.
+    /// The next `$2` keys after `$1`: the last of them, those to check, and the number of rows.
     fn page(&self) -> String {
         let Self { table, column, unless } = self;
-        // One by one: of conditions joined by OR the planner makes scans of whole tables.
+        // Separate conditions: for conditions joined by OR, the planner scans whole tables.
         let new: Vec<String> = unless
             .iter()
             .map(|(table, column)| format!("NOT EXISTS (SELECT FROM {table} e WHERE e.{column} = page.key)"))

@@ -1,9 +1,9 @@
-//! The way in: which statement an event takes, in which transaction, and what is tried in another way.
+//! The entry point for events: which statement applies an event, in which transaction, and what is retried differently.
 //!
-//! An event of a batch in event mode takes `apply_each`, one call for all, with a transaction for each event. If any of them
-//! is refused or loses to another transaction, they take `apply`, a call for each, so that each says for itself. In batch
-//! mode they first share transactions, as many as their operations need, those that claim handles apart; what shared one
-//! with an event that failed goes on as in event mode.
+//! In event mode, a batch takes `apply_each`: one call for all events, with a transaction for each. If any of them is
+//! refused or loses to another transaction, they take `apply`, one call per event, so that each gets its own result. In
+//! batch mode, they first share transactions, as many as their operations need, with separate ones for events that
+//! claim handles; events that shared a transaction with one that failed continue as in event mode.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -18,12 +18,11 @@ use super::plan::{Planned, locks_of};
 use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::config::TransactionMode;
-use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Reject};
 use crate::metrics;
 
-/// Maximum operations per transaction: five pipelines then use less than half of the locks that a server with PostgreSQL's
-/// defaults can hold.
+/// Maximum operations per transaction: five pipelines then use less than half of the locks available with PostgreSQL's
+/// default settings.
 const TRANSACTION_OPERATIONS: usize = 400;
 
 const APPLY: &str = include_str!("../../sql/store/apply.sql");
@@ -31,28 +30,28 @@ const APPLY_EACH: &str = include_str!("../../sql/store/apply_each.sql");
 const TRY_LOCK: &str = include_str!("../../sql/store/try_lock.sql");
 const NOTE_EPOCHS: &str = include_str!("../../sql/store/note_epochs.sql");
 
-/// Operations by kind, and how many of them changed something; the others met something newer.
+/// Operations by kind, and how many of them changed something; the others were older than what was there.
 pub type Counts = Vec<(Kind, u32, u32)>;
 
-/// What became of an event.
+/// The outcome for an event.
 #[derive(Clone, Debug)]
 pub enum Fate {
     /// Committed.
     Applied(Counts),
-    /// The database refuses some of its operations, by their index, and would apply the others.
+    /// The database refuses these operations, given by index, and would apply the others.
     Rejected(Vec<(usize, Reject)>),
-    /// Others hold locks on its accounts: it is left to the next batch.
+    /// Others hold locks on its accounts: it is deferred to the next batch.
     Deferred,
-    /// It lost to another transaction: to be tried again.
+    /// It lost to another transaction, and must be retried.
     Lost(StoreError),
 }
 
-/// What to do about an event on whose accounts others hold locks.
+/// What to do with an event if others hold locks on its accounts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contended {
     /// Wait for the locks.
     Wait,
-    /// Leave it to the next batch, where events share a transaction.
+    /// Defer it to the next batch, if events share a transaction.
     Defer,
 }
 
@@ -64,14 +63,14 @@ enum Outcome {
 }
 
 impl Session {
-    /// Applies events. The fates stand in the order of the events.
+    /// Applies events. The fates are in the order of the events.
     ///
     /// Nothing is durable before [`Session::flush`] has answered on this same connection.
     ///
     /// # Errors
     ///
-    /// The connection is of no use any more, or the database refuses for a reason that no event is to blame for. What of it
-    /// was applied is unknown.
+    /// The connection is unusable, or the database refuses for a reason that is not an event's fault. Which events were
+    /// applied is unknown.
     pub async fn apply(
         &self,
         events: &[&Event<'_>],
@@ -97,8 +96,8 @@ impl Session {
         fates.into_iter().collect::<Option<_>>().ok_or_else(too_few)
     }
 
-    /// Applies events in as few transactions as the locks allow. Without a fate remains everything that shared one with an
-    /// event which the database refused, or for which it had not room.
+    /// Applies events in as few transactions as the locks allow. Events that shared a transaction with one that the
+    /// database refused, or that lost to another transaction, are left without a fate.
     async fn share(
         &self,
         events: &[&Event<'_>],
@@ -133,7 +132,7 @@ impl Session {
         Ok(())
     }
 
-    /// Applies events, each in a transaction of its own. The results stand in the order of the events.
+    /// Applies events, each in its own transaction. The results are in the order of the events.
     ///
     /// Nothing is durable before [`Session::flush`] has answered on this same connection.
     async fn apart(&self, events: &[&Event<'_>]) -> Vec<Result<Outcome, StoreError>> {
@@ -144,18 +143,9 @@ impl Session {
             Ok(statement) => statement,
             Err(error) => return vec![Err(error); events.len().max(1)],
         };
-        if crash::is_due(Point::InTransaction)
-            && let Some(first) = events.first()
-            && self.client.batch_execute("BEGIN").await.is_ok()
-        {
-            let plan = Planned::careful(first, &self.known, |_| true);
-            if self.client.query_one(&statement, &plan.call.parameters()).await.is_ok() {
-                crash::now(Point::InTransaction);
-            }
-        }
         match self.apply_each(events).await {
             Ok(outcomes) => return outcomes.into_iter().map(Ok).collect(),
-            // One of them. Which, they say themselves when they are sent one by one.
+            // One of them failed. Sent one by one, each gets its own result.
             Err(error) if matches!(error.verdict, Verdict::Reject | Verdict::Retry) => {
                 if events.len() > 1 {
                     metrics::retry("split");
@@ -166,7 +156,7 @@ impl Session {
         self.apply_singly(&statement, events).await
     }
 
-    /// Applies events with one message for all of them, as long as none is refused.
+    /// Applies events with a single message, as long as none is refused.
     async fn apply_each(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
         let statement = self.in_time(self.client.prepare_cached(APPLY_EACH)).await?;
         let plans: Vec<Planned<'_>> = events.iter().map(|event| Planned::fast(event, &self.known)).collect();
@@ -183,7 +173,7 @@ impl Session {
         Ok(outcomes)
     }
 
-    /// Applies events with a message for each, all sent at once.
+    /// Applies events with one message each, all sent at once.
     async fn apply_singly(
         &self,
         statement: &Statement,
@@ -192,7 +182,7 @@ impl Session {
         let plans: Vec<Planned<'_>> =
             events.iter().map(|event| Planned::careful(event, &self.known, |_| true)).collect();
         let parameters: Vec<_> = plans.iter().map(|plan| plan.call.parameters()).collect();
-        // Answers come in the order of the calls, so that each is due within the limit after the one before.
+        // Answers arrive in the order of the calls, so each is due within the limit after the previous one.
         let mut answers: FuturesOrdered<_> =
             parameters.iter().map(|parameters| self.client.query_one(statement, parameters)).collect();
         let mut results = Vec::with_capacity(events.len());
@@ -201,7 +191,7 @@ impl Session {
             let answer = self.in_time(async { answers.next().await.transpose() }).await;
             results.push(match answer {
                 Ok(Some(row)) => answered(events[results.len()], &plans[results.len()], &row),
-                // There are as many answers as calls.
+                // Cannot happen: there are as many answers as calls.
                 Ok(None) => Err(self.no_answer()),
                 Err(error) => {
                     if error.verdict == Verdict::Reject {
@@ -210,7 +200,7 @@ impl Session {
                     let broken = error.verdict == Verdict::Reconnect;
                     let result = Err(error);
                     if broken {
-                        // Nothing more comes on this connection.
+                        // This connection yields no more answers.
                         results.resize(events.len(), result);
                         return results;
                     }
@@ -227,19 +217,19 @@ impl Session {
         results
     }
 
-    /// Applies a batch in at most two all-or-nothing transactions: first the events whose locks are free, then, if `contended` says
-    /// so, the contended ones. Deferred events get no outcome. This keeps accounts that appear in every batch from
-    /// serialising all pipelines.
+    /// Applies a batch in at most two all-or-nothing transactions: first the events whose locks are free, then, if
+    /// `contended` is [`Contended::Wait`], the contended ones. Deferred events get no outcome. This keeps accounts that
+    /// appear in every batch from serialising all pipelines.
     ///
-    /// None of them may claim a handle ([`Event::claims_handle`]): its locks depend on what other claims have just written,
-    /// so that it may have to be tried again, and all others with it. They have [`Session::claims`].
+    /// None of them may claim a handle ([`Event::claims_handle`]): the locks of a claim depend on what other claims
+    /// have just written, so it may have to be retried together with all others. Those go to [`Session::claims`].
     ///
-    /// The outcomes stand in the order of the events. Nothing is durable before [`Session::flush`] has answered on this
+    /// The outcomes are in the order of the events. Nothing is durable before [`Session::flush`] has answered on this
     /// same connection.
     ///
     /// # Errors
     ///
-    /// Not all of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
+    /// Some of the events were not applied. Unless the verdict is [`Verdict::Reconnect`], they can be tried one by one.
     async fn together(
         &self,
         events: &[&Event<'_>],
@@ -252,11 +242,11 @@ impl Session {
                 outcomes[index] = Some(outcome);
             }
         };
-        // Before anything that is sent side by side: what waits for its preparation would come too late.
+        // Prepared before anything is pipelined: a call that waits for its preparation would be sent too late.
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         let (free, rest) = self.lock_free(events).await?;
         let chosen = |indexes: &[usize]| -> Vec<&Event<'_>> { indexes.iter().map(|&i| events[i]).collect() };
-        // A transaction that failed ends with COMMIT all the same: it is rolled back.
+        // COMMIT also ends a failed transaction, by rolling it back.
         let (done, ended) = join(
             self.apply_at_once(&statement, &chosen(&free), true),
             self.in_time(self.client.batch_execute("COMMIT")),
@@ -271,20 +261,20 @@ impl Session {
         Ok(outcomes)
     }
 
-    /// Applies events that claim handles in one transaction: all of them or none. The outcomes stand in the order of the
+    /// Applies events that claim handles in one transaction: all of them or none. The outcomes are in the order of the
     /// events. Nothing is durable before [`Session::flush`] has answered on this same connection.
     ///
     /// # Errors
     ///
-    /// None of it was applied. Where the verdict is not [`Verdict::Reconnect`] they can be tried one by one.
+    /// None of the events was applied. Unless the verdict is [`Verdict::Reconnect`], they can be tried one by one.
     async fn claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
         self.note_epochs(events).await?;
         let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
         Ok(self.apply_at_once(&statement, events, false).await?.into_iter().map(Some).collect())
     }
 
-    /// Begins a transaction and takes the locks that nobody has. Returns the events that have all of theirs, and the
-    /// others, by their index.
+    /// Begins a transaction and takes the free locks. Returns the indexes of the events that got all of their locks,
+    /// and those of the others.
     async fn lock_free(&self, events: &[&Event<'_>]) -> Result<(Vec<usize>, Vec<usize>), StoreError> {
         let statement = self.in_time(self.client.prepare_cached(TRY_LOCK)).await?;
         let of_each: Vec<Vec<Cow<'_, str>>> = events.iter().map(|event| locks_of(event).collect()).collect();
@@ -301,7 +291,7 @@ impl Session {
         Ok((0..events.len()).partition(|&index| of_each[index].iter().all(|lock| !busy.contains(&**lock))))
     }
 
-    /// Applies events with one call. `locked`: it is in a transaction that has their locks.
+    /// Applies events with one call. `locked`: the open transaction already holds their locks.
     async fn apply_at_once(
         &self,
         statement: &Statement,
@@ -330,9 +320,9 @@ impl Session {
             .collect())
     }
 
-    /// Finds the operations that the database refuses, each tried alone in a transaction that is rolled back.
+    /// Finds the operations that the database refuses, by trying each alone in a transaction that is rolled back.
     async fn isolate(&self, event: &Event<'_>, error: &StoreError) -> Result<Outcome, StoreError> {
-        // Without operations it is the event itself, whose index is one past them.
+        // Without operations, the index is that of the event itself: one past the operations.
         if event.ops.len() <= 1 {
             return Ok(Outcome::Rejected(vec![(0, error.reject())]));
         }
@@ -350,14 +340,14 @@ impl Session {
             }
         }
         if bad.is_empty() {
-            // What was refused may pass by now, because something newer has come that it gives way to.
+            // The refused operation may pass by now, because something newer has arrived that makes it stale.
             let plan = Planned::careful(event, &self.known, |_| true);
             match self.in_time(self.client.query_one(&statement, &plan.call.parameters())).await {
                 Ok(row) => return answered(event, &plan, &row),
                 Err(error) if error.verdict == Verdict::Reject => {}
                 Err(error) => return Err(error),
             }
-            // Each one passes alone, together they do not: none can be singled out.
+            // Each passes alone but not together: none can be singled out.
             bad = (0..event.ops.len()).map(|index| (index, error.reject())).collect();
         }
         Ok(Outcome::Rejected(bad))
@@ -376,7 +366,7 @@ impl Session {
     }
 }
 
-/// Cuts a batch where its operations become too many for one transaction. Each takes a lock or a few.
+/// Splits a batch where it has too many operations for one transaction. Each takes one or a few locks.
 fn by_operations(events: &[&Event<'_>], chosen: &[usize]) -> Vec<Vec<usize>> {
     let mut parts: Vec<Vec<usize>> = Vec::new();
     let mut operations = TRANSACTION_OPERATIONS;
@@ -395,16 +385,16 @@ fn by_operations(events: &[&Event<'_>], chosen: &[usize]) -> Vec<Vec<usize>> {
 }
 
 fn too_few() -> StoreError {
-    StoreError::new(Verdict::Halt, "standpipe.apply answered for fewer operations than it was given")
+    StoreError::new(Verdict::Halt, "standpipe.apply returned fewer results than it was given operations")
 }
 
-/// What the function answered about one event.
+/// The function's answer for one event.
 fn answered(event: &Event<'_>, plan: &Planned<'_>, row: &Row) -> Result<Outcome, StoreError> {
     let answers: Vec<bool> = row.get(0);
     if answers.len() == plan.len() { Ok(outcome(event, &plan.in_order(&answers))) } else { Err(too_few()) }
 }
 
-/// Adds up what the function says of each operation.
+/// Sums up the function's results by kind.
 fn outcome(event: &Event<'_>, changed: &[bool]) -> Outcome {
     let mut kinds: Counts = Vec::with_capacity(1);
     for (op, changed) in event.ops.iter().zip(changed) {

@@ -1,4 +1,4 @@
-//! The apply function's parameters as PostgreSQL takes them.
+//! The apply function's parameters in PostgreSQL's binary form.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -64,7 +64,7 @@ pub(super) struct SqlSet<'a> {
     pub(super) ops: Vec<SqlOp<'a>>,
 }
 
-/// A list that is NULL when nothing is in it: to PostgreSQL an empty one costs more.
+/// A list that is sent as NULL when empty: an empty array costs PostgreSQL more.
 #[derive(Debug)]
 pub(super) struct List<T>(pub(super) Vec<T>);
 
@@ -90,10 +90,10 @@ impl<T: ToSql> ToSql for List<T> {
 #[derive(Debug, Default, ToSql)]
 #[postgres(name = "call")]
 pub(super) struct Call<'a> {
-    /// For `apply_each` only, with `record`: nothing else but locks and accounts is there then.
+    /// For `apply_each` only, together with `record`; then only locks and accounts are set besides.
     pub(super) kind: Option<&'static str>,
     pub(super) record: Option<SqlOp<'a>>,
-    /// Sorted, without the `~` of a shared one.
+    /// Sorted without regard to the `~` that marks a shared lock.
     pub(super) locks: List<Cow<'a, str>>,
     pub(super) repos: List<&'a str>,
     pub(super) handles: List<&'a str>,

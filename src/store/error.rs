@@ -1,4 +1,4 @@
-//! Why the store did not do its work.
+//! Errors of the store.
 
 use deadpool_postgres::{HookError, PoolError, TimeoutType};
 use tokio_postgres::Error;
@@ -9,7 +9,7 @@ use crate::event::{Reason, Reject};
 /// Prefix of a message that needs operator action.
 const HALT: &str = "halt: ";
 
-/// Why a call to the store did not do its work.
+/// Why a call to the store failed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct StoreError {
@@ -19,7 +19,7 @@ pub struct StoreError {
     pub message: String,
     /// The SQLSTATE, when PostgreSQL reported it.
     pub sqlstate: Option<String>,
-    /// The function of the operator's that it comes from, a trigger's for example.
+    /// The operator's own function that raised it, such as a trigger's.
     pub function: Option<String>,
 }
 
@@ -30,7 +30,7 @@ impl StoreError {
         Self { verdict, message: message.into(), sqlstate: None, function: None }
     }
 
-    /// The event's side of a refusal.
+    /// The refusal as a reject of the event.
     pub(super) fn reject(&self) -> Reject {
         let (reason, message) = match &self.function {
             Some(function) => {
@@ -70,7 +70,7 @@ impl From<PoolError> for StoreError {
                 "all connections were in use for 10 s: DB_POOL_SIZE may be too small",
             ),
             PoolError::Timeout(_) => {
-                Self::new(Verdict::Reconnect, "no answer to an attempt to connect, for 10 s")
+                Self::new(Verdict::Reconnect, "no answer to a connection attempt for 10 s")
             }
             PoolError::PostCreateHook(HookError::Message(message)) => match message.strip_prefix(HALT) {
                 Some(message) => Self::new(Verdict::Halt, message),
@@ -82,7 +82,7 @@ impl From<PoolError> for StoreError {
 }
 
 pub(super) fn hook_error(error: &StoreError) -> HookError {
-    // The pool's error carries text alone: the verdict goes in front of it, for `From<PoolError>`.
+    // The pool's error carries only text, so the verdict is put in front of it, for `From<PoolError>`.
     let verdict = if error.verdict == Verdict::Halt { HALT } else { "" };
     HookError::message(format!("{verdict}{}", error.message))
 }

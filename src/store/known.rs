@@ -1,4 +1,4 @@
-//! Accounts whose row is known to exist, so that not every event has to ask.
+//! Accounts whose row is known to exist, so that not every event has to check.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
@@ -9,8 +9,8 @@ use crate::mutex::lock;
 /// Accounts per generation: 16 bytes each, twice.
 const GENERATION: usize = 100_000;
 
-/// A bounded set of accounts: two generations, the older one is forgotten when the younger is full. Holds hashes; that
-/// two of so few share 64 bits does not happen.
+/// A bounded set of accounts, in two generations: the older one is dropped when the younger is full. Holds 64-bit
+/// hashes, which for this few accounts do not collide in practice.
 #[derive(Debug, Default)]
 pub(super) struct KnownAccounts {
     hasher: RandomState,
@@ -21,7 +21,7 @@ pub(super) struct KnownAccounts {
 
 type Hashes = HashSet<u64, BuildHasherDefault<Hashed>>;
 
-/// For what is a hash already.
+/// A hasher for keys that are hashes already.
 #[derive(Default)]
 struct Hashed(u64);
 
@@ -31,7 +31,7 @@ impl Hasher for Hashed {
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        // Only numbers come here.
+        // Only called with numbers.
         for byte in bytes {
             self.0 = (self.0 << 8) | u64::from(*byte);
         }
@@ -64,13 +64,13 @@ impl KnownAccounts {
         }
     }
 
-    /// After a connection broke it may be another server that answers.
+    /// Forgets everything: after a connection broke, another server may answer.
     pub(super) fn clear(&self) {
         *lock(&self.generations) = Default::default();
         lock(&self.epochs).clear();
     }
 
-    /// Of these, those that the database may not know.
+    /// Those of these epochs that the database may not know.
     pub(super) fn new_epochs(&self, epochs: impl IntoIterator<Item = u64>) -> Vec<u64> {
         let known = lock(&self.epochs);
         let mut new: Vec<u64> =

@@ -1,8 +1,8 @@
-//! Creating and upgrading the tables and functions, from the files in `sql/`; taking over a database that is in use.
+//! Creates and upgrades the tables and functions from the files in `sql/`, and takes over a database that is in use.
 //!
-//! On an empty database everything is one transaction. On any other every statement is a step of its own that holds nobody up,
-//! and what is there already is passed over: it can be interrupted anywhere and started again. Changes to what was there before
-//! are recorded, so that [`undo`] can revert them.
+//! On an empty database everything is one transaction. On any other, every statement is a step of its own that holds
+//! nobody up, and existing objects are skipped: it can be interrupted anywhere and restarted. Changes to existing
+//! objects are recorded, so that [`undo`] can revert them.
 
 mod catalogue;
 mod statement;
@@ -24,15 +24,15 @@ use statement::{Kind, Statement};
 pub use step::Say;
 use step::{Lock, Run, Step};
 
-// `MIGRATIONS`: numbered, from `sql/migrations`. `FUNCTIONS`: from `sql/apply`, written anew whenever they differ from what the
-// database has. build.rs lists both folders.
+// `MIGRATIONS`: numbered, from `sql/migrations`. `FUNCTIONS`: from `sql/apply`, re-created whenever they differ from
+// those in the database. build.rs lists both folders.
 include!(concat!(env!("OUT_DIR"), "/sql.rs"));
 
-/// Any number, the same in every process: migrations run one at a time.
+/// The advisory lock that lets only one migration run at a time. An arbitrary number, the same in every process.
 const LOCK: i64 = 0x5354_414e_4450_4950;
 
-/// Our own schema and what we have to remember. Which tables were here before us is noted once, together with the table
-/// that it is noted in: later, ours are among them.
+/// Our own schema and records. The list of tables that existed before us is recorded only once, when its own table is
+/// created: later, our tables would be among them.
 const OWN_SCHEMA: &str = "
     CREATE SCHEMA IF NOT EXISTS standpipe;
     CREATE TABLE standpipe.migrations (
@@ -69,7 +69,7 @@ pub fn wanted() -> i32 {
 /// The state of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The newest migration that ran; 0 for none.
+    /// The newest migration applied; 0 for none.
     pub version: i32,
     /// Whether the functions are this program's.
     pub functions: bool,
@@ -85,7 +85,7 @@ impl Found {
     }
 }
 
-/// Looks at the database without changing it.
+/// Inspects the database without changing it.
 ///
 /// # Errors
 ///
@@ -101,22 +101,22 @@ pub async fn look(client: &Client) -> Result<Found, StoreError> {
     Ok(Found { version: row.get(0), functions: row.get(1), indexes })
 }
 
-/// An index that the migrations make.
+/// An index that the migrations create.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Index {
     /// Its name.
     pub name: String,
     /// A table of the application by its name, one of ours as `standpipe.<name>`.
     pub table: String,
-    /// The first of its columns: another index that begins with it serves as well.
+    /// Its first column: any other index that begins with it serves as well.
     pub column: String,
-    /// What makes it, beside others that work.
+    /// The statement that creates it without blocking others.
     pub sql: String,
-    /// It is made on a table, too, that was here before us.
+    /// Whether it is also created on a table that existed before us.
     pub everywhere: bool,
 }
 
-/// The indexes that the migrations make.
+/// The indexes that the migrations create.
 #[must_use]
 pub fn indexes() -> Vec<Index> {
     let statements = MIGRATIONS.iter().flat_map(|(.., file)| statement::split(file));
@@ -141,7 +141,7 @@ pub fn indexes() -> Vec<Index> {
 /// Brings the database to this program's version, while others keep working with it. Safe to interrupt and to repeat;
 /// several processes take turns.
 ///
-/// Returns the names of what was done, empty when there was nothing to do.
+/// Returns the names of the steps taken; empty if there was nothing to do.
 ///
 /// # Errors
 ///
@@ -150,7 +150,7 @@ pub async fn migrate(client: &mut Client) -> Result<Vec<String>, StoreError> {
     migrate_and_say(client, &mut |line| info!("{}", line.trim())).await
 }
 
-/// As [`migrate`], reporting each step.
+/// Like [`migrate`], reporting each step.
 ///
 /// # Errors
 ///
@@ -175,9 +175,9 @@ pub async fn plan(client: &Client) -> Result<Plan, StoreError> {
     Plan::make(&Catalogue::read(client).await?, &found)
 }
 
-/// One process at a time. A session's lock, not a transaction's: it spans all steps, and goes with the connection. It is
-/// asked for again and again: a session that waits for it holds a snapshot, which CREATE INDEX CONCURRENTLY of the
-/// one that has it would wait for.
+/// One process at a time. A session lock, not a transaction lock: it spans all steps, and is released with the
+/// connection. It is polled, because a session waiting for it would hold a snapshot, which the lock holder's CREATE
+/// INDEX CONCURRENTLY would wait for.
 async fn lock(client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
     let began = Instant::now();
     let mut said = false;
@@ -195,7 +195,7 @@ async fn lock(client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
 
 async fn unlock(client: &Client) -> Result<(), StoreError> {
     if client.is_closed() {
-        // It went with the connection, and the caller has the reason.
+        // The lock was released with the connection, and the caller has the error.
         return Ok(());
     }
     step::end(client).await?;
@@ -204,7 +204,7 @@ async fn unlock(client: &Client) -> Result<(), StoreError> {
 }
 
 async fn under_lock(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<String>, StoreError> {
-    // Another process may have been faster.
+    // Another process may have done it already.
     let found = look(client).await?;
     let catalogue = Catalogue::read(client).await?;
     let plan = Plan::make(&catalogue, &found)?;
@@ -224,7 +224,7 @@ async fn under_lock(client: &mut Client, say: &mut Say<'_>) -> Result<Vec<String
     Ok(plan.names)
 }
 
-/// Whether none of the tables is there.
+/// Whether none of the tables exist.
 fn is_empty(catalogue: &Catalogue) -> bool {
     let statements = MIGRATIONS.iter().flat_map(|(.., file)| statement::split(file));
     statements.into_iter().all(|statement| match &statement.kind {
@@ -246,11 +246,12 @@ pub(super) fn is_ours(table: &str, column: &str) -> bool {
     })
 }
 
-/// Whether a function is one of ours. Their schema does not tell: what a role named standpipe creates is there as well.
+/// Whether a function is one of ours. Its schema does not show that: a role named standpipe creates its own objects
+/// there, too.
 #[must_use]
 pub(super) fn is_our_function(name: &str) -> bool {
     name.strip_prefix("standpipe.").is_some_and(|name| {
-        // Those of sql/apply/20_pointers.sql and 41_plain.sql are made from templates.
+        // The functions in sql/apply/20_pointers.sql and 41_plain.sql are generated from templates.
         let made = ["put_", "new_", "delete_", "remove_"].iter().any(|prefix| {
             name.strip_prefix(prefix)
                 .is_some_and(|kind| crate::event::Kind::ALL.iter().any(|one| one.name() == kind))
@@ -259,7 +260,7 @@ pub(super) fn is_our_function(name: &str) -> bool {
     })
 }
 
-/// Everything at once, where nobody can be held up.
+/// Everything in one transaction, on a database that nobody uses yet.
 async fn create(client: &mut Client, catalogue: &Catalogue) -> Result<(), StoreError> {
     let transaction = client.transaction().await?;
     if !catalogue.relations.contains_key("standpipe.tables_before") {
@@ -276,16 +277,16 @@ async fn create(client: &mut Client, catalogue: &Catalogue) -> Result<(), StoreE
     Ok(transaction.commit().await?)
 }
 
-/// The steps that are left to take.
+/// The remaining steps.
 #[derive(Debug, Default)]
 pub struct Plan {
     steps: Vec<Step>,
-    /// What is done then.
+    /// The state after them.
     names: Vec<String>,
     warnings: Vec<String>,
 }
 
-/// Whether others may be using a table. What is not there yet is made by a step before this one, and nobody uses it.
+/// Whether others may be using a table. A missing table is created by an earlier step, and nobody uses it yet.
 fn is_used(catalogue: &Catalogue, table: &str) -> bool {
     catalogue.relations.contains_key(table) && !table.starts_with("standpipe.")
 }
@@ -317,7 +318,7 @@ impl Plan {
             for statement in statement::split(file) {
                 plan.statement(catalogue, &statement);
             }
-            let what = format!("note version {version}");
+            let what = format!("record version {version}");
             plan.add(&what, Lock::None, vec![Run::Transaction(note_version(*version, name))]);
             plan.names.push(format!("{version:04}_{name}"));
         }
@@ -340,7 +341,7 @@ impl Plan {
         }
         if !catalogue.foreign_keys.is_empty() {
             plan.warnings.push(format!(
-                "foreign keys refuse what comes before the row that it refers to, and that becomes a dead letter; \
+                "foreign keys refuse records that arrive before the row that they refer to, which become dead letters; \
                  drop them: {}",
                 catalogue.foreign_keys.join("; ")
             ));
@@ -352,7 +353,7 @@ impl Plan {
         self.steps.push(Step { what: what.to_owned(), lock, runs });
     }
 
-    /// Adds a statement of a migration if it has something to do.
+    /// Adds a migration's statement, unless it has nothing to do.
     fn statement(&mut self, catalogue: &Catalogue, statement: &Statement) {
         let sql = statement.sql.clone();
         let there = |relation: &str| catalogue.relations.contains_key(relation);
@@ -390,7 +391,7 @@ impl Plan {
         if missing.is_empty() {
             return;
         }
-        // In the same transaction: noted if and only if it is ours.
+        // In the same transaction: recorded if and only if we added it.
         let note = |column: &&str| {
             let (table, column) = (literal(table), literal(column));
             format!("INSERT INTO standpipe.added_columns VALUES ({table}, {column}) ON CONFLICT DO NOTHING")
@@ -404,7 +405,7 @@ impl Plan {
         self.add(&what, lock_of(catalogue, table, Lock::Moment), vec![Run::Transaction(sql)]);
     }
 
-    /// Builds an index that is missing, or whose build was interrupted.
+    /// Builds a missing index, or one whose build was interrupted.
     fn index(
         &mut self,
         catalogue: &Catalogue,
@@ -430,14 +431,14 @@ impl Plan {
         self.add(&format!("{table}: build index {name}"), lock_of(catalogue, table, Lock::Beside), runs);
     }
 
-    /// Puts a plain index in the place of a unique one. First the new one: nobody is without an index for a moment.
+    /// Replaces a unique index by a plain one. The new one comes first, so that there is always an index.
     fn replace(&mut self, catalogue: &Catalogue, index: &UniqueIndex) {
         let UniqueIndex { name, quoted, table, definition, .. } = index;
         let new = replacement_name(name);
         let whole = catalogue.indexes.get(&new).copied();
         let ours = whole.is_some() || index.equivalent.is_none();
         let mut runs = vec![Run::Transaction(format!(
-            // An interrupted undo had rebuilt the index, but not yet its constraint.
+            // An interrupted undo may have rebuilt the index, but not its constraint.
             "INSERT INTO standpipe.replaced_indexes AS r VALUES ({}, {}, {}, ARRAY[{}], {}, {}, {})
              ON CONFLICT (name) DO UPDATE SET
                  table_name = excluded.table_name, definition = excluded.definition, keys = excluded.keys,
@@ -497,7 +498,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// All functions, and the note which they are.
+/// The SQL that creates all functions and records their fingerprint.
 fn functions() -> String {
     format!(
         "{};\nINSERT INTO standpipe.migrations (version, name) VALUES (0, '{}')
@@ -514,7 +515,7 @@ fn note_version(version: i32, name: &str) -> String {
     )
 }
 
-/// The statement, in a form that may be part of a transaction.
+/// The statement, in a form that is allowed in a transaction.
 fn plain_index(statement: &Statement) -> String {
     statement.sql.replacen("CREATE INDEX CONCURRENTLY", "CREATE INDEX", 1)
 }
@@ -527,7 +528,7 @@ fn drop_index(catalogue: &Catalogue, name: &str) -> Run {
     ))
 }
 
-/// What [`Catalogue::indexes`] calls it.
+/// An index's name in [`Catalogue::indexes`].
 fn index_key(name: &str, table: &str) -> String {
     if table.starts_with("standpipe.") { format!("standpipe.{name}") } else { name.to_owned() }
 }
@@ -535,7 +536,7 @@ fn index_key(name: &str, table: &str) -> String {
 /// `unique_like_user_post` becomes `standpipe_like_user_post`.
 fn replacement_name(name: &str) -> String {
     let new = format!("standpipe_{}", name.strip_prefix("unique_").unwrap_or(name));
-    // PostgreSQL cuts names at 63 bytes.
+    // PostgreSQL truncates names to 63 bytes.
     if new.len() <= 63 { new } else { format!("standpipe_{}", hash(name.bytes())) }
 }
 
@@ -548,7 +549,7 @@ fn identifier(name: &str) -> String {
 }
 
 fn literal(text: &str) -> String {
-    // Standard-conforming strings: a backslash is itself.
+    // Standard-conforming strings: a backslash needs no escape.
     format!("'{}'", text.replace('\'', "''"))
 }
 
@@ -567,7 +568,7 @@ fn fingerprint() -> String {
     hash(FUNCTIONS.iter().flat_map(|sql| sql.bytes()))
 }
 
-/// FNV-1a: it needs to be stable, not strong.
+/// FNV-1a: the hash must be stable, not strong.
 fn hash(bytes: impl Iterator<Item = u8>) -> String {
     let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
     for byte in bytes {

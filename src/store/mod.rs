@@ -35,8 +35,8 @@ pub use error::StoreError;
 pub use session::Session;
 pub use tokio_postgres::{Client, Row};
 
-/// The server ends a statement at its own limit; an answer that takes this much longer never comes. Without that, a
-/// connection whose other end is gone but still acknowledged, by a proxy for example, would be waited on for ever.
+/// The server ends a statement at its own limit; an answer that takes this much longer will never arrive. Without this
+/// limit, we would wait forever on a connection whose peer is gone but still acknowledged, for example by a proxy.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 
 /// The bounded pool.
@@ -65,7 +65,7 @@ impl Store {
             options,
             connector,
             ManagerConfig {
-                // A connection in doubt is never returned, so a returned one needs no check.
+                // Connections in doubt are never returned to the pool, so a returned one needs no check.
                 recycling_method: RecyclingMethod::Fast,
             },
         );
@@ -103,7 +103,7 @@ impl Store {
         ::metrics::histogram!(metrics::POOL_WAIT).record(asked.elapsed().as_secs_f64());
         let uses = Object::metrics(&client).recycle_count;
         if uses >= 8 && uses.is_power_of_two() {
-            // Plans are kept, and those that were made while a table was empty are often the wrong ones a second later.
+            // Plans are kept, and one made while a table was empty is often wrong a second later.
             client.batch_execute("DISCARD PLANS").await?;
         }
         Ok(Session {
@@ -129,26 +129,26 @@ impl Store {
         match tokio::time::timeout(limit, session.client.simple_query("SELECT 1")).await {
             Ok(answer) => Ok(answer.map(drop)?),
             Err(elapsed) => {
-                // Returned to the pool, its answer would hold up the next user.
+                // In the pool, the outstanding answer would hold up the next user.
                 session.give_up();
                 Err(late(elapsed))
             }
         }
     }
 
-    /// Connections that exist, and those in use.
+    /// The number of connections that exist, and of those in use.
     #[must_use]
     pub fn pool_status(&self) -> (usize, usize) {
         let status = self.pool.status();
         (status.size, status.size.saturating_sub(status.available))
     }
 
-    /// Whether a pooler between here and the server gives each transaction another server process, which nothing of ours
-    /// survives.
+    /// Refuses a pooler on the way that gives each transaction a different server process, where our session state
+    /// would be lost.
     ///
     /// # Errors
     ///
-    /// It does, with [`Verdict::Halt`]; or the server cannot be reached.
+    /// There is such a pooler, with [`Verdict::Halt`]; or the server cannot be reached.
     pub async fn refuse_transaction_pooling(&self) -> Result<(), StoreError> {
         if self.pool.status().max_size < 2 {
             return Ok(());
@@ -165,18 +165,18 @@ impl Store {
         answer
     }
 
-    /// Closes every connection. What the server is still doing for one of them is cancelled: it would not notice that we
-    /// are gone.
+    /// Closes every connection, cancelling whatever the server is still doing for it: the server would not notice that
+    /// we are gone.
     pub async fn close(&self) {
         self.pool.close();
         self.cancel.ended().await;
     }
 }
 
-/// The driver's options from the operator's URL. Nothing of ours is among them: poolers refuse or drop what they do not know,
-/// so that our settings are made on the connection (settings.rs).
+/// The driver's options from the operator's URL. Our own settings are not among them, because poolers refuse or drop
+/// unknown options: they are made on the connection (settings.rs).
 fn connect_options(url: &str) -> anyhow::Result<tokio_postgres::Config> {
-    // The parser's error may quote what it could not read, a password among it.
+    // The parser's error may quote the text that it could not parse, including a password.
     let mut options: tokio_postgres::Config = url.parse().map_err(|_| {
         anyhow::anyhow!("DATABASE_URL is not a connection string that the driver understands")
     })?;

@@ -1,9 +1,9 @@
-//! Which statement each operation of an event takes: a call of `standpipe.apply`, or of its short cut.
+//! Which statement each operation of an event takes: a call of `standpipe.apply`, or of its fast path.
 //!
-//! - fast, one transaction for each event: one record of which nothing is known takes the short cut (`new_like`); four and
-//!   more operations go to the functions over sets (`put_likes`), the others to those for one (`put_like`)
-//! - together, one transaction for several events: the same, without the short cut
-//! - careful: whatever rows there are, `put_like` alone
+//! - fast, one transaction per event: a single record that is probably new takes the fast path (`new_like`); four or
+//!   more operations go to the set functions (`put_likes`), fewer to the functions for one (`put_like`)
+//! - together, one transaction for several events: the same, without the fast path
+//! - careful: `put_like` alone, which copes with any existing rows
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -16,26 +16,26 @@ fn is_post(uri: &str) -> bool {
     uri.split('/').nth(3) == Some("app.bsky.feed.post")
 }
 
-/// From how many operations on a call uses statements over sets: for one or two they are more expensive than single-record
-/// statements.
+/// The number of operations from which a call uses set statements: for one or two they are more expensive than
+/// single-record statements.
 const SET: usize = 4;
 
 /// A call, and where each of the operations went.
 #[derive(Debug, Default)]
 pub(super) struct Planned<'a> {
     pub(super) call: Call<'a>,
-    /// The set by its index, or none, and the place in it, or among the others.
+    /// The index of the set, or none, and the place in it, or among the others.
     places: Vec<(Option<usize>, usize)>,
 }
 
 impl<'a> Planned<'a> {
-    /// The call that applies an event by the fast functions, which can be refused where another program left rows under the
-    /// same keys, or writes them at the same time.
+    /// The call that applies an event with the fast functions, which can be refused if another program left rows under
+    /// the same keys, or is writing them at the same time.
     pub(super) fn fast(event: &'a Event<'_>, known: &KnownAccounts) -> Self {
         Self::together(&[event], known).shortened()
     }
 
-    /// The call that applies the operations of `event` for which `chosen` says yes, whatever rows there are.
+    /// The call that applies the operations of `event` for which `chosen` is true, whatever rows exist.
     pub(super) fn careful(
         event: &'a Event<'_>,
         known: &KnownAccounts,
@@ -46,7 +46,7 @@ impl<'a> Planned<'a> {
         planner.finish()
     }
 
-    /// The call that applies several events in one transaction, by the fast functions too.
+    /// The call that applies several events in one transaction, also with the fast functions.
     pub(super) fn together(events: &[&'a Event<'_>], known: &KnownAccounts) -> Self {
         let operations: usize = events.iter().map(|event| event.ops.len()).sum();
         let mut planner = Planner { by_sets: operations >= SET, ..Planner::default() };
@@ -56,7 +56,7 @@ impl<'a> Planned<'a> {
         planner.finish()
     }
 
-    /// Takes the short cut of `standpipe.apply_each`, where there is one.
+    /// Takes the fast path of `standpipe.apply_each`, if possible.
     fn shortened(mut self) -> Self {
         let call = &mut self.call;
         if self.places.len() == 1
@@ -74,13 +74,13 @@ impl<'a> Planned<'a> {
         self
     }
 
-    /// Without its locks, which the transaction has already.
+    /// The same call without its locks, which the transaction already holds.
     pub(super) fn locked(mut self) -> Self {
         self.call.locks.0.clear();
         self
     }
 
-    /// How many answers belong to this call.
+    /// The number of answers to this call.
     pub(super) fn len(&self) -> usize {
         self.places.len()
     }
@@ -88,7 +88,7 @@ impl<'a> Planned<'a> {
     /// The answers, in the order of the operations. There must be [`Planned::len`] of them.
     pub(super) fn in_order(&self, answers: &[bool]) -> Vec<bool> {
         let sets = &self.call.sets.0;
-        // The function answers for the sets first, one after the other.
+        // The function answers for the sets first, one after another.
         let before = |set: Option<usize>| -> usize {
             sets[..set.unwrap_or(sets.len())].iter().map(|set| set.ops.len()).sum()
         };
@@ -96,7 +96,7 @@ impl<'a> Planned<'a> {
     }
 }
 
-/// Puts a call together.
+/// Builds a call.
 #[derive(Default)]
 struct Planner<'a> {
     /// Whether there are enough operations for set statements to be cheaper.
@@ -109,8 +109,8 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn add(&mut self, event: &'a Event<'_>, known: &KnownAccounts, chosen: impl Fn(usize) -> bool) {
-        // Registers write into the account's row, and what they write is lost without one: for them nothing is taken
-        // for granted.
+        // Registers write into the account's row, and would be lost without one: for them, the row is not assumed to
+        // exist.
         let sure =
             event.ops.iter().any(|op| matches!(op.kind, Kind::Profile | Kind::Identity | Kind::Account));
         self.planned.call.dids.0.extend(
@@ -152,7 +152,7 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The set of a kind, which is made when there is none.
+    /// The set of a kind, created if there is none.
     fn set(&mut self, kind: &'static str) -> usize {
         let sets = &mut self.planned.call.sets.0;
         sets.iter().position(|set| set.kind == kind).unwrap_or_else(|| {
@@ -161,14 +161,14 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// Whether an operation can be in a set: see what the functions that take them ask.
+    /// Whether an operation can be part of a set: see the set functions' requirements.
     fn fits(&mut self, repo: &'a str, op: &'a Op<'_>) -> bool {
         if !self.by_sets {
             return false;
         }
         match (op.kind, op.delete) {
             (Kind::ThreadGate | Kind::PostGate, _) => {
-                // The post of the same commit comes after its gate, which so need not write its row again.
+                // A post of the same commit is written after its gate, so the gate need not rewrite the post's row.
                 self.records.extend(op.subject.as_deref());
                 false
             }
@@ -195,7 +195,7 @@ impl<'a> Planner<'a> {
             names.sort_unstable();
             names.dedup();
         }
-        // Of one name the exclusive one comes first, and is enough.
+        // Of several locks with one name, the exclusive one sorts first, and suffices.
         locks.sort_unstable();
         locks.dedup_by_key(|lock| lock.name);
         planned.call.locks = List(locks.into_iter().map(Lock::parameter).collect());
@@ -203,7 +203,7 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// What a call locks before it reads anything.
+/// A lock that a call takes before it reads anything.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Lock<'a> {
     name: &'a str,
@@ -216,7 +216,7 @@ impl<'a> Lock<'a> {
     }
 }
 
-/// The posts whose gates an operation changes, or depends on: see `sql/apply/31_gates.sql`.
+/// Locks the posts whose gates an operation changes or depends on: see `sql/apply/31_gates.sql`.
 fn lock_posts<'a>(op: &'a Op<'_>, locks: &mut Vec<Lock<'a>>) {
     match op.kind {
         Kind::Post => {
@@ -233,7 +233,7 @@ fn lock_posts<'a>(op: &'a Op<'_>, locks: &mut Vec<Lock<'a>>) {
     }
 }
 
-/// What applying an event locks, as parameters.
+/// The locks for applying an event, as parameters.
 pub(super) fn locks_of<'a>(event: &'a Event<'_>) -> impl Iterator<Item = Cow<'a, str>> {
     let mut locks = vec![Lock { name: &event.repo, shared: false }];
     for op in &event.ops {
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn answers_are_restored_to_the_order_of_the_operations() {
-        // Nine likes, two of them of one post; and a delete, which comes first and is a set of its own.
+        // Nine likes, two of them of the same post; and a delete, which comes first and is a set of its own.
         let mut ops: Vec<_> = (0..8).map(|n| like(&n.to_string(), &n.to_string())).collect();
         ops.push(like("again", "7"));
         ops.push(r#"{"action":"delete","path":"app.bsky.feed.like/gone"}"#.to_owned());

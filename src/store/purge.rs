@@ -5,15 +5,15 @@ use tokio_postgres::Client;
 use super::StoreError;
 use crate::event::Kind;
 
-/// Rows per transaction: short enough that nobody waits for it.
+/// Rows per transaction: few enough that nobody has to wait.
 const CHUNK: i32 = 200;
 
-/// A deletion whose account's rows are still there.
+/// A deletion whose account still has rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Deletion {
     /// The account.
     pub did: String,
-    /// Which of its deletions.
+    /// Identifies the deletion among the account's deletions.
     which: String,
 }
 
@@ -28,12 +28,12 @@ pub async fn next(client: &Client) -> Result<Option<Deletion>, StoreError> {
     Ok(row.map(|row| Deletion { did: row.get(0), which: row.get(1) }))
 }
 
-/// Removes everything that an account had written before it was deleted. Safe to interrupt, to repeat and to run beside
-/// another one. Returns the number of records.
+/// Removes everything that an account had written before it was deleted. Safe to interrupt, to repeat, and to run
+/// concurrently. Returns the number of records.
 ///
 /// # Errors
 ///
-/// The server cannot be reached or refuses; the rest is for the next call.
+/// The server cannot be reached or refuses; the next call continues.
 pub async fn purge(client: &Client, deletion: &Deletion) -> Result<u64, StoreError> {
     let Deletion { did, which } = deletion;
     let mut total = 0;

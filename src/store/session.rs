@@ -1,4 +1,4 @@
-//! One connection out of the pool, and its end.
+//! A connection from the pool, and how it is returned or closed.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use super::known::KnownAccounts;
 use super::verdict::Verdict;
 use crate::event::Event;
 
-/// How long a server may take to end a cancelled statement.
+/// Time limit for the server to end a cancelled statement.
 const CANCEL: Duration = Duration::from_secs(5);
 const FLUSH: &str = include_str!("../../sql/store/flush.sql");
 
-/// One connection, held for one batch: what is applied on it is flushed on it.
+/// One connection, held for one batch: events are flushed on the connection that applied them.
 pub struct Session {
     pub(super) client: Lent,
     pub(super) known: Arc<KnownAccounts>,
@@ -33,32 +33,32 @@ impl Session {
         &self.client
     }
 
-    /// The driver's client, for transactions of one's own.
+    /// The driver's client, for the caller's own transactions.
     pub fn client_mut(&mut self) -> &mut Client {
         &mut self.client
     }
 
-    /// Takes the connection out of the pool and closes it. For every connection that an error left in doubt.
+    /// Removes the connection from the pool and closes it. For every connection that an error left in doubt.
     ///
-    /// Its running statement is cancelled first, and the connection keeps its place in the pool until that is
-    /// done: a server process that waits, for a standby for example, does not notice that its client is gone, and there
-    /// would be one more with each attempt.
+    /// Its running statement is cancelled first, and the connection keeps its place in the pool until then: a server
+    /// process that is waiting, for example for a standby, does not notice that its client is gone, and each attempt
+    /// would add one.
     pub fn discard(mut self) {
         self.known.clear();
         self.client.discarded = true;
     }
 
-    /// As [`Session::discard`], where an answer has not come.
+    /// Like [`Session::discard`], for a connection with an outstanding answer.
     pub fn give_up(self) {
         self.client.unanswered.fetch_add(1, Ordering::Relaxed);
         self.discard();
     }
 
-    /// Makes everything that was committed on this connection durable, `events` among it.
+    /// Makes everything committed on this connection durable, including `events`.
     ///
     /// The transactions themselves commit without waiting for the disk. This one waits, and the log is written in
-    /// order: when it has answered, all of them are on disk. It must write something of its own: a transaction
-    /// that writes nothing flushes nothing.
+    /// order: when it has answered, all of them are on disk. It must write something itself: a transaction that writes
+    /// nothing flushes nothing.
     ///
     /// # Errors
     ///
@@ -91,9 +91,10 @@ impl Session {
     }
 }
 
-/// A connection out of the pool. It goes back unless a request on it is unanswered, whatever the reason: then it is closed.
+/// A connection from the pool. It is returned unless a request on it is unanswered, whatever the reason: then it is
+/// closed.
 pub(super) struct Lent {
-    /// There until the drop.
+    /// Present until the drop.
     pub(super) object: Option<Object>,
     pub(super) unanswered: AtomicUsize,
     pub(super) discarded: bool,
@@ -131,11 +132,11 @@ impl Drop for Lent {
     }
 }
 
-/// Ends connections on which the server is still busy. Only those: a cancellation that has nothing to cancel may meet what
-/// is asked next, and poolers have been seen to fall over it.
+/// Closes connections on which the server is still busy. Only those: a cancellation with nothing to cancel may hit the
+/// next request, and poolers have been seen to fail on it.
 pub(super) struct Cancel {
     tls: MakeRustlsConnect,
-    /// How many are being ended.
+    /// The number of connections being closed.
     ending: watch::Sender<usize>,
 }
 
@@ -144,14 +145,14 @@ impl Cancel {
         Self { tls, ending: watch::channel(0).0 }
     }
 
-    /// Waits until those that are being ended have ended, but not for long.
+    /// Waits, but not for long, until the connections being closed are closed.
     pub(super) async fn ended(&self) {
         let mut ending = self.ending.subscribe();
         let _ =
             tokio::time::timeout(Duration::from_millis(1500), ending.wait_for(|ending| *ending == 0)).await;
     }
 
-    /// Has the server stop what it does for a connection, and closes that. Until then it counts as one of the pool's.
+    /// Cancels the server's work for a connection, and closes it. Until then it counts as one of the pool's.
     fn end(self: &Arc<Self>, client: Object) {
         let runtime = tokio::runtime::Handle::try_current();
         let (Ok(runtime), false) = (runtime, client.is_closed()) else {
@@ -162,7 +163,7 @@ impl Cancel {
         cancel.ending.send_modify(|ending| *ending += 1);
         runtime.spawn(async move {
             let cancelled = async {
-                // The answer to whatever is asked next comes after that to what was cancelled.
+                // The answer to this arrives after that to the cancelled request.
                 client.cancel_token().cancel_query(cancel.tls.clone()).await.ok()?;
                 client.simple_query("SELECT 1").await.ok()
             };

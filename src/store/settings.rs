@@ -1,4 +1,4 @@
-//! The settings that we rely on: set on every new connection, and read back. Nothing is inherited from the
+//! The settings that we rely on: set on every new connection, and read back. None is inherited from the
 //! database, the role, a startup parameter or a pooler.
 
 use std::fmt::Write as _;
@@ -10,12 +10,13 @@ use super::StoreError;
 use super::verdict::Verdict;
 use crate::config::{Config, DatabaseUrl};
 
-/// A new connection's first answers come within this time.
+/// Time limit for a new connection's first answers.
 const ANSWER: Duration = Duration::from_secs(8);
 
-/// Settings by name, with the value that each must have. Plans are made once and kept (generic); on young tables without
-/// statistics the planner would choose sequential scans and hash joins and keep them too, when every access here is by key.
-/// The functions lock first and read after: at any other isolation level they would read what was there before the lock.
+/// Settings by name, with the value that each must have. Plans are made once and kept (generic); on young tables
+/// without statistics the planner would choose sequential scans and hash joins, and keep those, although every access
+/// here is by key. The functions lock first and read afterwards: at any other isolation level they would read the state
+/// from before the lock.
 const FIXED: &[(&str, &str)] = &[
     ("default_transaction_isolation", "read committed"),
     ("default_transaction_read_only", "off"),
@@ -42,31 +43,32 @@ const FIXED: &[(&str, &str)] = &[
     ("enable_mergejoin", "off"),
 ];
 
-/// Settings that only a superuser may change, with the value that they must have: where they are otherwise, we refuse to work.
+/// Settings that only a superuser may change, with the required value: if it differs, we refuse to work.
 const REQUIRED: &[(&str, &str, &str)] = &[(
     "session_replication_role",
     "origin",
     "triggers and foreign keys would be skipped; ALTER ROLE ... RESET session_replication_role, and the same for the database",
 )];
 
-/// The statements that make the settings of a connection.
+/// The statements that make a connection's settings.
 #[must_use]
 pub fn of(config: &Config, url: &DatabaseUrl) -> String {
     let mut sql = String::new();
     let mut set = |name: &str, value: &str| {
-        // To a text nothing fails to be written.
+        // Writing to a String cannot fail.
         let _ = writeln!(sql, "SELECT set_config('{name}', '{}', false);", value.replace('\'', "''"));
     };
     for (name, value) in FIXED {
         set(name, value);
     }
     set("statement_timeout", &format!("{}ms", config.db_statement_timeout.as_millis()));
-    // At the end of a transaction it is decided by the one that flushes: see `Session::flush`.
+    // Only the flushing transaction decides on this at its end: see `Session::flush`.
     set("standpipe.notifications", if config.notifications { "on" } else { "off" });
     match url.schema() {
         Some(schema) => set("search_path", &format!("\"{}\"", schema.replace('"', "\"\""))),
-        // A role named standpipe has our own schema of that name first on its default search path ("$user", public): the
-        // application's tables are elsewhere. What the operator set for role or database is read as what it resolves to.
+        // A role named standpipe has our own schema first on its default search path ("$user", public), but the
+        // application's tables are elsewhere. The operator's setting for role or database is resolved to actual
+        // schemas.
         None => sql.push_str(
             "SELECT set_config('search_path', coalesce(
                  (SELECT string_agg(quote_ident(s), ', ') FROM unnest(current_schemas(false)) s
@@ -79,20 +81,20 @@ pub fn of(config: &Config, url: &DatabaseUrl) -> String {
     sql
 }
 
-/// Makes the settings and looks at what it came to.
+/// Makes the settings and verifies the result.
 ///
 /// # Errors
 ///
-/// The connection broke, or the server or a pooler on the way does not let us work: then the verdict is
+/// The connection broke, or the server or a pooler on the way does not let us work; then the verdict is
 /// [`Verdict::Halt`].
 pub async fn apply(client: &Client, settings: &str) -> Result<(), StoreError> {
     let late =
-        |_| StoreError::new(Verdict::Reconnect, format!("no answer within {ANSWER:?} to the first question"));
+        |_| StoreError::new(Verdict::Reconnect, format!("no answer within {ANSWER:?} to the first request"));
     tokio::time::timeout(ANSWER, make(client, settings)).await.map_err(late)?
 }
 
 async fn make(client: &Client, settings: &str) -> Result<(), StoreError> {
-    // By itself: the limit in force counts from the beginning of a message.
+    // A message of its own: the limit in force counts from the beginning of a message.
     client.batch_execute("SET statement_timeout = '8s'").await?;
     let answers = client.simple_query(settings).await?;
     for row in answers.iter().filter_map(|message| match message {
@@ -105,15 +107,15 @@ async fn make(client: &Client, settings: &str) -> Result<(), StoreError> {
         {
             return Err(StoreError::new(
                 Verdict::Halt,
-                format!("{name} is {value} on our connections and has to be {wanted}: {why}"),
+                format!("{name} is {value} on our connections, but must be {wanted}: {why}"),
             ));
         }
         if name == "server_encoding" && value != "UTF8" {
             return Err(StoreError::new(
                 Verdict::Halt,
                 format!(
-                    "the database's encoding is {value}, and most records hold characters that it has no room for: create \
-                     it anew, CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+                    "the database's encoding is {value}, which cannot store characters that most records contain: \
+                     recreate it, CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
                 ),
             ));
         }
@@ -121,7 +123,7 @@ async fn make(client: &Client, settings: &str) -> Result<(), StoreError> {
     session_is_ours(client, &format!("{:016x}", fastrand::u64(..))).await
 }
 
-/// Whether what one transaction sets is there in the next.
+/// Whether a setting made in one transaction is still there in the next.
 async fn session_is_ours(client: &Client, token: &str) -> Result<(), StoreError> {
     client.batch_execute(&format!("SELECT set_config('standpipe.session', '{token}', false)")).await?;
     let answers = client.simple_query("SELECT current_setting('standpipe.session', true)").await?;
@@ -131,8 +133,8 @@ async fn session_is_ours(client: &Client, token: &str) -> Result<(), StoreError>
     if same { Ok(()) } else { Err(StoreError::new(Verdict::Halt, TRANSACTION_MODE)) }
 }
 
-/// Finds out for certain what [`apply`] finds only when the pooler happens to choose another server process: while one
-/// connection holds a transaction open, the other must still have the process that it had.
+/// Detects reliably what [`apply`] detects only if the pooler happens to choose another server process: while one
+/// connection holds a transaction open, the other must still have its own server process.
 ///
 /// # Errors
 ///
@@ -159,11 +161,11 @@ pub async fn refuse_transaction_pooling(one: &Client, other: &Client) -> Result<
 }
 
 /// The explanation for an operator with such a pooler.
-pub const TRANSACTION_MODE: &str = "a pooler between here and PostgreSQL gives each transaction another server process (pool_mode = transaction or \
+pub const TRANSACTION_MODE: &str = "a pooler between here and PostgreSQL gives each transaction a different server process (pool_mode = transaction or \
      statement): locks, settings and prepared statements would be lost; point DATABASE_URL at PostgreSQL itself, or set \
      pool_mode = session for this database";
 
-/// The settings whose values matter, for `standpipe check`: the name, what it is and what it has to be.
+/// For `standpipe check`: the settings that differ, with their name, actual value and required value.
 ///
 /// # Errors
 ///

@@ -4,10 +4,10 @@ use tokio_postgres::Client;
 
 use super::StoreError;
 
-/// One statement, and what it cost so far.
+/// One statement and its cost so far.
 #[derive(Clone, Debug)]
 pub struct Statement {
-    /// Its text, on one line and cut.
+    /// Its text, on one line and shortened.
     pub text: String,
     /// How often it ran.
     pub calls: i64,
@@ -21,8 +21,8 @@ pub struct Statement {
     pub share: f64,
 }
 
-/// The ten on which most time was spent; `None` without the extension. Constants are none of a statement's text there;
-/// those of utility commands would be, and these are left out.
+/// The ten on which the most time was spent; `None` without the extension. The extension replaces constants in
+/// statements, except in utility commands, which are left out.
 ///
 /// # Errors
 ///

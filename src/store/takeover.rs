@@ -1,10 +1,10 @@
-//! Whether a database that other workers wrote to has been taken over from them.
+//! Whether a database has been taken over from the workers that used it before.
 
 use tokio_postgres::Client;
 
 use super::StoreError;
 
-/// Whether the application's tables were there before us, and we have not begun to work on them.
+/// Whether the application's tables existed before us, and we have not started to work on them.
 ///
 /// # Errors
 ///
@@ -14,7 +14,7 @@ pub async fn is_due(client: &Client) -> Result<bool, StoreError> {
     Ok(client.query_one(sql, &[]).await?.get(0))
 }
 
-/// Whether the application's tables were there before us.
+/// Whether the application's tables existed before us.
 ///
 /// # Errors
 ///

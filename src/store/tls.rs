@@ -1,4 +1,4 @@
-//! TLS to PostgreSQL: what is trusted, and how strictly, by libpq's words.
+//! TLS to PostgreSQL: what is trusted, and how strictly, in libpq's terms.
 //!
 //! `verify-full` and `require` check the certificate and the host's name; `verify-ca` the certificate; `prefer` (also the
 //! default) and `allow` accept any certificate, as they would accept no encryption, but log it.
@@ -18,19 +18,19 @@ use tracing::warn;
 
 use crate::config::{CaFile, Config, DatabaseUrl};
 
-/// How strictly a certificate is looked at.
+/// How strictly a certificate is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strictness {
-    /// It is read, and never refused.
+    /// Any certificate is accepted.
     Lenient,
-    /// A trusted authority has signed it.
+    /// A trusted authority must have signed it.
     Authority,
-    /// It is also the host's own.
+    /// It must also match the host name.
     Full,
 }
 
 impl Strictness {
-    /// Interprets libpq's word.
+    /// Interprets libpq's `sslmode`.
     #[must_use]
     pub fn of(ssl_mode: Option<&str>) -> Self {
         match ssl_mode {
@@ -60,7 +60,7 @@ impl Strictness {
 pub fn connector(config: &Config) -> Result<MakeRustlsConnect> {
     let mode = config.database_url.as_ref().and_then(DatabaseUrl::ssl_mode);
     let roots = roots(config.database_ca.as_ref().map(CaFile::pem));
-    let inner = WebPkiServerVerifier::builder(Arc::new(roots)).build().context("authorities of TLS")?;
+    let inner = WebPkiServerVerifier::builder(Arc::new(roots)).build().context("TLS authorities")?;
     let verifier = Verifier { inner, strictness: Strictness::of(mode), said: AtomicBool::new(false) };
     Ok(MakeRustlsConnect::new(
         ClientConfig::builder()
@@ -70,7 +70,7 @@ pub fn connector(config: &Config) -> Result<MakeRustlsConnect> {
     ))
 }
 
-/// The given authorities alone; else the machine's own, so that a private one that it trusts is trusted; else Mozilla's.
+/// The given authorities alone; else the machine's own, including private ones that it trusts; else Mozilla's.
 fn roots(pem: Option<&[u8]>) -> RootCertStore {
     let mut roots = RootCertStore::empty();
     if let Some(pem) = pem {
@@ -134,8 +134,8 @@ impl ServerCertVerifier for Verifier {
                 if self.strictness == Strictness::Lenient && !self.said.swap(true, Ordering::Relaxed) {
                     warn!(
                         reason = %error,
-                        "the certificate of PostgreSQL is not trusted; without sslmode=require or stricter in \
-                         DATABASE_URL it is taken all the same"
+                        "PostgreSQL's certificate is not trusted; without sslmode=require or stricter in \
+                         DATABASE_URL, it is accepted anyway"
                     );
                 }
                 Ok(ServerCertVerified::assertion())
@@ -160,8 +160,8 @@ impl ServerCertVerifier for Verifier {
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         match self.inner.verify_tls13_signature(message, cert, dss) {
-            // Where any certificate is taken, one of X.509's first version is, too, as libpq takes it: that the other side
-            // has its key can be verified all the same.
+            // If any certificate is accepted, so is one of X.509 version 1, as in libpq: the other side's possession of
+            // the key can still be verified.
             Err(Error::InvalidCertificate(_)) if self.strictness == Strictness::Lenient => {
                 let key = public_key(cert).ok_or(Error::InvalidCertificate(CertificateError::BadEncoding))?;
                 let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;

@@ -4,11 +4,11 @@ use tokio_postgres::Client;
 
 use super::StoreError;
 
-/// Rows per transaction: short enough that nobody waits for it.
+/// Rows per transaction: few enough that nobody has to wait.
 const CHUNK: i64 = 5_000;
 
-/// Deletes tombstones of deletes that came into the stream before `before_ms` (Unix milliseconds). The caller guarantees that
-/// no older event can arrive again. Returns how many.
+/// Deletes tombstones of deletes that entered the stream before `before_ms` (Unix milliseconds). The caller guarantees
+/// that no older event can arrive again. Returns how many.
 ///
 /// # Errors
 ///
@@ -17,7 +17,7 @@ pub async fn sweep(client: &Client, before_ms: u64) -> Result<u64, StoreError> {
     let before = i64::try_from(before_ms).unwrap_or(i64::MAX);
     let mut total = 0;
     loop {
-        // Rows that a delete of the same record is moving forward just now are left for the next time.
+        // Rows that a concurrent delete of the same record is updating are left for the next time.
         let deleted =
             client.execute(include_str!("../../sql/store/delete_tombstones.sql"), &[&before, &CHUNK]).await?;
         total += deleted;

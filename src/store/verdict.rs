@@ -3,17 +3,17 @@
 use tokio_postgres::Error;
 use tokio_postgres::error::SqlState;
 
-/// What an error means for the event that met it.
+/// What an error means for the event that ran into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The connection, or what we believe of it, is in doubt: everything since the last flush is applied again on a
+    /// The connection, or our assumptions about it, are in doubt: everything since the last flush is applied again on a
     /// new one.
     Reconnect,
-    /// The transaction lost to another, or the server was short of something: the same again after a pause.
+    /// The transaction lost to another, or the server was short of resources: retried after a pause.
     Retry,
-    /// The values can never be stored: dead letter.
+    /// The values can never be stored: the operation becomes a dead letter.
     Reject,
-    /// Our own fault, or the operator's: halt and report it. Draining the stream into dead letters would be worse.
+    /// Our own fault, or the operator's: halt and report it. Turning the whole stream into dead letters would be worse.
     Halt,
 }
 
@@ -21,17 +21,17 @@ pub enum Verdict {
 #[must_use]
 pub fn judge(error: &Error) -> Verdict {
     match error.code() {
-        // Whatever it is: it comes from there, and the values that it refuses are these.
+        // Whatever its code, the operator's function refused these values.
         Some(code)
             if !matches!(judge_code(code), Verdict::Reconnect | Verdict::Retry) && is_operators(error) =>
         {
             Verdict::Reject
         }
-        // A column that must not be NULL and that we never write was added by the operator; every row would be refused.
+        // A NOT NULL column that we never write was added by the operator; every row would be refused.
         Some(&SqlState::NOT_NULL_VIOLATION) if is_foreign_column(error) => Verdict::Halt,
         Some(code) => judge_code(code),
-        // A value that does not fit its parameter never left this process: it is our own fault. Everything else
-        // without a code is a connection that broke or was never made.
+        // A value that does not fit its parameter never left this process: our own fault. Everything else without a
+        // code is a connection that broke or was never established.
         None if is_conversion(error) => Verdict::Halt,
         None => Verdict::Reconnect,
     }
@@ -42,7 +42,7 @@ fn judge_code(code: &SqlState) -> Verdict {
     match code {
         // serialization_failure, deadlock_detected, lock_not_available, query_canceled (statement_timeout)
         "40001" | "40P01" | "55P03" | "57014" => Verdict::Retry,
-        // untranslatable_character: the database has another encoding than UTF8, and holds no other text either
+        // untranslatable_character: the database's encoding is not UTF8, so that other texts would fail, too
         "22P05" => Verdict::Halt,
         // read_only_sql_transaction (a standby after a failover), in_failed_sql_transaction,
         // invalid_sql_statement_name (a pooler gave us another session), feature_not_supported (a cached plan whose
@@ -62,7 +62,7 @@ fn judge_code(code: &SqlState) -> Verdict {
     }
 }
 
-/// The function that is none of ours that the error comes from, where there is one: a trigger of the operator's.
+/// The operator's own function that raised the error, if any, such as a trigger's.
 #[must_use]
 pub fn operators_function(error: &Error) -> Option<String> {
     let context = error.as_db_error()?.where_()?;

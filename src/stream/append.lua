@@ -1,4 +1,4 @@
--- Appends entries and moves the cursor, both or neither; with them, dead letters, counts of what is missing and a gap.
+-- Appends entries and moves the cursor, atomically; also adds dead letters, counts of losses, and a gap.
 --
 -- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both), epoch, epochs, dead letters,
 --       their size in bytes, their keys, their accounts, missed, gaps.
@@ -7,15 +7,15 @@
 --       that of one account in letters, the number of entries; then type, data, seq for each entry; the number of dead
 --       letters, and for each its account, its key, the number of its names and values, and these; then names and
 --       numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as JSON.
--- Returns the stream's length and the number of dead letters kept, of those known already, and of those that there was no
--- room for.
+-- Returns the stream's length, and the numbers of dead letters that were kept, that were already known, and that there
+-- was no room for.
 --
--- A script and not MULTI/EXEC, because it can look before it writes: whether the lease is still ours, whether
--- the cursor is where we left it, and whether the stream is there. Where one of them is not so, Redis lost something
--- or somebody else reads the relay, and carrying on from memory would leave a hole under a clean cursor.
+-- A script and not MULTI/EXEC, because it can check before it writes: whether the lease is still ours, whether
+-- the cursor is where we left it, and whether the stream exists. If any of these fails, Redis lost something
+-- or somebody else reads the relay, and continuing from memory would leave a hole below a valid cursor.
 --
 -- The hash `epoch` holds the epoch (`id`), our last entry (`last`) and the newest revision that we ever appended (`rev`);
--- the list `epochs`, from which entry on which epoch is in force, and the newest revision before it.
+-- the list `epochs` holds, for each epoch, the entry from which it is in force and the newest revision before it.
 if redis.call('GET', KEYS[5]) ~= ARGV[4] then
     return redis.error_reply('LEASELOST another reader holds the lease, or Redis lost it')
 end
@@ -29,7 +29,7 @@ local relay, epoch = redis.call('GET', KEYS[3]), redis.call('HGET', KEYS[9], 'id
 local began = epoch ~= ARGV[6]
 local count = tonumber(ARGV[10])
 local first, last = nil, nil
--- An epoch is a time, and its entries are not older. The clock may have been set back.
+-- An epoch is a time, and its entries must not be older, even if the clock was set back.
 local id = '*'
 if began then
     local time = redis.call('TIME')
@@ -37,8 +37,8 @@ if began then
         id = ARGV[6] .. '-0'
     end
 end
--- The first write must be one that Redis refuses when its memory is full: it lets a script that has written anything
--- finish.
+-- The first write must be one that Redis refuses when its memory is full: once a script has written anything, Redis
+-- lets it finish.
 for i = 11, 10 + 3 * count, 3 do
     last = redis.call('XADD', KEYS[1], id, 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', ARGV[i + 2])
     first, id = first or last, '*'
@@ -57,10 +57,10 @@ local function next_id()
     local ms, sequence = string.match(stream()['last-generated-id'], '^(%d+)-(%d+)$')
     return ms .. '-' .. string.format('%d', sequence + 1)
 end
--- Where to go back to for all of these: some relays send what comes after the cursor, others the event itself, too.
+-- The position to go back to for all of these entries: some relays start after the cursor, others at it.
 local lowest = first and string.format('%d', ARGV[13] - 1) or ARGV[2]
 if (relay and relay ~= ARGV[3]) or (epoch and began) then
-    -- What stands in the stream from before has other numbers. Without an entry: any that comes now is behind the last.
+    -- Entries already in the stream have another numbering. If none is appended now, the next one will follow the last.
     redis.call('SET', KEYS[6], first or next_id())
     redis.call('SET', KEYS[4], lowest)
 end
@@ -71,7 +71,7 @@ if began then
     redis.call('HSET', KEYS[9], 'id', ARGV[6])
 end
 if first then
-    -- From here on the numbers are this relay's, and until the janitor knows better nothing of them is acknowledged.
+    -- From here on, the numbers are this relay's, and none counts as acknowledged until the janitor finds otherwise.
     redis.call('SET', KEYS[6], first, 'NX')
     redis.call('SET', KEYS[4], lowest, 'NX')
     redis.call('HSET', KEYS[9], 'last', last)
@@ -81,7 +81,7 @@ if first then
     end
     local appended = redis.call('HINCRBY', KEYS[7], 'appended', count)
     if redis.call('HEXISTS', KEYS[7], 'added') == 0 then
-        -- The janitor compares with this at its first look: somebody may have trimmed before it.
+        -- The janitor's first call compares with this, because somebody may trim before that.
         local info = stream()
         local added = info['entries-added'] or appended
         local removed = added - info['length'] - (tonumber(redis.call('GET', KEYS[8])) or 0)
@@ -89,8 +89,8 @@ if first then
     end
 end
 
--- What can never be applied. It is small, and a letter is kept once, however often its frame comes; when there is no room
--- for it that is counted, and holds nobody up: one bad account must not stop all others.
+-- Dead letters. They are small, and each is kept once, however often its frame arrives. If there is no room for one,
+-- that is counted and holds nobody up: one bad account must not stop all others.
 local kept, known, refused = 0, 0, 0
 local at = 11 + 3 * count
 local letters = tonumber(ARGV[at])

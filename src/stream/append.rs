@@ -22,12 +22,12 @@ pub struct NewEntry {
     pub seq: i64,
 }
 
-/// What of a frame can never be applied, for the dead letters.
+/// A dead letter from the reader: a part of a frame that can never be applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewLetter {
     /// The account that it is about.
     pub account: String,
-    /// Which record and version, so that it is kept once.
+    /// Identifies the record and version, so that it is kept only once.
     pub key: String,
     /// commit, identity, account.
     pub event_type: &'static str,
@@ -41,16 +41,16 @@ pub struct NewLetter {
     pub data: String,
 }
 
-/// What is appended together.
+/// Everything that one append adds.
 #[derive(Debug, Default)]
 pub struct Appendix {
     /// The entries.
     pub entries: Vec<NewEntry>,
     /// Dead letters.
     pub letters: Vec<NewLetter>,
-    /// What is missing, by class; see [`super::gap::MISSED`].
+    /// Counts of what is missing, by class; see [`super::gap::MISSED`].
     pub missed: BTreeMap<&'static str, u64>,
-    /// A gap before all of this.
+    /// A gap before the entries.
     pub gap: Option<Gap>,
     /// The newest revision of the entries; empty for none.
     pub rev: String,
@@ -61,18 +61,18 @@ pub struct Appendix {
 pub struct Appended {
     /// Entries in the stream.
     pub length: u64,
-    /// Dead letters that are new.
+    /// New dead letters.
     pub letters: u64,
     /// Dead letters for which there was no room.
     pub refused: u64,
 }
 
-/// The room for the reader's dead letters.
+/// The limits on the reader's dead letters.
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// Of all of them, in bytes.
+    /// For all of them, in bytes.
     pub bytes: u64,
-    /// Of one account, in letters.
+    /// Per account, in letters.
     pub per_account: u64,
 }
 
@@ -87,13 +87,13 @@ pub struct Cursor {
     pub acked: Option<i64>,
     /// The epoch that the position belongs to; `None` before our reader named one.
     pub epoch: Option<u64>,
-    /// The earliest time at which a new epoch can begin: now, by Redis's clock, and behind all entries.
+    /// The earliest time at which a new epoch can begin: now, by Redis's clock, and later than all entries.
     pub next_epoch: u64,
-    /// Whether `acked` is of the numbering that is read.
+    /// Whether `acked` belongs to the current numbering.
     pub is_current: bool,
 }
 
-/// Why there is no position.
+/// Why the cursor cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum CursorError {
     /// Redis could not be reached or refused.
@@ -102,7 +102,7 @@ pub enum CursorError {
     /// Something else is stored there.
     #[error(
         "the cursor in Redis, {key}, holds {text}, which is not a sequence number: SET it to a whole number, or DEL it to \
-         begin with what the relay sends now"
+         start from the relay's live position"
     )]
     Unreadable {
         /// The key.
@@ -169,7 +169,7 @@ impl Stream {
         })
     }
 
-    /// Prolongs the lease and looks at the marks.
+    /// Prolongs the lease and reads the figures for the marks.
     ///
     /// # Errors
     ///
@@ -193,7 +193,7 @@ impl Stream {
         };
         let lease = holder.as_deref() == Some(token);
         if lease {
-            // PEXPIRE works when memory is full, SET does not.
+            // PEXPIRE works even when memory is full; SET does not.
             redis::cmd("PEXPIRE")
                 .arg(&keys.lease)
                 .arg(lease::LIFE.as_millis() as u64)
@@ -216,7 +216,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`AppendError`]; nothing was written, except that after [`AppendError::Redis`] nobody knows.
+    /// [`AppendError`]; nothing was written, except that after [`AppendError::Redis`] this is unknown.
     pub async fn append(
         &mut self,
         to: Move<'_>,
@@ -267,14 +267,14 @@ impl Stream {
             invocation.arg(*name).arg(*count);
         }
         if let Some(gap) = &what.gap {
-            // Text and numbers always have a form in JSON.
+            // Texts and numbers can always be written as JSON.
             invocation.arg("gap").arg(serde_json::to_string(gap).unwrap_or_default());
         }
         let (length, letters, _, refused): (u64, u64, u64, u64) = invocation.invoke_async(connection).await?;
         Ok(Appended { length, letters, refused })
     }
 
-    /// The cursor, and the relay whose numbers it has.
+    /// The cursor, and the relay that it belongs to.
     ///
     /// # Errors
     ///
@@ -285,7 +285,7 @@ impl Stream {
     }
 }
 
-/// The number in the cursor's text. Strict: what is not exactly as we would write it, no append would find again.
+/// The number in the cursor's text. Strict: an append would not match a text that is not exactly as we write it.
 fn position(text: &[u8], key: &str) -> Result<Option<i64>, CursorError> {
     if text.is_empty() {
         return Ok(None);
@@ -300,7 +300,7 @@ fn position(text: &[u8], key: &str) -> Result<Option<i64>, CursorError> {
     })
 }
 
-/// The cursor as it stands in Redis, to be compared with what this reader wrote; and what is needed to slow down.
+/// The cursor in Redis, for comparison with what this reader wrote, and the figures that decide when to slow down.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gauge {
     /// The cursor's text; `None` when there is none.
@@ -309,9 +309,9 @@ pub struct Gauge {
     pub lease: bool,
     /// Entries in the stream.
     pub length: u64,
-    /// Bytes that Redis uses.
+    /// Bytes of memory that Redis uses.
     pub used_memory: u64,
-    /// Bytes that it may use; 0 for no limit.
+    /// Its memory limit in bytes; 0 for none.
     pub max_memory: u64,
     /// The position before the lowest that the group has not acknowledged.
     pub acked: Option<i64>,
@@ -324,7 +324,7 @@ pub struct Gauge {
 /// The cursor before and after an append.
 #[derive(Clone, Copy, Debug)]
 pub struct Move<'a> {
-    /// Our identity to the lease.
+    /// Our identity as the lease's holder.
     pub token: &'a str,
     /// The relay's name.
     pub relay: &'a str,

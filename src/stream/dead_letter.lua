@@ -1,9 +1,9 @@
--- Acknowledges an entry and keeps what of it can never be applied, both or neither.
+-- Acknowledges an entry and keeps its rejected operations as dead letters, atomically.
 --
 -- KEYS: stream, dead letters, their size in bytes.  ARGV: group, entry id, budget in bytes, then for each dead letter
 -- the number of its names and values, and these.
--- Returns 1 when it was done, 0 when somebody else had acknowledged the entry before, -1 when the budget is full: then
--- the entry stays pending.
+-- Returns 1 if done, 0 if somebody else had already acknowledged the entry, -1 if the budget is full: then the entry
+-- stays pending.
 local size = 0
 local at = 4
 while at <= #ARGV do
@@ -16,7 +16,7 @@ end
 if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[3]) then
     return -1
 end
--- When memory is full this is refused, before the entry is acknowledged.
+-- If memory is full, this is refused before the entry is acknowledged.
 redis.call('INCRBY', KEYS[3], 0)
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then
     return 0

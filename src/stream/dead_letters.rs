@@ -1,4 +1,4 @@
-//! What can never be applied, kept with everything needed to judge it and to apply it after a correction.
+//! Dead letters: what can never be applied, kept with everything needed to judge it and to apply it after a fix.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -16,7 +16,7 @@ static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dea
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
 
 impl Stream {
-    /// How many there are.
+    /// The number of dead letters.
     ///
     /// # Errors
     ///
@@ -26,7 +26,7 @@ impl Stream {
         redis::cmd("XLEN").arg(&keys.dead).query_async(connection).await
     }
 
-    /// How many bytes they take.
+    /// Their total size in bytes.
     ///
     /// # Errors
     ///
@@ -37,7 +37,7 @@ impl Stream {
         Ok(bytes.unwrap_or(0))
     }
 
-    /// A page of letters, the oldest first, after the one with this id.
+    /// A page of letters, oldest first, after the one with this id.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ impl Stream {
         Ok(page.ids.iter().map(Letter::from_stream).collect())
     }
 
-    /// A page of letters, the newest first, before the one with this id.
+    /// A page of letters, newest first, before the one with this id.
     ///
     /// # Errors
     ///
@@ -90,7 +90,7 @@ impl Stream {
         Ok(found.ids.first().and_then(|letter| letter.id.parse().ok()))
     }
 
-    /// How many letters have which reason, among the newest `count`.
+    /// The number of letters per reason, among the newest `count`.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Stream {
         Ok(found.ids.first().map(Letter::from_stream))
     }
 
-    /// Removes a letter; `false` when another process did.
+    /// Removes a letter; `false` if another process already did.
     ///
     /// # Errors
     ///
@@ -148,7 +148,7 @@ impl Stream {
             .await
     }
 
-    /// Notes that another attempt at a letter failed, and why.
+    /// Records that another attempt at a letter failed, and why.
     ///
     /// # Errors
     ///
@@ -198,7 +198,8 @@ impl Stream {
         })
     }
 
-    /// The oldest entry that may still be applied: in the stream or among the dead letters; Unix milliseconds.
+    /// The time of the oldest entry that may still be applied, in the stream or among the dead letters; Unix
+    /// milliseconds.
     ///
     /// # Errors
     ///
@@ -209,7 +210,7 @@ impl Stream {
             range(connection, &keys.stream, "-", 1).await?.ids.first().map(|entry| id_ms(&entry.id));
         let mut from = "-".to_owned();
         loop {
-            // Dead letters stand in the order in which they died, not in that of their sources: all are looked at.
+            // Dead letters are in the order in which they were buried, not in that of their sources, so all are read.
             let page = range(connection, &keys.dead, &from, 200).await?.ids;
             let Some(last) = page.last() else { return Ok(oldest) };
             from = format!("({}", last.id);
@@ -245,9 +246,9 @@ pub struct Letter {
     pub event_type: String,
     /// The relay's sequence number.
     pub seq: String,
-    /// The class of what is wrong.
+    /// The reason class.
     pub reason: String,
-    /// PostgreSQL's SQLSTATE, when it was the database that refused.
+    /// PostgreSQL's SQLSTATE, if the database refused.
     pub sqlstate: String,
     /// The problem, for a person.
     pub message: String,
@@ -263,15 +264,15 @@ pub struct Letter {
     pub last_time: String,
     /// The version of the program that tried it last.
     pub version: String,
-    /// Of a letter from the reader: which record and version it is about.
+    /// In a letter from the reader: the record and version that it is about.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub key: String,
-    /// Of a letter from the reader: whose it is.
+    /// In a letter from the reader: the account that it is about.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub account: String,
 }
 
-/// The fields of a letter that the reader writes, without those that it is found by; see append.lua.
+/// The fields of a letter written by the reader, without its keys; see append.lua.
 pub(super) fn fields_of(new: &NewLetter) -> Vec<(&'static str, String)> {
     let now = jiff::Timestamp::now().to_string();
     let letter = Letter {
@@ -356,7 +357,7 @@ impl Letter {
         }
     }
 
-    /// The collection of the operation; empty where it has none.
+    /// The collection of the operation; empty if it has none.
     #[must_use]
     pub fn collection(&self) -> String {
         serde_json::from_str::<serde_json::Value>(&self.op)
@@ -365,7 +366,7 @@ impl Letter {
             .unwrap_or_default()
     }
 
-    /// The entry that has this operation alone, to be applied as the original would have been.
+    /// An entry with this operation alone, to be applied as the original would have been.
     ///
     /// # Errors
     ///
@@ -399,7 +400,7 @@ async fn range(
     redis::cmd("XRANGE").arg(key).arg(from).arg("+").arg("COUNT").arg(count).query_async(connection).await
 }
 
-/// The milliseconds of an entry's id; 0, older than everything, for what is none.
+/// The milliseconds of an entry's id; 0, older than everything, for an invalid id.
 fn id_ms(id: &str) -> u64 {
     id.parse::<EntryId>().map_or(0, |id| id.ms)
 }

@@ -1,9 +1,8 @@
--- What was delivered to the consumers of a group, a page at a time.
+-- The entries delivered to the consumers of a group, a page at a time.
 --
--- KEYS: stream.  ARGV: group, after, until, count, whether to leave out what is pending before the first entry that is
--- not, and the consumers whose pending entries are left out altogether.
--- Answers with the last id looked at ('' at the end), how many entries were looked at, the entries, and for each of them
--- 1 if it is pending.
+-- KEYS: stream.  ARGV: group, after, until, count, whether to leave out pending entries before the first one that is
+-- not pending, and the consumers whose pending entries are always left out. Returns the last id examined ('' at the
+-- end), the number of entries examined, the entries, and for each of them 1 if it is pending.
 local entries = redis.call('XRANGE', KEYS[1], '(' .. ARGV[2], ARGV[3], 'COUNT', ARGV[4])
 if #entries == 0 then
     return {'', 0, {}, {}}

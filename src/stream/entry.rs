@@ -5,17 +5,17 @@ use redis::{FromRedisValue, ParsingError, Value};
 
 use crate::event::{Entry, EntryId};
 
-/// What one read of a stream returned.
+/// The result of one read of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Entries in the order of the stream.
     pub entries: Vec<Entry>,
-    /// Pending ids whose entries somebody trimmed or deleted: they are lost.
+    /// Pending ids whose entries somebody trimmed or deleted.
     pub gone: Vec<EntryId>,
 }
 
 impl FromRedisValue for Batch {
-    // Consumes the reply: the client's own type clones all of it first.
+    // Consumes the reply, while the client's own type would clone it.
     fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
         let mut batch = Self::default();
         let streams = match value {
@@ -39,7 +39,7 @@ impl FromRedisValue for Batch {
 }
 
 impl Batch {
-    /// Takes a list of `[id, fields]` as XREADGROUP, XRANGE and XCLAIM give it.
+    /// Parses a list of `[id, fields]` as returned by XREADGROUP, XRANGE and XCLAIM.
     ///
     /// # Errors
     ///
@@ -86,8 +86,8 @@ fn from_fields(id: EntryId, fields: Vec<Value>) -> Entry {
     entry
 }
 
-/// The text of a reply. Bytes that are not UTF-8 become replacement characters: such an entry is not JSON that we or the other
-/// workers wrote, and it is refused, or kept readable, as what it then is.
+/// The text of a reply. Bytes that are not UTF-8 become replacement characters: neither we nor the other workers write
+/// such an entry, so it is refused, or kept in this readable form.
 fn text(value: Value) -> String {
     match value {
         Value::BulkString(bytes) => match String::from_utf8(bytes) {

@@ -1,5 +1,5 @@
-//! Where in the stream which epoch began: kept beside the cursor by the reader, read by the pipelines for entries that
-//! name none.
+//! The entries at which epochs began: stored next to the cursor by the reader, and read by the pipelines for entries
+//! that name no epoch.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use redis::RedisResult;
 use super::Stream;
 use crate::event::{Entry, EntryId, Epochs, Start};
 
-/// Whether an entry says itself which epoch it belongs to: our reader writes that last.
+/// Whether an entry names its epoch, which our reader writes last.
 #[must_use]
 pub fn is_named(entry: &Entry) -> bool {
     let tail = entry.data.len().saturating_sub(32);
@@ -34,7 +34,7 @@ impl Stream {
             .await?;
         let mut starts: Vec<Start> = starts.iter().filter_map(|text| start(text)).collect();
         let field = |name: &str| present.get(name).map_or("", String::as_str);
-        // What follows our reader's last entry comes from another program's reader.
+        // Entries after our reader's last one come from another program's reader.
         if let (Ok(last), Ok(epoch)) = (field("last").parse::<EntryId>(), field("id").parse()) {
             let first = EntryId { seq: last.seq + 1, ..last };
             starts.push(Start { first, epoch, rev: field("rev").to_owned() });

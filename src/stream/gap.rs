@@ -1,5 +1,5 @@
-//! What is known to be missing: gaps that an origin left, and what of its frames could not be used. Kept in Redis, so that
-//! every process and `standpipe check` can report it.
+//! Known losses: gaps that an origin left, and frames or parts of them that could not be used. Kept in Redis, so that
+//! every process and `standpipe check` can report them.
 
 use std::collections::BTreeMap;
 
@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::Stream;
 
-/// A stretch of events that never came.
+/// A range of events that never arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gap {
     /// When it was found.
     pub time: String,
     /// Why, in words.
     pub reason: String,
-    /// The last position before it, where that is known.
+    /// The last position before it, if known.
     pub after: Option<i64>,
     /// The first position behind it.
     pub until: Option<i64>,
@@ -28,7 +28,7 @@ impl Gap {
         Self { time: jiff::Timestamp::now().to_string(), reason: reason.into(), after, until: None }
     }
 
-    /// How many positions it spans, where both ends are known and of one numbering.
+    /// The number of positions that it spans, if both ends are known and belong to the same numbering.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         let (after, until) = (self.after?, self.until?);
@@ -36,7 +36,7 @@ impl Gap {
     }
 }
 
-/// The classes of what is missing besides gaps, as metrics and the status call them.
+/// The classes of losses other than gaps, as named in metrics and the status.
 pub const MISSED: [&str; 7] =
     ["undecodable", "missing_block", "too_large", "sync", "frame", "no_handle", "no_room"];
 
@@ -47,12 +47,12 @@ pub struct Missed {
     pub gaps: u64,
     /// The last of them.
     pub last_gap: Option<Gap>,
-    /// What of the origin's events could not be used, by class; see [`MISSED`].
+    /// Counts of events that could not be used, by class; see [`MISSED`].
     pub by_reason: BTreeMap<String, u64>,
 }
 
 impl Stream {
-    /// Reads what is known to be missing.
+    /// Reads the known losses.
     ///
     /// # Errors
     ///

@@ -11,7 +11,7 @@ use super::entry::Batch;
 use super::{BLOCK, Stream};
 use crate::event::{Entry, EntryId};
 
-/// A consumer of another program that has been idle for longer, and holds nothing, is gone.
+/// A consumer of another program that holds nothing and has been idle for longer than this counts as gone.
 const OTHERS_IDLE: Duration = Duration::from_mins(10);
 
 static KEEP_FRESH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("keep_fresh.lua")));
@@ -22,9 +22,9 @@ static DELIVERED: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("
 /// What [`ensure`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ensured {
-    /// The stream had been deleted; the reader's cursor was set back to what was not acknowledged.
+    /// The stream had been deleted; the reader's cursor was set back to the lowest unacknowledged position.
     pub stream_lost: bool,
-    /// The group was not there.
+    /// The group did not exist.
     pub group_created: bool,
 }
 
@@ -52,11 +52,11 @@ impl Stream {
 
     /// Reads entries not yet delivered; `wait`: waits up to [`BLOCK`] for the first.
     ///
-    /// Do not drop the future and keep the connection: the entries would be ours without our knowing it.
+    /// Do not drop the future and keep the connection: the entries would be assigned to us without our knowledge.
     ///
     /// # Errors
     ///
-    /// Redis cannot be reached or refuses; [`super::is_nogroup`] tells a missing group.
+    /// Redis cannot be reached or refuses; [`super::is_nogroup`] recognises a missing group.
     pub async fn read_new(&mut self, consumer: &str, count: usize, wait: bool) -> RedisResult<Batch> {
         let Self { connection, keys } = self;
         let mut command = redis::cmd("XREADGROUP");
@@ -67,7 +67,7 @@ impl Stream {
         command.arg("STREAMS").arg(&keys.stream).arg(">").query_async(connection).await
     }
 
-    /// Reads entries that this consumer got earlier and never acknowledged, those after `after`.
+    /// Reads entries that this consumer received earlier and never acknowledged, starting after `after`.
     ///
     /// For the start and after a reconnection only: it resets the entries' idle time.
     ///
@@ -89,7 +89,7 @@ impl Stream {
             .await
     }
 
-    /// Acknowledges entries. Only for entries whose effects are durable, or that are lost or dead letters already.
+    /// Acknowledges entries. Only for entries whose effects are durable, or that are already lost or dead letters.
     ///
     /// # Errors
     ///
@@ -108,7 +108,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Resets the idle time of entries in hand, so that nobody takes them for abandoned. Their delivery count stays.
+    /// Resets the idle time of entries in hand, so that nobody considers them abandoned. Their delivery count stays.
     ///
     /// # Errors
     ///
@@ -126,7 +126,7 @@ impl Stream {
         invocation.invoke_async(connection).await
     }
 
-    /// Acknowledges entries that somebody removed while they were pending, and has the reader go back for them.
+    /// Acknowledges entries that somebody removed while they were pending, and sends the reader back for them.
     ///
     /// # Errors
     ///
@@ -198,14 +198,14 @@ impl Stream {
         Ok(reply.into_iter().filter_map(|(id, _, _, times)| Some((id.parse().ok()?, times))).collect())
     }
 
-    /// Removes consumers that have nothing pending and have not asked for anything for `idle`: all of them, or the one of
-    /// this name. Returns how many.
+    /// Removes consumers that have nothing pending and have not read for `idle`: all of them, or the one with this
+    /// name. Returns how many.
     ///
     /// # Errors
     ///
     /// As for [`read_new`].
     pub async fn remove_idle_consumers(&mut self, idle: Duration, only: Option<&str>) -> RedisResult<u64> {
-        // One script: between a look and a removal the consumer may have got something, which the removal would destroy.
+        // One script: between a check and a removal, the consumer could receive an entry, which the removal would lose.
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("remove_consumers.lua")));
         let Self { connection, keys } = self;
         SCRIPT
@@ -217,7 +217,7 @@ impl Stream {
             .await
     }
 
-    /// The first of `names` that sent a read within `limit`: a process works under it.
+    /// The first of `names` that sent a read within `limit`, and is therefore in use.
     ///
     /// # Errors
     ///
@@ -263,8 +263,8 @@ impl Stream {
             .collect())
     }
 
-    /// Whether a consumer of the group belongs to another program: it works, or holds entries, and no process of ours has
-    /// the lease of its name.
+    /// Whether a consumer of the group belongs to another program: it is active or holds entries, and no process of
+    /// ours holds the lease on its name.
     ///
     /// # Errors
     ///
@@ -278,7 +278,7 @@ impl Stream {
             let Some((id, _)) = consumer.name.rsplit_once('-') else { return Ok(true) };
             let ours = match asked.get(id) {
                 Some(ours) => *ours,
-                // Our own one is held while this runs.
+                // Our own lease is held while this runs.
                 None if self.keys.lease_of(id) == self.keys.consumer_lease => true,
                 None => self.is_leased(id).await?,
             };
@@ -290,7 +290,7 @@ impl Stream {
         Ok(false)
     }
 
-    /// The newest entry that was delivered to anybody in the group.
+    /// The newest entry delivered to any consumer in the group.
     ///
     /// # Errors
     ///
@@ -303,7 +303,7 @@ impl Stream {
         Ok(own.and_then(|group| group.last_delivered_id.parse().ok()).unwrap_or_default())
     }
 
-    /// The oldest entry that was delivered and not acknowledged; `None` when everything is.
+    /// The oldest entry delivered but not acknowledged; `None` if there is none.
     ///
     /// # Errors
     ///
@@ -315,7 +315,7 @@ impl Stream {
         Ok(reply.1.and_then(|id| id.parse().ok()))
     }
 
-    /// The oldest of the entries that were delivered and not acknowledged.
+    /// The oldest entries delivered but not acknowledged.
     ///
     /// # Errors
     ///
@@ -386,9 +386,9 @@ impl Stream {
 /// A page of entries abandoned by their consumers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claimed {
-    /// Now pending with us, and those that somebody deleted meanwhile.
+    /// Entries now pending with us, and those that somebody has deleted.
     pub batch: Batch,
-    /// Where to continue; `None` at the end. Handed back as it came: the server says where the next scan begins.
+    /// Where to continue; `None` at the end. Passed back verbatim: the server decides where the next scan begins.
     pub next: Option<String>,
 }
 
@@ -400,7 +400,7 @@ fn claimed(reply: Value) -> Result<Claimed, ParsingError> {
     let next = String::from_redis_value(parts.next().unwrap_or(Value::Nil))?;
     let mut batch = Batch::default();
     batch.extend(parts.next().unwrap_or(Value::Array(Vec::new())))?;
-    // Since Redis 7; 6.2 gives deleted entries as nil in the list, without their ids.
+    // Since Redis 7; 6.2 returns deleted entries as nil in the list, without their ids.
     if let Some(Value::Array(gone)) = parts.next() {
         for id in gone {
             let id = String::from_redis_value(id)?;
@@ -426,7 +426,7 @@ pub struct ConsumerInfo {
 pub struct Pending {
     /// Its id.
     pub id: String,
-    /// Who got it.
+    /// The consumer that received it.
     pub consumer: String,
     /// How long ago it was delivered, or kept fresh.
     pub idle: Duration,
@@ -435,20 +435,20 @@ pub struct Pending {
 /// A page of delivered entries.
 #[derive(Clone, Debug, Default)]
 pub struct Delivered {
-    /// The last entry that was looked at; `None` at the end.
+    /// The last entry examined; `None` at the end.
     pub last: Option<EntryId>,
-    /// How many were looked at.
+    /// The number of entries examined.
     pub looked_at: u64,
-    /// Those of them that were asked for, each with whether it is pending.
+    /// The requested entries among them, each with whether it is pending.
     pub entries: Vec<(Entry, bool)>,
 }
 
 /// Which entries [`delivered`] leaves out.
 #[derive(Clone, Copy, Debug)]
 pub struct LeaveOut<'a> {
-    /// What is pending with these consumers.
+    /// Entries pending with these consumers.
     pub consumers: &'a [String],
-    /// What is pending with anybody, up to the first entry that is not.
+    /// Entries pending with any consumer, up to the first one that is not pending.
     pub pending_at_first: bool,
 }
 

@@ -1,14 +1,14 @@
--- Trims what every group has acknowledged, notes the position before the lowest that our group has not, finds what somebody
--- else removed before that, and reports.
+-- Trims entries that every group has acknowledged, records the position before the lowest that our group has not,
+-- detects entries that somebody else removed before then, and reports.
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
---       wait between two times of setting the reader back, in milliseconds.
+--       wait before setting the reader back again, in milliseconds.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back}, or {} without a stream.
 --
--- One script: reading pending entries before the groups, with a delivery in between, once deleted entries that
--- were pending. Never trims while our own group is missing: then nothing is known to be acknowledged.
+-- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
+-- entries. Never trims while our own group is missing: then nothing is known to be acknowledged.
 --
 -- The hash `watch` holds the state kept between calls (append.lua begins it): `unacked`, the first entry that was not
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
@@ -55,7 +55,7 @@ local function stream()
     return info
 end
 
--- Acknowledges what is pending and no longer there, from the first entry on, and says how many those were.
+-- Acknowledges pending entries that no longer exist, starting with the first, and returns their number.
 local function forget_pending(group)
     if group['pending'] == 0 or exists(redis.call('XPENDING', KEYS[1], group['name'])[2]) then
         return 0
@@ -84,7 +84,7 @@ local function removed()
     local added, length, deleted = info['added'], info['length'], info['max-deleted-entry-id'] or '0-0'
     local appended, seen = redis.call('HGET', KEYS[6], 'appended'), redis.call('HGET', KEYS[6], 'seen')
     if added < was_added or (appended and seen and added - was_added < appended - seen) then
-        -- It is another stream.
+        -- This is a different stream.
         return 1
     end
     local gone = info['removed'] - was_removed
@@ -110,7 +110,7 @@ local function look(group)
     return first, waiting
 end
 
--- Notes the position before the lowest that is not acknowledged.
+-- Records the position before the lowest unacknowledged one.
 local function note(first, waiting)
     local unacked = waiting
     if first ~= '' then
@@ -118,7 +118,7 @@ local function note(first, waiting)
     end
     local was, last = redis.call('HGET', KEYS[6], 'unacked'), redis.call('HGET', KEYS[6], 'last')
     if unacked and last and (was and before(unacked[1], was) or not was and not before(last, unacked[1])) then
-        -- The group begins again: what stands in the stream may not be in the order of its numbers.
+        -- The group starts over, and the entries in the stream may not be in the order of their numbers.
         redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'])
     end
     if unacked then
@@ -138,7 +138,7 @@ local function note(first, waiting)
     end
     local position = redis.call('GET', KEYS[2])
     if unacked then
-        -- Some relays send what comes after the cursor, others the event itself, too.
+        -- Some relays start after the cursor, others at it.
         local seq = tonumber(map(unacked[2])['seq'])
         position = seq and string.format('%d', seq - 1)
     end
@@ -148,8 +148,8 @@ local function note(first, waiting)
     redis.call('HDEL', KEYS[6], 'hold')
 end
 
--- Sets the reader back to what is not acknowledged: its next append finds the cursor moved, and it reads again from
--- there. Not again and again, in case entries keep being removed.
+-- Sets the reader back to the lowest unacknowledged position: its next append finds the cursor moved, and it resumes
+-- from there. Limited in frequency, in case entries keep being removed.
 local function set_back()
     local cursor, acked = redis.call('GET', KEYS[2]), redis.call('GET', KEYS[3])
     local last = tonumber(redis.call('HGET', KEYS[6], 'back_ms') or '0')
@@ -158,7 +158,8 @@ local function set_back()
     if not cursor or not acked or (since >= 0 and since < pause) then
         return 0
     end
-    -- To the same place again, when entries keep being removed: the pause grows each time, or it would never get past.
+    -- Back to the same position, because entries keep being removed: the pause grows each time, or the reader would
+    -- never get past it.
     pause = redis.call('HGET', KEYS[6], 'back_to') == acked and pause * 2 or ARGV[4]
     redis.call('HSET', KEYS[6], 'pause', pause, 'back_to', acked)
     redis.call('HSET', KEYS[6], 'hold', stream()['last-generated-id'], 'back_ms', ARGV[3])
@@ -181,7 +182,7 @@ if not dry then
     for _, group in ipairs(groups()) do
         if group['name'] == ARGV[1] then
             gone = math.max(removed(), forget_pending(group))
-            -- What another program's reader appended cannot be had again.
+            -- Entries appended by another program's reader cannot be re-read.
             if redis.call('EXISTS', KEYS[5]) == 1 then
                 if gone > 0 then
                     redis.call('HSET', KEYS[6], 'due', 1)
@@ -209,7 +210,7 @@ for _, group in ipairs(groups()) do
             oldest_waiting = waiting[1]
         end
         if group['lag'] then
-            -- What somebody trimmed before its delivery may stay in it for ever.
+            -- Entries trimmed before their delivery may stay counted in it forever.
             lag = waiting and group['lag'] or 0
             if lag ~= group['lag'] and not dry then
                 redis.call('XGROUP', 'SETID', KEYS[1], ARGV[1], group['last-delivered-id'], 'ENTRIESREAD',

@@ -1,4 +1,4 @@
-//! Trims what every group has acknowledged, and reports the state of the stream.
+//! Trims entries that every group has acknowledged, and reports the state of the stream.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::time::now_ms;
 /// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
 
-/// The reader is not set back more often than this, in case entries keep being removed.
+/// The minimum time between setting the reader back, in case entries keep being removed.
 const SET_BACK_PAUSE: Duration = Duration::from_secs(10);
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("janitor.lua")));
@@ -21,15 +21,15 @@ static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("jan
 /// The state of the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// There is a stream.
+    /// Whether the stream exists.
     pub exists: bool,
-    /// Our group is there; without it nothing is trimmed.
+    /// Whether our group exists; without it, nothing is trimmed.
     pub group: bool,
     /// Entries in the stream.
     pub length: u64,
     /// Entries delivered and not acknowledged, in our group.
     pub pending: u64,
-    /// Entries not delivered yet; `None` when Redis does not know.
+    /// Entries not delivered yet; `None` if Redis cannot tell.
     pub lag: Option<u64>,
     /// The oldest entry that is pending.
     pub oldest_pending: Option<EntryId>,
@@ -39,9 +39,9 @@ pub struct Look {
     pub trimmed: u64,
     /// The group whose progress bounds the trim.
     pub held_by: String,
-    /// Entries that somebody else was found to have removed, and that may not have been acknowledged.
+    /// Entries found removed by somebody else that may not have been acknowledged.
     pub removed: u64,
-    /// The reader was set back to read such entries again.
+    /// Whether the reader was set back to re-read such entries.
     pub set_back: bool,
 }
 
@@ -67,7 +67,7 @@ impl Look {
         }
     }
 
-    /// Whether nothing waits and nothing is pending.
+    /// Whether nothing is waiting or pending.
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.exists && self.group && self.pending == 0 && self.oldest_waiting.is_none()
@@ -75,8 +75,8 @@ impl Look {
 }
 
 impl Stream {
-    /// Looks, notes the position before the lowest that is not acknowledged, and trims once. More may be left to trim when it
-    /// trimmed something.
+    /// Inspects the stream, records the position before the lowest unacknowledged one, and trims once. If it trimmed
+    /// anything, there may be more to trim.
     ///
     /// # Errors
     ///
@@ -86,7 +86,7 @@ impl Stream {
         call(connection, keys, TRIM_LIMIT).await
     }
 
-    /// Looks without changing anything.
+    /// Inspects the stream without changing anything.
     ///
     /// # Errors
     ///
@@ -114,7 +114,7 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .await
 }
 
-/// What the script answers, in its order.
+/// Parses the script's reply, in its order.
 type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64);
 
 impl FromRedisValue for Look {

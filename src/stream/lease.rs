@@ -1,7 +1,7 @@
-//! Leases: at most one reader of a cursor, at most one process of a consumer name.
+//! Leases: at most one reader per cursor, at most one process per consumer name.
 //!
-//! A lease is a key with a life of ten seconds that its holder prolongs. A process restarted after a crash waits for the old
-//! lease to expire.
+//! A lease is a key with a lifetime of ten seconds that its holder keeps prolonging. A process restarted after a crash
+//! waits for the old lease to expire.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use redis::{RedisResult, Script};
 /// How long a vanished holder keeps others out.
 pub const LIFE: Duration = Duration::from_secs(10);
 
-/// What a process can have to itself.
+/// What a process can lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
     /// The cursor.
@@ -31,7 +31,7 @@ impl Keys {
 }
 
 impl Stream {
-    /// Takes a lease if nobody holds it; also `true` when it is ours already.
+    /// Takes a lease if nobody holds it; also `true` if it is already ours.
     ///
     /// # Errors
     ///
@@ -52,13 +52,13 @@ impl Stream {
         self.prolong_lease(lease, token).await
     }
 
-    /// Prolongs a lease; `false` when it is not ours any more.
+    /// Prolongs a lease; `false` if it is no longer ours.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
     pub async fn prolong_lease(&mut self, lease: Lease, token: &str) -> RedisResult<bool> {
-        // PEXPIRE works when memory is full, SET does not.
+        // PEXPIRE works even when memory is full; SET does not.
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
             Script::new(
                 "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
@@ -69,11 +69,11 @@ impl Stream {
         SCRIPT.key(keys.of(lease)).arg(token).arg(LIFE.as_millis() as u64).invoke_async(connection).await
     }
 
-    /// Gives a lease back, if it is ours.
+    /// Releases a lease, if it is ours.
     ///
     /// # Errors
     ///
-    /// Redis cannot be reached; the lease then runs out by itself.
+    /// Redis cannot be reached; the lease then expires by itself.
     pub async fn release_lease(&mut self, lease: Lease, token: &str) -> RedisResult<()> {
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
             Script::new("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
@@ -82,7 +82,7 @@ impl Stream {
         SCRIPT.key(keys.of(lease)).arg(token).invoke_async(connection).await
     }
 
-    /// How long the lease still lives; `None` when nobody holds it.
+    /// The remaining lifetime of the lease; `None` if nobody holds it.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Stream {
         Ok(u64::try_from(left).ok().map(Duration::from_millis))
     }
 
-    /// Whether some process has the consumer names of this `CONSUMER_ID`.
+    /// Whether any process holds the consumer names of this `CONSUMER_ID`.
     ///
     /// # Errors
     ///

@@ -6,12 +6,12 @@ use redis::RedisResult;
 
 const METRICS: &str = "cluster:metrics";
 const STATUS: &str = "firehose:status";
-/// Both.
+/// Both keys.
 pub const KEYS: &[&str] = &[METRICS, STATUS];
-/// What `firehose:status` lives, in seconds.
+/// The lifetime of `firehose:status`, in seconds.
 const STATUS_LIFE: u64 = 10;
 
-/// What has been written so far.
+/// The figures written so far.
 #[derive(Debug)]
 pub struct Legacy {
     /// The relay's URL, without secrets.
@@ -34,17 +34,17 @@ pub struct Counts {
     pub errors: u64,
 }
 
-/// What the pages show of the reader.
+/// The reader's state, as the pages show it.
 #[derive(Clone, Copy, Debug)]
 pub struct ReaderState {
-    /// Whether it gets events from the relay.
+    /// Whether it is receiving events from the relay.
     pub connected: bool,
     /// The position up to which everything is in the stream.
     pub cursor: Option<i64>,
 }
 
 impl Stream {
-    /// Whether the old application's hash is there.
+    /// Whether the old application's hash exists.
     ///
     /// # Errors
     ///
@@ -56,17 +56,17 @@ impl Stream {
 }
 
 impl Legacy {
-    /// Nothing has been written. `url` is what the pages show as the relay.
+    /// A writer that has written nothing yet. `url` is shown on the pages as the relay.
     #[must_use]
     pub fn new(url: String) -> Self {
         Self { url, written: Counts::default() }
     }
 
-    /// Writes what came since the last time.
+    /// Writes what has changed since the last call.
     ///
     /// # Errors
     ///
-    /// Redis cannot be reached or its memory is full; the next call writes the more.
+    /// Redis cannot be reached or its memory is full; the next call then writes the sum.
     pub async fn write(
         &mut self,
         stream: &mut Stream,

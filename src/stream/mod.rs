@@ -38,10 +38,10 @@ pub struct Keys {
     pub cursor: String,
     /// The relay that the cursor belongs to.
     pub relay: String,
-    /// The relay position before the lowest that the group has not acknowledged: where the reader goes back to should the
-    /// stream be lost.
+    /// The relay position before the lowest that the group has not acknowledged: the reader goes back to it if the
+    /// stream is lost.
     pub acked: String,
-    /// The first entry that has the present relay's numbers.
+    /// The first entry in the current relay's numbering.
     pub start: String,
     /// State the janitor keeps between runs.
     pub watch: String,
@@ -49,19 +49,19 @@ pub struct Keys {
     pub epoch: String,
     /// The first entry of each epoch.
     pub epochs: String,
-    /// What is known to be missing, by reason.
+    /// Counts of known losses, by reason.
     pub missed: String,
     /// The last gaps.
     pub gaps: String,
-    /// What PostgreSQL noted last of what the group acknowledged.
+    /// PostgreSQL's last record of what the group acknowledged.
     pub noted: String,
     /// The reader's lease.
     pub lease: String,
-    /// Which process has the consumer names that begin with our `CONSUMER_ID`.
+    /// The lease on the consumer names that begin with our `CONSUMER_ID`.
     pub consumer_lease: String,
-    /// How many entries were trimmed by us.
+    /// The number of entries that we trimmed.
     pub trimmed: String,
-    /// How often the stream was found gone.
+    /// How often the stream was found deleted.
     pub lost: String,
     /// The dead letters.
     pub dead: String,
@@ -70,7 +70,7 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// The keys that the configuration names.
+    /// The keys according to the configuration.
     #[must_use]
     pub fn new(config: &Config) -> Self {
         Self {
@@ -94,25 +94,25 @@ impl Keys {
         }
     }
 
-    /// The room that the dead letters take.
+    /// The size of the dead letters.
     #[must_use]
     pub fn dead_bytes(&self) -> String {
         format!("{}:bytes", self.dead)
     }
 
-    /// The dead letters by what they are about, so that none is kept twice.
+    /// The keys of the dead letters' subjects, so that none is kept twice.
     #[must_use]
     pub fn dead_keys(&self) -> String {
         format!("{}:keys", self.dead)
     }
 
-    /// How many dead letters the reader kept of each account.
+    /// The number of dead letters that the reader kept per account.
     #[must_use]
     pub fn dead_accounts(&self) -> String {
         format!("{}:accounts", self.dead)
     }
 
-    /// All of them.
+    /// All keys.
     #[must_use]
     pub fn all(&self) -> Vec<String> {
         let named = [
@@ -151,10 +151,10 @@ fn lease_key(stream: &str, group: &str, consumer_id: &str) -> String {
     format!("{stream}:{group}:{consumer_id}:lease")
 }
 
-/// One connection to a stream, with all its keys: what reader, pipelines and tasks do in Redis are its methods, each in the file
-/// of its subject.
+/// One connection to a stream, with all its keys. Everything that reader, pipelines and tasks do in Redis is a method
+/// of it, in the file for its subject.
 ///
-/// Every holder has its own: a blocking read holds up everything behind it. A clone shares the connection.
+/// Every user has its own: a blocking read holds up everything queued behind it. A clone shares the connection.
 #[derive(Clone)]
 pub struct Stream {
     connection: MultiplexedConnection,
@@ -162,7 +162,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Over a connection that is open already.
+    /// Wraps an open connection.
     #[must_use]
     pub fn over(connection: MultiplexedConnection, keys: Keys) -> Self {
         Self { connection, keys: Arc::new(keys) }
@@ -187,7 +187,7 @@ impl Redis {
     ///
     /// # Errors
     ///
-    /// The URL is not one that the client understands.
+    /// The client does not understand the URL.
     pub fn open(config: &Config) -> Result<Self, RedisError> {
         let pem = config.redis_ca.as_ref().map(CaFile::pem);
         Self::with(config.redis_url.expose(), pem, Keys::new(config))
@@ -200,7 +200,7 @@ impl Redis {
     }
 
     fn with(url: &str, ca: Option<&[u8]>, keys: Keys) -> Result<Self, RedisError> {
-        // The client's defaults would wait two hours for a peer that vanished silently.
+        // The defaults would wait two hours for a peer that vanished silently.
         let tcp = TcpSettings::default()
             .set_nodelay(true)
             .set_keepalive(
@@ -221,16 +221,16 @@ impl Redis {
         Ok(Self { client, keys: Arc::new(keys) })
     }
 
-    /// A connection whose answers may take [`BLOCK`] and then some.
+    /// Opens a connection whose answers may take a little longer than [`BLOCK`].
     ///
-    /// On any error or timeout drop it and open another: a read whose answer nobody waited for has still moved
+    /// On any error or timeout, drop it and open another: a read whose answer nobody waited for has still moved
     /// entries into our pending list.
     ///
     /// # Errors
     ///
     /// The server cannot be reached or refuses us.
     pub async fn connect(&self) -> Result<Stream, RedisError> {
-        // The client's default of 500 ms would cut off every blocking read, and a save to disk can take longer.
+        // The client's default of 500 ms would abort every blocking read, and a save to disk can take longer.
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(Duration::from_secs(5)))
             .set_response_timeout(Some(BLOCK + Duration::from_secs(9)));
@@ -242,7 +242,7 @@ impl Redis {
 /// Whether the error reports that the group, or the stream with it, does not exist.
 #[must_use]
 pub fn is_nogroup(error: &RedisError) -> bool {
-    // A reader that was blocked while the key was deleted is told so in words of its own.
+    // A read that was blocking while the key was deleted gets a different message.
     error.code() == Some("NOGROUP")
         || error.code() == Some("UNBLOCKED")
         || error.to_string().contains("the stream key no longer exists")
@@ -252,6 +252,6 @@ pub fn is_nogroup(error: &RedisError) -> bool {
 /// Whether the error reports that Redis has no memory left for a write.
 #[must_use]
 pub fn is_oom(error: &RedisError) -> bool {
-    // Redis 6.2 wraps what a script runs into in words of its own.
+    // Redis 6.2 wraps errors in scripts in a message of its own.
     error.code() == Some("OOM") || error.to_string().contains("-OOM ")
 }

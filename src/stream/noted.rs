@@ -1,5 +1,5 @@
-//! What PostgreSQL noted of what the group acknowledged, as Redis remembers it; and sending the reader back when PostgreSQL
-//! knows less.
+//! Redis's copy of PostgreSQL's record of what the group acknowledged; and sending the reader back if PostgreSQL knows
+//! less.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -9,38 +9,38 @@ use redis::{RedisResult, Script};
 use super::Stream;
 use super::gap::Gap;
 
-/// What Redis says.
+/// The record in Redis.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// Redis's clock, Unix milliseconds.
     pub now_ms: u64,
     /// The position before the lowest that the group has not acknowledged.
     pub acked: Option<i64>,
-    /// The relay that it belongs to; `None` where another program's reader feeds the stream.
+    /// The relay that it belongs to; `None` if another program's reader feeds the stream.
     pub relay: Option<String>,
     /// The epoch that it belongs to.
     pub epoch: u64,
-    /// When PostgreSQL noted something last; 0 for never.
+    /// When PostgreSQL last recorded something; 0 for never.
     pub noted_ms: u64,
-    /// Which server noted it.
+    /// The server that recorded it.
     pub server: String,
-    /// The refill in progress: from where, up to where, and since when (Unix milliseconds).
+    /// The refill in progress, if any.
     pub refill: Option<Refill>,
 }
 
-/// A refill: events read again because PostgreSQL lacks them.
+/// A refill: re-reading events that PostgreSQL lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refill {
-    /// The position from which it is read.
+    /// The position from which it reads.
     pub from: i64,
-    /// The position up to which it had been acknowledged.
+    /// The position up to which events had been acknowledged.
     pub until: i64,
     /// Since when, Unix milliseconds.
     pub since_ms: u64,
 }
 
 impl Stream {
-    /// Reads it.
+    /// Reads the record.
     ///
     /// # Errors
     ///
@@ -78,7 +78,7 @@ impl Stream {
         })
     }
 
-    /// Remembers that PostgreSQL noted something, after it did.
+    /// Stores what PostgreSQL has recorded. Call it after PostgreSQL did.
     ///
     /// # Errors
     ///
@@ -96,7 +96,7 @@ impl Stream {
             .map(drop)
     }
 
-    /// Notes that a refill is over.
+    /// Records the end of a refill.
     ///
     /// # Errors
     ///
@@ -113,9 +113,9 @@ impl Stream {
             .map(drop)
     }
 
-    /// Sends the reader back to `from`, for what PostgreSQL has lost. Of several workers that find it out one does it. `known_ms`:
-    /// what PostgreSQL says it noted last, and `gap`, what cannot be read again. `false` when another one was faster, or when
-    /// nobody of ours reads.
+    /// Sends the reader back to `from`, for what PostgreSQL has lost. If several workers notice, only one does it.
+    /// `known_ms`: the time of PostgreSQL's last record. `gap`: what cannot be re-read. `false` if another worker was
+    /// faster, or if none of our readers feeds the stream.
     ///
     /// # Errors
     ///

@@ -3,8 +3,8 @@
 -- KEYS: stream, cursor, relay, acked, epoch, epochs (see append.lua for both).
 -- Returns {cursor, relay, acked, epoch, the earliest time at which a new one can begin, in milliseconds}; '' for none.
 --
--- Where another program's reader has appended since ours did, it is noted from where on: its entries name no epoch and have
--- no revisions, and stand behind all that ours had appended (src/event/epoch.rs).
+-- If another program's reader has appended since ours did, records from which entry on: its entries name no epoch and
+-- have no revisions, and are placed after everything that ours had appended (src/event/epoch.rs).
 local last = '0-0'
 if redis.call('EXISTS', KEYS[1]) == 1 then
     local info = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -31,6 +31,6 @@ if ours then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- If the clock was set back, ids continue from where they were.
+-- If the clock was set back, ids continue from the last one.
 return {redis.call('GET', KEYS[2]) or '', redis.call('GET', KEYS[3]) or '', redis.call('GET', KEYS[4]) or '',
         redis.call('HGET', KEYS[5], 'id') or '', string.format('%d', math.max(now, ms + 1))}

@@ -1,13 +1,13 @@
--- Sends the reader back for what PostgreSQL has lost.
+-- Sends the reader back for events that PostgreSQL has lost.
 --
 -- KEYS: noted, cursor, acked, relay, watch (see janitor.lua), missed, gaps.
 -- ARGV: when PostgreSQL noted something last and which server that was, as the caller read it here; the position to go back
 --       to; when PostgreSQL says that it noted something last, which server it is now; now, in milliseconds; a gap as JSON,
 --       or ''.
--- Returns 1, or 0 when somebody else was faster.
+-- Returns 1, or 0 if another process was faster.
 --
--- The janitor does the rest: it sets the cursor back to `acked`, and leaves that alone until the group has passed what
--- stands in the stream now.
+-- The janitor does the rest: it sets the cursor back to `acked`, and does not touch `acked` until the group has passed
+-- all entries now in the stream.
 if (redis.call('HGET', KEYS[1], 'ms') or '0') ~= ARGV[1] or (redis.call('HGET', KEYS[1], 'server') or '') ~= ARGV[2] then
     return 0
 end

@@ -1,4 +1,4 @@
--- Removes consumers with nothing pending that have been idle for long.
+-- Removes consumers that have nothing pending and have been idle for long.
 --
 -- KEYS: stream.  ARGV: group, idle time in milliseconds, a name ('' for all).  Returns how many.
 local removed = 0

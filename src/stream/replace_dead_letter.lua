@@ -1,8 +1,8 @@
--- Removes a dead letter, or puts another in its place, and keeps the count of bytes.
+-- Removes or replaces a dead letter, and updates the byte count.
 --
 -- KEYS: dead letters, their size in bytes, their keys, their accounts (see append.lua).  ARGV: id, then names and values of
 -- the replacement, if any.
--- Returns 1, or 0 when it did not exist: another process has handled it.
+-- Returns 1, or 0 if it did not exist, because another process has handled it.
 local found = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not found then
     return 0

@@ -1,12 +1,12 @@
-//! Which commands this program sends and on which keys, and whether the server lets our user.
+//! The commands that this program sends, on which keys, and whether our user may use them.
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisResult, Value};
 
 use super::{Keys, Stream};
 
-/// Every command, as an ACL rule writes it, with words after it that would run it. A test compares the list with the
-/// sources. `$` stands for the key that the command is used on.
+/// Every command, as written in an ACL rule, with arguments that would run it. A test compares the list with the
+/// sources. `$` marks the key that the command is used on.
 ///
 /// The scripts' commands count like any other: the server checks them one by one against the user who called.
 pub const COMMANDS: &[(&str, &[&str])] = &[
@@ -56,7 +56,7 @@ pub const COMMANDS: &[(&str, &[&str])] = &[
     ("xtrim", &["$stream", "MINID", "0"]),
 ];
 
-/// The commands with which a transaction is begun and ended: they cannot be tried inside of one.
+/// The commands that begin and end a transaction, which cannot be tried inside one.
 const BRACKETS: [&str; 3] = ["multi", "exec", "discard"];
 
 /// What our user may not do.
@@ -71,11 +71,11 @@ pub struct Missing {
 }
 
 impl Stream {
-    /// Tries every command on its keys, and changes nothing: the server checks the rights to a command when it takes it
-    /// into a transaction, and the transaction is discarded. So it is the server itself that answers, for the user that we
-    /// are, on every version; ACL DRYRUN would need the rights of an administrator and Redis 7.
+    /// Tries every command on its keys, and changes nothing: the server checks the rights to a command when it queues
+    /// it in a transaction, and the transaction is discarded. The server itself answers, for our own user, on every
+    /// version; ACL DRYRUN would need an administrator's rights and Redis 7.
     ///
-    /// `None` when the user may not begin and discard a transaction, so that nothing can be tried.
+    /// `None` if the user may not begin and discard a transaction, so that nothing can be tried.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl Stream {
             // The server forgets it with the connection.
             return Ok(None);
         }
-        // One that is refused aborts the transaction: nothing can come of it here either.
+        // A refused command aborts the transaction, so nothing can be executed either.
         let _ = ask(connection, "multi", &[]).await?;
         let exec = ask(connection, "exec", &[]).await?;
         if exec == Some(Refused::Command) {
@@ -116,14 +116,14 @@ impl Stream {
     }
 }
 
-/// Whether a key can be read and written. Where the command itself is refused nothing is known of the key.
+/// Whether a key can be read and written. If the command itself is refused, nothing is known about the key.
 async fn may_use(connection: &mut MultiplexedConnection, key: &str) -> RedisResult<bool> {
     let read = ask(connection, "get", &[key.to_owned()]).await?;
     let write = ask(connection, "set", &[key.to_owned(), "0".to_owned()]).await?;
     Ok(read != Some(Refused::Key) && write != Some(Refused::Key))
 }
 
-/// The words of a probe with the names of the keys in them.
+/// A probe's arguments, with the key filled in.
 fn named(keys: &Keys, word: &str) -> String {
     match word {
         "$stream" => keys.stream.clone(),
@@ -160,10 +160,10 @@ async fn ask(
     match error.code() {
         // "no permissions to run the 'x' command", "no permissions to access a key": the same words since Redis 6.
         Some("NOPERM") => Ok(Some(if says("to access") { Refused::Key } else { Refused::Command })),
-        // A refused EXEC says so in its own way, and the transaction is over.
+        // A refused EXEC has an error of its own, and the transaction is over.
         Some("EXECABORT") if says("NOPERM") => Ok(Some(Refused::Command)),
         _ if error.is_io_error() || error.is_connection_dropped() => Err(error),
-        // Whatever else it says, it says after it has looked at the rights.
+        // Any other error comes after the check of the rights.
         _ => Ok(None),
     }
 }

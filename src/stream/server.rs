@@ -1,9 +1,9 @@
-//! What the server says of itself.
+//! Information about the server.
 
 use super::{Stream, StreamError, StreamResult};
 
 impl Stream {
-    /// INFO, whole.
+    /// The complete reply of INFO.
     ///
     /// # Errors
     ///
@@ -23,7 +23,7 @@ impl Stream {
         redis::cmd("TIME").query_async(connection).await
     }
 
-    /// A setting's value; `None` where hosted servers do not have the command at all, or the user may not ask.
+    /// A setting's value; `None` if a hosted server lacks the command, or the user may not use it.
     ///
     /// # Errors
     ///
@@ -37,7 +37,7 @@ impl Stream {
         }
     }
 
-    /// The name of the user that we are.
+    /// The name of our user.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Stream {
     }
 }
 
-/// Whether it refused the user or the password.
+/// Whether the server refused the user or the password.
 #[must_use]
 pub fn refused_login(error: &StreamError) -> bool {
     matches!(error.kind(), redis::ErrorKind::AuthenticationFailed)

@@ -1,5 +1,5 @@
-//! Records in PostgreSQL, every second, what the group has acknowledged. When PostgreSQL knows less than it had recorded, the
-//! reader goes back for the missing events.
+//! Records in PostgreSQL, every second, what the group has acknowledged. If PostgreSQL knows less than it had recorded,
+//! the reader goes back for the missing events.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,12 +25,12 @@ pub struct Acknowledged {
     store: Store,
     status: Arc<Status>,
     stream: Option<Stream>,
-    /// What was noted last.
+    /// The last recorded position.
     last: Option<Noted>,
 }
 
 impl Acknowledged {
-    /// Has noted nothing yet.
+    /// A task that has recorded nothing yet.
     #[must_use]
     pub fn new(redis: Redis, store: Store, status: Arc<Status>) -> Self {
         Self { redis, store, status, stream: None, last: None }
@@ -52,7 +52,7 @@ impl Task for Acknowledged {
     }
 }
 
-/// Notes what is new. `last`: what was noted last.
+/// Records new progress. `last`: the last recorded position.
 async fn compare(
     stream: &mut Stream,
     store: &Store,
@@ -81,7 +81,7 @@ async fn compare(
             from = refill.from,
             until = refill.until,
             seconds = state.now_ms.saturating_sub(refill.since_ms) / 1000,
-            "events that PostgreSQL had lost have been read again"
+            "all events that PostgreSQL had lost have been re-read"
         );
     }
     *lock(&status.refill) = state.refill.filter(|_| over.is_none());
@@ -100,12 +100,12 @@ async fn compare(
 /// PostgreSQL knows less than it had recorded: sends the reader back to PostgreSQL's position.
 async fn go_back(stream: &mut Stream, state: &noted::State, known: &Known, status: &Status) -> Result<()> {
     let noted = known.noted.clone().unwrap_or_default();
-    // A position is of use only to the relay, and in the numbering, that it comes from.
+    // A position is valid only at the relay, and in the numbering, that it comes from.
     let position = noted.position.filter(|_| noted.relay == state.relay && noted.epoch == state.epoch);
     let gap = position.is_none().then(|| {
         Gap::new(
-            "the database lacks acknowledged events, and does not know from which position; everything that the relay \
-             still has is read again",
+            "the database lacks acknowledged events, and does not know since which position; everything that the relay \
+             still has is being re-read",
             None,
         )
     });
@@ -121,8 +121,8 @@ async fn go_back(stream: &mut Stream, state: &noted::State, known: &Known, statu
         error!(
             from,
             acknowledged = state.acked,
-            "PostgreSQL has gone back in time, or is another database: it lacks acknowledged events; the reader goes back \
-             for them"
+            "PostgreSQL has gone back in time, or is another database: it lacks acknowledged events; the reader \
+             re-reads them"
         );
     }
     Ok(())

@@ -13,9 +13,9 @@ use crate::status::Status;
 use crate::stream::{Redis, Stream};
 use crate::time::now_ms;
 
-/// Idle consumers with nothing pending are removed after this time.
+/// Consumers with nothing pending are removed after being idle for this long.
 const FORGET_CONSUMERS: Duration = Duration::from_hours(1);
-/// The time between two rounds, and between two while there is more to trim.
+/// The time between rounds, and between rounds while there is more to trim.
 const ROUND: Duration = Duration::from_secs(1);
 const MORE: Duration = Duration::from_millis(50);
 
@@ -28,12 +28,12 @@ pub struct Janitor {
     cleaned: Option<Instant>,
     /// Whether another program works in the group.
     beside: bool,
-    /// Whether an error of the script has been reported.
+    /// Whether an error of the script has been logged.
     said: bool,
 }
 
 impl Janitor {
-    /// Has seen nothing yet.
+    /// A janitor that has seen nothing yet.
     #[must_use]
     pub fn new(redis: Redis, status: Arc<Status>) -> Self {
         Self { redis, status, stream: None, cleaned: None, beside: false, said: false }
@@ -43,7 +43,7 @@ impl Janitor {
         let look = match stream.sweep().await {
             Ok(look) => look,
             Err(error) => {
-                // Outages are reported by the parts that wait; errors of the script itself are reported here.
+                // Outages are logged by the parts that wait; errors of the script itself are logged here.
                 if error.code() == Some("ERR") && !std::mem::replace(&mut self.said, true) {
                     error!(%error, "the janitor cannot read the stream: nothing is trimmed");
                 }

@@ -1,4 +1,4 @@
-//! Writes the keys of the old application's pages, every second and once more at the end, where they are wanted.
+//! Writes the keys of the old application's pages, if wanted: every second and once more at the end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ const ROUND: Duration = Duration::from_secs(1);
 
 /// One per process.
 pub struct LegacyKeys {
-    /// `None` while that is to be found out.
+    /// Whether the keys are wanted; `None` until that is known.
     wanted: Option<bool>,
     legacy: Legacy,
     redis: Redis,
@@ -26,7 +26,7 @@ pub struct LegacyKeys {
 }
 
 impl LegacyKeys {
-    /// `wanted`: `None` for where the database was that of the old workers. `url`: the relay's, without secrets.
+    /// `wanted`: `None` to write them if the database belonged to the old workers. `url`: the relay's, without secrets.
     #[must_use]
     pub fn new(
         wanted: Option<bool>,
@@ -77,7 +77,7 @@ impl Task for LegacyKeys {
 
     async fn last(&mut self) {
         if self.wanted == Some(true) {
-            // A page that misses the last second shows it after the next start.
+            // If this fails, the next start writes the last second's figures.
             let _ = self.round().await;
         }
     }

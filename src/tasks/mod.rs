@@ -1,12 +1,12 @@
-//! The background tasks: one file each, all of one shape. A task does a round and says when the next one is due; an error
-//! is retried with growing pauses.
+//! The background tasks: one file each, all with the same shape. A task does a round and returns when the next one is
+//! due; errors are retried with growing pauses.
 //!
 //! - `prepare`: before the first entry: `schema`, `takeover`, then the lease on the consumer names, which it keeps
-//! - `janitor`: trims the stream, and looks at it for all parts
-//! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when it has gone back in time
-//! - `tombstones`, `purge`: delete what has served its time
+//! - `janitor`: trims the stream, and records its state for all parts
+//! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when PostgreSQL has gone back in time
+//! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `legacy`: the keys of the old application's pages
-//! - `progress`: the line in the log
+//! - `progress`: the progress line in the log
 
 pub mod acknowledged;
 pub mod janitor;
@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use crate::status::Status;
 use crate::time::{Backoff, now_ms};
 
-/// A task that has failed for this long is reported. Shorter outages are reported by the parts that wait for the server.
+/// A task that has failed for this long is logged. Shorter outages are reported by the parts that wait for the server.
 const FAILING: Duration = Duration::from_mins(1);
 
 /// A background task.
@@ -36,14 +36,14 @@ pub trait Task: Send {
     /// Its name in `/status` and the log.
     const NAME: &'static str;
 
-    /// Does what is due. Returns how long to wait before the next round.
+    /// Does one round. Returns how long to wait before the next.
     ///
     /// # Errors
     ///
     /// A server cannot be reached, or refuses.
     fn round(&mut self) -> impl Future<Output = Result<Duration>> + Send;
 
-    /// What is left to do at the end.
+    /// Runs once at the end.
     fn last(&mut self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -87,7 +87,7 @@ pub async fn run<T: Task>(mut task: T, status: Arc<Status>, end: CancellationTok
     task.last().await;
 }
 
-/// A task that does not succeed.
+/// A failing task.
 struct Failing {
     since: Instant,
     reported: bool,

@@ -1,5 +1,5 @@
-//! Before the first entry: the database is brought up to date, another program's work is replayed, and the consumer names
-//! are taken. They are kept until the end, and then given back.
+//! Before the first entry: brings the database up to date, replays another program's work, and takes the lease on the
+//! consumer names, which it keeps until the end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::time::Backoff;
 const ACTIVE: Duration = Duration::from_secs(3);
 /// The lease on the names is renewed this often.
 const RENEW: Duration = Duration::from_secs(3);
-/// How often it is tried while somebody else has them.
+/// How often to try while another process holds them.
 const TRY_AGAIN: Duration = Duration::from_millis(250);
 
 /// Prepares the pipelines of a process.
@@ -31,16 +31,16 @@ pub struct Prepare {
     pub config: Arc<Config>,
     /// Where the names are leased.
     pub redis: Redis,
-    /// What is brought up to date.
+    /// The database to bring up to date.
     pub store: Store,
-    /// What replays.
+    /// The pipeline that replays.
     pub pipeline: Pipeline,
-    /// The pipelines wait until the names are ours.
+    /// Tells the pipelines whether the names are ours.
     pub names: watch::Sender<Names>,
 }
 
 impl Prepare {
-    /// Ends, and gives the names back, at `release`.
+    /// Prepares, then keeps the lease; at `release`, gives it back and ends.
     pub async fn run(self, release: CancellationToken) {
         let token = lease::token(&self.config.consumer_id);
         let work = async {
@@ -50,7 +50,7 @@ impl Prepare {
         };
         release.run_until_cancelled(Box::pin(work)).await;
         if let Ok(mut stream) = self.redis.connect().await {
-            // If it fails the lease runs out by itself.
+            // If this fails, the lease expires by itself.
             let _ = stream.release_lease(Lease::Names, &token).await;
         }
     }
@@ -80,13 +80,13 @@ impl Prepare {
         }
     }
 
-    /// Keeps two processes with one `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers that are
-    /// active under them without one.
+    /// Keeps two processes with the same `CONSUMER_ID` apart: holds the lease on the names, and waits for consumers
+    /// that are active under those names without a lease.
     async fn keep_names(&self, token: &str) {
         let mut delays = Backoff::default();
         loop {
             let Err(error) = self.hold_names(token).await;
-            // While Redis is down nobody else can take the lease either; we find out afterwards who holds it.
+            // While Redis is down, nobody else can take the lease either; we find out afterwards who holds it.
             self.names.send_if_modified(|names| match names {
                 Names::Ours => false,
                 Names::Waiting(state) => {
@@ -126,11 +126,11 @@ impl Prepare {
         }
     }
 
-    /// Takes or renews the lease; false while somebody else has it.
+    /// Takes or renews the lease; false while another process holds it.
     async fn holds(stream: &mut Stream, token: &str) -> StreamResult<bool> {
         match stream.take_lease(Lease::Names, token).await {
-            // Redis refuses the lease because its memory is full: only our work can change that. That nobody holds it,
-            // and that nobody is active under our names, has to do.
+            // Redis refuses the lease because its memory is full, which only our work can change. It is enough that
+            // nobody holds it and nobody is active under our names.
             Err(error) if is_oom(&error) => Ok(stream.lease_life(Lease::Names).await?.is_none()),
             held => held,
         }

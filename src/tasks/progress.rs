@@ -18,7 +18,7 @@ const ROUND: Duration = Duration::from_secs(5);
 pub struct Progress {
     metrics: PrometheusHandle,
     status: Arc<Status>,
-    /// The counts of the last two rounds, and when that was.
+    /// The counts of the last two rounds, with their times.
     before: [(u64, Instant); 2],
     /// When the next round is due; `None` before the first.
     due: Option<tokio::time::Instant>,
@@ -27,7 +27,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Begins to count.
+    /// Starts counting.
     #[must_use]
     pub fn new(metrics: PrometheusHandle, status: Arc<Status>) -> Self {
         Self { metrics, status, before: [(0, Instant::now()); 2], due: None, says: false }
@@ -38,7 +38,7 @@ impl Task for Progress {
     const NAME: &'static str = "progress";
 
     async fn round(&mut self) -> Result<Duration> {
-        // The first round is due after one period, and none drifts.
+        // The first round is due after one period, and later ones do not drift.
         let due = *self.due.get_or_insert_with(|| tokio::time::Instant::now() + ROUND);
         tokio::time::sleep_until(due).await;
         self.due = Some(due + ROUND);

@@ -15,7 +15,7 @@ const ROUND: Duration = Duration::from_secs(1);
 
 /// One per process with pipelines.
 pub struct Purge {
-    /// Where the records are.
+    /// The database.
     pub store: Store,
     /// It pauses with the pipelines.
     pub control: Arc<Control>,
@@ -26,7 +26,7 @@ impl Task for Purge {
 
     async fn round(&mut self) -> Result<Duration> {
         self.control.pipelines_go().await;
-        // The statements are ended by the server's own limit, like all of this pool.
+        // The statements have the server's time limit, like all of this pool's.
         let session = self.store.session().await?;
         let Some(deletion) = purge::next(session.client()).await? else { return Ok(ROUND) };
         match purge::purge(session.client(), &deletion).await {

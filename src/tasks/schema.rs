@@ -5,7 +5,7 @@ use tracing::info;
 use crate::store::verdict::Verdict;
 use crate::store::{Store, StoreError, migrate};
 
-/// Creates or upgrades the tables; with `AUTO_MIGRATE=false`, refuses to work with those that need it.
+/// Creates or upgrades the tables; with `AUTO_MIGRATE=false`, refuses to work with outdated ones.
 pub(super) async fn bring_up_to_date(store: &Store, auto_migrate: bool) -> Result<(), StoreError> {
     store.refuse_transaction_pooling().await?;
     let mut session = store.session().await?;

@@ -1,5 +1,5 @@
-//! Replays what another program left in the group, before our first entry: at the first start on its database, and whenever
-//! such a program works beside us.
+//! Before our first entry, replays what another program left in the group: at the first start on its database, and
+//! whenever such a program works alongside us.
 
 use anyhow::Result;
 use tokio_util::sync::CancellationToken;
@@ -9,7 +9,7 @@ use crate::pipeline::Pipeline;
 use crate::store::{Store, takeover};
 use crate::stream::{Redis, is_nogroup};
 
-/// Once. `pipeline` replays; it reads nothing new.
+/// Replays once, through `pipeline`, which reads nothing new.
 pub(super) async fn take_over(
     redis: &Redis,
     store: &Store,
@@ -18,7 +18,7 @@ pub(super) async fn take_over(
 ) -> Result<()> {
     let due = takeover::is_due(store.session().await?.client()).await?;
     let mut stream = redis.connect().await?;
-    // Without a group nothing was left; the first reader creates one.
+    // Without a group there is nothing to replay; the first reader creates one.
     let others = match stream.has_others().await {
         Ok(others) => others,
         Err(error) if is_nogroup(&error) => return Ok(()),

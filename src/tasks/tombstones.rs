@@ -1,4 +1,4 @@
-//! Once an hour, deletes tombstones that are older than the retention and than any entry that may still come.
+//! Once an hour, deletes tombstones older than the retention and than any entry that may still be applied.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +16,9 @@ const ROUND: Duration = Duration::from_hours(1);
 
 /// One per process with pipelines.
 pub struct Tombstones {
-    /// Where dead letters are, which may be retried.
+    /// The stream and its dead letters, which may be retried.
     pub redis: Redis,
-    /// Where the tombstones are.
+    /// The database.
     pub store: Store,
     /// `TOMBSTONE_RETENTION`.
     pub retention: Duration,
@@ -41,7 +41,7 @@ impl Task for Tombstones {
 
     async fn round(&mut self) -> Result<Duration> {
         self.control.pipelines_go().await;
-        // Nothing depends on it, so that an hour is soon enough for another attempt.
+        // Nothing depends on it, so trying again in an hour is soon enough.
         match self.sweep().await {
             Ok(0) => {}
             Ok(count) => info!(count, "deleted tombstones older than the retention"),

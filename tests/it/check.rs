@@ -177,7 +177,7 @@ async fn redis_settings_that_lose_data_are_reported_with_a_remedy() {
     let words = ["snapshots only", "goes back to the last one", "CONFIG SET appendonly yes"];
     assert_only(&redis_findings(&["warning", "error"], 1).await, "Redis", "persistence", &words);
     set("save", "").await;
-    let words = ["nothing is kept", "is a gap", "CONFIG SET appendonly yes"];
+    let words = ["nothing is persisted", "is a gap", "CONFIG SET appendonly yes"];
     assert_only(&redis_findings(&["warning", "error"], 1).await, "Redis", "persistence", &words);
     set("appendonly", "yes").await;
     set("appendfsync", "everysec").await;
@@ -601,7 +601,7 @@ async fn problems_with_the_stream_are_explained() {
     one("trim", &["forgotten", "XGROUP DESTROY firehose:events forgotten"]);
     one("pending entries", &["2 of 10", "4-1, 5-1", "MAXLEN"]);
     one("cursor", &["belongs to other.example", "bsky.network", "gap"]);
-    one("stream", &["the oldest entry that is not finished"]);
+    one("stream", &["the oldest unfinished entry"]);
 
     // A lease means that its process is alive.
     redis_command("SET firehose:events:firehose-processors:old:lease token").await;

@@ -332,7 +332,7 @@ async fn paused_parts_hold_nothing_and_resume_where_they_stopped() {
     let paused =
         watcher.until("the page to say so", |snapshot| snapshot["health"]["level"] == "paused").await;
     let sentence = paused["health"]["sentence"].as_str().unwrap();
-    assert!(sentence.contains("the pipelines are idle, the reader works"), "{sentence}");
+    assert!(sentence.contains("pipelines idle, reader running"), "{sentence}");
 
     // Pause the reader too: it closes the connection and keeps its lease.
     assert_eq!(control(program.http, "/control/pause?part=reader").await.code, 200);

@@ -111,7 +111,7 @@ async fn the_page_shows_every_state_and_its_buttons_work() {
     page.click("#st-fold > summary").await;
     page.until(
         "PostgreSQL's answer",
-        "document.getElementById('st-why').innerText.includes('does not count them')",
+        "document.getElementById('st-why').innerText.includes('does not track them')",
     )
     .await;
     page.click("#st-fold > summary").await;
@@ -225,7 +225,7 @@ async fn the_page_shows_every_state_and_its_buttons_work() {
     assert_eq!(program.wait_exit(SOON).await, 0);
     page.until(
         "the page to tell the end",
-        "document.getElementById('sentence').innerText === 'Drained and ended.'",
+        "document.getElementById('sentence').innerText === 'Drained and exited.'",
     )
     .await;
     assert!(page.complaints.is_empty(), "{:#?}", page.complaints);

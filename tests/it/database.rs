@@ -152,7 +152,7 @@ async fn a_database_that_skips_triggers_is_refused_and_the_setting_named() {
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
     let mut program = Program::start("worker", &variables).await;
     let line = program.wait_for_line("session_replication_role is replica", SOON).await;
-    assert!(line.contains("has to be origin"), "{line}");
+    assert!(line.contains("must be origin"), "{line}");
     assert_eq!(program.readiness().await.0, 503);
     let check = Standpipe::run(&["check"], &variables, SOON).await;
     assert_eq!(check.code, 1);

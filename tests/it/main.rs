@@ -6,6 +6,7 @@
 mod support;
 
 mod accounts;
+mod batches;
 mod chaos;
 mod check;
 mod claims;

@@ -1175,10 +1175,12 @@ async fn a_worker_waits_while_a_foreign_consumer_uses_its_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn entries_of_a_killed_process_are_applied_when_it_restarts() {
     let chain = Chain::start(&network(EVENTS), None).await;
-    let program = Program::start("run", &chain.variables()).await;
+    // Nobody claims them: the process itself has to remember.
+    let variables = chain.variables().with("CLAIM_IDLE", "1h");
+    let program = Program::start("run", &variables).await;
     program.finishes_more(200.0).await;
     kill_with_entries_in_hand(&chain, program, "").await;
-    let program = Program::start("run", &chain.variables()).await;
+    let program = Program::start("run", &variables).await;
     chain.ends_like_an_undisturbed_run().await;
     drop(program);
 }

@@ -84,7 +84,7 @@ async fn an_unreachable_database_is_reported_and_redis_is_still_shown() {
         .with("REDIS_URL", redis.url())
         .with("DATABASE_URL", postgres.fresh_database().await);
     let page = status(&variables, &[]).await;
-    assert!(page.code == 0 && page.stdout.contains("firehose:events is not there yet"), "{page:?}");
+    assert!(page.code == 0 && page.stdout.contains("firehose:events does not exist yet"), "{page:?}");
     assert!(page.stdout.contains("version 0 of") && page.stdout.contains("standpipe migrate"), "{page:?}");
     postgres.stop_fast().await.unwrap();
     let page = status(&variables, &[]).await;
@@ -97,14 +97,19 @@ async fn watch_prints_repeated_blocks_and_exits_cleanly() {
     let variables = nobody_at_http(&Variables::new()).with("REDIS_URL", redis.url());
     let mut watching = Standpipe::start(&["status", "--watch", "1"], &variables);
     let blocks = |text: &str, word: &str| text.matches(word).count();
-    wait_until("two blocks", SOON, async || blocks(&watching.stdout(), "firehose:events is not") >= 2).await;
+    wait_until("two blocks", SOON, async || {
+        blocks(&watching.stdout(), "firehose:events does not exist") >= 2
+    })
+    .await;
     // A server that goes down is not a reason to exit.
     redis.stop().await.unwrap();
     wait_until("the outage", SOON, async || blocks(&watching.stdout(), "cannot be reached") >= 2).await;
     redis.start_again().await.unwrap();
-    let before = blocks(&watching.stdout(), "firehose:events is not");
-    wait_until("it to be back", SOON, async || blocks(&watching.stdout(), "firehose:events is not") > before)
-        .await;
+    let before = blocks(&watching.stdout(), "firehose:events does not exist");
+    wait_until("it to be back", SOON, async || {
+        blocks(&watching.stdout(), "firehose:events does not exist") > before
+    })
+    .await;
     watching.signal(Signal::Int);
     assert_eq!(watching.wait_exit(SOON).await, 0);
     assert!(!watching.stdout().contains('\x1b'), "{}", watching.stdout());
@@ -143,5 +148,5 @@ async fn watch_redraws_in_place_on_a_terminal() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert_eq!(text.matches("\x1b[2J").count(), 1, "cleared once: {text:?}");
-    assert!(text.matches("\x1b[H").count() >= 3 && text.contains("Ctrl-C stops this"), "{text:?}");
+    assert!(text.matches("\x1b[H").count() >= 3 && text.contains("Ctrl-C to stop"), "{text:?}");
 }

@@ -319,7 +319,7 @@ async fn a_database_in_use_is_taken_over_and_given_back() {
     // Undo it.
     let finished = run(&["migrate", "--undo"], &database).await;
     assert_eq!(finished.code, 64, "nobody was asked: {}{}", finished.stdout, finished.stderr);
-    assert!(finished.stdout.contains("2 rows go first"), "{}", finished.stdout);
+    assert!(finished.stdout.contains("removes 2 rows first"), "{}", finished.stdout);
     let others = Others::start(&database, 4).await;
     let undone = runs(&["migrate", "--undo", "--yes"], &database).await;
     println!("given back:\n{undone}");
@@ -536,11 +536,11 @@ async fn an_audit_finds_and_repairs_errors_while_standpipe_is_running() {
     let found = run(&["audit"], &database).await;
     assert_eq!(found.code, 1, "{}", found.stdout);
     let report = [
-        "1 differ  no record lives that was deleted later".to_owned(),
+        "1 differ  no record is left that was deleted later".to_owned(),
         "3 differ  every quote belongs to a live post".to_owned(),
         format!("{wrong} differ  counters agree with the rows"),
-        "900 differ  every live post and repost has its feed item, and nothing else has".to_owned(),
-        "1 differ  a handle is shown by one account at most".to_owned(),
+        "900 differ  every live post and repost has its feed item, and nothing else does".to_owned(),
+        "1 differ  no handle is shown by more than one account".to_owned(),
     ];
     for line in report {
         assert!(found.stdout.contains(&line), "{line}: {}", found.stdout);

@@ -118,7 +118,7 @@ async fn redis_tls_certificates_are_verified() {
     let (redis, port) = redis_with_tls(&authority, OURS).await;
     let url = format!("rediss://127.0.0.1:{port}");
     let untrusted = nobody_at_http().with("REDIS_URL", &url);
-    let words = ["certificate that is not trusted", "UnknownIssuer", "REDIS_CA_FILE"];
+    let words = ["has an untrusted certificate", "UnknownIssuer", "REDIS_CA_FILE"];
     assert_says(&check(&untrusted).await, 69, &words);
     let status = Standpipe::run(&["status"], &untrusted, RUN).await;
     assert_says(&status, 69, &["UnknownIssuer"]);
@@ -156,7 +156,7 @@ async fn a_certificate_for_another_host_is_refused() {
         .with("REDIS_URL", format!("rediss://127.0.0.1:{port}"))
         .with("REDIS_CA_FILE", authority.ca())
         .with("PGSSLROOTCERT", authority.ca());
-    assert_says(&check(&variables).await, 69, &["host's name that stands in its certificate"]);
+    assert_says(&check(&variables).await, 69, &["host name from its certificate"]);
 
     let plain = Redis::start().await;
     let with_mode = |mode: &str| {
@@ -166,11 +166,11 @@ async fn a_certificate_for_another_host_is_refused() {
             .with("DATABASE_URL", format!("{database}?sslmode={mode}"))
     };
     for mode in ["require", "verify-full"] {
-        let words = ["certificate that is not trusted", "DATABASE_URL", "sslmode=verify-ca"];
+        let words = ["has an untrusted certificate", "DATABASE_URL", "sslmode=verify-ca"];
         assert_says(&check(&with_mode(mode)).await, 69, &words);
     }
-    assert_says(&check(&with_mode("verify-ca")).await, 0, &["certificate verified, the host's name not"]);
-    assert_says(&check(&with_mode("prefer")).await, 0, &["takes any certificate"]);
+    assert_says(&check(&with_mode("verify-ca")).await, 0, &["certificate verified, host name not checked"]);
+    assert_says(&check(&with_mode("prefer")).await, 0, &["accepts any certificate"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,7 +183,7 @@ async fn postgresql_tls_is_verified_according_to_sslmode() {
 
     for mode in ["require", "verify-ca", "verify-full"] {
         let untrusted = with_mode(mode);
-        let words = ["certificate that is not trusted", "UnknownIssuer", "PGSSLROOTCERT"];
+        let words = ["has an untrusted certificate", "UnknownIssuer", "PGSSLROOTCERT"];
         assert_says(&check(&untrusted).await, 69, &words);
         let migrated = Standpipe::run(&["migrate"], &untrusted, RUN).await;
         assert_says(&migrated, 69, &["UnknownIssuer"]);
@@ -198,26 +198,26 @@ async fn postgresql_tls_is_verified_according_to_sslmode() {
         .clone()
         .with("DATABASE_URL", format!("{database}?sslrootcert={in_url}&sslmode=verify-full"))
         .with("PGSSLROOTCERT", other.ca());
-    assert_says(&check(&in_url).await, 0, &["certificate and host's name verified"]);
+    assert_says(&check(&in_url).await, 0, &["certificate and host name verified"]);
     let missing = variables.clone().with("DATABASE_URL", format!("{database}?sslrootcert=/no/such/file"));
     assert_says(&check(&missing).await, 64, &["DATABASE_URL", "cannot be read"]);
 
     // Modes that promise nothing refuse nothing, and that is reported.
     for mode in ["prefer", "allow"] {
-        let words = ["TLSv1.3", &format!("sslmode={mode} takes any certificate"), "sslmode=verify-full"];
+        let words = ["TLSv1.3", &format!("sslmode={mode} accepts any certificate"), "sslmode=verify-full"];
         assert_says(&check(&with_mode(mode)).await, 0, &words);
     }
     assert_says(
         &check(&variables.clone().with("DATABASE_URL", &database)).await,
         0,
-        &["sslmode=prefer takes"],
+        &["sslmode=prefer accepts"],
     );
     assert_says(&check(&with_mode("disable")).await, 0, &["encryption", "none"]);
     assert_says(&check(&with_mode("often")).await, 64, &["sslmode", "verify-full"]);
 
     let plain = Postgres::shared().await.fresh_database().await;
     let required = variables.with("DATABASE_URL", format!("{plain}?sslmode=require"));
-    assert_says(&check(&required).await, 69, &["does not support TLS", "ssl on in postgresql.conf"]);
+    assert_says(&check(&required).await, 69, &["does not support TLS", "ssl = on in postgresql.conf"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -251,7 +251,7 @@ async fn events_flow_over_tls_end_to_end() {
     drop(worker);
     let lenient = variables.with("DATABASE_URL", &database).with("PGSSLROOTCERT", "system");
     let mut worker = Program::start("worker", &lenient).await;
-    worker.wait_for_line("the certificate of PostgreSQL is not trusted", SOON).await;
+    worker.wait_for_line("PostgreSQL's certificate is not trusted", SOON).await;
 }
 
 /// A TLS server in front of a plain-text port.

@@ -222,7 +222,7 @@ async fn identities_without_a_handle_and_sync_events_are_counted_and_reported() 
     assert_eq!(program.metric_with("standpipe_relay_missed_total", "no_handle").await, 2.0);
     assert_eq!(program.metric_with("standpipe_relay_missed_total", "sync").await, 1.0);
     let check = Standpipe::run(&["check"], &variables, SOON).await;
-    assert!(check.stdout.contains("2 identities came without a handle"), "{}", check.stdout);
+    assert!(check.stdout.contains("2 identity events had no handle"), "{}", check.stdout);
     assert!(check.stdout.contains("1 sync"), "{}", check.stdout);
 }
 

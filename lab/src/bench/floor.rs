@@ -32,7 +32,8 @@ pub struct Rows {
     pub bytes: u64,
 }
 
-/// Takes all rows out of a database, except those of tables that had rows before the run: what migrations note.
+/// Reads all rows from a database, except those of tables that had rows before the run, such as the migrations'
+/// records.
 ///
 /// # Errors
 ///

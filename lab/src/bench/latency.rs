@@ -44,9 +44,9 @@ const COMMITS: &str = "
 pub struct Percentiles {
     /// Half are faster.
     pub p50: Stat,
-    /// 99 of 100 are faster.
+    /// 99% are faster.
     pub p99: Stat,
-    /// 999 of 1,000 are faster.
+    /// 99.9% are faster.
     pub p99_9: Stat,
 }
 
@@ -148,7 +148,7 @@ pub async fn round(
         let mut lines = std::pin::pin!(monitor.into_on_message::<String>());
         while let Some(line) = lines.next().await {
             for ack in acknowledgements(&line) {
-                // Nobody listens any more once all is there.
+                // Nobody is listening once everything has arrived.
                 let _ = heard.send(ack);
             }
         }

@@ -1,5 +1,5 @@
-//! `standpipe-lab bench`: how fast it is, and what it needs for that, beside what this machine could do at best and what a
-//! loop in the shape of the Python worker does.
+//! `standpipe-lab bench`: standpipe's speed and what it costs, compared with the best this machine could do and with a
+//! loop in the style of the Python worker.
 //!
 //! Private servers, one prepared stream, the real binary as a child process with its defaults. The variants take turns,
 //! several rounds of them, each on a fresh database and after a checkpoint; medians are quoted.

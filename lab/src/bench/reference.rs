@@ -1,4 +1,4 @@
-//! A loop in the shape of the Python worker that standpipe replaces, so that ratios mean the same on every machine.
+//! A loop in the style of the Python worker that standpipe replaces, so that ratios mean the same on every machine.
 //!
 //! Its pipelines read ten entries at a time and work on one after the other: BEGIN, one awaited statement after the
 //! other, COMMIT that waits for the disk, one XACK. It does less than the worker did (no Python, no round trip of its pool

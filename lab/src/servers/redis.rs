@@ -17,7 +17,7 @@ use super::{POLL, PORT_TRIES, RECOVERY_DEADLINE, START_DEADLINE, find_on_path, f
 pub enum AppendFsync {
     /// Before every reply.
     Always,
-    /// Once a second: a crash of the machine loses up to that much.
+    /// Once a second: a crash of the machine loses about a second of writes.
     EverySecond,
     /// Whenever the operating system does.
     No,

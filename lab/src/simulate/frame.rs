@@ -18,7 +18,7 @@ pub struct Frame {
     pub bytes: Bytes,
 }
 
-/// An event that has happened, of which only the bytes are missing.
+/// An event that has happened but is not encoded yet.
 pub(super) struct Planned {
     pub(super) seq: u64,
     /// Microseconds since 1970.
@@ -263,7 +263,7 @@ fn car(
     Ok(out)
 }
 
-/// The signed root of a repository. The signature is none, but has the size of one.
+/// The signed root of a repository. The signature is fake, but has the right size.
 fn signed_commit(out: &mut Vec<u8>, did: &str, rev: &str, data: &Cid, chance: u64) -> Result<(), CarError> {
     let mut sig = [0; 64];
     fastrand::Rng::with_seed(chance).fill(&mut sig);

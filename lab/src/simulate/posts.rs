@@ -4,7 +4,7 @@ use super::accounts::StrongRef;
 use super::chance::{skewed, young};
 use super::record::Reply;
 
-/// Posts that can be liked, answered, changed and deleted: the youngest so many.
+/// How many of the youngest posts can be liked, answered, changed and deleted.
 const POSTS: u64 = 32_768;
 /// Places of popular posts. The first one draws a twelfth of all likes, and every place is taken over by another post
 /// after some 2,000 posts, so that a popular post gathers several hundred likes.

@@ -25,8 +25,8 @@ fn frames(options: &NetworkOptions) -> Vec<Frame> {
 /// A frame's `t` and body.
 fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
     let mut decoder = Decoder::new(frame);
-    let Value::Map(header) = decoder.decode().unwrap() else { panic!("the header is no map") };
-    let Value::Map(body) = decoder.decode().unwrap() else { panic!("the body is no map") };
+    let Value::Map(header) = decoder.decode().unwrap() else { panic!("the header is not a map") };
+    let Value::Map(body) = decoder.decode().unwrap() else { panic!("the body is not a map") };
     assert!(decoder.is_empty(), "bytes after the body");
     let kind = header.iter().find(|(key, _)| *key == "t").map(|(_, kind)| text(kind).to_owned());
     (kind.unwrap_or_default(), body.into_iter().collect())
@@ -35,16 +35,16 @@ fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
 fn text<'a>(value: &Value<'a>) -> &'a str {
     match value {
         Value::Text(text) => text,
-        other => panic!("{other:?} is no text"),
+        other => panic!("{other:?} is not a text"),
     }
 }
 
 fn operations<'a, 'b>(body: &'b BTreeMap<&'a str, Value<'a>>) -> Vec<BTreeMap<&'a str, &'b Value<'a>>> {
-    let Value::Array(ops) = &body["ops"] else { panic!("ops is no array") };
+    let Value::Array(ops) = &body["ops"] else { panic!("ops is not an array") };
     ops.iter()
         .map(|op| match op {
             Value::Map(entries) => entries.iter().map(|(key, value)| (*key, value)).collect(),
-            other => panic!("{other:?} is no operation"),
+            other => panic!("{other:?} is not an operation"),
         })
         .collect()
 }
@@ -93,7 +93,7 @@ fn every_frame_decodes_and_every_block_matches_its_cid() {
                 ("delete", cid) => assert_eq!(*cid, Value::Null),
                 (_, Value::Cid(cid)) => {
                     let Value::Map(record) = shrike::cbor::decode(blocks[cid]).unwrap() else {
-                        panic!("no map")
+                        panic!("not a map")
                     };
                     let kind =
                         record.iter().find(|(key, _)| *key == "$type").map(|(_, kind)| text(kind)).unwrap();

@@ -4,16 +4,16 @@ use crate::doctor::{Findings, size, some_of};
 use crate::store::{Client, StoreError, migrate};
 
 const WHAT: &str = "indexes";
-/// Smaller ones cost next to nothing.
+/// Smaller indexes cost next to nothing.
 const LARGE: i64 = 8 << 20;
 
-/// An index as it is.
+/// An existing index.
 struct Index {
     table: String,
     name: String,
-    /// The first one.
+    /// Its first column.
     column: String,
-    /// Of this column alone.
+    /// Unique on this column alone.
     unique: bool,
     condition: Condition,
     bytes: i64,
@@ -35,7 +35,7 @@ impl Index {
     }
 }
 
-/// The indexes that the program needs, and those that only cost.
+/// The indexes that the program needs, and those that only cost time.
 pub(super) async fn indexes(
     client: &Client,
     tables: &[&str],
@@ -48,7 +48,7 @@ pub(super) async fn indexes(
         .iter()
         .map(|row| row.get(0))
         .collect();
-    // Every one of them reports, so none is skipped.
+    // All three run, because each reports its own findings.
     let complete =
         [keys(&there, findings), lookups(&there, &before, findings), interrupted(&there, findings)];
     if complete == [true; 3] {
@@ -103,7 +103,7 @@ fn lookups(there: &[Index], before: &[String], findings: &mut Findings) -> bool 
     for index in migrate::indexes() {
         let serves =
             |other: &&Index| other.table == index.table && other.column == index.column && other.works();
-        // A table that was here before us has the indexes that its own application wants.
+        // A table that existed before us has the indexes that its own application wants.
         let wanted = index.everywhere || !before.contains(&index.table);
         if wanted && there.iter().find(serves).is_none() {
             good = false;
@@ -120,7 +120,7 @@ fn lookups(there: &[Index], before: &[String], findings: &mut Findings) -> bool 
     good
 }
 
-/// Returns whether there is none.
+/// Returns whether no index build was interrupted.
 fn interrupted(there: &[Index], findings: &mut Findings) -> bool {
     let mut good = true;
     for index in there.iter().filter(|index| index.condition == Condition::Invalid) {
@@ -149,8 +149,8 @@ fn unused(there: &[Index], findings: &mut Findings) {
     if !unused.is_empty() {
         findings.note(
             WHAT,
-            format!("no query has used {} since the statistics began", some_of(&unused)),
-            "they slow every write: if no replica's queries use them either, DROP INDEX CONCURRENTLY",
+            format!("no query has used {} since the statistics were last reset", some_of(&unused)),
+            "they slow every write: unless a replica uses them, DROP INDEX CONCURRENTLY",
         );
     }
 }

@@ -1,4 +1,4 @@
-//! PostgreSQL: what it is, how it keeps what it has, what our role may do, connections, tables and indexes.
+//! PostgreSQL: version, durability, our role's rights, connections, tables and indexes.
 
 mod indexes;
 mod schema;
@@ -14,9 +14,10 @@ use crate::config::{Config, DatabaseUrl};
 use crate::store::verdict::Verdict;
 use crate::store::{Client, Store, StoreError, migrate, settings};
 
-/// Transactions that are open for longer hold vacuum back noticeably.
+/// Transactions open for longer than this noticeably hold back vacuum.
 const LONG: Duration = Duration::from_mins(10);
-/// `processes` is how many have pipelines at work.
+
+/// Runs the checks. `processes` is the number of processes with running pipelines.
 pub async fn check(config: &Config, processes: usize, findings: &mut Findings) {
     let Some(url) = &config.database_url else { return };
     let session = async {
@@ -32,7 +33,7 @@ pub async fn check(config: &Config, processes: usize, findings: &mut Findings) {
     };
     let session = match session.await {
         Ok(session) => session,
-        // A server that answers, and cannot be worked with as it is set up.
+        // The server answers, but its configuration rules out working with it.
         Err(error) if error.verdict == Verdict::Halt && error.sqlstate.is_none() => {
             findings.ok("connection", format!("{url} answers"));
             findings.error(
@@ -70,7 +71,7 @@ async fn look(
     let row = client.query_one(include_str!("../../../sql/check/settings.sql"), &[]).await?;
     let took = asked.elapsed();
     let role: String = row.get("role");
-    findings.ok("connection", format!("{url} answers, as role {role}"));
+    findings.ok("connection", format!("{url} answers as role {role}"));
     encryption(url, &row, findings);
     server(&row, findings);
     durability(&row, findings);
@@ -95,12 +96,12 @@ async fn look(
     transactions(client, findings).await
 }
 
-/// Whether the settings of our connections are those that we made, read back.
+/// Whether our connections have the settings that we made, read back.
 async fn settings(client: &Client, findings: &mut Findings) -> Result<(), StoreError> {
     for (name, is, wanted) in settings::different(client).await? {
         findings.error(
             "settings",
-            format!("{name} is {is} on our connections, where it was set to {wanted}"),
+            format!("{name} is {is} on our connections, although it was set to {wanted}"),
             "find out what changes it: a pooler, or an extension",
         );
     }
@@ -112,31 +113,35 @@ fn explain(error: &StoreError, config: &Config) -> (String, String) {
     let text = &error.message;
     let says = |part: &str| text.contains(part);
     let remedy = match error.sqlstate.as_deref() {
-        Some("28P01") => "correct the user and password in DATABASE_URL; percent-encode special characters".to_owned(),
-        Some("28000") => "let the role in: CREATE ROLE ... LOGIN, and a line for it in pg_hba.conf".to_owned(),
+        Some("28P01") => {
+            "correct the user and password in DATABASE_URL; percent-encode special characters".to_owned()
+        }
+        Some("28000") => {
+            "allow the role to log in: CREATE ROLE ... LOGIN, and a line for it in pg_hba.conf".to_owned()
+        }
         Some("3D000") => "create the database (createdb), or correct its name in DATABASE_URL".to_owned(),
         Some("53300") => format!(
             "raise max_connections or the role's CONNECTION LIMIT, or lower DB_POOL_SIZE ({}) of every process",
             config.db_pool_size
         ),
-        Some("42501") => "GRANT the role what it lacks; docs/security.md has the statements".to_owned(),
+        Some("42501") => "GRANT the missing rights; docs/security.md has the statements".to_owned(),
         Some("57P03") => "wait until it has started".to_owned(),
         _ if says("NotValidForName") || says("not valid for name") => {
-            "write into DATABASE_URL the host's name that stands in its certificate, or sslmode=verify-ca".to_owned()
+            "use the host name from its certificate in DATABASE_URL, or sslmode=verify-ca".to_owned()
         }
         _ if says("invalid peer certificate") => {
-            "have a trusted authority sign its certificate, or give the file of the authority that did: PGSSLROOTCERT, \
-             or sslrootcert= in DATABASE_URL"
+            "use a certificate from a trusted authority, or name the authority's file: PGSSLROOTCERT, or \
+             sslrootcert= in DATABASE_URL"
                 .to_owned()
         }
         _ if says("does not support TLS") => {
-            "turn ssl on in postgresql.conf; on a network that you trust write sslmode=disable".to_owned()
+            "set ssl = on in postgresql.conf; on a network that you trust, use sslmode=disable".to_owned()
         }
         Some(_) => "check the server's log".to_owned(),
         None => "start it, or correct the host and port in DATABASE_URL".to_owned(),
     };
     let found = if says("invalid peer certificate") {
-        format!("has a certificate that is not trusted: {text}")
+        format!("has an untrusted certificate: {text}")
     } else if matches!(error.sqlstate.as_deref(), Some("28P01" | "28000")) {
         format!("refuses the user or password: {text}")
     } else {
@@ -165,7 +170,7 @@ async fn bloat(client: &Client, tables: &[&str], findings: &mut Findings) -> Res
     } else {
         findings.note(
             WHAT,
-            format!("a fifth or more of {}", some_of(&bloated)),
+            format!("a fifth or more of the rows in {}", some_of(&bloated)),
             "VACUUM them; if it recurs: ALTER TABLE ... SET (autovacuum_vacuum_scale_factor = 0.05)",
         );
     }
@@ -177,7 +182,7 @@ async fn transactions(client: &Client, findings: &mut Findings) -> Result<(), St
     let rows =
         client.query(include_str!("../../../sql/check/transactions.sql"), &[&LONG.as_secs_f64()]).await?;
     if rows.is_empty() {
-        findings.ok(WHAT, "none that is visible has been open for long");
+        findings.ok(WHAT, "no visible transaction has been open for long");
         return Ok(());
     }
     let open: Vec<String> = rows
@@ -196,7 +201,7 @@ async fn transactions(client: &Client, findings: &mut Findings) -> Result<(), St
     findings.warning(
         WHAT,
         format!(
-            "open: {}; vacuum removes nothing that died since, and migrations wait for them",
+            "open: {}; vacuum cannot remove rows that died since, and migrations wait for them",
             open.join("; ")
         ),
         "end it, or SELECT pg_terminate_backend(pid)",

@@ -1,4 +1,4 @@
-//! What our role may do, and whether tables and functions are those of this program.
+//! Our role's rights, and whether tables and functions are those of this program.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ pub(super) fn missing_rights(role: &str, rows: &[Row], findings: &mut Findings) 
     let grants: Vec<String> = by_object
         .iter()
         .map(|(object, rights)| {
-            // GRANT ... ON TABLE x; a function's arguments stand with its name already.
+            // GRANT ... ON TABLE x; a function's name already includes its arguments.
             format!("GRANT {} ON {object} TO {role}", rights.join(", "))
         })
         .collect();
@@ -32,7 +32,7 @@ pub(super) fn missing_rights(role: &str, rows: &[Row], findings: &mut Findings) 
         format!(
             "as the owner: {}{}",
             grants.iter().take(3).cloned().collect::<Vec<_>>().join("; "),
-            if grants.len() > 3 { "; and so on, docs/security.md has the statements" } else { "" }
+            if grants.len() > 3 { "; docs/security.md has the remaining statements" } else { "" }
         ),
     );
     true
@@ -58,7 +58,7 @@ pub(super) async fn migrations(
             findings.error(
                 MIGRATIONS,
                 error.message,
-                "use a standpipe at least as new as the one that migrated",
+                "use a standpipe at least as new as the one that migrated it",
             );
             return Ok(());
         }
@@ -66,7 +66,10 @@ pub(super) async fn migrations(
             findings.error(
                 "rights",
                 error.message,
-                format!("run `standpipe migrate` once as the owner, and GRANT the owner's role to {role} or what docs/security.md lists"),
+                format!(
+                    "run `standpipe migrate` once as the owner, then GRANT {role} the owner's role or the rights in \
+                     docs/security.md"
+                ),
             );
             return Ok(());
         }
@@ -76,7 +79,7 @@ pub(super) async fn migrations(
     }
     if found.is_current() {
         if !lacks {
-            findings.ok("rights", format!("role {role} may do everything that applying events needs"));
+            findings.ok("rights", format!("role {role} has every right that applying events needs"));
         }
         findings.ok(
             MIGRATIONS,
@@ -85,15 +88,15 @@ pub(super) async fn migrations(
         return Ok(());
     }
     let outdated = match (found.version, found.functions) {
-        (0, _) => "there are no tables of this program yet".to_owned(),
+        (0, _) => "there are no tables of standpipe yet".to_owned(),
         (version, _) if version < wanted => format!("the tables are at version {version} of {wanted}"),
-        (_, false) => "the functions are those of another version of this program".to_owned(),
+        (_, false) => "the functions are those of another version of standpipe".to_owned(),
         _ => "a unique index forbids rows that repositories can legitimately contain".to_owned(),
     };
     outdated_tables(config, client, found, row, outdated, findings).await
 }
 
-/// Whether what is missing will be created, and by whom.
+/// Whether the missing tables and functions will be created, and by whom.
 async fn outdated_tables(
     config: &Config,
     client: &Client,
@@ -104,7 +107,7 @@ async fn outdated_tables(
 ) -> Result<(), StoreError> {
     let (role, schema): (String, String) = (row.get("role"), row.get("schema"));
     let mut grants = Vec::new();
-    // Our own schema is made with the first version; later only its tables and functions are.
+    // The first version creates our own schema; later versions create only tables and functions in it.
     if found.version == 0 && !row.get::<_, bool>("may_create_schema") {
         let database: String = row.get("database");
         grants.push(format!("GRANT CREATE ON DATABASE {database} TO {role}"));
@@ -116,7 +119,7 @@ async fn outdated_tables(
     if found.version > 0 && !owns_functions(client).await? {
         findings.error(
             "rights",
-            format!("{outdated}, and role {role} does not own schema standpipe and what is in it"),
+            format!("{outdated}, and role {role} does not own schema standpipe and its contents"),
             "run `standpipe migrate` as the role that owns them",
         );
     } else if !grants.is_empty() {
@@ -130,7 +133,7 @@ async fn outdated_tables(
         findings.note(
             MIGRATIONS,
             outdated,
-            "nothing: the next start of a worker sees to it, as does `standpipe migrate`",
+            "nothing to do: the next worker to start migrates it, as does `standpipe migrate`",
         );
     } else {
         findings.error(

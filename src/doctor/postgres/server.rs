@@ -1,11 +1,11 @@
-//! What the server is, how it keeps what it has, and its connections.
+//! The server's version, encryption, durability and connections.
 
 use crate::config::{Config, DatabaseUrl};
 use crate::doctor::Findings;
 use crate::store::Row;
 use crate::store::tls::Strictness;
 
-/// Connections of a process beside those of its pipelines: readiness, house-keeping, a migration.
+/// Connections of a process besides those of its pipelines: readiness, housekeeping, a migration.
 const OTHERS: usize = 3;
 
 pub(super) fn encryption(url: &DatabaseUrl, row: &Row, findings: &mut Findings) {
@@ -19,13 +19,13 @@ pub(super) fn encryption(url: &DatabaseUrl, row: &Row, findings: &mut Findings) 
         ),
         Strictness::Lenient => findings.note(
             WHAT,
-            format!("{tls}; sslmode={} takes any certificate", url.ssl_mode().unwrap_or("prefer")),
+            format!("{tls}; sslmode={} accepts any certificate", url.ssl_mode().unwrap_or("prefer")),
             "on any network that you do not trust: sslmode=verify-full in DATABASE_URL",
         ),
         Strictness::Authority => {
-            findings.ok(WHAT, format!("{tls}, certificate verified, the host's name not (sslmode=verify-ca)"));
+            findings.ok(WHAT, format!("{tls}, certificate verified, host name not checked (sslmode=verify-ca)"));
         }
-        Strictness::Full => findings.ok(WHAT, format!("{tls}, certificate and host's name verified")),
+        Strictness::Full => findings.ok(WHAT, format!("{tls}, certificate and host name verified")),
     }
 }
 
@@ -47,8 +47,8 @@ pub(super) fn server(row: &Row, findings: &mut Findings) {
     if encoding != "UTF8" {
         findings.error(
             "encoding",
-            format!("the database is {encoding}: most records hold characters that it has no room for"),
-            "create it anew: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
+            format!("the database's encoding is {encoding}, which cannot store characters that most records contain"),
+            "recreate it: CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
         );
     }
 }
@@ -65,8 +65,8 @@ pub(super) fn durability(row: &Row, findings: &mut Findings) {
     if !row.get::<_, bool>("full_page_writes") {
         findings.warning(
             WHAT,
-            "full_page_writes is off: unless the file system writes pages whole, a crash of the machine may leave torn \
-             ones",
+            "full_page_writes is off: unless the file system writes pages atomically, a crash of the machine may leave \
+             torn pages",
             "full_page_writes = on in postgresql.conf",
         );
     }
@@ -75,14 +75,17 @@ pub(super) fn durability(row: &Row, findings: &mut Findings) {
         let standbys: bool = row.get("has_standbys");
         let waits = match commit.as_str() {
             "remote_apply" if standbys => "its standbys have applied it (synchronous_commit = remote_apply)",
-            _ if standbys => "its disk and its synchronous standbys have it",
-            _ => "its disk has it",
+            _ if standbys => "it is on disk, here and on the synchronous standbys",
+            _ => "it is on disk",
         };
         if standbys && row.get::<_, i32>("standbys") == 0 {
             let names: String = row.get("standby_names");
             findings.error(
                 WHAT,
-                format!("synchronous_standby_names is {names}, and no standby is connected: every commit waits for it"),
+                format!(
+                    "synchronous_standby_names is {names}, and no standby is connected: every commit waits for \
+                     one"
+                ),
                 "start the standby, or ALTER SYSTEM RESET synchronous_standby_names and reload",
             );
             return;
@@ -90,7 +93,7 @@ pub(super) fn durability(row: &Row, findings: &mut Findings) {
         let own = match commit.as_str() {
             "off" | "local" | "remote_write" => {
                 format!(
-                    "; synchronous_commit = {commit} is for others: standpipe's flush of each batch asks for \"on\""
+                    "; synchronous_commit = {commit} affects others only: standpipe flushes each batch with \"on\""
                 )
             }
             _ => String::new(),
@@ -100,7 +103,7 @@ pub(super) fn durability(row: &Row, findings: &mut Findings) {
     if !row.get::<_, bool>("autovacuum") {
         findings.warning(
             "autovacuum",
-            "it is off: counters are updated all the time, and their dead rows pile up",
+            "it is off: counters are updated constantly, and their dead rows pile up",
             "autovacuum = on in postgresql.conf",
         );
     }
@@ -142,14 +145,14 @@ pub(super) fn connections(config: &Config, processes: usize, row: &Row, findings
         findings.error(
             WHAT,
             format!(
-                "{asks}, and this role gets at most {limit} (max_connections {max}, {reserved} reserved)"
+                "{asks}, but this role gets at most {limit} (max_connections {max}, {reserved} reserved)"
             ),
             remedy,
         );
     } else if wanted > limit - others {
         findings.warning(
             WHAT,
-            format!("{asks} of {limit}, and others use {others} of them at this moment"),
+            format!("{asks} of {limit}, and others currently use {others} of them"),
             remedy,
         );
     } else {

@@ -1,4 +1,4 @@
-//! Redis: what it is, how it keeps what it has, what our user may do, and how the stream is.
+//! Redis: version, persistence, our user's rights, and the state of the stream.
 
 mod consumers;
 mod rights;
@@ -20,7 +20,7 @@ use crate::stream::{Redis, Stream, StreamError, StreamResult};
 /// Maximum number of pending entries to check.
 const PENDING_SEEN: usize = 1000;
 
-/// Returns how many processes have pipelines at work.
+/// Runs the checks. Returns the number of processes with running pipelines.
 pub async fn check(config: &Config, findings: &mut Findings) -> usize {
     let connected = match Redis::open(config) {
         Ok(redis) => redis.connect().await,
@@ -42,7 +42,7 @@ pub async fn check(config: &Config, findings: &mut Findings) -> usize {
             if error.is_io_error() || error.is_connection_dropped() {
                 findings.unreachable(format!("{} {found}", config.redis_url), remedy);
             } else {
-                findings.error("stream", format!("cannot be looked at: {error}"), remedy);
+                findings.error("stream", format!("cannot be inspected: {error}"), remedy);
             }
             1
         }
@@ -95,7 +95,7 @@ async fn look(config: &Config, connection: &mut Stream, findings: &mut Findings)
     Ok(leased.len())
 }
 
-/// The kind of server, where it is not one that holds all keys.
+/// A server that does not hold all keys: its kind, and the remedy.
 fn not_a_server(mode: &str) -> Option<(&'static str, &'static str)> {
     match mode {
         "sentinel" => Some((
@@ -129,11 +129,11 @@ fn explain(error: &StreamError) -> (String, &'static str) {
     } else if says("READONLY") {
         "this is a replica: name its master in REDIS_URL"
     } else if says("invalid peer certificate") && !other_name {
-        "have a trusted authority sign its certificate, or set REDIS_CA_FILE to the file of the authority that did"
+        "use a certificate from a trusted authority, or set REDIS_CA_FILE to the authority's file"
     } else if other_name {
-        "write into REDIS_URL the host's name that stands in its certificate"
+        "use the host name from its certificate in REDIS_URL"
     } else if says("InvalidContentType") {
-        "it does not speak TLS there: write redis:// into REDIS_URL, or its TLS port"
+        "this port does not speak TLS: use redis:// in REDIS_URL, or the TLS port"
     } else if commands::refused_login(error)
         || says("WRONGPASS")
         || says("NOAUTH")
@@ -146,7 +146,7 @@ fn explain(error: &StreamError) -> (String, &'static str) {
         "start it, or correct the host and port in REDIS_URL"
     };
     let found = if says("invalid peer certificate") {
-        format!("has a certificate that is not trusted: {text}")
+        format!("has an untrusted certificate: {text}")
     } else if remedy.starts_with("correct the user") {
         format!("refuses the user or password: {text}")
     } else {

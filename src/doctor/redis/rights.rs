@@ -1,11 +1,11 @@
-//! What our user may do.
+//! Our user's rights.
 
 use super::permitted;
 use crate::config::Config;
 use crate::doctor::Findings;
 use crate::stream::{Stream, StreamResult, rights};
 
-/// Whether our user may do everything that the pipelines and the reader do.
+/// Whether our user has every right that the pipelines and the reader need.
 pub(super) async fn may_do_everything(
     config: &Config,
     connection: &mut Stream,
@@ -17,8 +17,8 @@ pub(super) async fn may_do_everything(
     let Some(missing) = connection.missing_rights().await? else {
         findings.error(
             WHAT,
-            format!("{who} may not use MULTI and DISCARD, without which its rights cannot be tried"),
-            "ACL SETUSER <user> +multi +exec +discard; docs/security.md has the whole rule",
+            format!("{who} may not use MULTI and DISCARD, without which its rights cannot be tested"),
+            "ACL SETUSER <user> +multi +exec +discard; docs/security.md has the complete rule",
         );
         return Ok(false);
     };

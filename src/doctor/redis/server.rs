@@ -1,10 +1,10 @@
-//! What the server is, and how it keeps what it has.
+//! The server's version, eviction, persistence and memory.
 
 use crate::config::{Config, MemoryMark};
 use crate::doctor::{Findings, rough, size};
 use crate::stream::{Stream, StreamResult};
 
-/// The fields that INFO gives.
+/// The reply of INFO.
 #[derive(Clone, Copy)]
 pub(super) struct Info<'a>(pub &'a str);
 
@@ -51,8 +51,8 @@ pub(super) fn version(info: Info<'_>, findings: &mut Findings) {
     } else if numbers < vec![7, 0] {
         findings.note(
             "version",
-            format!("{name}: it does not count what waits, nor name entries that somebody removed"),
-            "Redis 7 or Valkey does both",
+            format!("{name}: it neither counts waiting entries nor reports the ids of removed ones"),
+            "Redis 7 and Valkey do both",
         );
     } else {
         findings.ok("version", name);
@@ -68,7 +68,7 @@ pub(super) fn version(info: Info<'_>, findings: &mut Findings) {
         );
     }
     if info.text("loading") == "1" {
-        findings.warning("role", "it is loading its data", "wait");
+        findings.warning("role", "it is loading its data", "wait until it is done");
     }
 }
 
@@ -77,7 +77,7 @@ pub(super) fn eviction(info: Info<'_>, findings: &mut Findings) {
         "noeviction" => findings.ok("eviction", "noeviction: nothing is evicted"),
         policy if policy.starts_with("volatile-") => findings.ok(
             "eviction",
-            format!("{policy}: only leases can be evicted, and they are taken again; noeviction is better"),
+            format!("{policy}: only leases can be evicted, and they are re-acquired; noeviction is better"),
         ),
         policy => findings.error(
             "eviction",
@@ -100,35 +100,34 @@ pub(super) fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Fi
             }
             Some("everysec") => findings.ok(
                 WHAT,
-                "append-only file, flushed every second: a crash of the machine loses up to two seconds, stream and \
-                 cursor together, and the reader reads them again from the relay",
+                "append-only file, flushed every second: a crash of the machine loses up to two seconds of stream and \
+                 cursor together, and the reader re-reads them from the relay",
             ),
             Some(other) => findings.warning(
                 WHAT,
                 format!(
                     "append-only file, flushed when the kernel decides (appendfsync {other}): a crash of the machine \
-                     loses half a minute or more, dead letters among it; the reader reads the rest again from the relay"
+                     loses half a minute or more, including dead letters; the reader re-reads the rest from the relay"
                 ),
                 "redis-cli CONFIG SET appendfsync everysec, and the same in redis.conf",
             ),
             None => findings.note(
                 WHAT,
-                "append-only file; how often it is flushed cannot be seen, since our user may not CONFIG GET",
+                "append-only file; how often it is flushed is unknown, because our user may not use CONFIG GET",
                 "make sure that redis.conf has appendfsync everysec or always",
             ),
         }
     } else {
         let found = if settings.save.as_deref() == Some("") {
-            "nothing is kept: a restart of Redis loses the stream, the cursor and the dead letters; the reader then \
-             starts with what the relay sends at that moment, and everything before it is a gap"
+            "nothing is persisted: a restart of Redis loses the stream, the cursor and the dead letters; the reader \
+             then starts from the relay's live position, and everything before that is a gap"
                 .to_owned()
         } else {
             let saved = info.number("rdb_last_save_time") as f64;
             let age = crate::time::now_ms() as f64 / 1000.0 - saved;
             format!(
                 "snapshots only, no append-only file: a crash goes back to the last one, {} and {} changes ago; the \
-                 reader reads stream and cursor again from there as far as the relay still has it, dead letters since \
-                 then are gone",
+                 reader re-reads from that cursor what the relay still has, and dead letters since then are lost",
                 rough(age.max(0.0)),
                 info.number("rdb_changes_since_last_save"),
             )
@@ -139,14 +138,14 @@ pub(super) fn persistence(info: Info<'_>, settings: &Settings, findings: &mut Fi
         findings.error(
             WHAT,
             "the append-only file cannot be written: Redis refuses all writes",
-            "see whether its disk is full",
+            "check whether its disk is full",
         );
     }
     if info.text("rdb_last_bgsave_status") == "err" {
         findings.error(
             WHAT,
             "the last snapshot failed: unless stop-writes-on-bgsave-error is off, Redis refuses all writes",
-            "see Redis's log, and whether its disk is full or its memory too small to fork",
+            "check Redis's log, whether its disk is full, and whether it has too little memory to fork",
         );
     }
 }
@@ -165,7 +164,7 @@ pub(super) fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
                     size(used),
                     config.max_stream_len
                 ),
-                "redis-cli CONFIG SET maxmemory 2gb (and the same in redis.conf), or give REDIS_MEMORY_MARK a size",
+                "redis-cli CONFIG SET maxmemory 2gb (and the same in redis.conf), or set REDIS_MEMORY_MARK to a size",
             );
             return;
         }
@@ -181,13 +180,13 @@ pub(super) fn memory(config: &Config, info: Info<'_>, findings: &mut Findings) {
                 config.memory_mark,
                 size(max)
             ),
-            "write REDIS_MEMORY_MARK=75%",
+            "set REDIS_MEMORY_MARK=75%",
         );
     } else if used >= mark {
         findings.warning(
             WHAT,
             format!("{} in use, and the reader waits for room at {}", size(used), size(mark)),
-            "raise maxmemory, or see what fills Redis: redis-cli --bigkeys",
+            "raise maxmemory, or find out what fills Redis: redis-cli --bigkeys",
         );
     } else {
         findings.ok(WHAT, format!("{} in use; the reader slows down at {}", size(used), size(mark)));

@@ -1,4 +1,4 @@
-//! How the stream is, what it lacks, and what could not be applied.
+//! The state of the stream, what is missing from it, and the dead letters.
 
 use crate::config::Config;
 use crate::doctor::{Findings, rough, size};
@@ -10,61 +10,64 @@ pub(super) fn stream(config: &Config, report: &Report, findings: &mut Findings) 
     const WHAT: &str = "stream";
     let stream = &report.stream;
     if !stream.exists {
-        findings.ok(WHAT, format!("{} does not exist yet: the start creates it with its group", stream.key));
+        findings.ok(
+            WHAT,
+            format!("{} does not exist yet: the first process to start creates it and its group", stream.key),
+        );
     } else if stream.group_exists {
         let waiting =
             stream.waiting.map_or_else(|| "an unknown number".to_owned(), |count| count.to_string());
         findings.ok(
             WHAT,
             format!(
-                "{} holds {} entries; in group {} {waiting} wait and {} are pending",
+                "{} holds {} entries; in group {}, {waiting} are waiting and {} pending",
                 stream.key, stream.length, stream.group, stream.pending
             ),
         );
         if let Some(oldest) = stream.oldest_waiting_seconds.filter(|oldest| *oldest > 60.0) {
             findings.warning(
                 WHAT,
-                format!("the oldest entry that is not finished came {} ago", rough(oldest)),
-                "see that a worker runs; docs/operations.md, \"Growing queue\", says what to look at",
+                format!("the oldest unfinished entry arrived {} ago", rough(oldest)),
+                "make sure that a worker is running; see docs/operations.md, \"Growing queue\"",
             );
         }
     } else {
         findings.warning(
             WHAT,
             format!(
-                "{} holds {} entries and there is no group {}: nothing is trimmed until it exists",
+                "{} holds {} entries, but there is no group {}: nothing is trimmed until it exists",
                 stream.key, stream.length, stream.group
             ),
-            "the start creates it and reads from the beginning; if there should be one, correct REDIS_CONSUMER_GROUP",
+            "a worker creates it and reads from the beginning; if it should exist, correct REDIS_CONSUMER_GROUP",
         );
     }
     if stream.length >= config.max_stream_len {
         findings.warning(
             WHAT,
             format!("at its mark of {} entries: the reader waits for room", config.max_stream_len),
-            "find out what holds the pipelines up, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
+            "find out what is holding up the pipelines, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
         );
     }
     trim(stream, findings);
     cursor(config, stream, findings);
 }
 
-/// Whose progress bounds the trim.
+/// The group whose progress bounds the trim.
 fn trim(stream: &StreamReport, findings: &mut Findings) {
     if stream.group_exists && !stream.trim_held_by.is_empty() && stream.trim_held_by != stream.group {
         findings.warning(
             "trim",
             format!(
-                "group {} has acknowledged the least and holds the trim back: the stream only grows up to its mark",
+                "group {} has acknowledged the least and holds back the trim: the stream grows up to its mark",
                 stream.trim_held_by
             ),
             format!(
-                "let it catch up; if nothing reads it any more: redis-cli XGROUP DESTROY {} {}",
+                "let it catch up; if nothing reads it any longer: redis-cli XGROUP DESTROY {} {}",
                 stream.key, stream.trim_held_by
             ),
         );
     } else if stream.group_exists {
-        findings.ok("trim", "held back by no other group");
+        findings.ok("trim", "not held back by another group");
     }
 }
 
@@ -77,7 +80,7 @@ fn cursor(config: &Config, stream: &StreamReport, findings: &mut Findings) {
         (Some(relay), Some(cursor)) => findings.warning(
             "cursor",
             format!(
-                "{cursor} belongs to {relay}, and RELAY_URL names {}: its numbering differs, and the change is a gap",
+                "{cursor} belongs to {relay}, but RELAY_URL names {}: its numbering differs, so this leaves a gap",
                 config.relay_url.relay()
             ),
             "keep RELAY_URL if you can; else accept the gap, which is counted",
@@ -89,8 +92,8 @@ fn cursor(config: &Config, stream: &StreamReport, findings: &mut Findings) {
         ),
         (_, None) => findings.note(
             "cursor",
-            "none yet: the reader starts with what the relay sends at that moment",
-            "to take over from another reader set REDIS_CURSOR_KEY to its key",
+            "none yet: the reader starts from the relay's live position",
+            "to take over from another reader, set REDIS_CURSOR_KEY to its key",
         ),
     }
 }
@@ -103,10 +106,10 @@ pub(super) fn missing(report: &Report, refill: Option<Refill>, findings: &mut Fi
         findings.warning(
             WHAT,
             format!(
-                "PostgreSQL had lost acknowledged events; they are read again from {} to {}",
+                "PostgreSQL lost acknowledged events; they are being re-read from {} to {}",
                 refill.from, refill.until
             ),
-            "let reader and worker run; the process is ready again when it is done",
+            "keep reader and worker running; the process becomes ready when this is done",
         );
     }
     if let Some(gap) = &missing.last_gap {
@@ -114,7 +117,7 @@ pub(super) fn missing(report: &Report, refill: Option<Refill>, findings: &mut Fi
         findings.warning(
             WHAT,
             format!("{} gaps, the last at {}{size}: {}", missing.gaps, gap.time, gap.reason),
-            "what the relay no longer sends can only be read from the accounts' own servers",
+            "events that the relay no longer has can only be fetched from the accounts' own servers",
         );
     }
     let lost: Vec<String> = missing
@@ -126,15 +129,15 @@ pub(super) fn missing(report: &Report, refill: Option<Refill>, findings: &mut Fi
     if !lost.is_empty() {
         findings.note(
             WHAT,
-            format!("of the relay's events could not be used: {}", lost.join(", ")),
-            "records among them are dead letters: standpipe dead-letters list",
+            format!("events from the relay that could not be used: {}", lost.join(", ")),
+            "records among them are kept as dead letters: standpipe dead-letters list",
         );
     }
     if let Some(count) = missing.by_reason.get("no_handle") {
         findings.note(
             "handles",
-            format!("{count} identities came without a handle: those accounts are shown as handle.invalid"),
-            "today's relays send no handles; they would have to be looked up",
+            format!("{count} identity events had no handle: those accounts are shown as handle.invalid"),
+            "current relays send no handles; they would have to be looked up",
         );
     }
 }
@@ -154,7 +157,7 @@ pub(super) async fn dead_letters(
         findings.error(
             WHAT,
             format!(
-                "{} of them take {} of their budget of {}: entries that cannot be applied stay pending",
+                "{} of them use {} of their budget of {}: entries that cannot be applied stay pending",
                 report.dead_letters,
                 size(bytes),
                 size(budget)
@@ -165,7 +168,7 @@ pub(super) async fn dead_letters(
         findings.note(
             WHAT,
             format!("{} ({} of {})", report.dead_letters, size(bytes), size(budget)),
-            "standpipe dead-letters list shows why; retry after a correction, or purge",
+            "standpipe dead-letters list shows why; retry after a fix, or purge",
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The history behind the page: points of one second, and the last day by the minute.
+//! The page's history: one point per second, and the last day by the minute.
 
 use std::collections::VecDeque;
 
@@ -22,19 +22,19 @@ pub const COLUMNS: [&str; 10] = [
 /// Values in the order of [`COLUMNS`].
 pub type Point = [Option<f64>; COLUMNS.len()];
 
-/// Columns whose minute is a mean. For the others it is the maximum: the worst must not vanish in a day.
+/// Columns averaged over a minute. The others keep the maximum, so that the worst second stays visible.
 const MEANS: [&str; 3] = ["events_per_second", "frames_per_second", "p50_ms"];
 
-/// The last day, a point a minute: at most 300 kB or so.
+/// The last day, one point per minute: at most about 300 kB.
 #[derive(Debug, Default)]
 pub struct Day {
     minutes: VecDeque<Point>,
-    /// The points of the minute that is not over.
+    /// The points of the current minute.
     minute: Vec<Point>,
 }
 
 impl Day {
-    /// Takes in a point of a second.
+    /// Adds a second's point.
     pub fn add(&mut self, point: Point) {
         let minute = |point: &Point| point[0].map(|ms| (ms / 60_000.0).floor());
         if self.minute.first().is_some_and(|first| minute(first) != minute(&point)) {
@@ -44,19 +44,19 @@ impl Day {
             self.minutes.extend(one(&self.minute));
             self.minute.clear();
         }
-        // Should the clock stand still, a minute still has an end.
+        // Ends the minute even if the clock stands still.
         if self.minute.len() < 120 {
             self.minute.push(point);
         }
     }
 
-    /// Every minute, the one that is not over as it is so far.
+    /// Every minute, including the current one so far.
     pub fn points(&self) -> Vec<Point> {
         self.minutes.iter().copied().chain(one(&self.minute)).collect()
     }
 }
 
-/// One point instead of several, at the time of the last.
+/// Merges points into one, at the time of the last.
 fn one(points: &[Point]) -> Option<Point> {
     let mut whole = *points.last()?;
     for (place, name) in COLUMNS.iter().enumerate().skip(1) {
@@ -71,7 +71,7 @@ fn one(points: &[Point]) -> Option<Point> {
     Some(whole)
 }
 
-/// Three digits are enough for a person, and shorter to send.
+/// Three digits are enough to read, and shorter to send.
 pub fn tidy(number: f64) -> f64 {
     let unit = if number.abs() >= 100.0 { 1.0 } else { 100.0 };
     (number * unit).round() / unit
@@ -94,7 +94,7 @@ mod tests {
             let p99 = (second == 70).then_some(900.0);
             day.add(point(second, if second < 90 { 100.0 } else { 300.0 }, p99));
         }
-        // The first minute is over, and the second is not.
+        // The first minute is complete, the second is not.
         assert_eq!(day.points(), [point(119, 200.0, Some(900.0)), point(149, 300.0, None)]);
     }
 

@@ -1,5 +1,5 @@
-//! The dashboard's data: one snapshot a second, made once for all viewers; the last ten minutes for a new viewer; and the last
-//! day, minute by minute, on request.
+//! The dashboard's data: one snapshot a second, shared by all viewers; the last ten minutes for a new viewer; and the
+//! last day, minute by minute, on request.
 
 mod day;
 mod sample;
@@ -31,9 +31,9 @@ const HISTORY: usize = 600;
 /// The number of dead letters is unknown.
 const UNKNOWN: u64 = u64::MAX;
 
-/// The snapshots and who watches them.
+/// The snapshots and their viewers.
 pub struct Live {
-    /// The latest, as an event of the stream.
+    /// The latest snapshot, as a server-sent event.
     latest: watch::Sender<Bytes>,
     history: Mutex<VecDeque<Point>>,
     day: Mutex<Day>,
@@ -55,10 +55,10 @@ impl Default for Live {
 }
 
 impl Live {
-    /// The history, then a snapshot a second. A slow viewer misses some; one that reads nothing loses the connection.
+    /// The history, then a snapshot a second. A slow viewer misses snapshots; one that reads nothing is disconnected.
     pub fn events(&self) -> Response {
         let Ok(place) = Arc::clone(&self.watchers).try_acquire_owned() else {
-            let body = format!("{MAX_WATCHERS} pages watch already; try again when one is closed\n");
+            let body = format!("{MAX_WATCHERS} pages are open already; try again when one is closed\n");
             return (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], body).into_response();
         };
         let first = {
@@ -66,7 +66,7 @@ impl Live {
             event("history", &json!({ "columns": COLUMNS, "points": &*history }))
         };
         let mut snapshots = self.latest.subscribe();
-        // No empty first second: the latest snapshot is sent immediately.
+        // Sends the latest snapshot immediately, so that the page is never empty.
         snapshots.mark_changed();
         let events =
             stream::unfold((Some(first), snapshots, place), async |(first, mut snapshots, place)| {
@@ -81,7 +81,7 @@ impl Live {
         let headers = [
             (header::CONTENT_TYPE, "text/event-stream"),
             (header::CACHE_CONTROL, "no-store"),
-            // For proxies that would collect what comes before they pass it on.
+            // Tells proxies not to buffer the stream.
             (header::HeaderName::from_static("x-accel-buffering"), "no"),
         ];
         (headers, Body::from_stream(events)).into_response()
@@ -99,7 +99,7 @@ fn event(name: &str, data: &Value) -> Bytes {
     Bytes::from(format!("event: {name}\ndata: {data}\n\n"))
 }
 
-/// Looks every second, for as long as it is polled.
+/// Takes a snapshot every second, for as long as it is polled.
 pub async fn look(server: &Server) {
     let mut samples = Samples::default();
     let mut tick = tokio::time::interval(Duration::from_secs(1));

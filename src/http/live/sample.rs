@@ -1,4 +1,4 @@
-//! The counters at one moment, and what a second of them comes to.
+//! Samples of the counters, and the rates derived from them.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -10,9 +10,9 @@ use crate::health::Facts;
 use crate::metrics::totals;
 use crate::status::{State, Status, percentile};
 
-/// Seconds over which rates are taken: batches make a single second jump.
+/// Seconds over which rates are averaged: batches make single seconds jump.
 const RATE_SECONDS: usize = 3;
-/// Seconds over which percentiles are taken.
+/// Seconds over which percentiles are computed.
 const LATENCY_SECONDS: usize = 10;
 
 /// The counters at one moment.
@@ -22,7 +22,7 @@ pub struct Sample {
     pub entries: u64,
     frames: u64,
     waiting: Option<u64>,
-    /// Whether a pipeline is at work: what grows while none is does not show that they are too slow.
+    /// Whether a pipeline is running: a backlog that grows while none is does not mean that they are too slow.
     at_work: bool,
     pipelines: Vec<u64>,
     /// Operations applied and stale, in the order of [`Kind::ALL`].
@@ -31,19 +31,19 @@ pub struct Sample {
     cpu_seconds: f64,
 }
 
-/// What the last seconds come to.
+/// Rates over the last seconds.
 pub struct Rates {
     /// Entries finished per second.
     pub events: f64,
     /// Frames per second.
     pub frames: f64,
-    /// By how much the backlog shrinks in a second.
+    /// Entries per second by which the backlog shrinks.
     pub shrinking: f64,
-    /// Processor time in percent of one.
+    /// Processor time in percent of one processor.
     pub cpu_percent: f64,
-    /// Half of the events are durable within this, in milliseconds.
+    /// The median time until an event is durable, in milliseconds.
     pub p50_ms: Option<f64>,
-    /// 99 of 100 are.
+    /// The 99th percentile.
     pub p99_ms: Option<f64>,
     /// Entries per second of each pipeline.
     pub pipelines: Vec<f64>,
@@ -68,12 +68,12 @@ impl Sample {
     }
 }
 
-/// The samples of the last seconds, the oldest first.
+/// The samples of the last seconds, oldest first.
 #[derive(Default)]
 pub struct Samples(VecDeque<Sample>);
 
 impl Samples {
-    /// What the time up to this sample comes to.
+    /// The rates up to this sample.
     pub fn rates(&self, now: &Sample) -> Rates {
         let base = self.before(RATE_SECONDS).unwrap_or(now);
         let seconds = now.at.duration_since(base.at).as_secs_f64();
@@ -97,7 +97,7 @@ impl Samples {
         }
     }
 
-    /// Keeps a sample, and forgets the oldest.
+    /// Adds a sample, and drops the oldest.
     pub fn push(&mut self, sample: Sample) {
         self.0.push_back(sample);
         if self.0.len() > LATENCY_SECONDS {
@@ -105,12 +105,13 @@ impl Samples {
         }
     }
 
-    /// The sample of so many seconds ago; the first while there are fewer.
+    /// The sample taken this many seconds ago, or the oldest.
     fn before(&self, seconds: usize) -> Option<&Sample> {
         self.0.len().checked_sub(seconds).map_or(self.0.front(), |place| self.0.get(place))
     }
 
-    /// By how much the backlog shrinks in a second, negative where it grows; 0 where that cannot be told, or nobody is at work.
+    /// Entries per second by which the backlog shrinks, negative when it grows; 0 if unknown, or if no pipeline is
+    /// running.
     fn shrinking(&self, now: &Sample) -> f64 {
         let at_work =
             self.0.iter().rev().take(RATE_SECONDS).take_while(|sample| sample.at_work && now.at_work);

@@ -1,4 +1,4 @@
-//! What the page shows, once a second.
+//! The page's data, once a second.
 
 use std::sync::atomic::Ordering;
 
@@ -15,9 +15,9 @@ use crate::http::Server;
 use crate::metrics::{self, totals};
 use crate::stream::janitor::Look;
 
-/// The page's data of this second, and its point in the history.
+/// This second's data for the page, and its point in the history.
 pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
-    // Read here and not out of the metrics, where processor time is in whole seconds.
+    // Read here and not from the metrics, which hold processor time in whole seconds.
     let used = collector::collect();
     let look = server.status.look();
     let mut facts = Facts::of(&server.status, server.control.is_draining());
@@ -30,7 +30,7 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
     let snapshot = json!({
         "time_ms": facts.now_ms,
         "version": env!("CARGO_PKG_VERSION"),
-        // Where the runbook can be read; empty where that is not known.
+        // The repository with the runbook; empty if unknown.
         "repository": env!("CARGO_PKG_REPOSITORY"),
         "process": process(server, &facts, &used, rates.cpu_percent),
         "health": health,
@@ -180,7 +180,7 @@ fn counters() -> Value {
     })
 }
 
-/// A value's fields, and more.
+/// Adds fields to a value's own.
 fn with(value: &impl serde::Serialize, more: &[(&str, Value)]) -> Value {
     let mut value = serde_json::to_value(value).unwrap_or_default();
     for (name, extra) in more {

@@ -17,9 +17,9 @@ use crate::config::{CaFile, Config};
 
 /// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
 pub const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
-/// A message up to this size is read and skipped once it has cost enough connections.
+/// A message up to this size is read, in order to skip it, once it has cost enough connections.
 pub const PASSED_OVER_BYTES: usize = 64 * 1024 * 1024;
-/// Write buffer: mostly pongs. A relay that sends pings and reads nothing gets no more.
+/// Write buffer, mostly for pongs. Bounds what a relay costs that sends pings and reads nothing.
 const WRITE_BYTES: usize = 1024 * 1024;
 /// Upper bound for the relay's Retry-After.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
@@ -27,7 +27,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
 /// An open connection.
 pub type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// Why there is none.
+/// Why there is no connection.
 #[derive(Debug)]
 pub struct Refused {
     /// In words.
@@ -42,8 +42,8 @@ impl From<String> for Refused {
     }
 }
 
-/// What encrypted connections trust: `RELAY_CA_FILE` alone; else the machine's own authorities (`SSL_CERT_FILE` and
-/// `SSL_CERT_DIR` say where they are), else Mozilla's.
+/// The authorities that encrypted connections trust: those in `RELAY_CA_FILE` alone; else the machine's own (found
+/// through `SSL_CERT_FILE` and `SSL_CERT_DIR`), else Mozilla's.
 ///
 /// # Errors
 ///
@@ -68,7 +68,7 @@ pub fn tls(config: &Config) -> Result<Connector> {
     Ok(Connector::Rustls(Arc::new(tls)))
 }
 
-/// Connects to `url` (with its cursor), for messages of at most `message_bytes`. `relay` is what the relay is called.
+/// Connects to `url` (with its cursor), for messages of at most `message_bytes`. `relay` is the relay's name.
 ///
 /// # Errors
 ///
@@ -96,7 +96,7 @@ fn answered(relay: &str, response: &Response<Option<Vec<u8>>>) -> Refused {
     });
     let status = response.status();
     let hint = match status {
-        StatusCode::NOT_FOUND => ": it serves no com.atproto.sync.subscribeRepos",
+        StatusCode::NOT_FOUND => ": it does not serve com.atproto.sync.subscribeRepos",
         StatusCode::BAD_REQUEST => ": if it expects TLS, write wss:// in RELAY_URL",
         _ => "",
     };

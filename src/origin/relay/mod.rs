@@ -1,7 +1,7 @@
 //! A relay: `com.atproto.sync.subscribeRepos` over a websocket.
 //!
-//! A frame that cannot be used costs the connection, as the specification requires. When the same one has cost enough of
-//! them it is skipped, as a counted gap.
+//! A frame that cannot be used costs the connection, as the specification requires. A frame that keeps doing so is
+//! skipped, as a counted gap.
 
 pub mod connect;
 pub mod decode;
@@ -32,11 +32,11 @@ use sequence::{Place, QUIET, Sequence};
 
 /// How often an unusable frame may cost the connection before it is skipped.
 const BAD_FRAME_TRIES: u32 = 3;
-/// Messages from the relay are logged at most once in this time.
+/// Messages from the relay are logged at most once per this interval.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// A connection that has lasted this long without a frame counts as idle, not as stuck.
+/// A connection that has lasted this long without a frame counts as idle, not stuck.
 const STEADY: Duration = Duration::from_secs(30);
-/// How long the relay may take to say goodbye.
+/// Time limit for the closing handshake.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The configured relay.
@@ -47,9 +47,9 @@ pub struct Relay {
     tls: Connector,
     /// The connection; `None` before the first.
     connection: Option<Subscription>,
-    /// After which position a frame was met that could not be used, and how often.
+    /// The position before an unusable frame, and how often that frame was seen.
     bad_frame: Option<(Option<i64>, u32)>,
-    /// The position for which the relay said that it no longer has what follows it.
+    /// The position for which the relay reported that it no longer has the events after it.
     outdated: Option<i64>,
     /// When a message from the relay was last logged, and how many were suppressed since.
     info: Option<(Instant, u64)>,
@@ -57,19 +57,19 @@ pub struct Relay {
     announced: bool,
 }
 
-/// A connection, and how far it is.
+/// A connection and its progress.
 struct Subscription {
     socket: Socket,
-    /// The position that it was asked for.
+    /// The position that it was opened with.
     from: Option<i64>,
     since: Instant,
     last_data: Instant,
     last_seq: Option<i64>,
     sequence: Sequence,
-    /// In front of the next frame that is used.
+    /// The gap before the next usable frame.
     gap: Option<Gap>,
     missed: BTreeMap<&'static str, u64>,
-    /// Whether the relay has said `OutdatedCursor`.
+    /// Whether the relay has reported `OutdatedCursor`.
     outdated: bool,
 }
 
@@ -98,7 +98,7 @@ impl Origin for Relay {
         let tries = self.bad_frame.map_or(0, |(_, tries)| tries);
         let mut url = self.config.relay_url.expose().to_owned();
         if let Some(cursor) = from {
-            // A frame too large even to be skipped is bypassed, in growing steps.
+            // A frame too large even to be read and skipped is bypassed, in growing steps.
             let step = match tries.checked_sub(2 * BAD_FRAME_TRIES) {
                 Some(times) => 1 << times.min(20),
                 None => 0,
@@ -170,7 +170,7 @@ impl Relay {
         let idle = config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
         let quiet = if connection.sequence.set_aside() > 0 { QUIET } else { idle };
         loop {
-            // A relay that always has something must not keep the lease and what is queued waiting.
+            // A relay that always has a frame ready must not starve the lease and the queue.
             tokio::task::coop::consume_budget().await;
             let message = tokio::select! {
                 biased;
@@ -193,7 +193,7 @@ impl Relay {
                 }
                 Some(Ok(WsMessage::Text(_))) => {
                     return Err(OriginError::Operator(format!(
-                        "{name} sends text, which no relay does: is it a Jetstream? RELAY_URL has to name a relay"
+                        "{name} sends text, which relays do not: is it a Jetstream? RELAY_URL must name a relay"
                     )));
                 }
                 Some(Ok(WsMessage::Close(reason))) => {
@@ -207,7 +207,9 @@ impl Relay {
                 Some(Err(WsError::Capacity(CapacityError::MessageTooLong { size, max_size }))) => {
                     failed_after(bad_frame, connection.last_seq);
                     metrics::count(metrics::RELAY_BAD_FRAMES, 1);
-                    return Err(OriginError::away(format!("a frame of {size} bytes; {max_size} are read")));
+                    return Err(OriginError::away(format!(
+                        "a frame of {size} bytes; at most {max_size} are read"
+                    )));
                 }
                 Some(Err(error)) => return Err(OriginError::away(error.to_string())),
                 None => return Err(OriginError::away("the connection ended")),
@@ -215,17 +217,17 @@ impl Relay {
         }
     }
 
-    /// What a frame says; `None` when that is nothing for the stream.
+    /// The arrival in a frame; `None` if it has nothing for the stream.
     fn read(&mut self, frame: &[u8]) -> Result<Option<Arrival>, OriginError> {
         let decoded = if frame.len() > MESSAGE_BYTES {
-            Err(format!("a frame of {} bytes; {MESSAGE_BYTES} are read", frame.len()))
+            Err(format!("a frame of {} bytes; at most {MESSAGE_BYTES} are read", frame.len()))
         } else {
             decode(frame, &self.config.collections).map_err(|error| error.to_string())
         };
         match decoded {
             Ok(Message::Event { event_type, seq, entries, letters, missed, rev }) => {
                 metrics::frame(event_type);
-                // What is ahead of the clock is refused where it is applied, and must not stand for a time here.
+                // A revision ahead of the clock is refused when it is applied, and must not set a time here.
                 let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
                 self.place(Arrival { position: seq, entries, letters, missed, rev, gap: None })
             }
@@ -247,7 +249,7 @@ impl Relay {
         }
     }
 
-    /// An event that follows what came before; `None` for one that does not.
+    /// Checks that an event follows the previous ones; `None` if it does not.
     fn place(&mut self, mut arrival: Arrival) -> Result<Option<Arrival>, OriginError> {
         let seq = arrival.position;
         let connection = connected(&mut self.connection)?;
@@ -274,7 +276,7 @@ impl Relay {
         Ok(Some(arrival))
     }
 
-    /// However often it is repeated, it is one gap.
+    /// The gap that the relay reports, counted once however often it is repeated.
     fn outdated_cursor(&mut self, message: &str) -> Result<(), OriginError> {
         let before = self.outdated;
         let connection = connected(&mut self.connection)?;
@@ -292,8 +294,8 @@ impl Relay {
         Ok(())
     }
 
-    /// The specification has the connection dropped. The same frame comes again after the same place; when it has cost
-    /// enough connections it is skipped.
+    /// Drops the connection, as the specification requires. The same frame will be sent again; once it has cost enough
+    /// connections, it is skipped.
     fn unusable(&mut self, error: String) -> Result<Option<Arrival>, OriginError> {
         metrics::count(metrics::RELAY_BAD_FRAMES, 1);
         let connection = connected(&mut self.connection)?;
@@ -311,8 +313,8 @@ impl Relay {
         if error == "FutureCursor" {
             let from = self.connection.as_ref().and_then(|connection| connection.from);
             return OriginError::Future(format!(
-                "{} says that the cursor {} lies in its future: it was reset, or the cursor comes from another relay. \
-                 Set ON_FUTURE_CURSOR=live or oldest to resume with a gap, or correct {}",
+                "{} reports that the cursor {} lies in its future: it was reset, or the cursor comes from another \
+                 relay. Set ON_FUTURE_CURSOR=live or oldest to resume with a gap, or correct {}",
                 self.name,
                 from.map_or_else(|| "none".to_owned(), |cursor| cursor.to_string()),
                 self.config.cursor_key,
@@ -338,7 +340,7 @@ fn connected(connection: &mut Option<Subscription>) -> Result<&mut Subscription,
     connection.as_mut().ok_or_else(|| OriginError::away("not connected"))
 }
 
-/// Records that the frame behind this position could not be used; returns how often by now.
+/// Records that the frame after this position could not be used; returns how often so far.
 fn failed_after(bad_frame: &mut Option<(Option<i64>, u32)>, position: Option<i64>) -> u32 {
     let tries = match bad_frame {
         Some((at, tries)) if *at == position => *tries + 1,
@@ -348,7 +350,7 @@ fn failed_after(bad_frame: &mut Option<(Option<i64>, u32)>, position: Option<i64
     tries
 }
 
-/// The numbering restarts: to be read from the relay's oldest event, in a new epoch.
+/// The numbering restarted: the relay is read from its oldest event, in a new epoch.
 fn restarted(relay: &str, sequence: &Sequence) -> OriginError {
     OriginError::Reset(format!(
         "{relay} restarted its numbering: its numbers are far from {}; reading from its oldest event",
@@ -356,7 +358,7 @@ fn restarted(relay: &str, sequence: &Sequence) -> OriginError {
     ))
 }
 
-/// Begins a gap at a skipped frame, unless there is one already.
+/// Starts a gap at a skipped frame, unless there is one already.
 fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
     gap.get_or_insert(Gap::new(format!("skipped a frame that cannot be used: {why}"), after));
 }

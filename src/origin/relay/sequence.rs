@@ -1,24 +1,24 @@
 //! Whether a sequence number can follow the ones before it.
 //!
 //! A relay that starts over, or another one behind the same name, counts from elsewhere, and may ignore a cursor that it
-//! does not know. Numbers far from the last one that stay there are such a reset; a single one is a mistake, and must not
-//! become the cursor.
+//! does not know. Several numbers far from the last one are such a reset; a single one is an error, and must not become
+//! the cursor.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The greatest number that everything in the chain holds exactly (Lua counts in doubles).
+/// The greatest number that everything in the chain can represent exactly (Lua uses doubles).
 const MAX: i64 = (1 << 53) - 1;
-/// Further back than any relay begins to repeat.
+/// Further back than any relay repeats events.
 const FAR_BACK: i64 = 10_000;
-/// Further ahead than a relay counts in weeks.
+/// Further ahead than a relay advances in weeks.
 const FAR_AHEAD: i64 = 1_000_000_000;
-/// This many in a row from elsewhere are a reset.
+/// This many out-of-range numbers in a row are a reset.
 const IN_A_ROW: usize = 3;
-/// Fewer are one, too, when nothing else arrives for this long.
+/// Fewer are a reset, too, if nothing else arrives for this long.
 pub const QUIET: Duration = Duration::from_secs(2);
-/// Numbers a little below the last one are repeats, unless they would take very much longer than this to reach it.
+/// Numbers a little below the last one are repeats, unless it would take them much longer than this to reach it.
 const CATCH_UP: Duration = Duration::from_secs(5);
 
 /// What to do with a frame.
@@ -26,27 +26,27 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 pub enum Place {
     /// It follows, or is a repeat.
     Follows,
-    /// Its number is not a position: it is refused.
+    /// Its number is not a position: the frame is refused.
     Impossible,
-    /// Its number is from elsewhere. It is set aside until more is known.
+    /// Its number is out of range. The frame is set aside until more is known.
     Elsewhere,
-    /// The numbering has begun anew.
+    /// The numbering has restarted.
     Reset,
 }
 
-/// The numbers of one connection.
+/// The sequence numbers of one connection.
 #[derive(Debug)]
 pub struct Sequence {
-    /// The greatest that was believed.
+    /// The greatest number accepted.
     high: Option<i64>,
-    /// The last of those from elsewhere, and how many.
+    /// The last out-of-range number, and how many there were in a row.
     elsewhere: Option<(i64, usize)>,
-    /// Since when all numbers are below the greatest, and the first of them.
+    /// Since when all numbers have been below the greatest, and the first of them.
     low: Option<(Instant, i64)>,
 }
 
 impl Sequence {
-    /// After the position that the relay was asked for.
+    /// Starts after the position that the relay was asked for.
     #[must_use]
     pub fn new(from: Option<i64>) -> Self {
         Self { high: from.filter(|from| *from > 0), elsewhere: None, low: None }
@@ -82,13 +82,13 @@ impl Sequence {
         Place::Follows
     }
 
-    /// How many frames from elsewhere are set aside.
+    /// How many frames are set aside.
     #[must_use]
     pub fn set_aside(&self) -> usize {
         self.elsewhere.map_or(0, |(_, row)| row)
     }
 
-    /// The greatest number that was believed.
+    /// The greatest number accepted.
     #[must_use]
     pub fn high(&self) -> Option<i64> {
         self.high
@@ -139,7 +139,7 @@ mod tests {
         let now = Instant::now();
         assert_eq!(sequence.judge(1, now), Place::Follows);
         assert_eq!(sequence.judge(2, now + Duration::from_secs(6)), Place::Reset);
-        // A relay that repeats what it had sent reaches the present soon.
+        // A relay that repeats earlier events catches up soon.
         let mut sequence = Sequence::new(Some(5_000));
         assert_eq!(sequence.judge(1_000, now), Place::Follows);
         assert_eq!(sequence.judge(3_000, now + Duration::from_secs(6)), Place::Follows);

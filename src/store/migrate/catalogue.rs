@@ -7,8 +7,8 @@ use tokio_postgres::Client;
 use super::super::StoreError;
 use crate::event::Kind;
 
-/// The tables that standpipe writes and what may be unique in them: the record, never its subject. A repository can
-/// hold two likes of one post.
+/// The tables that standpipe writes, and the columns that may be unique in them: those of the record, never its
+/// subject. A repository can hold two likes of one post.
 pub fn keys() -> Vec<(&'static str, &'static str)> {
     let own = [
         ("users", "did"),
@@ -21,49 +21,49 @@ pub fn keys() -> Vec<(&'static str, &'static str)> {
     own.into_iter().chain(Kind::ALL.into_iter().filter_map(Kind::table)).collect()
 }
 
-/// What is there. Names are as in the migration files: a table of the application by its name, ours as
+/// The existing objects. Names are as in the migration files: a table of the application by its name, ours as
 /// `standpipe.<name>`; indexes likewise.
 #[derive(Debug)]
 pub struct Catalogue {
-    /// Where the application's tables are.
+    /// The schema of the application's tables.
     pub schema: String,
     /// Tables and composite types with their columns.
     pub relations: BTreeMap<String, BTreeSet<String>>,
-    /// Indexes, and whether they are whole: one whose build was interrupted is not.
+    /// Indexes, and whether they are valid: one whose build was interrupted is not.
     pub indexes: BTreeMap<String, bool>,
-    /// The application's tables that were here before us.
+    /// The application's tables that existed before us.
     pub before: BTreeSet<String>,
-    /// Those of them that this role does not own.
+    /// Tables among those that this role does not own.
     pub foreign: Vec<String>,
-    /// Unique indexes that cannot hold what repositories contain.
+    /// Unique indexes that forbid rows which repositories can contain.
     pub by_subject: Vec<UniqueIndex>,
     /// Indexes already replaced.
     pub replaced: Vec<ReplacedIndex>,
-    /// Columns that we added to tables that were here before us.
+    /// Columns that we added to tables that existed before us.
     pub added: BTreeMap<String, Vec<String>>,
     /// Foreign keys of tables that standpipe writes.
     pub foreign_keys: Vec<String>,
 }
 
-/// A unique index that has to go.
+/// A unique index to remove.
 #[derive(Clone, Debug)]
 pub struct UniqueIndex {
     pub name: String,
-    /// The name as SQL has it.
+    /// Its qualified, quoted name.
     pub quoted: String,
     pub table: String,
     /// `CREATE UNIQUE INDEX ...`
     pub definition: String,
-    /// What is unique, and of which rows.
+    /// The unique columns, and the rows that the index covers.
     pub keys: Vec<String>,
     pub predicate: Option<String>,
-    /// It belongs to a constraint, with these words behind it.
+    /// The options of its constraint, if it belongs to one.
     pub constraint: Option<String>,
-    /// Another index, a plain one, that has the same columns.
+    /// A plain index on the same columns.
     pub equivalent: Option<String>,
 }
 
-/// A unique index that has been replaced, as `standpipe.replaced_indexes` remembers it.
+/// A replaced unique index, as recorded in `standpipe.replaced_indexes`.
 #[derive(Clone, Debug)]
 pub struct ReplacedIndex {
     pub name: String,
@@ -72,12 +72,12 @@ pub struct ReplacedIndex {
     pub keys: Vec<String>,
     pub predicate: Option<String>,
     pub constraint: Option<String>,
-    /// The plain index that we made in its place; none if there was one already.
+    /// The plain index that we created in its place; `None` if there was one already.
     pub replacement: Option<String>,
 }
 
 impl Catalogue {
-    /// Reads it.
+    /// Reads the catalogue.
     pub async fn read(client: &Client) -> Result<Self, StoreError> {
         let schema: String =
             client.query_one(include_str!("../../../sql/store/schema.sql"), &[]).await?.get(0);
@@ -140,7 +140,7 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Tables that standpipe writes and that were here before it, or that it made.
+    /// Tables that standpipe writes, whether they existed before or it created them.
     pub fn tables(&self, before: bool) -> Vec<&'static str> {
         let mut tables: Vec<_> = keys()
             .iter()
@@ -152,7 +152,7 @@ impl Catalogue {
     }
 }
 
-/// Unique indexes on our tables that hold a record's subject unique, whatever they are called.
+/// Unique indexes on a record's subject, whatever their names.
 pub async fn unique_by_subject(client: &Client) -> Result<Vec<UniqueIndex>, StoreError> {
     let (tables, keys): (Vec<&str>, Vec<&str>) = keys().into_iter().unzip();
     let rows = client.query(include_str!("../../../sql/store/unique_indexes.sql"), &[&tables, &keys]).await?;

@@ -1,15 +1,15 @@
-//! Migration files, statement by statement.
+//! Splits migration files into statements.
 
 /// One statement of a migration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Statement {
-    /// As it stands in the file, without what comes before it.
+    /// Its text in the file, without preceding comments.
     pub sql: String,
-    /// What it is about.
+    /// What it does.
     pub kind: Kind,
 }
 
-/// The statements that the runner understands. A table of the application goes by its name, one of ours by
+/// The statements that the runner understands. A table of the application is given by its name, one of ours as
 /// `standpipe.<name>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -23,14 +23,14 @@ pub enum Kind {
     Type(String),
     /// `ALTER TYPE ... ADD ATTRIBUTE`, which has none either
     Attribute { of: String, name: String },
-    /// Anything else: it has to be harmless when it is repeated, and quick.
+    /// Anything else: it must be quick, and harmless when repeated.
     Other,
 }
 
-/// The statements of a file, in their order.
+/// The statements of a file, in order.
 pub fn split(file: &str) -> Vec<Statement> {
     let mut statements = Vec::new();
-    // With and without comments.
+    // The statement with and without comments.
     let (mut sql, mut bare) = (String::new(), String::new());
     let mut rest = file;
     while let Some(first) = rest.chars().next() {
@@ -47,7 +47,7 @@ pub fn split(file: &str) -> Vec<Statement> {
             other => (other.len_utf8(), false),
         };
         let (piece, after) = rest.split_at(length);
-        // What comes before the statement is told of the file, not of the statement.
+        // A comment before the statement belongs to the file, not to the statement.
         if !(bare.trim().is_empty() && (comment || piece.trim().is_empty())) {
             sql.push_str(piece);
         }

@@ -9,8 +9,8 @@ use tokio_postgres::error::SqlState;
 use super::super::StoreError;
 use crate::crash::{self, Point};
 
-/// How long a step waits for a lock. Everybody else's statements on the table queue up behind a request for an
-/// exclusive lock, so that this is how long we hold them up when somebody has the table for long.
+/// How long a step waits for a lock. All other statements on the table queue up behind a request for an exclusive lock,
+/// so this is how long we hold them up if somebody keeps the table locked.
 const LOCK_TIMEOUT: &str = "250ms";
 /// Pause between two attempts, so that others make progress.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -18,7 +18,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 /// After this long, the step reports what it is waiting for.
 const SAY_AFTER: Duration = Duration::from_secs(3);
 
-/// Where progress is reported.
+/// Receives progress reports.
 pub type Say<'a> = dyn FnMut(&str) + Send + 'a;
 
 /// A change that is complete in itself.
@@ -31,10 +31,10 @@ pub struct Step {
     pub runs: Vec<Run>,
 }
 
-/// The effect on others.
+/// The locks of a step, by their effect on others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Lock {
-    /// Nothing of theirs is locked.
+    /// No lock on others' tables.
     None,
     /// A change of the catalogue under ACCESS EXCLUSIVE.
     Moment(String),
@@ -42,7 +42,7 @@ pub enum Lock {
     Beside(String),
     /// The first, then the second.
     BesideThenMoment(String),
-    /// Locks of the rows that it removes.
+    /// Locks only the rows that it removes.
     Rows(String),
 }
 
@@ -50,35 +50,36 @@ impl fmt::Display for Lock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let moment = format!("waits at most {LOCK_TIMEOUT}, then tries again");
         match self {
-            Lock::None => f.write_str("locks nothing of yours"),
+            Lock::None => f.write_str("takes no locks on your tables"),
             Lock::Moment(table) => write!(f, "ACCESS EXCLUSIVE on {table} for a moment; {moment}"),
-            Lock::Beside(table) => write!(f, "SHARE UPDATE EXCLUSIVE on {table}: reads and writes go on"),
+            Lock::Beside(table) => write!(f, "SHARE UPDATE EXCLUSIVE on {table}: reads and writes continue"),
             Lock::BesideThenMoment(table) => write!(
                 f,
-                "SHARE UPDATE EXCLUSIVE on {table}: reads and writes go on; then ACCESS EXCLUSIVE for a moment; {moment}"
+                "SHARE UPDATE EXCLUSIVE on {table}: reads and writes continue; then ACCESS EXCLUSIVE for a moment; \
+                {moment}"
             ),
             Lock::Rows(table) => write!(f, "locks the rows of {table} that it removes"),
         }
     }
 }
 
-/// SQL that is run in one go.
+/// SQL that runs as a unit.
 #[derive(Clone, Debug)]
 pub enum Run {
-    /// Statements that are one transaction.
+    /// Statements that form one transaction.
     Transaction(String),
-    /// One statement that may be part of none: CONCURRENTLY.
+    /// One statement that must run outside a transaction: CONCURRENTLY.
     Alone(String),
 }
 
-/// Sets the session up for steps.
+/// Prepares the session for steps.
 pub async fn begin(client: &Client) -> Result<(), StoreError> {
     Ok(client
         .batch_execute(&format!("SET statement_timeout = 0; SET lock_timeout = '{LOCK_TIMEOUT}'"))
         .await?)
 }
 
-/// Gives the session back its settings.
+/// Restores the session's settings.
 pub async fn end(client: &Client) -> Result<(), StoreError> {
     Ok(client.batch_execute("RESET statement_timeout; RESET lock_timeout").await?)
 }
@@ -137,7 +138,7 @@ impl Run {
                     }
                     crash::now(Point::InMigration);
                 }
-                // In one message: the lock is not held while an answer travels.
+                // In one message, so that the lock is not held during a round trip.
                 let done = client.batch_execute(&format!("BEGIN; {sql}; COMMIT")).await;
                 if done.is_err() && !client.is_closed() {
                     client.batch_execute("ROLLBACK").await?;
@@ -146,7 +147,7 @@ impl Run {
             }
             Run::Alone(sql) => {
                 crash::at(Point::InMigration);
-                // Its lock holds nobody up, and it has to wait for transactions that are older than it.
+                // Its lock holds nobody up, and it has to wait for older transactions.
                 client.batch_execute("SET lock_timeout = 0").await?;
                 let done = with_heartbeat(client.batch_execute(sql), what, say).await;
                 if !client.is_closed() {

@@ -1,4 +1,4 @@
-//! Giving a database that was taken over back to the workers that had it before.
+//! Restores a database that was taken over, for the workers that used it before.
 
 use std::fmt;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use super::catalogue::{Catalogue, ReplacedIndex};
 use super::step::{Lock, Run, Say, Step};
 use super::{drop_index, identifier, lock, unlock};
 
-/// How often rows that came meanwhile are cleared away before a unique index is given up.
+/// How often newly inserted rows are removed before giving up on a unique index.
 const TRIES: u32 = 20;
 
 /// The plan of an undo.
@@ -23,11 +23,11 @@ pub struct Undo {
     kept: Vec<String>,
 }
 
-/// A unique index that comes back.
+/// A unique index to restore.
 #[derive(Debug)]
 struct Restore {
     index: ReplacedIndex,
-    /// Rows that it cannot hold; `None` when it is there already.
+    /// The number of rows that it cannot hold; `None` if it exists already.
     surplus: Option<i64>,
     /// Leftovers of an interrupted build that have to be removed first.
     leftovers: Vec<Run>,
@@ -39,7 +39,7 @@ struct Restore {
 ///
 /// # Errors
 ///
-/// There is nothing to undo, or nothing would be left; the server cannot be reached or refuses.
+/// There is nothing to undo, or nothing would be left; or the server cannot be reached or refuses.
 pub async fn plan(client: &Client) -> Result<Undo, StoreError> {
     let catalogue = Catalogue::read(client).await?;
     let halt = |message: String| Err(StoreError::new(Verdict::Halt, message));
@@ -60,9 +60,9 @@ pub async fn plan(client: &Client) -> Result<Undo, StoreError> {
     Undo::make(client, &catalogue).await
 }
 
-/// Brings the database back to how it was before [`super::migrate`]: the unique indexes, after removing the rows that they
-/// cannot hold; without our columns, functions and notes. The other rows stay as they are. Safe to interrupt and to
-/// repeat.
+/// Restores the database to its state before [`super::migrate`]: re-creates the unique indexes, after removing the rows
+/// that they cannot hold, and drops our columns, functions and records. The other rows stay as they are. Safe to
+/// interrupt and to repeat.
 ///
 /// # Errors
 ///
@@ -119,7 +119,7 @@ impl Undo {
                 });
             }
         }
-        // Last: what is written in it is what is left to do.
+        // Last, because it records what is left to do.
         undo.steps.push(Step {
             what: "drop the schema standpipe".to_owned(),
             lock: Lock::None,
@@ -132,7 +132,7 @@ impl Undo {
         Ok(undo)
     }
 
-    /// Rows that go because a unique index cannot hold them.
+    /// Rows removed because a unique index cannot hold them.
     #[must_use]
     pub fn surplus(&self) -> i64 {
         self.indexes.iter().filter_map(|restore| restore.surplus).sum()
@@ -177,7 +177,7 @@ impl Restore {
 
     async fn run(&self, client: &Client, say: &mut Say<'_>) -> Result<(), StoreError> {
         let began = Instant::now();
-        let what = format!("{}: bring back {}", self.index.table, self.index.name);
+        let what = format!("{}: restore {}", self.index.table, self.index.name);
         for run in &self.leftovers {
             run.run(client, &what, say).await?;
         }
@@ -192,7 +192,7 @@ impl Restore {
                 }
                 match built {
                     Ok(()) => break,
-                    // Somebody inserts meanwhile; the index that could not be built is in the way of the next.
+                    // Somebody inserted rows in the meantime; the invalid index must go before the next attempt.
                     Err(error) if error.sqlstate.as_deref() == Some(SqlState::UNIQUE_VIOLATION.code()) => {
                         tries += 1;
                         let drop =
@@ -216,7 +216,7 @@ impl Restore {
 }
 
 impl ReplacedIndex {
-    /// How many rows are too many.
+    /// The number of surplus rows.
     fn surplus(&self) -> String {
         format!(
             "SELECT coalesce(sum(n - 1), 0)::bigint FROM (
@@ -227,15 +227,15 @@ impl ReplacedIndex {
         )
     }
 
-    /// The rows that the index holds.
+    /// The condition for rows that the index covers.
     fn rows(&self) -> String {
         let keys: Vec<String> = self.keys.iter().map(|key| format!("{key} IS NOT NULL")).collect();
         format!("{} AND {}", keys.join(" AND "), self.predicate.as_deref().unwrap_or("true"))
     }
 
-    /// Of the rows that say the same of one subject keeps the newest. Counters count accounts, not rows: they stay right.
+    /// Of duplicate rows about one subject, keeps the newest. Counters count accounts, not rows, so they stay correct.
     async fn collapse(&self, client: &Client) -> Result<u64, StoreError> {
-        // Accounts are not records: none is ever surplus, and the index cannot come back while there are two.
+        // Accounts are not records: none is ever surplus, and the index cannot be restored while there are duplicates.
         if self.table == "users" {
             return Ok(0);
         }
@@ -277,12 +277,12 @@ impl fmt::Display for Undo {
                 Some(_) => Lock::BesideThenMoment(table.clone()),
                 None => Lock::Beside(table.clone()),
             };
-            write!(f, "\n  {table}: bring back {name}")?;
+            write!(f, "\n  {table}: restore {name}")?;
             match restore.surplus {
                 Some(0) | None => {}
                 Some(rows) => write!(
                     f,
-                    "; {rows} rows go first, of each subject all but the newest ({})",
+                    "; removes {rows} rows first: all but the newest for each subject ({})",
                     Lock::Rows(table.clone())
                 )?,
             }

@@ -13,14 +13,14 @@ use crate::config::Collections;
 use crate::event::{Reason, Reject};
 use crate::stream::append::{NewEntry, NewLetter};
 
-/// A commit's data beyond this is split over several entries, so that entries read together fit into memory.
+/// Commit data beyond this size is split over several entries, so that a batch of entries fits into memory.
 const SPLIT: usize = 128 * 1024;
-/// Operations of one commit (<https://atproto.com/specs/sync>).
+/// Maximum operations of one commit (<https://atproto.com/specs/sync>).
 const MAX_OPS: usize = 200;
-/// A record's block (<https://atproto.com/specs/repository>: a megabyte, and a little for those who count otherwise).
+/// Maximum size of a record's block (<https://atproto.com/specs/repository>: a megabyte, plus some tolerance).
 const MAX_RECORD: usize = 1024 * 1024;
-/// A commit's records, written out. The protocol's two megabytes of blocks come to a few times that, unless many operations
-/// name the same block.
+/// Maximum size of a commit's records as JSON. The protocol's two megabytes of blocks expand to a few times that,
+/// unless many operations name the same block.
 const MAX_EXPANDED: usize = 16 * 1024 * 1024;
 /// The longest path: an NSID, a slash and a record key.
 const MAX_PATH: usize = 317 + 1 + 512;
@@ -31,7 +31,7 @@ struct RepoOp<'a> {
     cid: Option<Cid>,
 }
 
-/// What all entries and dead letters of one commit have in common.
+/// The parts common to all entries and dead letters of one commit.
 struct Commit<'a> {
     repo: &'a str,
     seq: i64,
@@ -39,7 +39,7 @@ struct Commit<'a> {
     tail: String,
 }
 
-/// The entries of a commit; what can never be applied of it goes to `letters`.
+/// The entries of a commit; parts that can never be applied go to `letters`.
 pub(super) fn commit(
     body: &Map<'_>,
     seq: i64,
@@ -61,14 +61,14 @@ pub(super) fn commit(
     let commit = Commit { repo, seq, tail: tail(body) };
     if kept.len() > MAX_OPS {
         for op in kept.drain(MAX_OPS..) {
-            let message = format!("the commit has {} operations, and {MAX_OPS} are allowed", ops.len());
+            let message = format!("the commit has {} operations; at most {MAX_OPS} are allowed", ops.len());
             letters.push(commit.refused(&op, Reason::TooLarge, message));
         }
     }
     Ok(commit.entries(&kept, &blocks, letters))
 }
 
-/// The operations on collections that are wanted.
+/// The operations on wanted collections.
 fn kept<'a>(ops: &[Value<'a>], wanted: &Collections) -> Result<Vec<RepoOp<'a>>, FrameError> {
     let mut kept = Vec::with_capacity(ops.len());
     for op in ops {
@@ -93,7 +93,7 @@ fn kept<'a>(ops: &[Value<'a>], wanted: &Collections) -> Result<Vec<RepoOp<'a>>, 
         }
     }
     if kept.len() > 1 {
-        // The last operation on a path wins. Said here, because a split would tear the two apart.
+        // The last operation on a path wins. Decided here, because a split could separate the two.
         let mut seen = HashSet::with_capacity(kept.len());
         kept.reverse();
         kept.retain(|op| seen.insert(op.path));
@@ -102,7 +102,7 @@ fn kept<'a>(ops: &[Value<'a>], wanted: &Collections) -> Result<Vec<RepoOp<'a>>, 
     Ok(kept)
 }
 
-/// What every entry of a commit ends with.
+/// The JSON that every entry of a commit ends with.
 fn tail(body: &Map<'_>) -> String {
     let mut tail = Object::new();
     for name in ["rev", "since", "time"] {
@@ -115,7 +115,7 @@ fn tail(body: &Map<'_>) -> String {
 }
 
 impl Commit<'_> {
-    /// Writes the operations, split where they become too long.
+    /// Writes the operations, split into entries where they become too long.
     fn entries(
         &self,
         ops: &[RepoOp<'_>],
@@ -167,7 +167,7 @@ impl Commit<'_> {
 
     fn entry(&self, mut out: Object) -> NewEntry {
         out.json.push(b']');
-        // Everything after the first brace of the tail: the same object continues.
+        // Without the tail's opening brace, because the same object continues.
         out.json.push(b',');
         out.json.extend_from_slice(&self.tail.as_bytes()[1..]);
         NewEntry { event_type: "commit", data: out.into_string(), seq: self.seq }
@@ -194,7 +194,7 @@ impl Commit<'_> {
     }
 }
 
-/// The blocks of an archive whose bytes are what their CIDs say. Of an archive that breaks off, what came before.
+/// The blocks of an archive whose bytes match their CIDs. Of a truncated archive, the blocks before the cut.
 fn blocks(car: &[u8]) -> HashMap<Cid, &[u8]> {
     let Ok(reader) = SliceReader::new(car) else {
         return HashMap::new();
@@ -219,21 +219,22 @@ fn write_op(
     if op.action != "delete" {
         match op.cid.and_then(|cid| Some((cid, blocks.get(&cid)?))) {
             Some((_, block)) if block.len() > MAX_RECORD => {
-                let message = format!("the record has {} bytes, and {MAX_RECORD} are allowed", block.len());
+                let message =
+                    format!("the record has {} bytes; at most {MAX_RECORD} are allowed", block.len());
                 written = Err((Reason::TooLarge, message));
             }
             Some((cid, block)) => {
                 out.text("cid", &cid.to_string());
                 out.key("record");
                 written = drisl_to_json_into(block, &mut out.json).map_err(|error| {
-                    (Reason::Undecodable, format!("the record is not DAG-CBOR that can be read: {error}"))
+                    (Reason::Undecodable, format!("the record is not readable DAG-CBOR: {error}"))
                 });
             }
             None if op.cid.is_none() => {
                 written = Err((Reason::MissingBlock, "the operation names no CID".to_owned()));
             }
             None => {
-                let message = "the commit's archive lacks the record, or its bytes are not what its CID says";
+                let message = "the commit's archive lacks the record, or its bytes do not match its CID";
                 written = Err((Reason::MissingBlock, message.to_owned()));
             }
         }

@@ -4,7 +4,7 @@ use shrike::cbor::Value;
 
 use super::FrameError;
 
-/// Maximum CBOR items in a frame outside of its blocks; a commit of 200 operations has two thousand.
+/// Maximum CBOR items in a frame, not counting its blocks; a commit of 200 operations has two thousand.
 pub(super) const MAX_ITEMS: usize = 20_000;
 /// The longest DID (<https://atproto.com/specs/did>).
 const MAX_DID: usize = 2048;
@@ -13,8 +13,8 @@ pub(super) const MAX_TEXT: usize = 512;
 
 pub(super) type Map<'a> = Vec<(&'a str, Value<'a>)>;
 
-/// Whether a frame has no more CBOR items than [`MAX_ITEMS`]. Items stand one after the other, however they are nested, so
-/// that it is enough to read their heads; what is malformed is for the decoder to refuse.
+/// Whether a frame has at most [`MAX_ITEMS`] CBOR items. Items follow one another however they are nested, so it is
+/// enough to read their heads; malformed input is left for the decoder to refuse.
 pub(super) fn has_few_items(mut bytes: &[u8]) -> bool {
     for _ in 0..MAX_ITEMS {
         let Some((&head, rest)) = bytes.split_first() else { return true };
@@ -26,7 +26,7 @@ pub(super) fn has_few_items(mut bytes: &[u8]) -> bool {
             }
             _ => (0, rest),
         };
-        // Bytes and texts: what follows is theirs.
+        // Byte and text strings: skip their content.
         bytes = if matches!(head >> 5, 2 | 3) {
             let Some(rest) = usize::try_from(length).ok().and_then(|length| rest.get(length..)) else {
                 return true;
@@ -63,7 +63,7 @@ pub(super) fn did<'a>(body: &Map<'a>, name: &'static str) -> Result<&'a str, Fra
     if did.len() <= MAX_DID { Ok(did) } else { Err(FrameError::Long(name)) }
 }
 
-/// A text that is not needed: one that is too long is none.
+/// An optional text; one that is too long counts as absent.
 pub(super) fn short<'a>(body: &Map<'a>, name: &str) -> Option<&'a str> {
     text(body, name).filter(|text| text.len() <= MAX_TEXT)
 }

@@ -1,4 +1,4 @@
-//! JSON as it is written for the stream.
+//! Writing JSON for the stream.
 
 /// A JSON object being written.
 pub(super) struct Object {
@@ -11,7 +11,7 @@ impl Object {
         Self { json: b"{".to_vec(), first: true }
     }
 
-    /// Begins one behind what is there.
+    /// Starts an object at the end of the existing text.
     pub fn behind(mut json: Vec<u8>) -> Self {
         json.push(b'{');
         Self { json, first: true }
@@ -82,6 +82,6 @@ pub(super) fn quoted(text: &str) -> String {
 }
 
 fn into_string(json: Vec<u8>) -> String {
-    // Only whole strings and JSON were written, so that nothing is ever replaced here.
+    // Only whole strings and JSON were written, so nothing is ever replaced here.
     String::from_utf8(json).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }

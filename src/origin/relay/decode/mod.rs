@@ -1,7 +1,7 @@
 //! From a websocket message of `com.atproto.sync.subscribeRepos` to stream entries.
 //!
 //! A message is two CBOR values, a header and a body (<https://atproto.com/specs/event-stream>). A commit's records
-//! stand in a CAR archive inside its body; they become the protocol's JSON (<https://atproto.com/specs/data-model>).
+//! are in a CAR archive inside its body; they become the protocol's JSON (<https://atproto.com/specs/data-model>).
 
 mod commit;
 mod field;
@@ -21,11 +21,11 @@ use crate::stream::append::{NewEntry, NewLetter};
 /// A decoded message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Something that has a place in the sequence; `entries` is empty where nothing of it is kept.
+    /// An event with a place in the sequence; `entries` is empty if none of it is kept.
     Event {
-        /// commit, identity, account, sync or `other` for what a newer protocol may bring.
+        /// commit, identity, account, sync, or `other` for types of a newer protocol.
         event_type: &'static str,
-        /// Its place.
+        /// Its sequence number.
         seq: i64,
         /// Entries for the stream.
         entries: Vec<NewEntry>,
@@ -33,10 +33,10 @@ pub enum Message {
         letters: Vec<NewLetter>,
         /// What is missing in the database because of that and otherwise, by class.
         missed: BTreeMap<&'static str, u64>,
-        /// The commit's revision, where it is one.
+        /// The revision, if it is a commit.
         rev: String,
     },
-    /// The relay says something about the connection.
+    /// The relay reports something about the connection.
     Info {
         /// For example `OutdatedCursor`.
         name: String,
@@ -50,34 +50,34 @@ pub enum Message {
         /// For people.
         message: String,
     },
-    /// An unknown type without a place in the sequence.
+    /// An unknown type without a sequence number.
     Unknown,
 }
 
-/// The message breaks the protocol; the connection is to be dropped.
+/// The message violates the protocol; the connection must be dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// No CBOR.
+    /// It is not CBOR.
     #[error("the frame is not DAG-CBOR: {0}")]
     Cbor(#[from] shrike::cbor::CborError),
     /// A field is missing or has another type.
     #[error("the frame has no usable `{0}`")]
     Field(&'static str),
-    /// It would take far more memory than bytes.
+    /// Decoded, it would take far more memory than its bytes.
     #[error("the frame has more than {MAX_ITEMS} CBOR items")]
     Items,
-    /// An identifier beyond what the protocol allows.
+    /// An identifier longer than the protocol allows.
     #[error("the frame's `{0}` is longer than the protocol allows")]
     Long(&'static str),
 }
 
-/// Decodes one message, keeping the records of the collections that are wanted.
+/// Decodes one message, keeping the records of wanted collections.
 ///
 /// # Errors
 ///
 /// The message breaks the framing. A bad record is not an error: only that record is lost, and it is counted.
 pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError> {
-    // Before anything is built: a byte of CBOR can become a value of fifty.
+    // Checked before decoding: a byte of CBOR can become a value of fifty bytes.
     if !has_few_items(frame) {
         return Err(FrameError::Items);
     }
@@ -103,7 +103,7 @@ pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError>
             name: text(&body, "name").unwrap_or_default().to_owned(),
             message: text(&body, "message").unwrap_or_default().to_owned(),
         }),
-        // Unknown types and operations are to be ignored; a place in the sequence they may have.
+        // Unknown types and operations must be ignored, but may have a sequence number.
         _ => Ok(integer(&body, "seq").map_or(Message::Unknown, |seq| Message::Event {
             event_type: "other",
             seq,
@@ -150,7 +150,7 @@ fn event(event_type: &'static str, body: &Map<'_>, wanted: &Collections) -> Resu
 fn identity(body: &Map<'_>) -> Result<String, FrameError> {
     let mut out = Object::new();
     out.text("did", did(body, "did")?);
-    // The Python reader writes null where there is none.
+    // The Python reader writes null for an absent one.
     out.optional("handle", short(body, "handle"));
     if let Some(time) = short(body, "time") {
         out.text("time", time);
