@@ -22,15 +22,16 @@ fn main() {
 /// Writes `MIGRATIONS` (`0001_tables.sql` is version 1, tables) and `FUNCTIONS`.
 fn list_sql() -> std::io::Result<()> {
     let mut lists = "const MIGRATIONS: &[(i32, &str, &str)] = &[\n".to_owned();
-    for file in sql_files("migrations")? {
+    for (number, file) in (1..).zip(sql_files("migrations")?) {
         let name = file.file_stem().unwrap_or_default().to_string_lossy();
         let (version, name) = name.split_once('_').unwrap_or_default();
         let version: i32 = version.parse().expect("a migration is named <version>_<name>.sql");
-        let _ = writeln!(lists, "    ({version}, {name:?}, include_str!(\"{}\")),", file.display());
+        assert_eq!(version, number, "migrations are numbered without gaps, and no number twice");
+        let _ = writeln!(lists, "    ({version}, {name:?}, include_str!({:?})),", file.display().to_string());
     }
     lists.push_str("];\nconst FUNCTIONS: &[&str] = &[\n");
     for file in sql_files("apply")? {
-        let _ = writeln!(lists, "    include_str!(\"{}\"),", file.display());
+        let _ = writeln!(lists, "    include_str!({:?}),", file.display().to_string());
     }
     lists.push_str("];\n");
     std::fs::write(Path::new(&std::env::var_os("OUT_DIR").unwrap_or_default()).join("sql.rs"), lists)

@@ -8,13 +8,11 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use crate::bench::machine;
 use crate::servers::{Signal, command_for_life, send_signal, spawn_for_life};
 use tempfile::TempDir;
 
 use crate::wait::wait_for;
-
-/// Kernel ticks in a second, as user space sees them; fixed on all of Linux's common platforms.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 /// A running program. It is killed when the value is dropped, and when the test process
 /// ends in any other way.
@@ -35,6 +33,32 @@ pub struct Finished {
     pub stderr: String,
 }
 
+/// Starts `binary <arguments>` with these variables and nothing else in its environment but PATH.
+///
+/// # Errors
+///
+/// It cannot be started.
+pub fn spawn<K: AsRef<str>, V: AsRef<str>>(
+    binary: &Path,
+    arguments: &[&str],
+    variables: &[(K, V)],
+    stdout: File,
+    stderr: File,
+) -> anyhow::Result<Child> {
+    let mut command = command_for_life(binary)?;
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+        .envs(variables.iter().map(|(name, value)| (name.as_ref(), value.as_ref())))
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr)
+        // So that Ctrl-C at our own process is not also a signal to this one: it ends when we do.
+        .process_group(0);
+    Ok(spawn_for_life(command)?)
+}
+
 impl Program {
     /// Starts `binary <arguments>` with these variables and nothing else in its environment but PATH.
     ///
@@ -50,18 +74,8 @@ impl Program {
         let folder = tempfile::Builder::new().prefix("standpipe-test-run-").tempdir().unwrap();
         let output =
             |name: &str| File::options().create(true).append(true).open(folder.path().join(name)).unwrap();
-        let mut command = command_for_life(binary).unwrap();
-        command
-            .args(arguments)
-            .env_clear()
-            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
-            .envs(variables.iter().map(|(name, value)| (name.as_ref(), value.as_ref())))
-            .stdin(Stdio::null())
-            .stdout(output("stdout"))
-            .stderr(output("stderr"))
-            // So that Ctrl-C at the test run is not also a signal to the program under test.
-            .process_group(0);
-        Self { child: spawn_for_life(command).unwrap(), folder, command_line }
+        let child = spawn(binary, arguments, variables, output("stdout"), output("stderr")).unwrap();
+        Self { child, folder, command_line }
     }
 
     /// Waits for its end, and returns that with everything it wrote.
@@ -160,13 +174,7 @@ impl Program {
     /// When it has ended.
     #[must_use]
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = self.proc("stat");
-        // "pid (name) state ...", where the name may hold anything; user and system time are
-        // the 12th and 13th field after it.
-        let (_, fields) = stat.rsplit_once(')').unwrap();
-        let ticks: u32 =
-            fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u32>().unwrap()).sum();
-        f64::from(ticks) / TICKS_PER_SECOND
+        machine::cpu(self.pid()).expect("it has ended").own
     }
 
     /// Memory that it holds now (resident set).

@@ -60,6 +60,22 @@ BEGIN
                 RETURN ROW(true, removed || ROW(o.subject, %5$scounted%6$s)::standpipe.delta);
             END $$;
 
+            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
+            DECLARE
+                endings text[];
+                ignored text;
+            BEGIN
+                PERFORM standpipe.put_tombstone(o);
+                SELECT %9$s INTO endings
+                FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
+                    o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                IF NOT FOUND THEN
+                    RETURN ROW(false, ARRAY[]::standpipe.delta[]);
+                END IF;
+                ignored := standpipe.unnotify(o.uri, endings);
+                RETURN ROW(true, standpipe.remove_%1$s(o.uri));
+            END $$;
+
             CREATE OR REPLACE FUNCTION standpipe.remove_%1$s(gone text) RETURNS standpipe.delta[] LANGUAGE plpgsql AS $$
             DECLARE
                 post text;
@@ -83,9 +99,12 @@ BEGIN
                 $put$ ELSE '' END
             || CASE WHEN p.kind <> 'bookmark' THEN
                 format('ignored := standpipe.notify_pointer(o, %L, replaces);', p.kind) ELSE '' END,
-            CASE WHEN p.has_feed_item THEN 'DELETE FROM feed_items f WHERE f.uri = gone;' ELSE '' END);
+            CASE WHEN p.has_feed_item THEN 'DELETE FROM feed_items f WHERE f.uri = gone;' ELSE '' END,
+            -- The endings of the notifications that the row may have caused.
+            CASE WHEN p.kind = 'bookmark' THEN 'ARRAY[]::text[]'
+                 ELSE $endings$CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END$endings$ END);
 
-        -- A bookmark causes no notification, and has no fast path: see the end.
+        -- A bookmark has no fast path.
         CONTINUE WHEN p.kind = 'bookmark';
 
         EXECUTE format($sql$
@@ -110,22 +129,6 @@ BEGIN
                 ignored := standpipe.count_one(ROW(o.subject, %3$s(NOT another)::integer%4$s));
                 RETURN true;
             END $$;
-
-            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
-            DECLARE
-                endings text[];
-                ignored text;
-            BEGIN
-                PERFORM standpipe.put_tombstone(o);
-                SELECT CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END INTO endings
-                FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
-                    o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-                IF NOT FOUND THEN
-                    RETURN ROW(false, ARRAY[]::standpipe.delta[]);
-                END IF;
-                ignored := standpipe.unnotify(o.uri, endings);
-                RETURN ROW(true, standpipe.remove_%1$s(o.uri));
-            END $$;
             $sql$,
             p.kind, p.relation, p.before, p.after,
             CASE WHEN p.has_feed_item THEN $new$
@@ -134,14 +137,3 @@ BEGIN
                 $new$ ELSE '' END);
     END LOOP;
 END $do$;
-
-CREATE OR REPLACE FUNCTION standpipe.delete_bookmark(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM standpipe.put_tombstone(o);
-    PERFORM FROM bookmarks r WHERE r.uri = o.uri AND standpipe.newer(
-        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
-    IF NOT FOUND THEN
-        RETURN ROW(false, ARRAY[]::standpipe.delta[]);
-    END IF;
-    RETURN ROW(true, standpipe.remove_bookmark(o.uri));
-END $$;

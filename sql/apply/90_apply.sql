@@ -201,6 +201,8 @@ BEGIN
             WHEN 'delete follow' THEN e.applied := standpipe.delete_follow(o);
             WHEN 'delete post' THEN e := standpipe.delete_post(o);
             WHEN 'delete repost' THEN e := standpipe.delete_repost(o);
+            WHEN 'block', 'delete block', 'record', 'delete record', 'list_item', 'delete list_item' THEN
+                e.applied := standpipe.apply_plain(kinds[i], o);
             WHEN 'like' THEN e := standpipe.put_like(o);
             WHEN 'post' THEN e := standpipe.put_post(o);
             WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
@@ -221,6 +223,7 @@ BEGIN
                         OR EXISTS (SELECT FROM labeler_services s WHERE s.uri = o.uri) THEN
                     e.deltas := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
                 END IF;
+            -- The other plain kinds.
             ELSE e.applied := standpipe.apply_plain(kinds[i], o);
         END CASE;
         outcomes := outcomes || e.applied;

@@ -165,22 +165,15 @@ impl Asker {
         status["process"].is_object().then_some(status)
     }
 
-    async fn stream(&mut self) -> StreamResult<Stream> {
-        match self.stream.take() {
-            Some(stream) => Ok(stream),
-            None => self.redis.connect().await,
-        }
-    }
-
     async fn ask_redis(&mut self) -> Result<Value> {
-        let mut stream = self.stream().await?;
+        let mut stream = self.redis.reuse(&mut self.stream).await?;
         let report = report::report(&mut stream).await?;
         self.stream = Some(stream);
         Ok(serde_json::to_value(report)?)
     }
 
     async fn add_reasons(&mut self, status: &Value, beside: &mut Beside) -> StreamResult<()> {
-        let mut stream = self.stream().await?;
+        let mut stream = self.redis.reuse(&mut self.stream).await?;
         let reasons = stream.dead_letter_reasons(REASONS).await?;
         self.stream = Some(stream);
         let seen: u64 = reasons.iter().map(|(_, count)| count).sum();

@@ -1,10 +1,10 @@
 //! The table of kinds.
 
 /// One line per kind: its variant, its name, its collection, and the table of its rows with their key. Derived from it:
-/// the name in metrics, logs and `sql/apply`, the kind of a path, the tables to check, and the rows to purge.
+/// the name in metrics, logs and `sql/apply`, the kind of a path, the tables to check, and the kinds to purge.
 macro_rules! kinds {
     ($($kind:ident $name:literal $($collection:literal)? $(=> $table:literal $key:literal)?;)*) => {
-        /// The kinds of operation, one per file in `sql/apply` and `src/apply`.
+        /// The kinds of operation; `src/apply/mod.rs` lists where each is read and applied.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Kind {
             $(#[doc = concat!("`", $name, "`" $(, ": `", $collection, "`")?)] $kind,)*

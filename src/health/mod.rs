@@ -14,6 +14,7 @@ pub use self::rules::health;
 pub use self::words::state as words;
 use crate::mutex::lock;
 use crate::status::{PipelineStatus, ReaderStatus, State, Status};
+use crate::stream::janitor::Look;
 use crate::stream::noted::Refill;
 use crate::time::now_ms;
 
@@ -88,18 +89,17 @@ pub struct Facts {
 impl Facts {
     /// The parts' own current reports. The caller adds the rates.
     #[must_use]
-    pub fn of(status: &Status, draining: bool) -> Self {
-        let look = status.look();
+    pub fn of(status: &Status, look: Option<&(Look, u64)>, draining: bool) -> Self {
         Self {
             now_ms: now_ms(),
             pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
             reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
             draining,
-            look_ms: look.as_ref().map(|(_, at)| *at),
+            look_ms: look.map(|(_, at)| *at),
             started_ms: status.started_ms,
             last_ack_ms: status.last_ack_ms.load(Ordering::Relaxed),
-            waiting: look.as_ref().and_then(|(look, _)| look.waiting()),
-            oldest_seconds: look.as_ref().and_then(|(look, _)| look.oldest_seconds()).unwrap_or(0.0),
+            waiting: look.and_then(|(look, _)| look.waiting()),
+            oldest_seconds: look.and_then(|(look, _)| look.oldest_seconds()).unwrap_or(0.0),
             refill: *lock(&status.refill),
             ..Self::default()
         }

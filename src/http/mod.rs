@@ -133,10 +133,7 @@ impl Server {
     async fn ask_redis(&self) -> Result<report::Report, String> {
         let ask = async {
             let mut kept = self.stream.lock().await;
-            let mut stream = match kept.take() {
-                Some(stream) => stream,
-                None => self.redis.connect().await?,
-            };
+            let mut stream = self.redis.reuse(&mut kept).await?;
             let report = report::report(&mut stream).await?;
             *kept = Some(stream);
             Ok(report)
@@ -168,7 +165,9 @@ impl Server {
                 answers.postgres = store.ping(ANSWER).await.err().map(|error| error.to_string());
             }
         }
-        let facts = Facts { oldest_seconds, ..Facts::of(&self.status, self.control.is_draining()) };
+        let look = self.status.look();
+        let facts = Facts::of(&self.status, look.as_ref(), self.control.is_draining());
+        let facts = Facts { oldest_seconds, ..facts };
         health::readiness(&facts, answers)
     }
 

@@ -43,6 +43,12 @@ static REPETITIONS: [AtomicU64; RETRY_REASONS.len()] = [const { AtomicU64::new(0
 static COUNTS: [AtomicU64; PLAIN.len()] = [const { AtomicU64::new(0) }; PLAIN.len()];
 static BACKPRESSURE_MS: AtomicU64 = AtomicU64::new(0);
 
+fn plain(name: &str) -> Option<&'static AtomicU64> {
+    let place = PLAIN.iter().position(|known| *known == name);
+    debug_assert!(place.is_some(), "{name} is not a counter without labels");
+    place.map(|place| &COUNTS[place])
+}
+
 /// Counts operations of one kind.
 pub fn operations(kind: Kind, total: u32, applied: u32) {
     let counts = &OPERATIONS[kind as usize];
@@ -57,17 +63,17 @@ pub fn dead_letter(reason: Reason) {
 
 /// Counts a repetition; `reason` is one of [`RETRY_REASONS`].
 pub fn retry(reason: &str) {
-    if let Some(place) = RETRY_REASONS.iter().position(|known| *known == reason) {
+    let place = RETRY_REASONS.iter().position(|known| *known == reason);
+    debug_assert!(place.is_some(), "{reason} is not one of the reasons");
+    if let Some(place) = place {
         REPETITIONS[place].fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Adds to a counter without labels.
 pub fn count(name: &'static str, by: u64) {
-    let place = PLAIN.iter().position(|known| *known == name);
-    debug_assert!(place.is_some(), "{name} is not a counter without labels");
-    if let Some(place) = place {
-        COUNTS[place].fetch_add(by, Ordering::Relaxed);
+    if let Some(count) = plain(name) {
+        count.fetch_add(by, Ordering::Relaxed);
     }
 }
 
@@ -96,8 +102,7 @@ pub fn retries() -> impl Iterator<Item = (&'static str, u64)> {
 /// A counter without labels.
 #[must_use]
 pub fn total(name: &str) -> u64 {
-    let place = PLAIN.iter().position(|known| *known == name);
-    place.map_or(0, |place| COUNTS[place].load(Ordering::Relaxed))
+    plain(name).map_or(0, |count| count.load(Ordering::Relaxed))
 }
 
 /// Whole seconds that the reader waited for room.

@@ -126,7 +126,7 @@ impl<'a> Planner<'a> {
                 self.planned.call.handles.0.extend(op.subject.as_deref());
             }
             lock_posts(op, &mut self.locks);
-            let kind = kind_name(op.delete, op.kind);
+            let kind = if op.delete { op.kind.delete_name() } else { op.kind.name() };
             let set = self.fits(&event.repo, op).then(|| self.set(kind));
             let ops = if let Some(index) = set {
                 &mut self.planned.call.sets.0[index].ops
@@ -240,11 +240,6 @@ pub(super) fn locks_of<'a>(event: &'a Event<'_>) -> impl Iterator<Item = Cow<'a,
         lock_posts(op, &mut locks);
     }
     locks.into_iter().map(Lock::parameter)
-}
-
-/// The operation's name in `sql/apply/90_apply.sql`.
-fn kind_name(delete: bool, kind: Kind) -> &'static str {
-    if delete { kind.delete_name() } else { kind.name() }
 }
 
 #[cfg(test)]

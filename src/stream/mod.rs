@@ -237,6 +237,18 @@ impl Redis {
         let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
         Ok(Stream { connection, keys: Arc::clone(&self.keys) })
     }
+
+    /// The connection that was kept from the last time, or a new one. It is the caller's to put back if it is still good.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Redis::connect`].
+    pub async fn reuse(&self, kept: &mut Option<Stream>) -> Result<Stream, RedisError> {
+        match kept.take() {
+            Some(stream) => Ok(stream),
+            None => self.connect().await,
+        }
+    }
 }
 
 /// Whether the error reports that the group, or the stream with it, does not exist.

@@ -41,10 +41,7 @@ impl Task for Acknowledged {
     const NAME: &'static str = "acknowledged";
 
     async fn round(&mut self) -> Result<Duration> {
-        let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => self.redis.connect().await?,
-        };
+        let mut stream = self.redis.reuse(&mut self.stream).await?;
         let state = stream.noted().await?;
         compare(&mut stream, &self.store, state, &mut self.last, &self.status).await?;
         self.stream = Some(stream);

@@ -79,10 +79,7 @@ impl Task for Janitor {
     const NAME: &'static str = "janitor";
 
     async fn round(&mut self) -> Result<Duration> {
-        let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => self.redis.connect().await?,
-        };
+        let mut stream = self.redis.reuse(&mut self.stream).await?;
         let pause = self.sweep(&mut stream).await?;
         self.stream = Some(stream);
         Ok(pause)

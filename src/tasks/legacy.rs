@@ -56,10 +56,7 @@ impl Task for LegacyKeys {
         if self.wanted == Some(false) {
             return Ok(Duration::from_hours(1));
         }
-        let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => self.redis.connect().await?,
-        };
+        let mut stream = self.redis.reuse(&mut self.stream).await?;
         if self.wanted.is_none() {
             self.wanted = Some(self.are_wanted(&mut stream).await?);
         }

@@ -70,13 +70,9 @@ pub async fn run<T: Task>(mut task: T, status: Arc<Status>, end: CancellationTok
             Err(error) => {
                 let reason = format!("{error:#}");
                 let failing = failing.get_or_insert_with(Failing::default);
-                if failing.since.elapsed() > FAILING && !std::mem::replace(&mut failing.reported, true) {
-                    warn!(
-                        task = T::NAME,
-                        reason,
-                        seconds = failing.since.elapsed().as_secs(),
-                        "keeps failing"
-                    );
+                let lasts = failing.since.elapsed();
+                if lasts > FAILING && !std::mem::replace(&mut failing.reported, true) {
+                    warn!(task = T::NAME, reason, seconds = lasts.as_secs(), "keeps failing");
                 }
                 status.task(T::NAME, |task| task.error = Some(reason));
                 delays.pause()
@@ -96,5 +92,48 @@ struct Failing {
 impl Default for Failing {
     fn default() -> Self {
         Self { since: Instant::now(), reported: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::mutex::lock;
+
+    /// Each round ends as the test decides.
+    struct Told(mpsc::Receiver<Result<Duration>>);
+
+    impl Task for Told {
+        const NAME: &'static str = "told";
+
+        async fn round(&mut self) -> Result<Duration> {
+            self.0.recv().await.unwrap_or(Ok(Duration::from_hours(1)))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failing_task_shows_its_error_until_it_succeeds() {
+        let status = Arc::new(Status::default());
+        let (tell, told) = mpsc::channel(1);
+        let end = CancellationToken::new();
+        let task = tokio::spawn(run(Told(told), Arc::clone(&status), end.clone()));
+        let shown = async |wanted: Option<&str>, succeeded: bool| {
+            loop {
+                let shown = lock(&status.tasks).get("told").cloned().unwrap_or_default();
+                if shown.error.as_deref() == wanted && shown.last_ms.is_some() == succeeded {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tell.send(Err(anyhow::anyhow!("no right to delete"))).await.unwrap();
+        shown(Some("no right to delete"), false).await;
+        tell.send(Ok(Duration::ZERO)).await.unwrap();
+        shown(None, true).await;
+        end.cancel();
+        drop(tell);
+        task.await.unwrap();
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::Task;
 use crate::control::Control;
@@ -41,14 +41,8 @@ impl Task for Tombstones {
 
     async fn round(&mut self) -> Result<Duration> {
         self.control.pipelines_go().await;
-        // Nothing depends on it, so trying again in an hour is soon enough.
-        match self.sweep().await {
-            Ok(0) => {}
-            Ok(count) => info!(count, "deleted tombstones older than the retention"),
-            Err(error) => warn!(
-                reason = format!("{error:#}"),
-                "could not delete old tombstones; trying again in an hour"
-            ),
+        if let count @ 1.. = self.sweep().await? {
+            info!(count, "deleted tombstones older than the retention");
         }
         Ok(ROUND)
     }

@@ -53,26 +53,33 @@ async fn recovers_from_a_crash_after_a_read() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn recovers_from_a_crash_in_a_transaction() {
-    let chain = Chain::start(&network(2_000), None).await;
-    let variables = chain.variables();
-    assert_eq!(Standpipe::run(&["migrate"], &variables, SOON).await.code, 0);
-    // The pipelines wait in the middle of a transaction: their locks are taken, and rows may be written.
-    let barrier = connect(&chain.database).await;
-    barrier.batch_execute("BEGIN; LOCK TABLE likes IN EXCLUSIVE MODE").await.unwrap();
-    let mut program = Program::start("run", &variables).await;
-    wait_until("a transaction to be open", RUN, async || {
-        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%CALL standpipe.apply_each%'
-                   AND wait_event_type = 'Lock' AND datname = current_database()";
-        query_value(&chain.database, sql).await != "0"
-    })
-    .await;
-    program.signal(Signal::Kill);
-    assert_eq!(program.wait_exit(SOON).await, 128 + 9, "{}", program.output());
-    barrier.batch_execute("ROLLBACK").await.unwrap();
-    assert!(chain.look().await.pending > 0, "nothing was in hand");
-    let program = Program::start("run", &variables).await;
-    chain.ends_like_an_undisturbed_run().await;
-    drop(program);
+    const CALLS: &str = "FROM pg_stat_activity WHERE query LIKE '%CALL standpipe.apply_each%'
+                         AND wait_event_type = 'Lock' AND datname = current_database()";
+    // The server rolls the open transaction back, or does not notice that nobody listens: then it finishes the
+    // call, beside the process that was started meanwhile.
+    for rolled_back in [true, false] {
+        let chain = Chain::start(&network(2_000), None).await;
+        let variables = chain.variables();
+        assert_eq!(Standpipe::run(&["migrate"], &variables, SOON).await.code, 0);
+        // The pipelines wait in the middle of a transaction: their locks are taken, and rows may be written.
+        let barrier = connect(&chain.database).await;
+        barrier.batch_execute("BEGIN; LOCK TABLE likes IN EXCLUSIVE MODE").await.unwrap();
+        let mut program = Program::start("run", &variables).await;
+        let open = async || query_value(&chain.database, &format!("SELECT count(*) {CALLS}")).await;
+        wait_until("a transaction to be open", RUN, async || open().await != "0").await;
+        program.signal(Signal::Kill);
+        assert_eq!(program.wait_exit(SOON).await, 128 + 9, "{}", program.output());
+        assert_ne!(open().await, "0", "the server noticed");
+        if rolled_back {
+            query_value(&chain.database, &format!("SELECT count(pg_terminate_backend(pid)) {CALLS}")).await;
+            wait_until("the server to roll back", SOON, async || open().await == "0").await;
+        }
+        barrier.batch_execute("ROLLBACK").await.unwrap();
+        assert!(chain.look().await.pending > 0, "nothing was in hand");
+        let program = Program::start("run", &variables).await;
+        chain.ends_like_an_undisturbed_run().await;
+        drop(program);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,15 +1,15 @@
 //! The real binary as a child process, configured by its environment alone.
 
 use std::fs::{self, File};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::machine;
-use crate::servers::{Signal, command_for_life, send_signal, spawn_for_life};
+use crate::program::spawn;
+use crate::servers::{Signal, send_signal};
 
 /// How long it may take to exit after the signal: longer than a drain.
 const STOP_DEADLINE: Duration = Duration::from_secs(40);
@@ -31,18 +31,8 @@ impl Program {
     pub fn start(command: &str, variables: &[(String, String)], folder: &Path) -> Result<Self> {
         let log = folder.join(format!("{command}.log"));
         let out = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-        let mut process = command_for_life(&standpipe()?)?;
-        process
-            .arg(command)
-            .env_clear()
-            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
-            .envs(variables.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(out.try_clone()?)
-            .stderr(out)
-            // So that Ctrl-C is not a signal to it as well: it goes when we go.
-            .process_group(0);
-        let child = spawn_for_life(process).with_context(|| format!("starting standpipe {command}"))?;
+        let child = spawn(&standpipe()?, &[command], variables, out.try_clone()?, out)
+            .with_context(|| format!("starting standpipe {command}"))?;
         Ok(Self { child, log })
     }
 

@@ -60,13 +60,6 @@ pub(super) fn version(info: Info<'_>, findings: &mut Findings) {
     if info.text("role") == "slave" {
         findings.error("role", "it is a replica and accepts no writes", "point REDIS_URL at the primary");
     }
-    if info.text("redis_mode") == "cluster" {
-        findings.error(
-            "role",
-            "it is a cluster: the scripts need all keys of a stream on one server",
-            "use a server that is not a cluster",
-        );
-    }
     if info.text("loading") == "1" {
         findings.warning("role", "it is loading its data", "wait until it is done");
     }

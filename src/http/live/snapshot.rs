@@ -20,7 +20,7 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
     // Read here and not from the metrics, which hold processor time in whole seconds.
     let used = collector::collect();
     let look = server.status.look();
-    let mut facts = Facts::of(&server.status, server.control.is_draining());
+    let mut facts = Facts::of(&server.status, look.as_ref(), server.control.is_draining());
     let sample = Sample::of(&server.status, &facts, used.cpu_seconds_total.unwrap_or_default());
     let rates = samples.rates(&sample);
     (facts.rate, facts.frames) = (rates.events, rates.frames);
