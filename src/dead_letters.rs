@@ -10,7 +10,7 @@ use crate::apply::{Context, interpret};
 use crate::config::TransactionMode;
 use crate::event::{EntryId, Reject};
 use crate::out;
-use crate::store::{Contended, Fate, Store};
+use crate::store::{Fate, Store};
 use crate::stream::Stream;
 use crate::stream::dead_letters::Letter;
 
@@ -280,7 +280,7 @@ pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result
         }
         Ok(event) => {
             let session = store.session().await?;
-            let fates = session.apply(&[&event], TransactionMode::Event, Contended::Wait).await;
+            let fates = session.apply(&[&event], TransactionMode::Event).await;
             match fates.map(|mut fates| fates.pop()) {
                 Ok(Some(Fate::Applied(_))) => {
                     session.flush(&[&event]).await?;
@@ -291,7 +291,7 @@ pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result
                     session.discard();
                     return Err(error.into());
                 }
-                Ok(Some(Fate::Deferred) | None) => bail!("the database returned no result"),
+                Ok(None) => bail!("the database returned no result"),
             }
         }
     };

@@ -13,12 +13,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
+use crate::config::{Config, TransactionMode};
 use crate::control::Control;
 use crate::http::{self, Server};
 use crate::origin::Reader;
 use crate::origin::relay::Relay;
-use crate::pipeline::{InHand, Names, Pipeline};
+use crate::pipeline::{InHand, Lanes, Names, Pipeline};
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
 use crate::stream::Redis;
@@ -240,10 +240,16 @@ impl Running {
     fn start_pipelines(&mut self, count: usize) {
         let Some(store) = &self.store else { return };
         let in_hand = InHand::default();
+        let lanes = Arc::new(Lanes::new(count));
         let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
         let pipeline = |index| {
             let (redis, store, status) = (self.redis.clone(), store.clone(), Arc::clone(&self.status));
-            Pipeline::new(index, &self.config, redis, store, status, Arc::clone(&in_hand), names.clone())
+            let in_hand = Arc::clone(&in_hand);
+            let pipeline = Pipeline::new(index, &self.config, redis, store, status, in_hand, names.clone());
+            match self.config.transaction {
+                TransactionMode::Batch => pipeline.in_lanes(Arc::clone(&lanes)),
+                TransactionMode::Event => pipeline,
+            }
         };
         let prepare = Prepare {
             config: Arc::clone(&self.config),

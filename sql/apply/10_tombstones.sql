@@ -11,19 +11,6 @@ BEGIN
         t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
 END $$;
 
--- The same for several, no two of the same record.
-CREATE OR REPLACE FUNCTION standpipe.put_tombstones(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO standpipe.tombstones AS t (uri, commit_rev, commit_seq, stream_ms, stream_seq)
-    SELECT o.uri, o.rev, o.seq, o.ms, o.sq FROM unnest(ops) o
-    ON CONFLICT (uri) DO UPDATE SET
-        commit_rev = excluded.commit_rev, commit_seq = excluded.commit_seq,
-        stream_ms = excluded.stream_ms, stream_seq = excluded.stream_seq
-    WHERE standpipe.newer(
-        excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
-        t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
-END $$;
-
 -- Whether the record or its account has a delete that is not older than this operation.
 CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN

@@ -29,40 +29,6 @@ BEGIN
     END IF;
 END $$;
 
--- For new likes, reposts or follows: notifies the owner of their subject.
-CREATE OR REPLACE FUNCTION standpipe.notify_new(ops standpipe.op[], why text) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF current_setting('standpipe.notifications', true) = 'off' THEN
-        RETURN;
-    END IF;
-    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
-    SELECT o.uri || '#notification', r.did, o.repo, why, r.about, o.cid, o.sort_at
-    FROM unnest(ops) o, LATERAL (
-        SELECT CASE why WHEN 'follow' THEN o.subject ELSE split_part(o.subject, '/', 3) END AS did,
-               CASE WHEN why <> 'follow' THEN o.subject END AS about
-    ) r
-    WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) <= 499
-      AND (r.about IS NULL OR length(r.about) <= 512);
-END $$;
-
--- For new posts: like notify_post, for several.
-CREATE OR REPLACE FUNCTION standpipe.notify_new_posts(ops standpipe.op[]) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF current_setting('standpipe.notifications', true) = 'off' THEN
-        RETURN;
-    END IF;
-    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
-    SELECT o.uri || '#notification/' || r.why, r.did, o.repo, r.why, o.uri, o.cid, o.sort_at
-    FROM unnest(ops) o, LATERAL (
-        VALUES ('reply', split_part(o.body ->> 'parent_uri', '/', 3)), ('quote', split_part(o.subject, '/', 3))
-    ) AS r (why, did)
-    WHERE r.did LIKE 'did:%' AND r.did <> o.repo AND length(r.did) <= 255 AND length(o.uri) + length(r.why) < 499;
-    INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
-    SELECT o.uri || '#notification/mention/' || did, did, o.repo, 'mention', o.uri, o.cid, o.sort_at
-    FROM unnest(ops) o, unnest(standpipe.mentioned(o.body -> 'facets')) did
-    WHERE o.body ? 'facets' AND did <> o.repo AND length(did) <= 255 AND length(o.uri) + length(did) <= 490;
-END $$;
-
 -- For one new like, repost or follow.
 CREATE OR REPLACE FUNCTION standpipe.notify_one(o standpipe.op, recipient text, why text, about text) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -83,13 +49,6 @@ BEGIN
     FOR i IN 1 .. cardinality(endings) LOOP
         DELETE FROM notifications n WHERE n.uri = record || '#notification' || endings[i];
     END LOOP;
-END $$;
-
-CREATE OR REPLACE FUNCTION standpipe.unnotify_keys(keys text[]) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off' THEN
-        DELETE FROM notifications n WHERE n.uri = ANY (keys);
-    END IF;
 END $$;
 
 -- For a like or repost: notifies the owner of its subject, and the account of `via`, if that is a different one.

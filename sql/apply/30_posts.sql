@@ -149,66 +149,6 @@ BEGIN
     RETURN true;
 END $$;
 
--- Several at a time, no two of the same record: posts without a row, a tombstone or a gate are written together, the
--- others one by one.
-CREATE OR REPLACE FUNCTION standpipe.put_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
-DECLARE
-    one standpipe.op;
-    e standpipe.effect;
-    all_of standpipe.effects;
-    written text[];
-    fresh standpipe.op[] := ops;
-    ignored text;
-BEGIN
-    WITH w AS (
-        INSERT INTO posts AS r (uri, cid, author_did, text, langs, tags, parent_uri, parent_cid, root_uri, root_cid,
-                                embed, facets, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
-        SELECT o.uri, o.cid, o.repo, o.body ->> 'text', o.body -> 'langs', coalesce(o.body -> 'tags', '[]'),
-               o.body ->> 'parent_uri', o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
-               o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
-        FROM unnest(ops) o
-        WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri = o.uri)
-          AND NOT EXISTS (SELECT FROM posts r WHERE r.uri = o.uri)
-          AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
-          AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
-        RETURNING r.uri
-    )
-    SELECT array_agg(w.uri) INTO written FROM w;
-    IF cardinality(written) = cardinality(ops) THEN
-        all_of.applied := array_fill(true, ARRAY[cardinality(ops)]);
-    ELSE
-        fresh := '{}';
-        FOREACH one IN ARRAY ops LOOP
-            IF one.uri = ANY (written) THEN
-                fresh := fresh || one;
-                all_of.applied := all_of.applied || true;
-            ELSE
-                e := standpipe.put_post(one);
-                all_of.applied := all_of.applied || e.applied;
-                all_of.deltas := all_of.deltas || e.deltas;
-            END IF;
-        END LOOP;
-    END IF;
-    INSERT INTO feed_items (uri, post_uri, originator_did, type, sort_at, cid, created_at)
-    SELECT o.uri, o.uri, o.repo, CASE WHEN o.body ? 'parent_uri' THEN 'reply' ELSE 'post' END,
-           o.sort_at, o.cid, o.created_at
-    FROM unnest(fresh) o;
-    -- Like put_post_parts and post_deltas, for several.
-    INSERT INTO quotes (uri, cid, post_uri, quoted_uri, quoted_cid, created_at)
-    SELECT o.uri, o.cid, o.uri, o.subject, o.subject_cid, o.created_at FROM unnest(fresh) o WHERE o.subject IS NOT NULL;
-    ignored := standpipe.notify_new_posts(fresh);
-    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(fresh) o WHERE o.body ? 'labels') LOOP
-        ignored := standpipe.label_self(one, one.body -> 'labels', false);
-    END LOOP;
-    all_of.deltas := all_of.deltas || ARRAY(
-        SELECT ROW(d.uri, 0, 0, d.replies, d.quotes, 0)::standpipe.delta
-        FROM unnest(fresh) o, LATERAL (
-            VALUES (o.uri, 0, 0), (o.body ->> 'parent_uri', 1, 0), (o.subject, 0, 1)
-        ) AS d (uri, replies, quotes)
-        WHERE d.uri IS NOT NULL);
-    RETURN all_of;
-END $$;
-
 -- Deletes the row if it is older than its delete.
 CREATE OR REPLACE FUNCTION standpipe.delete_post(o standpipe.op) RETURNS standpipe.effect LANGUAGE plpgsql AS $$
 BEGIN
@@ -219,46 +159,6 @@ BEGIN
         RETURN ROW(false, ARRAY[]::standpipe.delta[]);
     END IF;
     RETURN ROW(true, standpipe.remove_post(o.uri));
-END $$;
-
--- Several at a time, no two of the same record.
-CREATE OR REPLACE FUNCTION standpipe.delete_posts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
-DECLARE
-    all_of standpipe.effects;
-    gone text[];
-    gated text[];
-    notifications text[];
-    ignored text;
-BEGIN
-    ignored := standpipe.put_tombstones(ops);
-    WITH d AS (
-        DELETE FROM posts r USING unnest(ops) o
-        WHERE r.uri = o.uri AND standpipe.newer(
-            o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
-        RETURNING r.uri, r.parent_uri, r.facets, r.has_thread_gate
-    )
-    SELECT array_agg(d.uri), array_agg(d.uri) FILTER (WHERE d.has_thread_gate),
-           array_agg(ROW(d.parent_uri, 0, 0, -1, 0, 0)::standpipe.delta) FILTER (WHERE d.parent_uri IS NOT NULL),
-           array_agg(d.uri || '#notification/reply') || array_agg(d.uri || '#notification/quote')
-               || (SELECT array_agg(m.uri || '#notification/mention/' || did)
-                   FROM d AS m, unnest(standpipe.mentioned(m.facets)) did WHERE m.facets IS NOT NULL)
-    INTO gone, gated, all_of.deltas, notifications FROM d;
-    all_of.applied := ARRAY(
-        SELECT coalesce(o.uri = ANY (gone), false) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    IF gone IS NULL THEN
-        RETURN all_of;
-    END IF;
-    -- Like remove_post, for several.
-    WITH d AS (DELETE FROM quotes q WHERE q.post_uri = ANY (gone) RETURNING q.quoted_uri)
-    SELECT all_of.deltas || array_agg(ROW(d.quoted_uri, 0, 0, 0, -1, 0)::standpipe.delta) INTO all_of.deltas FROM d;
-    DELETE FROM feed_items f WHERE f.uri = ANY (gone);
-    DELETE FROM labels l USING unnest(gone) g WHERE l.subject = g AND l.uri = g || '#label/' || l.val;
-    ignored := standpipe.unnotify_keys(notifications);
-    FOR i IN 1 .. coalesce(cardinality(gated), 0) LOOP
-        -- The accounts that it mentioned are no longer known.
-        ignored := standpipe.judge_replies(gated[i]);
-    END LOOP;
-    RETURN all_of;
 END $$;
 
 -- Removes a row and everything that depends on it. Gates stay: they are records of their own.

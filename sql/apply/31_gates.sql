@@ -103,6 +103,41 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Judges what a post's gates decide again, in a transaction of its own that sees what was committed while the gate, or
+-- the post, was written.
+CREATE OR REPLACE FUNCTION standpipe.judge_gate(post text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text := standpipe.lock(ARRAY[post]);
+BEGIN
+    UPDATE posts p SET
+        has_thread_gate = EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = post),
+        has_post_gate = EXISTS (SELECT FROM post_gates g WHERE g.post_uri = post)
+    WHERE p.uri = post
+      AND (p.has_thread_gate <> EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = post)
+        OR p.has_post_gate <> EXISTS (SELECT FROM post_gates g WHERE g.post_uri = post));
+    ignored := standpipe.judge_replies(post);
+    ignored := standpipe.judge_quotes(post);
+END $$;
+
+-- The same for a post, by the gates of its root and of the post that it quotes. A version that refers to others is
+-- judged by whoever writes it.
+CREATE OR REPLACE FUNCTION standpipe.judge_post(post text, root text, quoted text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text := standpipe.lock(ARRAY(
+        SELECT n.name FROM (
+            SELECT post UNION SELECT '~' || root WHERE root <> post UNION SELECT '~' || quoted WHERE quoted <> post
+        ) AS n (name) ORDER BY ltrim(n.name, '~') COLLATE "C"));
+    author text := split_part(post, '/', 3);
+    breaks_thread boolean := root IS NOT NULL AND standpipe.reply_breaks_gate(post, author, root);
+    breaks_post boolean := quoted IS NOT NULL AND standpipe.quote_breaks_gate(post, author, quoted);
+BEGIN
+    UPDATE posts p SET violates_thread_gate = breaks_thread, violates_embedding_rules = breaks_post
+    WHERE p.uri = post AND p.root_uri IS NOT DISTINCT FROM root
+      AND (SELECT q.quoted_uri FROM quotes q WHERE q.post_uri = post) IS NOT DISTINCT FROM quoted
+      AND (p.violates_thread_gate <> breaks_thread OR p.violates_embedding_rules <> breaks_post);
+    ignored := standpipe.judge_gate(post);
+END $$;
+
 -- body: `allow` and `hidden_replies` where the record has them; `lists`, the URIs of its list rules.
 CREATE OR REPLACE FUNCTION standpipe.put_thread_gate(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE

@@ -52,43 +52,6 @@ BEGIN
     RETURN true;
 END $$;
 
--- For several accounts, none of them deleted.
-CREATE OR REPLACE FUNCTION standpipe.put_profiles(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
-DECLARE
-    one standpipe.op;
-    all_of standpipe.effects;
-    changed text[];
-    ignored text;
-BEGIN
-    WITH w AS (
-        INSERT INTO standpipe.accounts AS a (did, profile_rev, profile_seq, profile_ms, profile_sq)
-        SELECT o.repo, o.rev, o.seq, o.ms, o.sq FROM unnest(ops) o
-        ON CONFLICT (did) DO UPDATE SET
-            profile_rev = excluded.profile_rev, profile_seq = excluded.profile_seq,
-            profile_ms = excluded.profile_ms, profile_sq = excluded.profile_sq
-        WHERE standpipe.newer(excluded.profile_rev, excluded.profile_seq, excluded.profile_ms, excluded.profile_sq,
-                              a.profile_rev, a.profile_seq, a.profile_ms, a.profile_sq)
-        RETURNING a.did
-    )
-    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
-    UPDATE users u SET
-        display_name = o.body ->> 'display_name', description = o.body ->> 'description',
-        avatar_url = o.body ->> 'avatar_url', banner_url = o.body ->> 'banner_url',
-        pinned_post = o.body -> 'pinned_post', profile_record = o.body -> 'record'
-    FROM unnest(ops) o
-    WHERE o.repo = ANY (changed) AND u.did = o.repo;
-    -- Like label_self, for several.
-    DELETE FROM labels l USING unnest(ops) o
-    WHERE o.repo = ANY (changed) AND l.subject = o.uri AND l.uri = o.uri || '#label/' || l.val
-      AND NOT coalesce(o.body -> 'labels' ? l.val, false);
-    FOREACH one IN ARRAY ARRAY(SELECT o FROM unnest(ops) o WHERE o.repo = ANY (changed) AND o.body ? 'labels') LOOP
-        ignored := standpipe.label_self(one, one.body -> 'labels', false);
-    END LOOP;
-    all_of.applied := ARRAY(
-        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    RETURN all_of;
-END $$;
-
 -- #identity. subject: the handle. Two registers: the newest handle claimed for the account, and the newest
 -- claimant of the handle. A user shows its newest handle while it is that handle's newest claimant, else
 -- handle.invalid. `locked` holds the handles whose locks the caller took; an account's handle that changed
@@ -130,54 +93,6 @@ BEGIN
         WHERE a.did = o.repo AND u.did = o.repo;
     END IF;
     RETURN changed;
-END $$;
-
--- For several accounts, each with a different handle.
-CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[]) RETURNS standpipe.effects
-LANGUAGE plpgsql AS $$
-DECLARE
-    all_of standpipe.effects;
-    changed text[];
-    others text[];
-BEGIN
-    PERFORM FROM unnest(ops) o, standpipe.accounts a WHERE a.did = o.repo AND NOT a.handle = ANY (locked);
-    IF FOUND THEN
-        RAISE EXCEPTION 'a handle changed meanwhile' USING ERRCODE = 'serialization_failure';
-    END IF;
-    WITH w AS (
-        INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
-        SELECT o.repo, o.subject, o.seq, o.ms, o.sq FROM unnest(ops) o
-        ON CONFLICT (did) DO UPDATE SET
-            handle = excluded.handle, handle_seq = excluded.handle_seq,
-            handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
-        WHERE a.handle IS NULL OR standpipe.newer(
-            NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
-            NULL, a.handle_seq, a.handle_ms, a.handle_sq)
-        RETURNING a.did
-    )
-    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
-    WITH w AS (
-        INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
-        SELECT o.subject, o.repo, o.seq, o.ms, o.sq FROM unnest(ops) o
-        ON CONFLICT (handle) DO UPDATE SET
-            did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
-        WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq)
-        RETURNING h.did
-    )
-    SELECT array_agg(w.did) INTO others FROM w;
-    changed := changed || others;
-    UPDATE users u SET handle = 'handle.invalid'
-    FROM unnest(ops) o, standpipe.handles h
-    WHERE o.repo = ANY (changed) AND h.handle = o.subject AND u.handle = o.subject AND u.did <> h.did;
-    UPDATE users u SET handle = CASE
-            WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
-            ELSE 'handle.invalid'
-        END
-    FROM standpipe.accounts a
-    WHERE a.did = ANY (changed) AND u.did = a.did;
-    all_of.applied := ARRAY(
-        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    RETURN all_of;
 END $$;
 
 -- Which of two statuses of an account is newer: by epoch and number; if neither has a number, by the event's time. With
@@ -227,27 +142,3 @@ BEGIN
     RETURN changed;
 END $$;
 
--- For several accounts, none with the status deleted.
-CREATE OR REPLACE FUNCTION standpipe.put_accounts(ops standpipe.op[]) RETURNS standpipe.effects LANGUAGE plpgsql AS $$
-DECLARE
-    all_of standpipe.effects;
-    changed text[];
-BEGIN
-    WITH w AS (
-        INSERT INTO standpipe.accounts AS a (did, status_seq, status_time, status_ms, status_sq)
-        SELECT o.repo, o.seq, o.created_at, o.ms, o.sq FROM unnest(ops) o
-        ON CONFLICT (did) DO UPDATE SET
-            status_seq = excluded.status_seq, status_time = excluded.status_time,
-            status_ms = excluded.status_ms, status_sq = excluded.status_sq
-        WHERE standpipe.newer_status(excluded.status_seq, excluded.status_time, excluded.status_ms, excluded.status_sq,
-                                     a.status_seq, a.status_time, a.status_ms, a.status_sq)
-        RETURNING a.did
-    )
-    SELECT coalesce(array_agg(w.did), '{}') INTO changed FROM w;
-    UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject
-    FROM unnest(ops) o
-    WHERE o.repo = ANY (changed) AND u.did = o.repo;
-    all_of.applied := ARRAY(
-        SELECT o.repo = ANY (changed) FROM unnest(ops) WITH ORDINALITY o ORDER BY o.ordinality);
-    RETURN all_of;
-END $$;

@@ -104,6 +104,7 @@ BEGIN
         RETURN 0;
     END IF;
 
+    PERFORM standpipe.share_partitions(ARRAY[account]);
     IF kind IN ('post', 'thread_gate', 'post_gate') THEN
         -- Before the account's: at:// comes before did:.
         FOREACH gone IN ARRAY keys LOOP
@@ -161,6 +162,7 @@ CREATE OR REPLACE FUNCTION standpipe.purged(account text, deletion text) RETURNS
 DECLARE
     a standpipe.accounts;
 BEGIN
+    PERFORM standpipe.share_partitions(ARRAY[account]);
     PERFORM pg_advisory_xact_lock(hashtextextended(account, 0));
     SELECT * INTO a FROM standpipe.accounts x WHERE x.did = account;
     IF a.deleted_time IS NULL THEN

@@ -25,11 +25,17 @@ BEGIN
     END IF;
     FOREACH d IN ARRAY deltas LOOP
         IF d.likes <> 0 AND split_part(d.post_uri, '/', 4) IN ('app.bsky.feed.generator', 'app.bsky.labeler.service') THEN
-            -- The counter's row is now locked until the end of the transaction: see standpipe.apply.
-            UPDATE feed_generators g SET like_count = standpipe.like_count(d.post_uri) WHERE g.uri = d.post_uri;
-            UPDATE labeler_services s SET like_count = standpipe.like_count(d.post_uri) WHERE s.uri = d.post_uri;
+            ignored := standpipe.copy_like_counts(ARRAY[d.post_uri]);
         END IF;
     END LOOP;
+END $$;
+
+-- Feed generators and labelers copy a counter, whose row is now locked until the end of the transaction: see
+-- standpipe.change_late.
+CREATE OR REPLACE FUNCTION standpipe.copy_like_counts(uris text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE feed_generators g SET like_count = standpipe.like_count(g.uri) WHERE g.uri = ANY (uris);
+    UPDATE labeler_services s SET like_count = standpipe.like_count(s.uri) WHERE s.uri = ANY (uris);
 END $$;
 
 -- A call's only change, which is to a post.
@@ -59,6 +65,36 @@ BEGIN
     RETURN o;
 END $$;
 
+-- Each account is in one of 64 partitions, by the hash that its lock has (src/store/partition.rs has the same one).
+-- A transaction that writes for many accounts locks their partitions, and nothing else (standpipe.lock_partitions); one
+-- that locks single accounts first takes a shared lock on their partitions.
+CREATE OR REPLACE FUNCTION standpipe.partition(did text) RETURNS integer LANGUAGE sql IMMUTABLE AS $$
+    SELECT (hashtextextended(did, 0) & 63)::integer
+$$;
+
+-- Takes the shared locks on the partitions of these accounts, in order. 29296 is an arbitrary number: advisory locks
+-- of two numbers are apart from those of one.
+CREATE OR REPLACE FUNCTION standpipe.share_partitions(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text;
+BEGIN
+    IF cardinality(dids) = 1 THEN
+        ignored := pg_advisory_xact_lock_shared(29296, (hashtextextended(dids[1], 0) & 63)::integer);
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(29296, p.number)
+        FROM (SELECT DISTINCT standpipe.partition(d) AS number FROM unnest(dids) d ORDER BY 1) p;
+    END IF;
+END $$;
+
+-- Begins a transaction that writes for many accounts: nobody else writes for any account of their partitions.
+CREATE OR REPLACE FUNCTION standpipe.lock_partitions(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text := set_config('synchronous_commit', 'off', true);
+BEGIN
+    PERFORM pg_advisory_xact_lock(29296, p.number)
+    FROM (SELECT DISTINCT standpipe.partition(d) AS number FROM unnest(dids) d ORDER BY 1) p;
+END $$;
+
 -- Begins a writing transaction: takes its locks, in order, and does not wait for the disk at its end.
 CREATE OR REPLACE FUNCTION standpipe.lock(locks text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
@@ -78,16 +114,6 @@ BEGIN
     END LOOP;
 END $$;
 
--- Takes those locks that are available without waiting; returns the others.
-CREATE OR REPLACE FUNCTION standpipe.try_lock(locks text[]) RETURNS text[] LANGUAGE plpgsql AS $$
-BEGIN
-    RETURN ARRAY(
-        SELECT name FROM unnest(locks) AS name
-        WHERE NOT CASE WHEN left(name, 1) = '~'
-                       THEN pg_try_advisory_xact_lock_shared(hashtextextended(substr(name, 2), 0))
-                       ELSE pg_try_advisory_xact_lock(hashtextextended(name, 0)) END);
-END $$;
-
 -- Applies the operations of one event, or of several, in one transaction: all of them or none.
 --
 --   locks     the names to lock, sorted bytewise without the ~: the operations' repositories, and URIs of posts whose
@@ -95,8 +121,8 @@ END $$;
 --   repos     the repositories
 --   handles   the handles that #identity operations claim; empty otherwise
 --   dids      accounts that must have a row in users, sorted
---   sets      operations for the set functions, which document what they require of a set
---   ops       all other operations, deletes first
+--   sets      from version 0.1, which may still be running alongside us: operations like those in ops
+--   ops       operations, deletes first
 --   kinds     the kind of each of these: '<kind>' or 'delete <kind>'
 --
 -- Empty lists are NULL.
@@ -107,31 +133,14 @@ END $$;
 -- committed. Inside the statement that writes they would come too late, because its snapshot is older.
 -- synchronous_commit is off for this transaction only; the caller flushes once per batch before it acknowledges
 -- anything. A SET clause on the function would be undone before the commit.
---
--- For an account that opted out, nothing new is stored. Its deletions still apply.
---
--- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter is
--- locked: by the writer of the record and by the writer of a like, so that they take turns and never deadlock.
---
--- The set functions, and those of standpipe.put_new, write without ON CONFLICT, which makes a row half as expensive
--- again: they check first, and nobody else writes to a locked repository. If a worker without locks does, or left a row
--- without its record, the call is refused with unique_violation, and the caller has to use the other functions.
 CREATE OR REPLACE FUNCTION standpipe.apply(
     locks text[], repos text[], handles text[], dids text[], sets standpipe.set[], ops standpipe.op[], kinds text[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
-    o standpipe.op;
-    e standpipe.effect;
     one standpipe.set;
     all_of standpipe.effects;
     former_ops standpipe.op[] := '{}';
     former_kinds text[] := '{}';
-    deltas standpipe.delta[] := '{}';
-    outcomes boolean[] := '{}';
-    forbidden text[];
-    late boolean := false;
-    before integer := 0;
-    i integer := 0;
     ignored text;
 BEGIN
     IF cardinality(handles) > 0 THEN
@@ -141,55 +150,55 @@ BEGIN
         locks := ARRAY(SELECT n.name FROM (SELECT unnest(locks) UNION SELECT '@' || unnest(handles)) AS n (name)
                        ORDER BY ltrim(n.name, '~') COLLATE "C", n.name COLLATE "C");
     END IF;
+    ignored := standpipe.share_partitions(repos);
     ignored := standpipe.lock(locks);
 
-    IF coalesce((ops[1]).seq, (sets[1]).ops[1].seq) NOT LIKE '%@%' THEN
-        ops := ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(ops) p);
-        sets := ARRAY(SELECT ROW(q.kind, ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(q.ops) p))::standpipe.set
-                      FROM unnest(sets) q);
-    END IF;
-    IF cardinality(dids) > 0 THEN
-        ignored := standpipe.ensure_users(dids);
-    END IF;
-    PERFORM FROM user_settings s WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden
-    UNION ALL
-    SELECT FROM standpipe.accounts a WHERE a.did = ANY (repos) AND a.deleted_time IS NOT NULL;
-    IF FOUND THEN
-        -- All of this is rare.
-        forbidden := ARRAY(SELECT s.user_did FROM user_settings s
-                           WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
-        FOREACH one IN ARRAY coalesce(sets, '{}') LOOP
+    IF sets IS NOT NULL THEN
+        FOREACH one IN ARRAY sets LOOP
             former_ops := former_ops || one.ops;
             former_kinds := former_kinds || array_fill(one.kind, ARRAY[cardinality(one.ops)]);
         END LOOP;
         ops := former_ops || ops;
         kinds := former_kinds || kinds;
-        sets := NULL;
     END IF;
-    FOREACH one IN ARRAY coalesce(sets, '{}') LOOP
-        CASE one.kind
-            WHEN 'like' THEN all_of := standpipe.put_likes(one.ops);
-            WHEN 'follow' THEN all_of := standpipe.put_follows(one.ops);
-            WHEN 'post' THEN all_of := standpipe.put_posts(one.ops);
-            WHEN 'repost' THEN all_of := standpipe.put_reposts(one.ops);
-            WHEN 'delete like' THEN all_of := standpipe.delete_likes(one.ops);
-            WHEN 'delete follow' THEN all_of := standpipe.delete_follows(one.ops);
-            WHEN 'delete repost' THEN all_of := standpipe.delete_reposts(one.ops);
-            WHEN 'delete post' THEN all_of := standpipe.delete_posts(one.ops);
-            WHEN 'profile' THEN all_of := standpipe.put_profiles(one.ops);
-            WHEN 'identity' THEN all_of := standpipe.put_identities(one.ops, handles);
-            WHEN 'account' THEN all_of := standpipe.put_accounts(one.ops);
-        END CASE;
-        outcomes := outcomes || all_of.applied;
-        deltas := deltas || all_of.deltas;
-        before := before + cardinality(one.ops);
-    END LOOP;
+    IF (ops[1]).seq NOT LIKE '%@%' THEN
+        ops := ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(ops) p);
+    END IF;
+    IF cardinality(dids) > 0 THEN
+        ignored := standpipe.ensure_users(dids);
+    END IF;
+    all_of := standpipe.change(repos, handles, ops, kinds);
+    IF cardinality(all_of.deltas) > 0 THEN
+        ignored := standpipe.count(all_of.deltas);
+    END IF;
+    IF kinds && '{feed_generator, labeler_service, delete feed_generator, delete labeler_service}' THEN
+        all_of.applied := standpipe.change_late(repos, ops, kinds, all_of.applied);
+    END IF;
+    RETURN all_of.applied;
+END $$;
+
+-- Those of these accounts that opted out: nothing new of them is stored. Their deletions still apply.
+CREATE OR REPLACE FUNCTION standpipe.forbidden(repos text[]) RETURNS text[] LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN ARRAY(SELECT s.user_did FROM user_settings s WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
+END $$;
+
+-- The operations of standpipe.apply, but for the counters: applies them one by one, and returns what they change there.
+CREATE OR REPLACE FUNCTION standpipe.change(repos text[], handles text[], ops standpipe.op[], kinds text[])
+RETURNS standpipe.effects LANGUAGE plpgsql AS $$
+DECLARE
+    o standpipe.op;
+    e standpipe.effect;
+    all_of standpipe.effects;
+    forbidden text[] := standpipe.forbidden(repos);
+    i integer := 0;
+BEGIN
     FOREACH o IN ARRAY coalesce(ops, '{}') LOOP
         i := i + 1;
         e.deltas := '{}';
-        IF forbidden IS NOT NULL AND o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
+        IF o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
                 AND NOT (kinds[i] = 'profile' AND o.body IS NULL) THEN
-            outcomes := outcomes || false;
+            all_of.applied := all_of.applied || false;
             CONTINUE;
         END IF;
         -- Most frequent first.
@@ -214,9 +223,8 @@ BEGIN
             WHEN 'bookmark' THEN e := standpipe.put_bookmark(o);
             WHEN 'delete bookmark' THEN e := standpipe.delete_bookmark(o);
             WHEN 'feed_generator', 'labeler_service', 'delete feed_generator', 'delete labeler_service' THEN
-                -- Only its counter for now: it exists as soon as the record is written, and is locked if there is a
-                -- row.
-                late := true;
+                -- Only its counter for now (see change_late): it exists as soon as the record is written, and is
+                -- locked if there is a row.
                 e.applied := false;
                 IF kinds[i] NOT LIKE 'delete %'
                         OR EXISTS (SELECT FROM feed_generators g WHERE g.uri = o.uri)
@@ -226,27 +234,33 @@ BEGIN
             -- The other plain kinds.
             ELSE e.applied := standpipe.apply_plain(kinds[i], o);
         END CASE;
-        outcomes := outcomes || e.applied;
-        deltas := deltas || e.deltas;
+        all_of.applied := all_of.applied || e.applied;
+        all_of.deltas := all_of.deltas || e.deltas;
     END LOOP;
+    RETURN all_of;
+END $$;
 
-    IF cardinality(deltas) > 0 THEN
-        ignored := standpipe.count(deltas);
-    END IF;
-    IF late THEN
-        FOR i IN 1 .. cardinality(ops) LOOP
-            o := ops[i];
-            IF kinds[i] LIKE 'delete %' OR (o.repo = ANY (forbidden)) IS NOT TRUE THEN
-                CASE kinds[i]
-                    WHEN 'feed_generator' THEN outcomes[before + i] := standpipe.put_feed_generator(o);
-                    WHEN 'labeler_service' THEN outcomes[before + i] := standpipe.put_labeler_service(o);
-                    WHEN 'delete feed_generator' THEN outcomes[before + i] := standpipe.delete_feed_generator(o);
-                    WHEN 'delete labeler_service' THEN outcomes[before + i] := standpipe.delete_labeler_service(o);
-                    ELSE
-                END CASE;
-            END IF;
-        END LOOP;
-    END IF;
+-- Feed generators and labelers copy a counter. Their rows are written after the counters, when the row of the counter is
+-- locked: by the writer of the record and by the writer of a like, so that they take turns and never deadlock.
+CREATE OR REPLACE FUNCTION standpipe.change_late(
+    repos text[], ops standpipe.op[], kinds text[], outcomes boolean[]
+) RETURNS boolean[] LANGUAGE plpgsql AS $$
+DECLARE
+    o standpipe.op;
+    forbidden text[] := standpipe.forbidden(repos);
+BEGIN
+    FOR i IN 1 .. cardinality(ops) LOOP
+        o := ops[i];
+        IF kinds[i] LIKE 'delete %' OR o.repo <> ALL (forbidden) THEN
+            CASE kinds[i]
+                WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(o);
+                WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(o);
+                WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(o);
+                WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(o);
+                ELSE
+            END CASE;
+        END IF;
+    END LOOP;
     RETURN outcomes;
 END $$;
 
@@ -292,8 +306,10 @@ DECLARE
 BEGIN
     IF locks IS NULL THEN
         ignored := concat(set_config('synchronous_commit', 'off', true),
+                          pg_advisory_xact_lock_shared(29296, (hashtextextended(o.repo, 0) & 63)::integer),
                           pg_advisory_xact_lock(hashtextextended(o.repo, 0)));
     ELSE
+        ignored := standpipe.share_partitions(ARRAY[o.repo]);
         ignored := standpipe.lock(locks);
     END IF;
     IF dids IS NOT NULL THEN

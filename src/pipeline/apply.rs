@@ -16,30 +16,30 @@ use crate::metrics;
 use crate::status::State;
 use crate::stop::{Stopped, or_stop};
 use crate::store::verdict::Verdict;
-use crate::store::{Contended, Fate, Session, StoreError};
+use crate::store::{Fate, Session, StoreError};
 use crate::time::Backoff;
 
+/// Fewer events than this do not share a transaction: its own statements would cost more than it saves.
+const SHARED: usize = 32;
 /// How long a halted pipeline waits before it tries again.
 pub(super) const HALTED: Duration = Duration::from_secs(10);
 /// Report PostgreSQL as unresponsive after this long.
 const NO_ANSWER: Duration = Duration::from_secs(5);
 
 impl Pipeline {
-    /// Applies entries until each is durable, rejected or deferred. Waits for the database as long as necessary.
+    /// Applies entries until each is durable or rejected. Waits for the database as long as necessary.
     ///
     /// [`Stopped`] when it is time to stop while the database is down: the entries stay pending.
     pub(super) async fn apply<'a>(
         &self,
         mut batch: Vec<Work<'a>>,
-        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<Vec<Work<'a>>, Stopped> {
         let mut delays = Backoff::default();
         loop {
             let error = match self.store.session().await {
                 Ok(session) => {
-                    let attempt =
-                        AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, contended, stop)));
+                    let attempt = AssertUnwindSafe(self.answered(self.attempt(&session, &mut batch, stop)));
                     let error = match attempt.catch_unwind().await {
                         Ok(Ok(())) => return Ok(batch),
                         Ok(Err(error)) => Ok(error),
@@ -79,7 +79,7 @@ impl Pipeline {
         }
         let mut done = Vec::with_capacity(batch.len());
         for work in batch {
-            done.extend(self.apply(vec![work], Contended::Wait, stop).await?);
+            done.extend(self.apply(vec![work], stop).await?);
         }
         Ok(done)
     }
@@ -100,12 +100,11 @@ impl Pipeline {
         &self,
         session: &Session,
         batch: &mut [Work<'_>],
-        contended: Contended,
         stop: &CancellationToken,
     ) -> Result<(), StoreError> {
         let began = Instant::now();
         let mut delays = Backoff::default();
-        let mut mode = self.transaction;
+        let mut mode = if batch.len() < SHARED { TransactionMode::Event } else { self.transaction };
         loop {
             let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
             if open.is_empty() {
@@ -115,7 +114,7 @@ impl Pipeline {
             for &index in &open {
                 crash::panic_over("apply", &batch[index].entry.data);
             }
-            let fates = session.apply(&events, mode, contended).await?;
+            let fates = session.apply(&events, mode).await?;
             // Transactions are shared only in the first round; the remaining events are applied one by one.
             mode = TransactionMode::Event;
             let mut again = None;
@@ -123,7 +122,6 @@ impl Pipeline {
                 match fate {
                     Fate::Applied(counts) => batch[index].applied(counts),
                     Fate::Rejected(bad) => batch[index].reject(bad),
-                    Fate::Deferred => batch[index].defer(),
                     Fate::Lost(error) => again = Some(error),
                 }
             }
@@ -135,8 +133,7 @@ impl Pipeline {
         }
         ::metrics::histogram!(metrics::TRANSACTION_SECONDS).record(began.elapsed().as_secs_f64());
         crash::at(Point::AfterCommit);
-        let events: Vec<&Event<'_>> =
-            batch.iter().filter(|work| !work.is_deferred()).filter_map(Work::event).collect();
+        let events: Vec<&Event<'_>> = batch.iter().filter_map(Work::event).collect();
         session.flush(&events).await?;
         crash::at(Point::AfterFlush);
         ::metrics::histogram!(metrics::BATCH_SECONDS).record(began.elapsed().as_secs_f64());

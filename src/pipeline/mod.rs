@@ -4,11 +4,13 @@
 //! - `apply`: applying to the database, however long that takes
 //! - `settle`: acknowledgements and dead letters
 //! - `claim`: taking over the pending entries of other consumers
+//! - `lanes`: dealing entries to the pipelines by account
 //! - `replay`: working alongside another program
 //! - `state`: whether the pipeline may run, and its reported state
 
 mod apply;
 mod claim;
+mod lanes;
 mod replay;
 mod settle;
 mod state;
@@ -29,18 +31,19 @@ use crate::metrics;
 use crate::mutex::lock;
 use crate::status::{State, Status};
 use crate::stop::{Stopped, or_stop};
-use crate::store::{Contended, Store};
+use crate::store::Store;
 use crate::stream::entry::Batch;
 use crate::stream::{Redis, Stream, StreamError, StreamResult, epochs, is_nogroup};
 use crate::time::Backoff;
+use lanes::LANE_BATCH;
 use work::Work;
+
+pub use lanes::Lanes;
 
 /// Entries in hand are kept fresh this often: the Node.js workers claim entries that are idle for ten seconds.
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// A batch larger than this halves the next read: entries can be of any size, memory is limited.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
-/// How many batches in a row may defer events to the next one; after that the pipeline waits for the locks.
-const LEAVE_ROUNDS: u32 = 4;
 
 /// One of N pipelines: a consumer of the group with its own connection to Redis.
 pub struct Pipeline {
@@ -57,6 +60,8 @@ pub struct Pipeline {
     claim_idle: Duration,
     max_attempts: u64,
     in_hand: InHand,
+    /// Where events share transactions.
+    lanes: Option<Arc<Lanes>>,
     /// Whether this process has its consumer names to itself.
     names: watch::Receiver<Names>,
     /// Whether an operator has paused us.
@@ -102,6 +107,7 @@ impl Pipeline {
             claim_idle: config.claim_idle,
             max_attempts: config.max_attempts.into(),
             in_hand,
+            lanes: None,
             names,
             pause: watch::channel(false).1,
             index,
@@ -114,6 +120,13 @@ impl Pipeline {
             transaction: config.transaction,
             dead_letter_budget: config.dead_letter_max_bytes,
         }
+    }
+
+    /// Deals what it reads to these lanes, and works on its own.
+    #[must_use]
+    pub fn in_lanes(mut self, lanes: Arc<Lanes>) -> Self {
+        self.lanes = Some(lanes);
+        self
     }
 
     /// Pauses while this is true.
@@ -147,22 +160,9 @@ impl Pipeline {
         self.say(State::Stopped);
     }
 
-    /// Works over one connection to Redis. Entries unfinished when it breaks stay pending, and the next session starts
-    /// with them.
+    /// Works over one connection to Redis: first on the entries that we received earlier and never acknowledged, then on
+    /// new ones. Entries unfinished when it breaks stay pending, and the next session starts with them.
     async fn session(&self, stop: &CancellationToken) -> Result<(), Ended> {
-        let mut left = Vec::new();
-        let ended = self.read_and_work(&mut left, stop).await;
-        let mut in_hand = lock(&self.in_hand);
-        for entry in left {
-            in_hand.remove(&entry.id);
-        }
-        ended
-    }
-
-    /// First the entries that we received earlier and never acknowledged, then new ones. `left`: entries deferred to
-    /// the next batch, because other pipelines hold locks on the same accounts.
-    async fn read_and_work(&self, left: &mut Vec<Entry>, stop: &CancellationToken) -> Result<(), Ended> {
-        let mut rounds = 0;
         let mut stream = self.redis.connect().await?;
         let mut missing = Backoff::default();
         let mut after = Some(EntryId::default());
@@ -172,19 +172,27 @@ impl Pipeline {
         let mut next_claim = Instant::now() + every.mul_f64(fastrand::f64());
         while !stop.is_cancelled() && *self.names.borrow() == Names::Ours {
             if self.is_paused() {
-                self.finish_left(&mut stream, left, stop).await?;
+                self.finish_lane(&mut stream, stop).await?;
                 self.rest(stop).await;
                 continue;
             }
             if after.is_none() && Instant::now() >= next_claim {
-                self.finish_left(&mut stream, left, stop).await?;
                 self.claim(&mut stream, stop).await?;
                 next_claim = Instant::now() + every;
             }
-            let Some(mut batch) =
-                self.read(&mut stream, after, count, left.len(), &mut missing, stop).await?
-            else {
-                continue;
+            let read = match &self.lanes {
+                Some(lanes) if after.is_none() => self.gather(lanes, &mut stream, count).await,
+                _ => self.read(&mut stream, after, count).await,
+            };
+            let mut batch = match read {
+                Ok(batch) => batch,
+                Err(error) if is_nogroup(&error) => {
+                    metrics::note_ensured(stream.ensure().await?);
+                    // Without a pause, a group that keeps being destroyed would keep a processor busy.
+                    or_stop(stop, tokio::time::sleep(missing.pause())).await?;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
             };
             self.say(State::Running);
             if let Some(id) = &mut after {
@@ -193,66 +201,69 @@ impl Pipeline {
                     None => after = None,
                 }
             }
+            count = self.next_count(&batch, count);
             if after.is_some() {
-                count = self.next_count(&batch, count);
+                // Those that were dealt to another lane are being worked on.
+                let in_hand = lock(&self.in_hand).clone();
+                batch.entries.retain(|entry| !in_hand.contains(&entry.id));
                 self.work_again(&mut stream, batch, stop).await?;
                 continue;
             }
-            let anything_new = !batch.entries.is_empty();
-            if anything_new {
+            if !batch.entries.is_empty() {
                 missing.reset();
             }
-            let may_defer = anything_new && rounds < LEAVE_ROUNDS && left.len() <= count / 2;
-            let contended = if may_defer { Contended::Defer } else { Contended::Wait };
-            batch.entries.append(left);
-            count = self.next_count(&batch, count);
-            *left = self.work(&mut stream, batch, contended, stop).await?;
-            rounds = if left.is_empty() { 0 } else { rounds + 1 };
+            self.work(&mut stream, batch, stop).await?;
         }
         if *self.names.borrow() == Names::Ours {
-            self.finish_left(&mut stream, left, stop).await?;
+            self.finish_lane(&mut stream, stop).await?;
         }
         Ok(())
     }
 
-    /// The next entries: with `after`, those behind it that were delivered to us before; without it, new ones. `None`
-    /// if the group had to be created again.
-    async fn read(
-        &self,
-        stream: &mut Stream,
-        after: Option<EntryId>,
-        count: usize,
-        left: usize,
-        missing: &mut Backoff,
-        stop: &CancellationToken,
-    ) -> Result<Option<Batch>, Ended> {
-        let read = if let Some(id) = after {
-            stream.read_pending(&self.consumer, count, id).await
-        } else {
-            let room = count.saturating_sub(left).max(1);
-            stream.read_new(&self.consumer, room, left == 0).await
-        };
-        match read {
-            Ok(batch) => Ok(Some(batch)),
-            Err(error) if is_nogroup(&error) => {
-                metrics::note_ensured(stream.ensure().await?);
-                // Without a pause, a group that keeps being destroyed would keep a processor busy.
-                or_stop(stop, tokio::time::sleep(missing.pause())).await?;
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
+    /// Works on what is waiting in our lane, which gets nothing more.
+    async fn finish_lane(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<(), Ended> {
+        let entries = self.lanes.as_ref().map(|lanes| lanes.close(self.index)).unwrap_or_default();
+        self.work(stream, Batch { entries, gone: Vec::new() }, stop).await
+    }
+
+    /// The next entries: with `after`, those behind it that were delivered to us before; without it, new ones.
+    async fn read(&self, stream: &mut Stream, after: Option<EntryId>, count: usize) -> StreamResult<Batch> {
+        match after {
+            Some(id) => stream.read_pending(&self.consumer, count, id).await,
+            None => stream.read_new(&self.consumer, count, true).await,
         }
     }
 
-    /// Works on deferred entries until they are done, however long others hold the locks on their accounts.
-    async fn finish_left(
-        &self,
-        stream: &mut Stream,
-        left: &mut Vec<Entry>,
-        stop: &CancellationToken,
-    ) -> Result<(), Ended> {
-        let batch = Batch { entries: std::mem::take(left), gone: Vec::new() };
-        self.work(stream, batch, Contended::Wait, stop).await.map(drop)
+    /// What is waiting in our lane, and new entries, until there are enough for a batch or no more. Those of busy lanes
+    /// are dealt to them.
+    async fn gather(&self, lanes: &Lanes, stream: &mut Stream, count: usize) -> StreamResult<Batch> {
+        let mut batch = Batch { entries: lanes.take(self.index, LANE_BATCH), gone: Vec::new() };
+        while batch.entries.len() < LANE_BATCH && !lanes.is_full() {
+            let wait = batch.entries.is_empty();
+            if wait && !lanes.rest(self.index) {
+                break;
+            }
+            let read = match stream.read_new(&self.consumer, count, wait).await {
+                Ok(read) => read,
+                Err(error) => {
+                    lanes.put_back(self.index, batch.entries);
+                    return Err(error);
+                }
+            };
+            lock(&self.in_hand).extend(read.entries.iter().map(|entry| entry.id));
+            let is_last = read.entries.len() < count;
+            batch.gone.extend(read.gone);
+            batch.entries.extend(lanes.deal(self.index, read.entries));
+            let room = LANE_BATCH.saturating_sub(batch.entries.len());
+            batch.entries.extend(lanes.take(self.index, room));
+            if is_last {
+                break;
+            }
+        }
+        if batch.entries.is_empty() && batch.gone.is_empty() {
+            batch.entries = lanes.help(LANE_BATCH);
+        }
+        Ok(batch)
     }
 
     /// Works on entries that were delivered before. An entry that was delivered many times is processed alone: if it is
@@ -270,31 +281,24 @@ impl Pipeline {
                 times.into_iter().filter(|(_, times)| *times > self.max_attempts).map(|(id, _)| id).collect();
             let (alone, together) = batch.entries.into_iter().partition(|entry| often.contains(&entry.id));
             batch.entries = together;
-            self.work(stream, batch, Contended::Wait, stop).await?;
+            self.work(stream, batch, stop).await?;
             for entry in Vec::<Entry>::into_iter(alone) {
                 let batch = Batch { entries: vec![entry], gone: Vec::new() };
-                self.work(stream, batch, Contended::Wait, stop).await?;
+                self.work(stream, batch, stop).await?;
             }
             return Ok(());
         }
-        self.work(stream, batch, Contended::Wait, stop).await.map(drop)
+        self.work(stream, batch, stop).await
     }
 
-    /// Applies a batch and acknowledges it: the only place that acknowledges. Returns the deferred entries, if
-    /// `contended` allows any.
-    async fn work(
-        &self,
-        stream: &mut Stream,
-        batch: Batch,
-        contended: Contended,
-        stop: &CancellationToken,
-    ) -> Result<Vec<Entry>, Ended> {
+    /// Applies a batch and acknowledges it: the only place that acknowledges.
+    async fn work(&self, stream: &mut Stream, batch: Batch, stop: &CancellationToken) -> Result<(), Ended> {
         if !batch.gone.is_empty() {
             metrics::note_removed(batch.gone.len() as u64);
             stream.give_up(&batch.gone).await?;
         }
         if batch.entries.is_empty() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
         self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
@@ -302,50 +306,51 @@ impl Pipeline {
         lock(&self.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
-            done = self.finish(stream.clone(), &batch.entries, contended, stop) => done,
+            done = self.finish(stream.clone(), &batch.entries, stop) => done,
             never = self.keep_fresh(stream.clone(), &ids) => never,
         };
         let acknowledged = match done {
-            Ok((done, left)) => self.acknowledge(stream, &done).await.map(|()| left).map_err(Ended::from),
+            Ok(done) => self.acknowledge(stream, &done).await.map_err(Ended::from),
             Err(ended) => Err(ended),
         };
-        {
-            let left = acknowledged.as_ref().ok();
-            let mut in_hand = lock(&self.in_hand);
-            for id in ids.iter().filter(|id| !left.is_some_and(|left| left.contains(id))) {
-                in_hand.remove(id);
+        match (&acknowledged, &self.lanes) {
+            // Another pipeline may have read them, and will not read them again.
+            (Err(Ended::Redis(_)), Some(lanes)) => lanes.put_back(self.index, batch.entries),
+            _ => {
+                let mut in_hand = lock(&self.in_hand);
+                for id in &ids {
+                    in_hand.remove(id);
+                }
             }
         }
-        let left = acknowledged?;
-        self.status.pipeline(self.index, |status| status.in_flight = left.len() as u64);
-        Ok(batch.entries.into_iter().filter(|entry| left.contains(&entry.id)).collect())
+        acknowledged?;
+        self.status.pipeline(self.index, |status| status.in_flight = 0);
+        Ok(())
     }
 
     /// Keeps entries fresh while they are being applied. A failure is not handled here: the acknowledgement fails too.
     async fn keep_fresh<T>(&self, mut stream: Stream, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
-            let _ = stream.keep_fresh(&self.consumer, ids).await;
+            let waiting = self.lanes.as_ref().map(|lanes| lanes.waiting(self.index)).unwrap_or_default();
+            let _ = stream.keep_fresh(&self.consumer, &[ids, &waiting].concat()).await;
         }
     }
 
     /// Applies entries and, if another program works alongside us, replays later entries about the same records.
-    /// Returns the finished work, and the ids of the deferred entries.
     async fn finish<'a>(
         &self,
         mut stream: Stream,
         entries: &'a [Entry],
-        contended: Contended,
         stop: &CancellationToken,
-    ) -> Result<(Vec<Work<'a>>, HashSet<EntryId>), Ended> {
+    ) -> Result<Vec<Work<'a>>, Ended> {
         let epochs = self.epochs_of(&mut stream, entries).await?;
-        let mut worked = Vec::with_capacity(entries.len());
-        for part in entries.chunks(self.batch_size.max(entries.len().min(2 * self.batch_size))) {
+        let mut done = Vec::with_capacity(entries.len());
+        let most = if self.lanes.is_some() { LANE_BATCH } else { self.batch_size };
+        for part in entries.chunks(most) {
             let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
-            worked.extend(self.apply(works, contended, stop).await?);
+            done.extend(self.apply(works, stop).await?);
         }
-        let (left, done): (Vec<_>, Vec<_>) = worked.into_iter().partition(Work::is_deferred);
-        let left = left.iter().map(|work| work.entry.id).collect();
         // Checked after the commit: entries delivered to another program from now on find our rows, even if it has only
         // just started.
         let others = match stream.has_others().await {
@@ -355,7 +360,7 @@ impl Pipeline {
         if others {
             self.apply_later(stream, &done, stop).await?;
         }
-        Ok((done, left))
+        Ok(done)
     }
 
     /// The epochs of the stream; read only if one of these entries does not name its epoch.

@@ -9,7 +9,6 @@ use tracing::info;
 use super::work::Work;
 use super::{Ended, Pipeline};
 use crate::event::{EntryId, Op};
-use crate::store::Contended;
 use crate::stream::Stream;
 use crate::stream::group::LeaveOut;
 
@@ -105,7 +104,7 @@ impl Pipeline {
                 }
                 found |= !batch.is_empty();
                 if !batch.is_empty() {
-                    self.apply(batch, Contended::Wait, stop).await?;
+                    self.apply(batch, stop).await?;
                 }
             }
             if !found {

@@ -24,15 +24,13 @@ pub(super) enum Stage<'a> {
     Open(Event<'a>),
     /// In the database: the number of operations of each kind, and how many of them changed anything.
     Applied(Event<'a>, Counts),
-    /// Deferred to the next batch, because others hold locks on the same accounts.
-    Deferred(Event<'a>),
 }
 
 impl<'a> Stage<'a> {
     fn into_event(self) -> Option<Event<'a>> {
         match self {
             Self::Refused => None,
-            Self::Open(event) | Self::Applied(event, _) | Self::Deferred(event) => Some(event),
+            Self::Open(event) | Self::Applied(event, _) => Some(event),
         }
     }
 }
@@ -60,7 +58,7 @@ impl<'a> Work<'a> {
     pub(super) fn event(&self) -> Option<&Event<'a>> {
         match &self.stage {
             Stage::Refused => None,
-            Stage::Open(event) | Stage::Applied(event, _) | Stage::Deferred(event) => Some(event),
+            Stage::Open(event) | Stage::Applied(event, _) => Some(event),
         }
     }
 
@@ -68,7 +66,7 @@ impl<'a> Work<'a> {
     pub(super) fn keep(&mut self, wanted: impl FnMut(&crate::event::Op<'_>) -> bool) -> bool {
         match &mut self.stage {
             Stage::Refused => false,
-            Stage::Open(event) | Stage::Applied(event, _) | Stage::Deferred(event) => event.keep(wanted),
+            Stage::Open(event) | Stage::Applied(event, _) => event.keep(wanted),
         }
     }
 
@@ -83,17 +81,9 @@ impl<'a> Work<'a> {
         matches!(&self.stage, Stage::Open(event) if !event.repo.is_empty())
     }
 
-    pub(super) fn is_deferred(&self) -> bool {
-        matches!(self.stage, Stage::Deferred(_))
-    }
-
     /// Advances it to another stage.
     pub(super) fn applied(&mut self, counts: Counts) {
         self.change(|event| Stage::Applied(event, counts));
-    }
-
-    pub(super) fn defer(&mut self) {
-        self.change(Stage::Deferred);
     }
 
     /// Starts it over, because its commit may be lost.

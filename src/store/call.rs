@@ -6,7 +6,7 @@ use std::error::Error;
 use bytes::{BufMut as _, BytesMut};
 use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
 
-use crate::event::{Json, Micros};
+use crate::event::{Event, Json, Micros, Op};
 
 impl ToSql for Micros {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
@@ -56,12 +56,44 @@ pub(super) struct SqlOp<'a> {
     pub(super) body: Option<&'a Json<'a>>,
 }
 
-/// `standpipe.set`, field by field.
-#[derive(Debug, ToSql)]
-#[postgres(name = "set")]
-pub(super) struct SqlSet<'a> {
-    pub(super) kind: &'static str,
-    pub(super) ops: Vec<SqlOp<'a>>,
+impl<'a> SqlOp<'a> {
+    pub(super) fn of(event: &'a Event<'_>, op: &'a Op<'_>) -> Self {
+        Self {
+            repo: &event.repo,
+            uri: &op.uri,
+            cid: op.cid.as_deref(),
+            rev: event.version.rev.as_deref(),
+            seq: event.version.seq.as_deref(),
+            ms: i64::try_from(event.version.entry.ms).unwrap_or(i64::MAX),
+            sq: i64::try_from(event.version.entry.seq).unwrap_or(i64::MAX),
+            subject: op.subject.as_deref(),
+            subject_cid: op.subject_cid.as_deref(),
+            created_at: op.created_at,
+            sort_at: op.sort_at,
+            body: op.body.as_ref(),
+        }
+    }
+}
+
+/// The name of an operation's kind in `standpipe.change`.
+pub(super) fn kind_of(op: &Op<'_>) -> &'static str {
+    if op.delete { op.kind.delete_name() } else { op.kind.name() }
+}
+
+/// The parameter `sets`, which only version 0.1 gives.
+#[derive(Debug, Default)]
+pub(super) struct NoSets;
+
+impl ToSql for NoSets {
+    fn to_sql(&self, _: &Type, _: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        Ok(IsNull::Yes)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
 }
 
 /// A list that is sent as NULL when empty: an empty array costs PostgreSQL more.
@@ -98,7 +130,7 @@ pub(super) struct Call<'a> {
     pub(super) repos: List<&'a str>,
     pub(super) handles: List<&'a str>,
     pub(super) dids: List<&'a str>,
-    pub(super) sets: List<SqlSet<'a>>,
+    pub(super) sets: NoSets,
     pub(super) ops: List<SqlOp<'a>>,
     pub(super) kinds: List<&'static str>,
 }

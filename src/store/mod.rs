@@ -3,10 +3,12 @@
 pub mod acknowledged;
 pub mod audit;
 mod batch;
+mod bulk;
 mod call;
 mod error;
 mod known;
 pub mod migrate;
+pub mod partition;
 mod plan;
 pub mod purge;
 mod session;
@@ -30,7 +32,7 @@ use known::KnownAccounts;
 use session::{Cancel, Lent};
 use verdict::Verdict;
 
-pub use batch::{Contended, Counts, Fate};
+pub use batch::{Counts, Fate};
 pub use error::StoreError;
 pub use session::Session;
 pub use tokio_postgres::{Client, Row};

@@ -20,7 +20,7 @@ use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
 use standpipe::store::verdict::Verdict;
-use standpipe::store::{Contended, Fate, Store, audit, migrate, purge};
+use standpipe::store::{Fate, Store, audit, migrate, purge};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -147,12 +147,12 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
             .filter(|event| !event.repo.is_empty())
             .collect();
         let mut done = Vec::new();
-        // Both transaction modes; and deferred events are not deferred for long.
-        let mut mode = if batch.len() % 2 == 0 { TransactionMode::Batch } else { TransactionMode::Event };
-        let mut contended = if batch.len() % 4 == 0 { Contended::Defer } else { Contended::Wait };
+        // Both transaction modes, unless one is asked for.
+        let bulk = std::env::var("STANDPIPE_BULK").map_or(batch.len() % 2 == 0, |forced| forced == "1");
+        let mut mode = if bulk { TransactionMode::Batch } else { TransactionMode::Event };
         while !open.is_empty() {
             let sent: Vec<&Event<'_>> = open.iter().collect();
-            let fates = session.apply(&sent, mode, contended).await;
+            let fates = session.apply(&sent, mode).await;
             let fates = fates.unwrap_or_else(|error| panic!("{:?}: {error}", error.verdict));
             assert_eq!(fates.len(), open.len());
             let mut again = Vec::new();
@@ -160,10 +160,6 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
                 match fate {
                     Fate::Applied(_) => done.push(event),
                     Fate::Lost(_) => again.push(event),
-                    Fate::Deferred => {
-                        assert!(contended == Contended::Defer && mode == TransactionMode::Batch);
-                        again.push(event);
-                    }
                     Fate::Rejected(mut bad) => {
                         bad.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
                         for (index, _) in bad {
@@ -175,7 +171,7 @@ async fn apply_batches(store: &Store, queue: &Mutex<VecDeque<Vec<Entry>>>) {
                 }
             }
             open = again;
-            (mode, contended) = (TransactionMode::Event, Contended::Wait);
+            mode = TransactionMode::Event;
         }
         session.flush(&done.iter().collect::<Vec<_>>()).await.unwrap();
     }

@@ -15,7 +15,7 @@ use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
-use standpipe::store::{Contended, Fate, Session, Store, migrate};
+use standpipe::store::{Fate, Session, Store, migrate};
 use standpipe_lab::servers::{PostgresOptions, send_signal};
 
 const EVENTS: u64 = 6_000;
@@ -72,7 +72,7 @@ fn likes(from: u64, count: u64) -> Vec<Entry> {
 }
 
 async fn apply(session: &Session, events: &[&Event<'_>]) {
-    for fate in session.apply(events, TransactionMode::Event, Contended::Wait).await.unwrap() {
+    for fate in session.apply(events, TransactionMode::Event).await.unwrap() {
         assert!(matches!(fate, Fate::Applied(_)), "{fate:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use standpipe::config::{Role, from_env};
-use standpipe::store::{Store, migrate};
+use standpipe::store::{Store, migrate, partition};
 
 use crate::support::{Postgres, connect};
 
@@ -38,7 +38,7 @@ async fn every_statement_can_be_prepared_on_a_migrated_database() {
     let schema = std::fs::read_to_string(root().join("sql/store/statements_schema.sql")).unwrap();
     let schema: String = client.query_one(&schema, &[]).await.unwrap().get(0);
     let mut prepared = 0;
-    for path in ["store", "check", "audit"].into_iter().flat_map(files) {
+    for path in ["store", "bulk", "check", "audit"].into_iter().flat_map(files) {
         let sql = std::fs::read_to_string(&path).unwrap().replace("pg_stat_schema", &schema);
         assert!(sql.starts_with("-- "), "{} does not say what it is for", path.display());
         if let Err(error) = session.client().prepare(&sql).await {
@@ -76,7 +76,7 @@ fn every_sql_file_is_used_and_the_sources_contain_no_inline_statements() {
         .filter_map(|rest| rest.split('"').next()?.rsplit_once("sql/").map(|(_, name)| name.to_owned()))
         .collect();
     // Those of apply and migrations are listed by build.rs.
-    for folder in ["store", "check", "audit"] {
+    for folder in ["store", "bulk", "check", "audit"] {
         for path in files(folder) {
             let name = format!("{folder}/{}", path.file_name().unwrap().to_str().unwrap());
             assert!(used.contains(&name), "sql/{name} is used nowhere");
@@ -96,4 +96,21 @@ fn every_sql_file_is_used_and_the_sources_contain_no_inline_statements() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn an_account_has_the_same_partition_here_and_in_the_database() {
+    let database = Postgres::shared().await.fresh_database().await;
+    let (config, _) = from_env([("DATABASE_URL", database.as_str())], Role::Worker).unwrap();
+    let store = Store::new(&config).unwrap();
+    let mut session = store.session().await.unwrap();
+    migrate::migrate(session.client_mut()).await.unwrap();
+    // Of every length, so that each remainder of the hash's blocks occurs.
+    let dids: Vec<String> =
+        (0..1000).map(|n| "did:plc:ewvi7nxzyoun6zhxrhs64oiz"[..n % 32].to_owned() + &n.to_string()).collect();
+    let sql = "SELECT array_agg(standpipe.partition(d)::bigint ORDER BY i) FROM unnest($1::text[]) WITH ORDINALITY x (d, i)";
+    let theirs: Vec<i64> = session.client().query_one(sql, &[&dids]).await.unwrap().get(0);
+    let ours: Vec<i64> = dids.iter().map(|did| i64::try_from(partition::of(did)).unwrap()).collect();
+    assert_eq!(ours, theirs);
+    assert_eq!(ours.iter().collect::<BTreeSet<_>>().len(), 64, "some partitions are never used");
 }

@@ -18,7 +18,7 @@ use standpipe::config::{Role, TransactionMode, from_env};
 use standpipe::crash::Point;
 use standpipe::event::Entry;
 use standpipe::event::{EntryId, Epochs, Event};
-use standpipe::store::{Contended, Fate, Store};
+use standpipe::store::{Fate, Store};
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
@@ -246,7 +246,7 @@ async fn apply(store: &Store, entries: &[Entry]) {
         entries.iter().map(|entry| interpret(entry, Context::now(&Epochs::UNNAMED)).unwrap()).collect();
     while !open.is_empty() {
         let sent: Vec<&Event<'_>> = open.iter().collect();
-        let results = session.apply(&sent, TransactionMode::Event, Contended::Wait).await.unwrap();
+        let results = session.apply(&sent, TransactionMode::Event).await.unwrap();
         let pairs = open.into_iter().zip(results);
         open = pairs
             .filter_map(|(event, result)| match result {

@@ -1,2 +1,0 @@
--- Takes the locks that nobody has, and returns the others.
-SELECT standpipe.try_lock($1)

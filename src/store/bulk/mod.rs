@@ -1,0 +1,363 @@
+//! The bulk path: many events in one transaction, with one look at what is there, and plain inserts.
+//!
+//! 1. Accounts that may be new get a row, in a transaction of its own.
+//! 2. The transaction locks the partitions of its accounts: nobody else writes for any of them.
+//! 3. One look finds records that have a row or a tombstone, accounts that opted out or were deleted, posts with gates.
+//! 4. Deletes and new records are written column by column, one statement per table. What the look found, what occurs
+//!    twice in the batch, and every rare kind takes the careful way, `standpipe.change`, in the same transaction.
+//! 5. The changes of counters of both are summed up and written last, in the order of their keys.
+//!
+//! Events that have to do with gates, feed generators or labelers are left to the caller, because they need locks of
+//! their own. A gate may still be committed while posts that it applies to are: both sides look again afterwards
+//! (`judge_posts`, `judge_gates`).
+
+mod columns;
+mod sorted;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashSet};
+
+use futures_util::future::{join, join_all, join5};
+use postgres_types::ToSql;
+use tokio_postgres::Row;
+
+use super::batch::{Outcome, outcome, too_few};
+use super::call::{SqlOp, kind_of};
+use super::{Session, StoreError};
+use crate::event::{Event, Kind, Op};
+use columns::{Tables, Versions};
+use sorted::{Found, Sorted, Way};
+
+/// A query's parameters.
+type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
+
+/// Changes of counters by post: likes, reposts, replies, quotes, bookmarks.
+type Deltas<'e> = BTreeMap<Cow<'e, str>, [i32; 5]>;
+
+/// What was deleted: its URI, and whether it was there.
+type Deleted = HashSet<String>;
+
+impl Session {
+    /// Applies events in one transaction: all of them or none, except those that get no outcome, of which nothing is
+    /// applied. The outcomes are in the order of the events.
+    ///
+    /// Nothing is durable before [`Session::flush`] has answered on this same connection.
+    ///
+    /// # Errors
+    ///
+    /// None of the events was applied. Unless the verdict is [`super::Verdict::Reconnect`], they can be tried one by one.
+    pub(super) async fn bulk(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
+        let mut sorted = Sorted::new(events);
+        if sorted.is_empty() {
+            return Ok(vec![None; events.len()]);
+        }
+        self.note_epochs(events).await?;
+        self.add_users(&sorted).await?;
+        let done = self.write(&mut sorted).await;
+        // COMMIT also ends a failed transaction, by rolling it back.
+        let end = if done.is_ok() { "COMMIT" } else { "ROLLBACK" };
+        let ended = self.in_time(self.client.batch_execute(end)).await;
+        let outcomes = done?;
+        ended?;
+        self.judge_posts(&sorted.applied()).await?;
+        Ok(outcomes)
+    }
+
+    /// Accounts that may be new.
+    async fn add_users(&self, sorted: &Sorted<'_, '_>) -> Result<(), StoreError> {
+        let dids = sorted.new_accounts(&self.known);
+        if !dids.is_empty() {
+            self.ask(include_str!("../../../sql/bulk/users.sql"), &[&dids]).await?;
+        }
+        Ok(())
+    }
+
+    /// Everything between BEGIN and COMMIT.
+    async fn write(&self, sorted: &mut Sorted<'_, '_>) -> Result<Vec<Option<Outcome>>, StoreError> {
+        let repos = sorted.repos();
+        let (began, locked) = join(
+            self.in_time(self.client.batch_execute("BEGIN")),
+            self.ask(include_str!("../../../sql/bulk/lock.sql"), &[&repos]),
+        )
+        .await;
+        began?;
+        locked?;
+        sorted.settle(&self.look(sorted).await?);
+        let sorted = &*sorted;
+        let mut deltas = Deltas::new();
+        let deleted = self.delete(sorted, &mut deltas).await?;
+        let others = self.others(sorted).await?;
+        let tables = Tables::of(sorted, &others, &mut deltas);
+        let careful = Careful::of(sorted);
+        let (inserted, changed) = join(self.insert(&tables), self.change(&repos, &careful)).await;
+        inserted?;
+        let changed = changed?;
+        for (uri, delta) in changed.deltas {
+            add(&mut deltas, Cow::Owned(uri), delta);
+        }
+        self.count(&deltas).await?;
+        outcomes(sorted, &deleted, &changed.applied)
+    }
+
+    /// What is there already.
+    async fn look(&self, sorted: &Sorted<'_, '_>) -> Result<Found, StoreError> {
+        let keys = sorted.keys();
+        let rows = self
+            .ask(
+                include_str!("../../../sql/bulk/look.sql"),
+                &[
+                    &keys.accounts,
+                    &keys.written,
+                    &keys.likes,
+                    &keys.reposts,
+                    &keys.follows,
+                    &keys.posts,
+                    &keys.blocks,
+                    &keys.gates,
+                ],
+            )
+            .await?;
+        let row = rows.first().ok_or_else(too_few)?;
+        let set = |index| row.get::<_, Vec<String>>(index).into_iter().collect();
+        Ok(Found { accounts: set(0), records: set(1), gates: set(2), has_epochs: row.get(3) })
+    }
+
+    /// Deletes records, with a tombstone for each.
+    async fn delete<'e>(
+        &self,
+        sorted: &Sorted<'e, '_>,
+        deltas: &mut Deltas<'e>,
+    ) -> Result<Deleted, StoreError> {
+        let of = |kind: Option<Kind>| {
+            Versions::of(sorted.going(Way::Delete).filter(|(_, op)| kind.is_none_or(|kind| op.kind == kind)))
+        };
+        let [all, likes, reposts, follows, posts] =
+            [None, Some(Kind::Like), Some(Kind::Repost), Some(Kind::Follow), Some(Kind::Post)].map(of);
+        if all.is_empty() {
+            return Ok(Deleted::new());
+        }
+        let (buried, likes, reposts, follows, posts) = join5(
+            self.write_columns(include_str!("../../../sql/bulk/tombstones.sql"), &all),
+            self.write_columns(include_str!("../../../sql/bulk/delete_likes.sql"), &likes),
+            self.write_columns(include_str!("../../../sql/bulk/delete_reposts.sql"), &reposts),
+            self.write_columns(include_str!("../../../sql/bulk/delete_follows.sql"), &follows),
+            self.write_columns(include_str!("../../../sql/bulk/delete_posts.sql"), &posts),
+        )
+        .await;
+        buried?;
+        let mut deleted = Deleted::new();
+        for (rows, counter) in [(likes?, 0), (reposts?, 1)] {
+            let mut pairs: HashSet<(String, String)> = HashSet::new();
+            for row in rows {
+                deleted.insert(row.get(0));
+                let pair: (String, String) = (row.get(1), row.get(2));
+                let another: bool = row.get(3);
+                if !another && pairs.insert(pair.clone()) {
+                    let mut delta = [0; 5];
+                    delta[counter] = -1;
+                    add(deltas, Cow::Owned(pair.0), delta);
+                }
+            }
+        }
+        deleted.extend(follows?.iter().map(|row| row.get::<_, String>(0)));
+        for row in posts? {
+            deleted.insert(row.get(0));
+            for (column, delta) in [(1, [0, 0, -1, 0, 0]), (2, [0, 0, 0, -1, 0])] {
+                if let Some(uri) = row.get::<_, Option<String>>(column) {
+                    add(deltas, Cow::Owned(uri), delta);
+                }
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// The new likes and reposts that are not their account's first of the subject.
+    async fn others<'e>(&self, sorted: &Sorted<'e, '_>) -> Result<HashSet<&'e str>, StoreError> {
+        let pairs = [Kind::Like, Kind::Repost].map(|kind| {
+            let mut pairs: Vec<(&str, &str, &str)> = sorted
+                .going(Way::Insert)
+                .filter(|(_, op)| op.kind == kind)
+                .filter_map(|(event, op)| Some((op.subject.as_deref()?, &*event.repo, op.uri.as_str())))
+                .collect();
+            pairs.sort_unstable();
+            pairs
+        });
+        if pairs.iter().all(Vec::is_empty) {
+            return Ok(HashSet::new());
+        }
+        let column = |kind: usize, of: fn(&(&'e str, &'e str, &'e str)) -> &'e str| -> Vec<&str> {
+            pairs[kind].iter().map(of).collect()
+        };
+        let rows = self
+            .ask(
+                include_str!("../../../sql/bulk/others.sql"),
+                &[
+                    &column(0, |pair| pair.0),
+                    &column(0, |pair| pair.1),
+                    &column(1, |pair| pair.0),
+                    &column(1, |pair| pair.1),
+                ],
+            )
+            .await?;
+        let row = rows.first().ok_or_else(too_few)?;
+        let mut others = HashSet::new();
+        for (kind, pairs) in pairs.iter().enumerate() {
+            for place in row.get::<_, Vec<i32>>(kind) {
+                let pair = usize::try_from(place - 1).ok().and_then(|place| pairs.get(place));
+                others.insert(pair.ok_or_else(too_few)?.2);
+            }
+        }
+        Ok(others)
+    }
+
+    /// Writes new records.
+    async fn insert(&self, tables: &Tables<'_>) -> Result<(), StoreError> {
+        let statements = tables.statements();
+        let written = statements.iter().map(|(sql, parameters)| self.ask(sql, parameters));
+        join_all(written).await.into_iter().try_for_each(|rows| rows.map(drop))
+    }
+
+    /// Applies all other operations, one by one.
+    async fn change(&self, repos: &[&str], careful: &Careful<'_>) -> Result<Changed, StoreError> {
+        if careful.ops.is_empty() {
+            return Ok(Changed::default());
+        }
+        let sql = include_str!("../../../sql/bulk/change.sql");
+        let rows = self.ask(sql, &[&repos, &careful.ops, &careful.kinds]).await?;
+        let row = rows.first().ok_or_else(too_few)?;
+        let applied: Vec<bool> = row.get(0);
+        if applied.len() != careful.ops.len() {
+            return Err(too_few());
+        }
+        let columns: [Vec<i32>; 5] = std::array::from_fn(|column| row.get(column + 2));
+        let posts: Vec<String> = row.get(1);
+        let deltas = posts.into_iter().enumerate();
+        Ok(Changed {
+            applied,
+            deltas: deltas
+                .map(|(index, post)| (post, columns.each_ref().map(|column| column[index])))
+                .collect(),
+        })
+    }
+
+    /// Changes counters.
+    async fn count(&self, deltas: &Deltas<'_>) -> Result<(), StoreError> {
+        if deltas.is_empty() {
+            return Ok(());
+        }
+        let posts: Vec<&str> = deltas.keys().map(|post| &**post).collect();
+        let columns: [Vec<i32>; 5] =
+            std::array::from_fn(|column| deltas.values().map(|delta| delta[column]).collect());
+        let [likes, reposts, replies, quotes, bookmarks] = &columns;
+        let sql = include_str!("../../../sql/bulk/count.sql");
+        self.ask(sql, &[&posts, likes, reposts, replies, quotes, bookmarks]).await?;
+        let copied: Vec<&str> = deltas
+            .iter()
+            .filter(|(post, delta)| delta[0] != 0 && sorted::has_copied_count(post))
+            .map(|(post, _)| &**post)
+            .collect();
+        if !copied.is_empty() {
+            self.ask(include_str!("../../../sql/bulk/copy_counts.sql"), &[&copied]).await?;
+        }
+        Ok(())
+    }
+
+    /// Judges posts once more after they are committed, because a gate and a post that it applies to may not have seen
+    /// each other. Also posts that were there before: the process may have ended in between.
+    async fn judge_posts(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
+        let posts = || events.iter().flat_map(|event| &event.ops).filter(|op| op.kind == Kind::Post);
+        let mut uris: Vec<&str> = posts().flat_map(sorted::gated).collect();
+        if uris.is_empty() {
+            return Ok(());
+        }
+        uris.sort_unstable();
+        uris.dedup();
+        let rows = self.ask(include_str!("../../../sql/bulk/gates.sql"), &[&uris]).await?;
+        let gates: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
+        for op in posts().filter(|op| sorted::gated(op).any(|post| gates.contains(post))) {
+            self.ask(
+                include_str!("../../../sql/bulk/judge_post.sql"),
+                &[&op.uri, &op.root.as_deref(), &op.subject.as_deref()],
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// The other side: gates, after they are committed.
+    pub(super) async fn judge_gates(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
+        let ops = events.iter().flat_map(|event| &event.ops);
+        for op in ops.filter(|op| matches!(op.kind, Kind::ThreadGate | Kind::PostGate)) {
+            if let Some(post) = op.subject.as_deref() {
+                self.ask(include_str!("../../../sql/bulk/judge_gate.sql"), &[&post]).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A statement with a column for each field of a version; nothing is sent if they are empty.
+    async fn write_columns(&self, sql: &str, versions: &Versions<'_>) -> Result<Vec<Row>, StoreError> {
+        if versions.is_empty() { Ok(Vec::new()) } else { self.ask(sql, &versions.parameters()).await }
+    }
+
+    /// One prepared statement.
+    async fn ask(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, StoreError> {
+        let statement = self.in_time(self.client.prepare_cached(sql)).await?;
+        self.in_time(self.client.query(&statement, parameters)).await
+    }
+}
+
+/// The operations that take the careful way.
+#[derive(Default)]
+struct Careful<'e> {
+    ops: Vec<SqlOp<'e>>,
+    kinds: Vec<&'static str>,
+}
+
+impl<'e> Careful<'e> {
+    fn of(sorted: &Sorted<'e, '_>) -> Self {
+        let mut careful = Self::default();
+        for (event, op) in sorted.going(Way::Change) {
+            careful.ops.push(SqlOp::of(event, op));
+            careful.kinds.push(kind_of(op));
+        }
+        careful
+    }
+}
+
+/// What the careful way did: whether each operation changed something, and the changes of counters.
+#[derive(Default)]
+struct Changed {
+    applied: Vec<bool>,
+    deltas: Vec<(String, [i32; 5])>,
+}
+
+/// Adds to the changes of a post's counters.
+fn add<'e>(deltas: &mut Deltas<'e>, post: Cow<'e, str>, delta: [i32; 5]) {
+    for (sum, change) in deltas.entry(post).or_default().iter_mut().zip(delta) {
+        *sum += change;
+    }
+}
+
+/// The outcome of each event, if it has one.
+fn outcomes(
+    sorted: &Sorted<'_, '_>,
+    deleted: &Deleted,
+    changed: &[bool],
+) -> Result<Vec<Option<Outcome>>, StoreError> {
+    let mut changed = changed.iter();
+    let mut of = |op: &Op<'_>, way: Way| match way {
+        Way::Insert => Some(true),
+        Way::Delete => Some(deleted.contains(&op.uri)),
+        Way::Change => changed.next().copied(),
+    };
+    sorted
+        .events()
+        .map(|(event, ways)| {
+            let Some(ways) = ways else { return Ok(None) };
+            let changed: Option<Vec<bool>> =
+                event.ops.iter().zip(ways).map(|(op, way)| of(op, *way)).collect();
+            Ok(Some(outcome(event, &changed.ok_or_else(too_few)?)))
+        })
+        .collect()
+}
