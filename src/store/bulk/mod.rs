@@ -23,10 +23,15 @@ use tokio_postgres::Row;
 
 use super::batch::{Outcome, outcome, too_few};
 use super::call::{SqlOp, kind_of};
+use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::event::{Event, Kind, Op};
+use crate::metrics;
 use columns::{Tables, Versions};
 use sorted::{Found, Sorted, Way};
+
+/// Events that are written together after one of a batch was refused.
+const PART: usize = 100;
 
 /// A query's parameters.
 type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
@@ -85,17 +90,65 @@ impl Session {
         sorted.settle(&self.look(sorted).await?);
         let sorted = &*sorted;
         let mut deltas = Deltas::new();
-        let deleted = self.delete(sorted, &mut deltas).await?;
+        self.in_time(self.client.batch_execute("SAVEPOINT part")).await?;
+        let outcomes = match self.write_part(sorted, &repos, &mut deltas).await {
+            Err(error) if error.verdict == Verdict::Reject => {
+                metrics::retry("split");
+                deltas.clear();
+                self.write_parts(sorted, &repos, &mut deltas).await?
+            }
+            written => written?,
+        };
+        self.count(&deltas).await?;
+        Ok(outcomes)
+    }
+
+    /// Something in the batch is refused: writes it in parts. Those that are refused get no outcomes.
+    async fn write_parts<'e>(
+        &self,
+        sorted: &Sorted<'e, '_>,
+        repos: &[&str],
+        deltas: &mut Deltas<'e>,
+    ) -> Result<Vec<Option<Outcome>>, StoreError> {
+        let mut outcomes = Vec::new();
+        self.in_time(self.client.batch_execute("ROLLBACK TO part")).await?;
+        for part in sorted.parts(PART) {
+            let mut own = Deltas::new();
+            match self.write_part(&part, repos, &mut own).await {
+                Ok(done) => {
+                    outcomes.extend(done);
+                    for (post, delta) in own {
+                        add(deltas, post, delta);
+                    }
+                    self.in_time(self.client.batch_execute("RELEASE part; SAVEPOINT part")).await?;
+                }
+                Err(error) if error.verdict == Verdict::Reject => {
+                    outcomes.resize(outcomes.len() + part.len(), None);
+                    self.in_time(self.client.batch_execute("ROLLBACK TO part")).await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Writes events, but for the counters.
+    async fn write_part<'e>(
+        &self,
+        sorted: &Sorted<'e, '_>,
+        repos: &[&str],
+        deltas: &mut Deltas<'e>,
+    ) -> Result<Vec<Option<Outcome>>, StoreError> {
+        let deleted = self.delete(sorted, deltas).await?;
         let others = self.others(sorted).await?;
-        let tables = Tables::of(sorted, &others, &mut deltas);
+        let tables = Tables::of(sorted, &others, deltas);
         let careful = Careful::of(sorted);
-        let (inserted, changed) = join(self.insert(&tables), self.change(&repos, &careful)).await;
+        let (inserted, changed) = join(self.insert(&tables), self.change(repos, &careful)).await;
         inserted?;
         let changed = changed?;
         for (uri, delta) in changed.deltas {
-            add(&mut deltas, Cow::Owned(uri), delta);
+            add(deltas, Cow::Owned(uri), delta);
         }
-        self.count(&deltas).await?;
         outcomes(sorted, &deleted, &changed.applied)
     }
 

@@ -107,6 +107,17 @@ impl<'e, 'a> Sorted<'e, 'a> {
         }
     }
 
+    /// The same in parts of so many events.
+    pub(super) fn parts(&self, size: usize) -> impl Iterator<Item = Sorted<'e, 'a>> {
+        let ways = self.ways.chunks(size).map(<[_]>::to_vec);
+        self.events.chunks(size).zip(ways).map(|(events, ways)| Sorted { events, ways })
+    }
+
+    /// The number of events, with those that are left out.
+    pub(super) fn len(&self) -> usize {
+        self.events.len()
+    }
+
     /// Whether there is nothing to do.
     pub(super) fn is_empty(&self) -> bool {
         self.ways.iter().all(Option::is_none)
