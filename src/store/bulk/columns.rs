@@ -19,6 +19,9 @@ const MAX_DID: usize = 255;
 /// Of one post, this many accounts are notified that it mentions them.
 const MAX_MENTIONS: usize = 50;
 
+/// A statement's parameters.
+pub(super) type Columns<'c> = Vec<&'c (dyn ToSql + Sync)>;
+
 /// Defines a table's columns, in the order of its statement's parameters.
 macro_rules! columns {
     ($(#[$doc:meta])* $name:ident { $($column:ident: $type:ty,)* }) => {
@@ -38,8 +41,9 @@ macro_rules! columns {
                 self.uri.is_empty()
             }
 
-            pub(super) fn parameters(&self) -> Vec<&(dyn ToSql + Sync)> {
-                vec![$(&self.$column,)*]
+            /// `None` without rows.
+            pub(super) fn parameters(&self) -> Option<Columns<'_>> {
+                (!self.is_empty()).then(|| vec![$(&self.$column as _,)*])
             }
         }
     };
@@ -142,7 +146,39 @@ columns! {
     }
 }
 
+columns! {
+    /// The statuses of accounts, as registers.
+    Statuses {
+        uri: &'e str,
+        seq: Option<&'e str>,
+        time: Micros,
+        ms: i64,
+        sq: i64,
+    }
+}
+
+impl<'e> Statuses<'e> {
+    pub(super) fn of<'a: 'e>(ops: impl Iterator<Item = (&'e Event<'a>, &'e Op<'a>)>) -> Self {
+        let mut statuses = Self::default();
+        for (event, op) in ops {
+            let (_, seq, ms, sq) = version(event);
+            statuses.push(&event.repo, seq, op.created_at, ms, sq);
+        }
+        statuses
+    }
+}
+
 impl<'e> Versions<'e> {
+    /// Of registers, whose key is the account.
+    pub(super) fn of_registers<'a: 'e>(ops: impl Iterator<Item = (&'e Event<'a>, &'e Op<'a>)>) -> Self {
+        let mut versions = Self::default();
+        for (event, _) in ops {
+            let (rev, seq, ms, sq) = version(event);
+            versions.push(&event.repo, rev, seq, ms, sq);
+        }
+        versions
+    }
+
     pub(super) fn of<'a: 'e>(ops: impl Iterator<Item = (&'e Event<'a>, &'e Op<'a>)>) -> Self {
         let mut versions = Self::default();
         for (event, op) in ops {
@@ -198,13 +234,12 @@ impl<'e> Tables<'e> {
     }
 
     /// The statements that write them.
-    pub(super) fn statements(&self) -> Vec<(&'static str, Vec<&(dyn ToSql + Sync)>)> {
+    pub(super) fn statements(&self) -> Vec<(&'static str, Columns<'_>)> {
         let mut statements = Vec::new();
         macro_rules! write {
             ($($table:ident)*) => {$(
-                if !self.$table.is_empty() {
-                    let sql = include_str!(concat!("../../../sql/bulk/", stringify!($table), ".sql"));
-                    statements.push((sql, self.$table.parameters()));
+                if let Some(columns) = self.$table.parameters() {
+                    statements.push((include_str!(concat!("../../../sql/bulk/", stringify!($table), ".sql")), columns));
                 }
             )*};
         }
@@ -345,6 +380,11 @@ impl<'e> Body<'e> {
 pub(super) fn is_plain(op: &Op<'_>) -> bool {
     let readable = |facets: &RawValue| mentioned(facets.get()).is_some();
     Body::of(op).is_some_and(|body| body.labels.is_none() && body.facets.is_none_or(readable))
+}
+
+/// Whether a record may have labels of its own.
+pub(super) fn has_labels(op: &Op<'_>) -> bool {
+    op.body.as_ref().is_some_and(|body| body.0.contains("\"labels\""))
 }
 
 fn authority(uri: &str) -> &str {

@@ -27,7 +27,7 @@ use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::event::{Event, Kind, Op};
 use crate::metrics;
-use columns::{Tables, Versions};
+use columns::{Columns, Statuses, Tables, Versions};
 use sorted::{Found, Sorted, Way};
 
 /// Events that are written together after one of a batch was refused.
@@ -38,9 +38,6 @@ type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 
 /// Changes of counters by post: likes, reposts, replies, quotes, bookmarks.
 type Deltas<'e> = BTreeMap<Cow<'e, str>, [i32; 5]>;
-
-/// What was deleted: its URI, and whether it was there.
-type Deleted = HashSet<String>;
 
 impl Session {
     /// Applies events in one transaction: all of them or none, except those that get no outcome, of which nothing is
@@ -139,7 +136,8 @@ impl Session {
         repos: &[&str],
         deltas: &mut Deltas<'e>,
     ) -> Result<Vec<Option<Outcome>>, StoreError> {
-        let deleted = self.delete(sorted, deltas).await?;
+        let mut done = self.delete(sorted, deltas).await?;
+        done.extend(self.registers(sorted).await?);
         let others = self.others(sorted).await?;
         let tables = Tables::of(sorted, &others, deltas);
         let careful = Careful::of(sorted);
@@ -149,7 +147,7 @@ impl Session {
         for (uri, delta) in changed.deltas {
             add(deltas, Cow::Owned(uri), delta);
         }
-        outcomes(sorted, &deleted, &changed.applied)
+        outcomes(sorted, &done, &changed.applied)
     }
 
     /// What is there already.
@@ -175,30 +173,30 @@ impl Session {
         Ok(Found { accounts: set(0), records: set(1), gates: set(2), has_epochs: row.get(3) })
     }
 
-    /// Deletes records, with a tombstone for each.
+    /// Deletes records, with a tombstone for each. Returns the URIs of those that were there.
     async fn delete<'e>(
         &self,
         sorted: &Sorted<'e, '_>,
         deltas: &mut Deltas<'e>,
-    ) -> Result<Deleted, StoreError> {
+    ) -> Result<HashSet<String>, StoreError> {
         let of = |kind: Option<Kind>| {
             Versions::of(sorted.going(Way::Delete).filter(|(_, op)| kind.is_none_or(|kind| op.kind == kind)))
         };
         let [all, likes, reposts, follows, posts] =
             [None, Some(Kind::Like), Some(Kind::Repost), Some(Kind::Follow), Some(Kind::Post)].map(of);
         if all.is_empty() {
-            return Ok(Deleted::new());
+            return Ok(HashSet::new());
         }
         let (buried, likes, reposts, follows, posts) = join5(
-            self.write_columns(include_str!("../../../sql/bulk/tombstones.sql"), &all),
-            self.write_columns(include_str!("../../../sql/bulk/delete_likes.sql"), &likes),
-            self.write_columns(include_str!("../../../sql/bulk/delete_reposts.sql"), &reposts),
-            self.write_columns(include_str!("../../../sql/bulk/delete_follows.sql"), &follows),
-            self.write_columns(include_str!("../../../sql/bulk/delete_posts.sql"), &posts),
+            self.write_columns(include_str!("../../../sql/bulk/tombstones.sql"), all.parameters()),
+            self.write_columns(include_str!("../../../sql/bulk/delete_likes.sql"), likes.parameters()),
+            self.write_columns(include_str!("../../../sql/bulk/delete_reposts.sql"), reposts.parameters()),
+            self.write_columns(include_str!("../../../sql/bulk/delete_follows.sql"), follows.parameters()),
+            self.write_columns(include_str!("../../../sql/bulk/delete_posts.sql"), posts.parameters()),
         )
         .await;
         buried?;
-        let mut deleted = Deleted::new();
+        let mut deleted: HashSet<String> = HashSet::new();
         for (rows, counter) in [(likes?, 0), (reposts?, 1)] {
             let mut pairs: HashSet<(String, String)> = HashSet::new();
             for row in rows {
@@ -222,6 +220,42 @@ impl Session {
             }
         }
         Ok(deleted)
+    }
+
+    /// Writes profiles and statuses. Returns the URIs of those that are newer than what was there.
+    async fn registers(&self, sorted: &Sorted<'_, '_>) -> Result<HashSet<String>, StoreError> {
+        let of = |kind| sorted.going(Way::Register).filter(move |(_, op)| op.kind == kind);
+        let profiles = Versions::of_registers(of(Kind::Profile));
+        let statuses = Statuses::of(of(Kind::Account));
+        let (profiles, statuses) = join(
+            self.write_columns(include_str!("../../../sql/bulk/profiles.sql"), profiles.parameters()),
+            self.write_columns(include_str!("../../../sql/bulk/statuses.sql"), statuses.parameters()),
+        )
+        .await;
+        let set = |rows: Vec<Row>| rows.iter().map(|row| row.get(0)).collect::<HashSet<String>>();
+        let (profiles, statuses) = (set(profiles?), set(statuses?));
+        let new = |kind, dids: &HashSet<String>| {
+            of(kind).filter(|(event, _)| dids.contains(&*event.repo)).collect::<Vec<_>>()
+        };
+        let (profiles, statuses) = (new(Kind::Profile, &profiles), new(Kind::Account, &statuses));
+        let dids = |ops: &[(&Event<'_>, &Op<'_>)]| -> Vec<String> {
+            ops.iter().map(|(event, _)| event.repo.to_string()).collect()
+        };
+        if !profiles.is_empty() {
+            let bodies: Vec<_> = profiles.iter().map(|(_, op)| op.body.as_ref()).collect();
+            let sql = include_str!("../../../sql/bulk/show_profiles.sql");
+            self.ask(sql, &[&dids(&profiles), &bodies]).await?;
+        }
+        if !statuses.is_empty() {
+            let active: Vec<bool> = statuses
+                .iter()
+                .map(|(_, op)| op.body.as_ref().is_some_and(|body| body.0 == "true"))
+                .collect();
+            let status: Vec<_> = statuses.iter().map(|(_, op)| op.subject.as_deref()).collect();
+            let sql = include_str!("../../../sql/bulk/show_statuses.sql");
+            self.ask(sql, &[&dids(&statuses), &active, &status]).await?;
+        }
+        Ok(profiles.iter().chain(&statuses).map(|(_, op)| op.uri.clone()).collect())
     }
 
     /// The new likes and reposts that are not their account's first of the subject.
@@ -348,9 +382,12 @@ impl Session {
         Ok(())
     }
 
-    /// A statement with a column for each field of a version; nothing is sent if they are empty.
-    async fn write_columns(&self, sql: &str, versions: &Versions<'_>) -> Result<Vec<Row>, StoreError> {
-        if versions.is_empty() { Ok(Vec::new()) } else { self.ask(sql, &versions.parameters()).await }
+    /// A statement with columns as its parameters; without rows, nothing is sent.
+    async fn write_columns(&self, sql: &str, columns: Option<Columns<'_>>) -> Result<Vec<Row>, StoreError> {
+        match columns {
+            Some(columns) => self.ask(sql, &columns).await,
+            None => Ok(Vec::new()),
+        }
     }
 
     /// One prepared statement.
@@ -395,13 +432,13 @@ fn add<'e>(deltas: &mut Deltas<'e>, post: Cow<'e, str>, delta: [i32; 5]) {
 /// The outcome of each event, if it has one.
 fn outcomes(
     sorted: &Sorted<'_, '_>,
-    deleted: &Deleted,
+    done: &HashSet<String>,
     changed: &[bool],
 ) -> Result<Vec<Option<Outcome>>, StoreError> {
     let mut changed = changed.iter();
     let mut of = |op: &Op<'_>, way: Way| match way {
         Way::Insert => Some(true),
-        Way::Delete => Some(deleted.contains(&op.uri)),
+        Way::Delete | Way::Register => Some(done.contains(&op.uri)),
         Way::Change => changed.next().copied(),
     };
     sorted

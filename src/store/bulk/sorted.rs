@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::columns::is_plain;
+use super::columns::{has_labels, is_plain};
 use crate::event::{Event, Kind, Op};
 use crate::store::known::KnownAccounts;
 
@@ -13,6 +13,8 @@ pub(super) enum Way {
     Insert,
     /// A record to delete, among others of its table.
     Delete,
+    /// A register of its account: a profile or a status.
+    Register,
     /// `standpipe.change`, whatever is there.
     Change,
 }
@@ -73,6 +75,8 @@ impl<'e, 'a> Sorted<'e, 'a> {
                 }
                 (Kind::Follow | Kind::Block, false, Some(_)) if once => Way::Insert,
                 (Kind::Post, false, _) if once && is_plain(op) => Way::Insert,
+                (Kind::Profile, ..) if once && !has_labels(op) => Way::Register,
+                (Kind::Account, _, status) if once && status != Some("deleted") => Way::Register,
                 _ => Way::Change,
             }
         };
@@ -100,8 +104,11 @@ impl<'e, 'a> Sorted<'e, 'a> {
             }
             let is_known = found.accounts.contains(&*event.repo);
             for (op, way) in event.ops.iter().zip(of_each) {
-                if *way == Way::Insert && (is_known || found.records.contains(&op.uri)) {
-                    *way = Way::Change;
+                match *way {
+                    Way::Insert if is_known || found.records.contains(&op.uri) => *way = Way::Change,
+                    // Of an account that opted out or was deleted, not everything is shown.
+                    Way::Register if is_known => *way = Way::Change,
+                    _ => {}
                 }
             }
         }
