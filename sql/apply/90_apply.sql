@@ -193,6 +193,8 @@ DECLARE
     forbidden text[] := standpipe.forbidden(repos);
     i integer := 0;
 BEGIN
+    all_of.applied := '{}';
+    all_of.deltas := '{}';
     FOREACH o IN ARRAY coalesce(ops, '{}') LOOP
         i := i + 1;
         e.deltas := '{}';

@@ -81,6 +81,7 @@ const RULES: &[Rule] = &[
         walks: &[all("quotes", "uri")],
         check: include_str!("../../sql/audit/quotes_check.sql"),
         repair: &[
+            include_str!("../../sql/audit/partitions_lock.sql"),
             include_str!("../../sql/audit/quotes_lock.sql"),
             include_str!("../../sql/audit/quotes_lock_counters.sql"),
             include_str!("../../sql/audit/quotes_repair.sql"),
@@ -123,6 +124,7 @@ const RULES: &[Rule] = &[
         ],
         check: include_str!("../../sql/audit/feed_items_check.sql"),
         repair: &[
+            include_str!("../../sql/audit/partitions_lock.sql"),
             include_str!("../../sql/audit/repositories_lock.sql"),
             include_str!("../../sql/audit/feed_items_delete.sql"),
             include_str!("../../sql/audit/feed_items_insert.sql"),
@@ -142,6 +144,7 @@ const RULES: &[Rule] = &[
         walks: &[all("likes", "uri"), all("reposts", "uri"), all("follows", "uri"), all("posts", "uri")],
         check: include_str!("../../sql/audit/notifications_check.sql"),
         repair: &[
+            include_str!("../../sql/audit/partitions_lock.sql"),
             include_str!("../../sql/audit/repositories_lock.sql"),
             include_str!("../../sql/audit/notifications_repair.sql"),
         ],
@@ -151,6 +154,7 @@ const RULES: &[Rule] = &[
         walks: &[all("notifications", "uri")],
         check: include_str!("../../sql/audit/causes_check.sql"),
         repair: &[
+            include_str!("../../sql/audit/partitions_lock.sql"),
             include_str!("../../sql/audit/repositories_lock.sql"),
             include_str!("../../sql/audit/causes_repair.sql"),
         ],
@@ -160,6 +164,7 @@ const RULES: &[Rule] = &[
         walks: &[all("standpipe.accounts", "did")],
         check: include_str!("../../sql/audit/claims_check.sql"),
         repair: &[
+            include_str!("../../sql/audit/partitions_lock.sql"),
             include_str!("../../sql/audit/claims_lock.sql"),
             include_str!("../../sql/audit/claims_repair.sql"),
         ],

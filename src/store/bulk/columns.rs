@@ -234,17 +234,17 @@ impl<'e> Tables<'e> {
     }
 
     /// The statements that write them.
-    pub(super) fn statements(&self) -> Vec<(&'static str, Columns<'_>)> {
-        let mut statements = Vec::new();
-        macro_rules! write {
-            ($($table:ident)*) => {$(
-                if let Some(columns) = self.$table.parameters() {
-                    statements.push((include_str!(concat!("../../../sql/bulk/", stringify!($table), ".sql")), columns));
-                }
-            )*};
-        }
-        write!(likes reposts follows blocks posts quotes feed_items notifications);
-        statements
+    pub(super) fn statements(&self) -> Vec<(&'static str, Option<Columns<'_>>)> {
+        vec![
+            (include_str!("../../../sql/bulk/likes.sql"), self.likes.parameters()),
+            (include_str!("../../../sql/bulk/reposts.sql"), self.reposts.parameters()),
+            (include_str!("../../../sql/bulk/follows.sql"), self.follows.parameters()),
+            (include_str!("../../../sql/bulk/blocks.sql"), self.blocks.parameters()),
+            (include_str!("../../../sql/bulk/posts.sql"), self.posts.parameters()),
+            (include_str!("../../../sql/bulk/quotes.sql"), self.quotes.parameters()),
+            (include_str!("../../../sql/bulk/feed_items.sql"), self.feed_items.parameters()),
+            (include_str!("../../../sql/bulk/notifications.sql"), self.notifications.parameters()),
+        ]
     }
 
     fn pointer(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, subject: &'e str) {

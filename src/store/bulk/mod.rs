@@ -17,7 +17,7 @@ mod sorted;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 
-use futures_util::future::{join, join_all, join5};
+use futures_util::future::{join, join_all};
 use postgres_types::ToSql;
 use tokio_postgres::Row;
 
@@ -141,9 +141,8 @@ impl Session {
         let others = self.others(sorted).await?;
         let tables = Tables::of(sorted, &others, deltas);
         let careful = Careful::of(sorted);
-        let (inserted, changed) = join(self.insert(&tables), self.change(repos, &careful)).await;
-        inserted?;
-        let changed = changed?;
+        self.insert(&tables).await?;
+        let changed = self.change(repos, &careful).await?;
         for (uri, delta) in changed.deltas {
             add(deltas, Cow::Owned(uri), delta);
         }
@@ -187,17 +186,17 @@ impl Session {
         if all.is_empty() {
             return Ok(HashSet::new());
         }
-        let (buried, likes, reposts, follows, posts) = join5(
-            self.write_columns(include_str!("../../../sql/bulk/tombstones.sql"), all.parameters()),
-            self.write_columns(include_str!("../../../sql/bulk/delete_likes.sql"), likes.parameters()),
-            self.write_columns(include_str!("../../../sql/bulk/delete_reposts.sql"), reposts.parameters()),
-            self.write_columns(include_str!("../../../sql/bulk/delete_follows.sql"), follows.parameters()),
-            self.write_columns(include_str!("../../../sql/bulk/delete_posts.sql"), posts.parameters()),
-        )
-        .await;
-        buried?;
+        let asked = vec![
+            (include_str!("../../../sql/bulk/delete_likes.sql"), likes.parameters()),
+            (include_str!("../../../sql/bulk/delete_reposts.sql"), reposts.parameters()),
+            (include_str!("../../../sql/bulk/delete_follows.sql"), follows.parameters()),
+            (include_str!("../../../sql/bulk/delete_posts.sql"), posts.parameters()),
+            (include_str!("../../../sql/bulk/tombstones.sql"), all.parameters()),
+        ];
+        let answers: [Vec<Row>; 5] = self.ask_all(asked).await?.try_into().map_err(|_| too_few())?;
+        let [likes, reposts, follows, posts, _] = answers;
         let mut deleted: HashSet<String> = HashSet::new();
-        for (rows, counter) in [(likes?, 0), (reposts?, 1)] {
+        for (rows, counter) in [(likes, 0), (reposts, 1)] {
             let mut pairs: HashSet<(String, String)> = HashSet::new();
             for row in rows {
                 deleted.insert(row.get(0));
@@ -210,8 +209,8 @@ impl Session {
                 }
             }
         }
-        deleted.extend(follows?.iter().map(|row| row.get::<_, String>(0)));
-        for row in posts? {
+        deleted.extend(follows.iter().map(|row| row.get::<_, String>(0)));
+        for row in posts {
             deleted.insert(row.get(0));
             for (column, delta) in [(1, [0, 0, -1, 0, 0]), (2, [0, 0, 0, -1, 0])] {
                 if let Some(uri) = row.get::<_, Option<String>>(column) {
@@ -227,13 +226,14 @@ impl Session {
         let of = |kind| sorted.going(Way::Register).filter(move |(_, op)| op.kind == kind);
         let profiles = Versions::of_registers(of(Kind::Profile));
         let statuses = Statuses::of(of(Kind::Account));
-        let (profiles, statuses) = join(
-            self.write_columns(include_str!("../../../sql/bulk/profiles.sql"), profiles.parameters()),
-            self.write_columns(include_str!("../../../sql/bulk/statuses.sql"), statuses.parameters()),
-        )
-        .await;
+        let asked = vec![
+            (include_str!("../../../sql/bulk/profiles.sql"), profiles.parameters()),
+            (include_str!("../../../sql/bulk/statuses.sql"), statuses.parameters()),
+        ];
+        let [profiles, statuses]: [Vec<Row>; 2] =
+            self.ask_all(asked).await?.try_into().map_err(|_| too_few())?;
         let set = |rows: Vec<Row>| rows.iter().map(|row| row.get(0)).collect::<HashSet<String>>();
-        let (profiles, statuses) = (set(profiles?), set(statuses?));
+        let (profiles, statuses) = (set(profiles), set(statuses));
         let new = |kind, dids: &HashSet<String>| {
             of(kind).filter(|(event, _)| dids.contains(&*event.repo)).collect::<Vec<_>>()
         };
@@ -299,9 +299,7 @@ impl Session {
 
     /// Writes new records.
     async fn insert(&self, tables: &Tables<'_>) -> Result<(), StoreError> {
-        let statements = tables.statements();
-        let written = statements.iter().map(|(sql, parameters)| self.ask(sql, parameters));
-        join_all(written).await.into_iter().try_for_each(|rows| rows.map(drop))
+        self.ask_all(tables.statements()).await.map(drop)
     }
 
     /// Applies all other operations, one by one.
@@ -382,12 +380,22 @@ impl Session {
         Ok(())
     }
 
-    /// A statement with columns as its parameters; without rows, nothing is sent.
-    async fn write_columns(&self, sql: &str, columns: Option<Columns<'_>>) -> Result<Vec<Row>, StoreError> {
-        match columns {
-            Some(columns) => self.ask(sql, &columns).await,
-            None => Ok(Vec::new()),
+    /// Several statements, sent at once and in this order; of the first that is refused, its error. Without columns, a
+    /// statement is not sent, and finds nothing.
+    async fn ask_all(&self, asked: Vec<(&str, Option<Columns<'_>>)>) -> Result<Vec<Vec<Row>>, StoreError> {
+        let mut prepared = Vec::with_capacity(asked.len());
+        for (sql, columns) in &asked {
+            prepared.push(match columns {
+                // Before any is sent: one that waits for its preparation would be sent too late.
+                Some(columns) => Some((self.in_time(self.client.prepare_cached(sql)).await?, columns)),
+                None => None,
+            });
         }
+        let answers = prepared.iter().map(async |prepared| match prepared {
+            Some((statement, columns)) => self.in_time(self.client.query(statement, columns)).await,
+            None => Ok(Vec::new()),
+        });
+        join_all(answers).await.into_iter().collect()
     }
 
     /// One prepared statement.
