@@ -7,6 +7,7 @@ mod support;
 
 mod accounts;
 mod batches;
+mod bulk;
 mod chaos;
 mod check;
 mod claims;

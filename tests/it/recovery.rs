@@ -936,54 +936,6 @@ async fn entries_beyond_the_dead_letter_budget_stay_pending_until_there_is_room(
 }
 
 // ---------------------------------------------------------------------------------------------
-// Accounts that someone else is working on
-
-/// In batch mode one such account does not keep the rest of a batch from being acknowledged.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_account_locked_elsewhere_is_deferred_and_the_rest_of_the_batch_proceeds() {
-    const OTHERS: u64 = 30;
-    let redis = Redis::start().await;
-    let database = Postgres::shared().await.fresh_database().await;
-    let (holder, connection) = tokio_postgres::connect(&database, tokio_postgres::NoTls).await.unwrap();
-    tokio::spawn(connection);
-    let lock = |function: &str| format!("SELECT {function}(hashtextextended('did:plc:busy', 0))");
-    holder.batch_execute(&lock("pg_advisory_lock")).await.unwrap();
-    for number in 0..=OTHERS {
-        let repo =
-            if number == OTHERS / 2 { "did:plc:busy".to_owned() } else { format!("did:plc:other{number}") };
-        let data = json!({"repo": repo, "rev": "3n2samfdihk2n", "ops": [post("1", "a post")]}).to_string();
-        let fields = ["XADD", STREAM, "*", "type", "commit", "data", &data, "seq", "1"];
-        let _: String = redis_command(&redis, &fields).await;
-    }
-
-    let variables = Variables::new()
-        .with("REDIS_URL", redis.url())
-        .with("DATABASE_URL", &database)
-        .with("PARALLEL_CONSUMERS", "1")
-        .with("TRANSACTION", "batch");
-    let worker = Program::start("worker", &variables).await;
-    wait_until("all others to be acknowledged", SOON, async || {
-        let look = look(&redis).await.unwrap();
-        look.pending == 1 && !look.waiting
-    })
-    .await;
-    let stored = async || query_rows(&database, "SELECT uri FROM posts").await.len() as u64;
-    assert_eq!(stored().await, OTHERS);
-    assert_eq!(worker.entries().await, OTHERS as f64);
-    // There is nothing else to do, so now the worker waits for it.
-    wait_until("it to wait for the lock", SOON, async || {
-        let waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
-                       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
-        query_rows(&database, waiting).await.len() == 1
-    })
-    .await;
-    holder.batch_execute(&lock("pg_advisory_unlock")).await.unwrap();
-    wait_until("the last to be acknowledged", SOON, async || look(&redis).await.unwrap().is_drained()).await;
-    assert_eq!(stored().await, OTHERS + 1);
-    assert_eq!(worker.metric("standpipe_dead_letters_total").await, 0.0);
-}
-
-// ---------------------------------------------------------------------------------------------
 // Cursors that lie
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,130 @@
+//! The bulk path: many events in one transaction.
+
+use serde_json::{Value as Json, json};
+use standpipe::apply::{Context, interpret};
+use standpipe::config::{Role, TransactionMode, from_env};
+use standpipe::event::{Entry, EntryId, Epochs, Event};
+use standpipe::store::{Fate, Store, migrate};
+
+use crate::support::chain::SOON;
+use crate::support::{Postgres, connect, execute, query_value, wait_until};
+
+async fn migrated() -> (String, Store) {
+    let url = Postgres::shared().await.fresh_database().await;
+    let (config, _) = from_env([("DATABASE_URL", url.as_str())], Role::Worker).unwrap();
+    let store = Store::new(&config).unwrap();
+    migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
+    (url, store)
+}
+
+fn entry(number: u64, repo: &str, ops: &[Json]) -> Entry {
+    let rev = "3n2samfdihk2n";
+    let data = json!({"repo": repo, "rev": rev, "ops": ops}).to_string();
+    let id = EntryId { ms: 1_767_225_600_000, seq: number };
+    Entry { id, event_type: "commit".to_owned(), data, seq: number.to_string() }
+}
+
+fn create(path: &str, record: Json) -> Json {
+    let mut record = record;
+    record["createdAt"] = "2026-01-01T00:00:00Z".into();
+    json!({"action": "create", "path": path, "cid": "bafy", "record": record})
+}
+
+fn like(key: &str, post: &str) -> Json {
+    create(&format!("app.bsky.feed.like/{key}"), json!({"subject": {"uri": post, "cid": "bafy"}}))
+}
+
+/// Applies entries as a pipeline does in its first round.
+async fn apply(store: &Store, mode: TransactionMode, entries: &[Entry]) -> Vec<Fate> {
+    let events: Vec<Event<'_>> =
+        entries.iter().map(|entry| interpret(entry, Context::now(&Epochs::UNNAMED)).unwrap()).collect();
+    let events: Vec<&Event<'_>> = events.iter().collect();
+    let session = store.session().await.unwrap();
+    let fates = session.apply(&events, mode).await.unwrap();
+    session.flush(&events).await.unwrap();
+    fates
+}
+
+const ROOT: &str = "at://did:plc:author/app.bsky.feed.post/root";
+const COUNTED: &str = "at://did:plc:other/app.bsky.feed.post/counted";
+
+/// A thread that nobody but its author may reply to, and a reply to it, written at the same time. Whichever is
+/// committed first, the reply breaks the gate.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gate_and_a_reply_that_do_not_see_each_other_agree_in_the_end() {
+    let gate = create("app.bsky.feed.threadgate/root", json!({"post": ROOT, "allow": []}));
+    let reference = json!({"uri": ROOT, "cid": "bafy"});
+    let reply = create(
+        "app.bsky.feed.post/reply",
+        json!({"text": "a reply", "reply": {"root": reference, "parent": reference}}),
+    );
+    for gate_first in [true, false] {
+        let (url, store) = migrated().await;
+        let root = create("app.bsky.feed.post/root", json!({"text": "a root"}));
+        apply(&store, TransactionMode::Event, &[entry(1, "did:plc:author", &[root])]).await;
+        apply(&store, TransactionMode::Event, &[entry(2, "did:plc:someone", &[like("1", COUNTED)])]).await;
+        // Counters are written last: whoever likes this post too has written everything else, and waits.
+        let barrier = connect(&url).await;
+        let lock = format!("BEGIN; SELECT FROM post_aggregations WHERE post_uri = '{COUNTED}' FOR UPDATE");
+        barrier.batch_execute(&lock).await.unwrap();
+        let gates = vec![entry(3, "did:plc:author", &[gate.clone(), like("2", COUNTED)])];
+        let posts = vec![
+            entry(4, "did:plc:replier", &[reply.clone()]),
+            entry(5, "did:plc:replier", &[like("3", COUNTED)]),
+        ];
+        let only_posts = vec![
+            entry(4, "did:plc:replier", &[reply.clone()]),
+            entry(5, "did:plc:replier", &[like("3", ROOT)]),
+        ];
+        let only_gate = vec![entry(3, "did:plc:author", &[gate.clone()])];
+        let (late, late_mode, early, early_mode) = if gate_first {
+            (posts, TransactionMode::Batch, only_gate, TransactionMode::Event)
+        } else {
+            (gates, TransactionMode::Event, only_posts, TransactionMode::Batch)
+        };
+        let waiting = tokio::spawn({
+            let store = store.clone();
+            async move { apply(&store, late_mode, &late).await }
+        });
+        let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+                       AND datname = current_database()";
+        wait_until("the first to wait for the counter", SOON, async || {
+            query_value(&url, blocked).await != "0"
+        })
+        .await;
+        let fates = apply(&store, early_mode, &early).await;
+        assert!(fates.iter().all(|fate| matches!(fate, Fate::Applied(_))), "{fates:?}");
+        barrier.batch_execute("ROLLBACK").await.unwrap();
+        let fates = waiting.await.unwrap();
+        assert!(fates.iter().all(|fate| matches!(fate, Fate::Applied(_))), "{fates:?}");
+        let flags =
+            "SELECT string_agg(concat(has_thread_gate, violates_thread_gate), ' ' ORDER BY uri) FROM posts";
+        assert_eq!(query_value(&url, flags).await, "tf ft", "gate first: {gate_first}");
+    }
+}
+
+/// Only PostgreSQL can see what an operator's trigger refuses.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_record_harms_nothing_else_in_its_batch() {
+    let (url, store) = migrated().await;
+    execute(
+        &url,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN IF NEW.post_uri LIKE '%/refused' THEN RAISE check_violation; END IF; RETURN NEW; END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON likes FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    let entries: Vec<Entry> = (0..1000)
+        .map(|n| {
+            let post = if n == 517 { "refused".to_owned() } else { format!("{}", n % 50) };
+            let post = format!("at://did:plc:author/app.bsky.feed.post/{post}");
+            entry(n, &format!("did:plc:{n}"), &[like("1", &post)])
+        })
+        .collect();
+    let fates = apply(&store, TransactionMode::Batch, &entries).await;
+    for (n, fate) in fates.iter().enumerate() {
+        assert_eq!(matches!(fate, Fate::Rejected(_)), n == 517, "{n}: {fate:?}");
+    }
+    assert_eq!(query_value(&url, "SELECT count(*) FROM likes").await, "999");
+    assert_eq!(query_value(&url, "SELECT sum(like_count) FROM post_aggregations").await, "999");
+}
