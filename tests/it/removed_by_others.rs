@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 
 use crate::support::Redis;
 use crate::support::chain::{GROUP, STREAM, redis_command};
-use standpipe::event::Entry;
+use standpipe::event::{Entry, Reason, Reject, Rejected};
 use standpipe::stream::append::{AppendError, Appended, Appendix, Budget, Move, NewEntry};
+use standpipe::stream::dead_letters::Buried;
 use standpipe::stream::{Keys, Stream, is_nogroup, janitor};
 
 /// A stream that the test itself appends to, reads and sweeps: the test decides what happens between two
@@ -333,6 +334,50 @@ async fn trimmed_entries_do_not_count_as_waiting_forever() {
     assert_eq!((look.oldest_waiting, look.lag), (None, Some(0)));
     stream.append(11..=14).await;
     assert_eq!(stream.sweep().await.lag, Some(4));
+}
+
+/// Each refusal protects against another reader: what it read since must not be appended twice, or skipped.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_append_changes_nothing_without_the_lease_with_another_cursor_or_without_the_stream() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=3).await;
+    let entry = || vec![NewEntry { event_type: "commit", data: "{}".to_owned(), seq: 4 }];
+    let length = async |redis: &Redis| redis_command::<u64>(redis, &["XLEN", STREAM]).await;
+
+    let _: String = redis_command(&stream.redis, &["SET", &stream.keys.lease, "another reader's"]).await;
+    let refused = append(&mut stream.ours, Some(3), 4, entry()).await;
+    assert!(matches!(refused, Err(AppendError::LeaseLost)), "{refused:?}");
+    let _: u64 = redis_command(&stream.redis, &["DEL", &stream.keys.lease]).await;
+    let refused = append(&mut stream.ours, Some(3), 4, entry()).await;
+    assert!(matches!(refused, Err(AppendError::LeaseLost)), "{refused:?}");
+    let _: String = redis_command(&stream.redis, &["SET", &stream.keys.lease, ByHand::LEASE]).await;
+
+    let refused = append(&mut stream.ours, Some(2), 4, entry()).await;
+    assert!(matches!(refused, Err(AppendError::CursorMoved)), "{refused:?}");
+    assert_eq!((length(&stream.redis).await, stream.cursor().await), (3, Some(3)));
+
+    let _: u64 = redis_command(&stream.redis, &["DEL", STREAM]).await;
+    let refused = append(&mut stream.ours, Some(3), 4, entry()).await;
+    assert!(matches!(refused, Err(AppendError::StreamGone)), "{refused:?}");
+    assert_eq!(stream.cursor().await, Some(3));
+}
+
+/// Another program took over an entry and acknowledged it: a dead letter would be about something that is applied.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_that_somebody_else_acknowledged_leaves_no_dead_letter() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=2).await;
+    let read = stream.ours.read_new("one", 2, false).await.unwrap().entries;
+    assert_eq!(
+        redis_command::<u64>(&stream.redis, &["XACK", STREAM, GROUP, &read[0].id.to_string()]).await,
+        1
+    );
+    let reject = Reject::new(Reason::InvalidField, "wrong");
+    let bad = [Rejected { reject, op: "{}".to_owned() }];
+    assert_eq!(stream.ours.bury(&read[0], &bad, 1_000_000).await.unwrap(), Buried::Already);
+    assert_eq!(stream.ours.bury(&read[1], &bad, 1_000_000).await.unwrap(), Buried::Done);
+    assert_eq!(redis_command::<u64>(&stream.redis, &["XLEN", &stream.keys.dead]).await, 1);
+    assert!(pending_ids(&stream.redis).await.is_empty());
 }
 
 async fn pending_ids(redis: &Redis) -> Vec<String> {
