@@ -380,6 +380,22 @@ async fn an_entry_that_somebody_else_acknowledged_leaves_no_dead_letter() {
     assert!(pending_ids(&stream.redis).await.is_empty());
 }
 
+/// A refill goes back for what PostgreSQL has lost, but events before that may be unacknowledged again, because
+/// others had removed them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refill_never_moves_the_acknowledged_position_forward() {
+    for (acked, afterwards) in [("2", 2), ("8", 5)] {
+        let mut stream = ByHand::start().await;
+        stream.append(1..=10).await;
+        let _: String = redis_command(&stream.redis, &["SET", &stream.keys.acked, acked]).await;
+        let found = stream.ours.noted().await.unwrap();
+        assert!(stream.ours.refill(&found, 5, 1, "another server", None).await.unwrap());
+        assert_eq!(stream.acked().await, Some(afterwards));
+        let again = stream.ours.refill(&found, 5, 1, "another server", None).await.unwrap();
+        assert!(!again, "two workers went back for the same loss");
+    }
+}
+
 async fn pending_ids(redis: &Redis) -> Vec<String> {
     let pending: Vec<(String, String, u64, u64)> =
         redis_command(redis, &["XPENDING", STREAM, GROUP, "-", "+", "100"]).await;
