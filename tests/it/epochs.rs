@@ -204,6 +204,24 @@ async fn alternating_our_reader_with_the_python_reader_preserves_the_order() {
     assert_eq!(turns.text().await, "-");
 }
 
+/// Where an entry of the Python reader stands among ours is decided when it is applied, which may be long after our
+/// reader has gone on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_of_the_python_reader_keeps_its_place_when_it_is_applied_late() {
+    let mut turns = Turns::start().await;
+    turns.we_read(false).await;
+    turns.ours(10, 10, write("one")).await;
+    assert_eq!(turns.text().await, "one");
+    let barrier = connect(&turns.database).await;
+    barrier.batch_execute("BEGIN; LOCK TABLE posts IN EXCLUSIVE MODE").await.unwrap();
+    turns.theirs(20, write("two")).await;
+    turns.we_read(false).await;
+    turns.ours(30, 30, json!({"action": "delete", "path": "app.bsky.feed.post/another"})).await;
+    assert!(!crate::support::chain::look(&turns.redis).await.unwrap().is_drained(), "it was applied early");
+    barrier.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(turns.text().await, "two");
+}
+
 /// (b) A relay whose backlog repeats older events under higher numbers.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_relays_backlog_does_not_bring_back_older_versions() {

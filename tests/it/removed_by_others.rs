@@ -380,6 +380,31 @@ async fn an_entry_that_somebody_else_acknowledged_leaves_no_dead_letter() {
     assert!(pending_ids(&stream.redis).await.is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_trimmed_that_another_group_has_not_acknowledged() {
+    let mut stream = ByHand::start().await;
+    // Redis trims whole nodes.
+    let _: String = redis_command(&stream.redis, &["CONFIG", "SET", "stream-node-max-entries", "1"]).await;
+    stream.append(1..=10).await;
+    stream.deliver("10").await;
+    stream.acknowledge_all().await;
+    let _: String = redis_command(&stream.redis, &["XGROUP", "CREATE", STREAM, "analytics", "0"]).await;
+    let look = stream.sweep().await;
+    assert_eq!((look.length, look.trimmed, &*look.held_by), (10, 0, "analytics"), "it has read nothing");
+    let read = ["XREADGROUP", "GROUP", "analytics", "one", "COUNT", "6", "STREAMS", STREAM, ">"];
+    let _: redis::Value = redis_command(&stream.redis, &read).await;
+    let pending: Vec<(String, String, u64, u64)> =
+        redis_command(&stream.redis, &["XPENDING", STREAM, "analytics", "-", "+", "100"]).await;
+    for (id, ..) in &pending[..4] {
+        assert_eq!(redis_command::<u64>(&stream.redis, &["XACK", STREAM, "analytics", id]).await, 1);
+    }
+    let look = stream.sweep().await;
+    assert_eq!((look.trimmed, &*look.held_by), (4, "analytics"), "it has two in hand, and four to read");
+    let first: Vec<(String, Vec<String>)> =
+        redis_command(&stream.redis, &["XRANGE", STREAM, "-", "+", "COUNT", "1"]).await;
+    assert_eq!(first[0].0, pending[4].0);
+}
+
 /// A refill goes back for what PostgreSQL has lost, but events before that may be unacknowledged again, because
 /// others had removed them.
 #[tokio::test(flavor = "multi_thread")]
