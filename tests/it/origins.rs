@@ -22,6 +22,8 @@ struct List {
     settled: Arc<AtomicI64>,
     /// Where each connection began.
     opened: tokio::sync::mpsc::UnboundedSender<Option<i64>>,
+    /// Cancelled at the end.
+    at_end: Option<CancellationToken>,
 }
 
 impl Origin for List {
@@ -37,6 +39,9 @@ impl Origin for List {
 
     async fn next(&mut self) -> Result<Arrival, OriginError> {
         if self.at == self.end {
+            if let Some(stop) = &self.at_end {
+                stop.cancel();
+            }
             std::future::pending::<()>().await;
         }
         if self.at == 50 && !std::mem::replace(&mut self.broken, true) {
@@ -70,7 +75,7 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
     let (opened, mut opens) = tokio::sync::mpsc::unbounded_channel();
     let settled = Arc::new(AtomicI64::new(0));
-    let list = List { at: 0, end: 100, broken: false, settled: Arc::clone(&settled), opened };
+    let list = List { at: 0, end: 100, broken: false, settled: Arc::clone(&settled), opened, at_end: None };
     let stop = CancellationToken::new();
     let reading = tokio::spawn(reader.run(list, stop.clone()));
 
@@ -103,4 +108,30 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     let name: String = redis_command(&redis, &["GET", "firehose:cursor:relay"]).await;
     assert_eq!((cursor.as_str(), name.as_str()), ("100", "list.test"));
     drop(worker);
+}
+
+/// An origin that acknowledges upstream would be sent again what it was not told about.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_is_told_what_was_appended_while_the_reader_stopped() {
+    let redis = Redis::start().await;
+    let variables = Variables::new().with("REDIS_URL", redis.url());
+    let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
+    let connector = Connector::open(&config).unwrap();
+    let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
+    let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
+    let (opened, _opens) = tokio::sync::mpsc::unbounded_channel();
+    let settled = Arc::new(AtomicI64::new(0));
+    let stop = CancellationToken::new();
+    // All of it is read at once, and none of it is in the stream when the reader is told to stop.
+    let list = List {
+        at: 0,
+        end: 40,
+        broken: true,
+        settled: Arc::clone(&settled),
+        opened,
+        at_end: Some(stop.clone()),
+    };
+    reader.run(list, stop).await;
+    assert_eq!(redis_command::<u64>(&redis, &["XLEN", "firehose:events"]).await, 40);
+    assert_eq!(settled.load(Ordering::SeqCst), 40);
 }

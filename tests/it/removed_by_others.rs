@@ -405,6 +405,54 @@ async fn nothing_is_trimmed_that_another_group_has_not_acknowledged() {
     assert_eq!(first[0].0, pending[4].0);
 }
 
+/// The numbers of the new relay may be lower: what is waiting from the old one says nothing about them.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_relay_change_the_position_to_go_back_to_is_one_of_the_new_relay() {
+    let mut stream = ByHand::start().await;
+    stream.append(100..=110).await;
+    assert_eq!(stream.acked().await, Some(99));
+    let entry = NewEntry { event_type: "commit", data: "{}".to_owned(), seq: 3 };
+    let to = Move { token: ByHand::LEASE, relay: "another", epoch: 2, believed: Some(110), position: 3 };
+    let budget = Budget { bytes: 1_000_000, per_account: 100 };
+    let what = Appendix { entries: vec![entry], ..Appendix::default() };
+    stream.ours.append(to, budget, &what).await.unwrap();
+    assert_eq!((stream.cursor().await, stream.acked().await), (Some(3), Some(2)));
+    // Nothing of either relay is acknowledged.
+    stream.sweep().await;
+    assert_eq!(stream.acked().await, Some(2));
+}
+
+/// The budget is for what is kept: after another attempt a letter has another size, and after a removal none.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_size_of_the_dead_letters_is_that_of_those_kept() {
+    let mut stream = ByHand::start().await;
+    stream.append(1..=2).await;
+    for entry in stream.ours.read_new("one", 2, false).await.unwrap().entries {
+        let reject = Reject::new(Reason::InvalidField, "wrong");
+        let bad = [Rejected { reject, op: "{}".to_owned() }];
+        assert_eq!(stream.ours.bury(&entry, &bad, 1_000_000).await.unwrap(), Buried::Done);
+    }
+    let kept = async |redis: &Redis, keys: &Keys| {
+        let letters: Vec<(String, Vec<String>)> =
+            redis_command(redis, &["XRANGE", &keys.dead, "-", "+"]).await;
+        let size: usize = letters.iter().flat_map(|(_, fields)| fields).map(String::len).sum();
+        let counted: usize = redis_command(redis, &["GET", &keys.dead_bytes()]).await;
+        assert_eq!(counted, size);
+        (letters.into_iter().map(|(id, _)| id).collect::<Vec<_>>(), size)
+    };
+    let (ids, before) = kept(&stream.redis, &stream.keys).await;
+    let letter = stream.ours.dead_letter(&ids[0]).await.unwrap().unwrap();
+    let reject = Reject::new(Reason::InvalidField, "wrong for a reason that takes longer to explain");
+    assert!(stream.ours.update_dead_letter(letter, &reject).await.unwrap());
+    let (ids, after) = kept(&stream.redis, &stream.keys).await;
+    assert!(after > before, "{after} bytes after another attempt, {before} before");
+    for id in &ids {
+        let letter = stream.ours.dead_letter(id).await.unwrap().unwrap();
+        assert!(stream.ours.remove_dead_letter(&letter).await.unwrap());
+    }
+    assert_eq!(kept(&stream.redis, &stream.keys).await, (Vec::new(), 0));
+}
+
 /// A refill goes back for what PostgreSQL has lost, but events before that may be unacknowledged again, because
 /// others had removed them.
 #[tokio::test(flavor = "multi_thread")]
