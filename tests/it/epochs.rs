@@ -418,7 +418,7 @@ async fn after_a_switch_to_a_relay_with_lower_numbers_later_statuses_win_and_one
     };
     let mut program = Program::start("run", &chain.variables().with("RELAY_URL", first.url())).await;
     is("old.test takendown").await;
-    program.signal(crate::support::Signal::Term);
+    program.signal(Signal::Term);
     program.wait_exit(SOON).await;
 
     // While the new relay cannot be reached, the change loses nothing and counts nothing.
@@ -428,7 +428,7 @@ async fn after_a_switch_to_a_relay_with_lower_numbers_later_statuses_win_and_one
     assert_eq!(program.metric("standpipe_relay_gaps_total").await, 0.0);
     let cursor: String = redis_command(&chain.redis, &["GET", CURSOR]).await;
     assert_eq!(cursor, "9000000002");
-    program.signal(crate::support::Signal::Term);
+    program.signal(Signal::Term);
     program.wait_exit(SOON).await;
 
     let program = Program::start("run", &chain.variables().with("RELAY_URL", second.url())).await;

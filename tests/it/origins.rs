@@ -22,8 +22,6 @@ struct List {
     settled: Arc<AtomicI64>,
     /// Where each connection began.
     opened: tokio::sync::mpsc::UnboundedSender<Option<i64>>,
-    /// Cancelled at the end.
-    at_end: Option<CancellationToken>,
 }
 
 impl Origin for List {
@@ -39,9 +37,6 @@ impl Origin for List {
 
     async fn next(&mut self) -> Result<Arrival, OriginError> {
         if self.at == self.end {
-            if let Some(stop) = &self.at_end {
-                stop.cancel();
-            }
             std::future::pending::<()>().await;
         }
         if self.at == 50 && !std::mem::replace(&mut self.broken, true) {
@@ -75,7 +70,7 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
     let (opened, mut opens) = tokio::sync::mpsc::unbounded_channel();
     let settled = Arc::new(AtomicI64::new(0));
-    let list = List { at: 0, end: 100, broken: false, settled: Arc::clone(&settled), opened, at_end: None };
+    let list = List { at: 0, end: 100, broken: false, settled: Arc::clone(&settled), opened };
     let stop = CancellationToken::new();
     let reading = tokio::spawn(reader.run(list, stop.clone()));
 
@@ -110,6 +105,34 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     drop(worker);
 }
 
+/// Forty posts that can all be read at once; then it is time to stop.
+struct Burst {
+    list: List,
+    stop: CancellationToken,
+}
+
+impl Origin for Burst {
+    fn name(&self) -> String {
+        self.list.name()
+    }
+
+    async fn open(&mut self, from: Option<i64>) -> Result<(), OriginError> {
+        self.list.open(from).await
+    }
+
+    async fn next(&mut self) -> Result<Arrival, OriginError> {
+        if self.list.at == 40 {
+            self.stop.cancel();
+            std::future::pending::<()>().await;
+        }
+        self.list.next().await
+    }
+
+    async fn settled(&mut self, position: i64) -> Result<(), OriginError> {
+        self.list.settled(position).await
+    }
+}
+
 /// An origin that acknowledges upstream would be sent again what it was not told about.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_origin_is_told_what_was_appended_while_the_reader_stopped() {
@@ -123,15 +146,8 @@ async fn an_origin_is_told_what_was_appended_while_the_reader_stopped() {
     let settled = Arc::new(AtomicI64::new(0));
     let stop = CancellationToken::new();
     // All of it is read at once, and none of it is in the stream when the reader is told to stop.
-    let list = List {
-        at: 0,
-        end: 40,
-        broken: true,
-        settled: Arc::clone(&settled),
-        opened,
-        at_end: Some(stop.clone()),
-    };
-    reader.run(list, stop).await;
+    let list = List { at: 0, end: i64::MAX, broken: true, settled: Arc::clone(&settled), opened };
+    reader.run(Burst { list, stop: stop.clone() }, stop).await;
     assert_eq!(redis_command::<u64>(&redis, &["XLEN", "firehose:events"]).await, 40);
     assert_eq!(settled.load(Ordering::SeqCst), 40);
 }
