@@ -323,7 +323,7 @@ async fn the_documented_redis_user_has_exactly_the_rights_it_needs() {
     }
 
     // The user really is minimal.
-    let mut own = redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let mut own = crate::support::connect_to_redis(url).await.unwrap();
     for words in [
         &["FLUSHALL"][..],
         &["GET", "other"],

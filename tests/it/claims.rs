@@ -1,7 +1,7 @@
 //! Entries that a consumer of another program leaves pending when it dies.
 
 use crate::support::chain::{GROUP, Program, RUN, STREAM, Variables, look, redis_command};
-use crate::support::{Postgres, Redis, Standpipe, query_value, wait_until};
+use crate::support::{Postgres, Redis, Standpipe, connect, query_rows, query_value, wait_until};
 use serde_json::json;
 use standpipe_lab::bench::machine;
 
@@ -102,10 +102,111 @@ async fn a_like_deleted_by_an_unacknowledged_entry_is_not_brought_back() {
     // The replay is over. Now the other program acknowledges the deletion, and dies.
     assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, &ids[2]]).await, 1);
     let applied = "SELECT uri FROM standpipe.tombstones";
-    assert_eq!(
-        crate::support::query_rows(&database, applied).await.len(),
-        1,
-        "the deletion was not applied with the like"
-    );
+    assert_eq!(query_rows(&database, applied).await.len(), 1, "the deletion was not applied with the like");
     assert_eq!(query_value(&database, "SELECT count(*) FROM likes").await, "0");
+}
+
+/// A worker whose only entry, a like, waits for a lock that the returned connection holds.
+async fn one_entry_in_hand(redis: &Redis, claim_idle: &str) -> (String, tokio_postgres::Client, Program) {
+    let database = Postgres::shared().await.fresh_database().await;
+    let variables = Variables::new()
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &database)
+        .with("PARALLEL_CONSUMERS", "2")
+        .with("CLAIM_IDLE", claim_idle);
+    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
+    let barrier = connect(&database).await;
+    barrier.batch_execute("BEGIN; LOCK TABLE likes IN EXCLUSIVE MODE").await.unwrap();
+    let program = Program::start("worker", &variables).await;
+    wait_until("the group to exist", RUN, async || look(redis).await.is_ok_and(|look| look.group)).await;
+    let _: String =
+        redis_command(redis, &["XADD", STREAM, "*", "type", "commit", "data", &like(1), "seq", "1"]).await;
+    wait_until("the entry to be in hand", RUN, async || !pending(redis).await.is_empty()).await;
+    (database, barrier, program)
+}
+
+/// The pending entries: id, consumer, milliseconds since the last delivery, number of deliveries.
+async fn pending(redis: &Redis) -> Vec<(String, String, u64, u64)> {
+    redis_command(redis, &["XPENDING", STREAM, GROUP, "-", "+", "10"]).await
+}
+
+/// Programs that do not know our lease claim what has been idle for ten seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_in_hand_never_look_idle_while_the_database_is_slow() {
+    let redis = Redis::start().await;
+    let (database, barrier, program) = one_entry_in_hand(&redis, "1h").await;
+    let mut most = 0;
+    wait_until("the entry to be kept fresh", RUN, async || {
+        let (_, _, idle, deliveries) = pending(&redis).await.remove(0);
+        assert_eq!(deliveries, 1, "keeping it fresh counts as a delivery");
+        let was_kept_fresh = idle + 1_000 < most;
+        most = most.max(idle);
+        assert!(most < 9_000, "it has looked idle for {most} ms");
+        was_kept_fresh
+    })
+    .await;
+    barrier.batch_execute("ROLLBACK").await.unwrap();
+    wait_until("the like to be applied", RUN, async || look(&redis).await.unwrap().is_drained()).await;
+    assert_eq!(query_value(&database, "SELECT count(*) FROM likes").await, "1");
+    drop(program);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_does_not_work_on_what_another_pipeline_of_its_process_has_in_hand() {
+    let redis = Redis::start().await;
+    let (database, barrier, program) = one_entry_in_hand(&redis, "10s").await;
+    let (id, owner, ..) = pending(&redis).await.remove(0);
+    // As if the process had been unable to keep it fresh.
+    wait_until("the other pipeline to claim it", RUN, async || {
+        if pending(&redis).await.remove(0).1 != owner {
+            return true;
+        }
+        let idle = ["XCLAIM", STREAM, GROUP, &owner, "0", &id, "IDLE", "20000", "JUSTID"];
+        let _: redis::Value = redis_command(&redis, &idle).await;
+        false
+    })
+    .await;
+    barrier.batch_execute("ROLLBACK").await.unwrap();
+    wait_until("the like to be applied", RUN, async || look(&redis).await.unwrap().is_drained()).await;
+    assert_eq!(query_value(&database, "SELECT count(*) FROM likes").await, "1");
+    assert_eq!(program.metric("standpipe_claimed_entries_total").await, 0.0, "{}", program.output());
+}
+
+/// While we replay what the other program acknowledged, it goes on, and may undo what we have just applied.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_program_does_during_a_replay_is_replayed_too() {
+    let redis = Redis::start().await;
+    let database = Postgres::shared().await.fresh_database().await;
+    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
+    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
+    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let add = async |data: &str, seq: &str| -> String {
+        redis_command(&redis, &["XADD", STREAM, "*", "type", "commit", "data", data, "seq", seq]).await
+    };
+    let take = async || {
+        let read = ["XREADGROUP", "GROUP", GROUP, "other", "STREAMS", STREAM, ">"];
+        let _: redis::Value = redis_command(&redis, &read).await;
+    };
+    let acknowledge = async |id: &str| {
+        assert_eq!(redis_command::<u64>(&redis, &["XACK", STREAM, GROUP, id]).await, 1);
+    };
+    add(&like(1), "1").await;
+    let second = add(&like(2), "2").await;
+    take().await;
+    acknowledge(&second).await;
+
+    let barrier = connect(&database).await;
+    barrier.batch_execute("BEGIN; LOCK TABLE likes IN EXCLUSIVE MODE").await.unwrap();
+    let mut program = Program::start("worker", &variables).await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%standpipe.apply%'
+                   AND wait_event_type = 'Lock' AND datname = current_database()";
+    wait_until("the replay to wait", RUN, async || query_value(&database, waiting).await != "0").await;
+    let delete = json!({"repo": "did:plc:2", "ops": [{"action": "delete", "path": "app.bsky.feed.like/2"}]});
+    let third = add(&delete.to_string(), "3").await;
+    take().await;
+    acknowledge(&third).await;
+    barrier.batch_execute("ROLLBACK").await.unwrap();
+    program.wait_for_line("replayed entries that another program left pending", RUN).await;
+    assert_eq!(query_rows(&database, "SELECT uri FROM standpipe.tombstones").await.len(), 1);
+    assert_eq!(query_value(&database, "SELECT count(*) FROM likes WHERE uri LIKE '%/2'").await, "0");
 }

@@ -2,7 +2,7 @@
 
 use crate::support::chain::{CURSOR, Chain, Program, SOON, STREAM, Variables, network, redis_command};
 use crate::support::scripted::{self, ScriptedRelay, account, commit, create, delete, identity, post, rev};
-use crate::support::{Postgres, Redis, Standpipe, connect, query_value, wait_until};
+use crate::support::{Postgres, Redis, Signal, Standpipe, connect, query_value, wait_until};
 use serde_json::{Value as Json, json};
 use standpipe::stream::Stream;
 use standpipe::stream::append::{self, Appendix, Budget, Move, NewEntry};
@@ -89,6 +89,34 @@ async fn a_row_written_by_another_program_loses_to_any_version() {
     }
 }
 
+/// Version 0.1 knows no epochs, and may be running alongside us.
+#[tokio::test]
+async fn a_number_without_an_epoch_gets_the_one_in_force_at_its_entry() {
+    let client = connect(&migrated().await).await;
+    client.batch_execute("INSERT INTO standpipe.epochs VALUES (1000), (2000)").await.unwrap();
+    let follow = |key: u32, ms: u32| {
+        format!(
+            "ROW('did:plc:a', 'at://did:plc:a/app.bsky.graph.follow/{key}', NULL, NULL, '5', {ms}, 0, 'did:plc:b',
+                 NULL, now()::timestamp, now()::timestamp, NULL)::standpipe.op"
+        )
+    };
+    let apply = format!(
+        "SELECT standpipe.apply(ARRAY['did:plc:a'], ARRAY['did:plc:a'], NULL, ARRAY['did:plc:a'], NULL,
+                                ARRAY[{}, {}], ARRAY['follow', 'follow'])",
+        follow(1, 999),
+        follow(2, 1500),
+    );
+    client.batch_execute(&apply).await.unwrap();
+    let each = format!(
+        "CALL standpipe.apply_each(ARRAY[ROW('follow', {}, NULL, NULL, NULL, NULL, NULL, NULL, NULL)::standpipe.call], '{{}}')",
+        follow(3, 2000),
+    );
+    client.batch_execute(&each).await.unwrap();
+    let rows = client.query("SELECT commit_seq::text FROM follows ORDER BY uri", &[]).await.unwrap();
+    let numbers: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(numbers, ["5", "5@1000", "5@2000"]);
+}
+
 // ---------------------------------------------------------------------------------------------
 // The scenarios
 
@@ -98,7 +126,8 @@ struct Turns {
     database: String,
     keys: standpipe::stream::Keys,
     cursor: append::Cursor,
-    _program: Program,
+    variables: Variables,
+    program: Program,
 }
 
 const LEASE: &str = "ours";
@@ -115,7 +144,7 @@ impl Turns {
         wait_until("the group", SOON, async || redis_command::<i64>(&redis, &["EXISTS", STREAM]).await == 1)
             .await;
         let _: String = redis_command(&redis, &["SET", &keys.lease, LEASE]).await;
-        Self { redis, database, keys, cursor: append::Cursor::default(), _program: program }
+        Self { redis, database, keys, cursor: append::Cursor::default(), variables, program }
     }
 
     async fn stream(&self) -> Stream {
@@ -202,6 +231,23 @@ async fn alternating_our_reader_with_the_python_reader_preserves_the_order() {
     // A resent commit changes nothing.
     turns.ours(50, 50, write("five")).await;
     assert_eq!(turns.text().await, "-");
+}
+
+/// Where an entry of the Python reader stands among ours is decided when it is applied, which may be long after our
+/// reader has gone on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_of_the_python_reader_keeps_its_place_when_it_is_applied_late() {
+    let mut turns = Turns::start().await;
+    turns.we_read(false).await;
+    turns.ours(10, 10, write("one")).await;
+    assert_eq!(turns.text().await, "one");
+    turns.program.signal(Signal::Term);
+    assert_eq!(turns.program.wait_exit(SOON).await, 0);
+    turns.theirs(20, write("two")).await;
+    turns.we_read(false).await;
+    turns.ours(30, 30, json!({"action": "delete", "path": "app.bsky.feed.post/another"})).await;
+    turns.program = Program::start("worker", &turns.variables).await;
+    assert_eq!(turns.text().await, "two");
 }
 
 /// (b) A relay whose backlog repeats older events under higher numbers.
@@ -372,7 +418,7 @@ async fn after_a_switch_to_a_relay_with_lower_numbers_later_statuses_win_and_one
     };
     let mut program = Program::start("run", &chain.variables().with("RELAY_URL", first.url())).await;
     is("old.test takendown").await;
-    program.signal(crate::support::Signal::Term);
+    program.signal(Signal::Term);
     program.wait_exit(SOON).await;
 
     // While the new relay cannot be reached, the change loses nothing and counts nothing.
@@ -382,7 +428,7 @@ async fn after_a_switch_to_a_relay_with_lower_numbers_later_statuses_win_and_one
     assert_eq!(program.metric("standpipe_relay_gaps_total").await, 0.0);
     let cursor: String = redis_command(&chain.redis, &["GET", CURSOR]).await;
     assert_eq!(cursor, "9000000002");
-    program.signal(crate::support::Signal::Term);
+    program.signal(Signal::Term);
     program.wait_exit(SOON).await;
 
     let program = Program::start("run", &chain.variables().with("RELAY_URL", second.url())).await;

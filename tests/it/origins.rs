@@ -104,3 +104,50 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     assert_eq!((cursor.as_str(), name.as_str()), ("100", "list.test"));
     drop(worker);
 }
+
+/// Forty posts that can all be read at once; then it is time to stop.
+struct Burst {
+    list: List,
+    stop: CancellationToken,
+}
+
+impl Origin for Burst {
+    fn name(&self) -> String {
+        self.list.name()
+    }
+
+    async fn open(&mut self, from: Option<i64>) -> Result<(), OriginError> {
+        self.list.open(from).await
+    }
+
+    async fn next(&mut self) -> Result<Arrival, OriginError> {
+        if self.list.at == 40 {
+            self.stop.cancel();
+            std::future::pending::<()>().await;
+        }
+        self.list.next().await
+    }
+
+    async fn settled(&mut self, position: i64) -> Result<(), OriginError> {
+        self.list.settled(position).await
+    }
+}
+
+/// An origin that acknowledges upstream would be sent again what it was not told about.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_is_told_what_was_appended_while_the_reader_stopped() {
+    let redis = Redis::start().await;
+    let variables = Variables::new().with("REDIS_URL", redis.url());
+    let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
+    let connector = Connector::open(&config).unwrap();
+    let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
+    let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
+    let (opened, _opens) = tokio::sync::mpsc::unbounded_channel();
+    let settled = Arc::new(AtomicI64::new(0));
+    let stop = CancellationToken::new();
+    // All of it is read at once, and none of it is in the stream when the reader is told to stop.
+    let list = List { at: 0, end: i64::MAX, broken: true, settled: Arc::clone(&settled), opened };
+    reader.run(Burst { list, stop: stop.clone() }, stop).await;
+    assert_eq!(redis_command::<u64>(&redis, &["XLEN", "firehose:events"]).await, 40);
+    assert_eq!(settled.load(Ordering::SeqCst), 40);
+}

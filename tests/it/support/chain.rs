@@ -135,7 +135,7 @@ const LOOK: &str = "
 /// Looks at the stream; an error while Redis is down.
 pub async fn look(redis: &Redis) -> redis::RedisResult<Look> {
     type Answer = (u64, u64, u64, u64, u64, String, u64);
-    let mut connection = redis::Client::open(redis.url())?.get_multiplexed_async_connection().await?;
+    let mut connection = super::connect_to_redis(redis.url()).await?;
     let (exists, group, length, pending, waiting, cursor, dead_letters): Answer = redis::Script::new(LOOK)
         .key(STREAM)
         .key(CURSOR)

@@ -18,7 +18,7 @@ pub mod traffic;
 
 pub use http::http_get;
 pub use proxy::TcpProxy;
-pub use servers::{HOSTILE_DEFAULTS, Postgres, Redis};
+pub use servers::{HOSTILE_DEFAULTS, Postgres, Redis, connect_to_redis};
 pub use sql::{connect, execute, query_rows, query_value, table_dump};
 pub use standpipe::Standpipe;
 pub use standpipe_lab::program::Finished;

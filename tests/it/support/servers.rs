@@ -3,6 +3,7 @@
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use standpipe_lab::servers::{PostgresOptions, PrivateFolder, PrivatePostgres, PrivateRedis, RedisOptions};
 use tokio::sync::OnceCell;
@@ -31,9 +32,19 @@ impl Redis {
 
     /// A new connection.
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
-        let client = redis::Client::open(self.url()).unwrap();
-        client.get_multiplexed_async_connection().await.unwrap()
+        connect_to_redis(self.url()).await.unwrap()
     }
+}
+
+/// A connection to a Redis. The library's own limits, a second or less, are for servers of a machine that is not busy
+/// with tests.
+pub async fn connect_to_redis(
+    url: impl redis::IntoConnectionInfo,
+) -> redis::RedisResult<redis::aio::MultiplexedConnection> {
+    let limit = Some(Duration::from_secs(30));
+    let config =
+        redis::AsyncConnectionConfig::new().set_connection_timeout(limit).set_response_timeout(limit);
+    redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await
 }
 
 impl Deref for Redis {
