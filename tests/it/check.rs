@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use crate::support::chain::{Program, RUN, Relay, SOON, Variables, look, network, redis_command};
 use crate::support::{
-    Finished, Postgres, Redis, Signal, Standpipe, execute, free_port, query_value, wait_until,
+    Finished, Postgres, Redis, Signal, Standpipe, connect_to_redis, execute, free_port, query_value,
+    wait_until,
 };
 use serde_json::Value;
 use standpipe::stream::rights;
@@ -323,7 +324,7 @@ async fn the_documented_redis_user_has_exactly_the_rights_it_needs() {
     }
 
     // The user really is minimal.
-    let mut own = crate::support::connect_to_redis(url).await.unwrap();
+    let mut own = connect_to_redis(url).await.unwrap();
     for words in [
         &["FLUSHALL"][..],
         &["GET", "other"],

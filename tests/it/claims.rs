@@ -1,4 +1,4 @@
-//! Entries that a consumer of another program leaves pending when it dies.
+//! Pending entries: those that a dead consumer of another program leaves behind, and those that we have in hand.
 
 use crate::support::chain::{GROUP, Program, RUN, STREAM, Variables, look, redis_command};
 use crate::support::{Postgres, Redis, Standpipe, connect, query_rows, query_value, wait_until};
@@ -78,15 +78,21 @@ async fn claiming_a_dead_programs_entries_costs_less_than_twice_as_much_as_new_o
     assert!(claimed[0] < 2.0 * new[0], "{claimed:.2?} s against {new:.2?} s");
 }
 
+/// A migrated database, and a stream with its group.
+async fn migrated(redis: &Redis) -> (String, Variables) {
+    let database = Postgres::shared().await.fresh_database().await;
+    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
+    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
+    let _: String = redis_command(redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    (database, variables)
+}
+
 /// The other program has created a like and deleted it, and acknowledged only the creation: we must not bring
 /// the like back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_like_deleted_by_an_unacknowledged_entry_is_not_brought_back() {
     let redis = Redis::start().await;
-    let database = Postgres::shared().await.fresh_database().await;
-    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
-    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
-    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let (database, variables) = migrated(&redis).await;
     let delete = json!({"repo": "did:plc:2", "ops": [{"action": "delete", "path": "app.bsky.feed.like/2"}]});
     let mut ids = Vec::new();
     for (data, seq) in [(like(1), "1"), (like(2), "2"), (delete.to_string(), "3")] {
@@ -108,17 +114,11 @@ async fn a_like_deleted_by_an_unacknowledged_entry_is_not_brought_back() {
 
 /// A worker whose only entry, a like, waits for a lock that the returned connection holds.
 async fn one_entry_in_hand(redis: &Redis, claim_idle: &str) -> (String, tokio_postgres::Client, Program) {
-    let database = Postgres::shared().await.fresh_database().await;
-    let variables = Variables::new()
-        .with("REDIS_URL", redis.url())
-        .with("DATABASE_URL", &database)
-        .with("PARALLEL_CONSUMERS", "2")
-        .with("CLAIM_IDLE", claim_idle);
-    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
+    let (database, variables) = migrated(redis).await;
+    let variables = variables.with("PARALLEL_CONSUMERS", "2").with("CLAIM_IDLE", claim_idle);
     let barrier = connect(&database).await;
     barrier.batch_execute("BEGIN; LOCK TABLE likes IN EXCLUSIVE MODE").await.unwrap();
     let program = Program::start("worker", &variables).await;
-    wait_until("the group to exist", RUN, async || look(redis).await.is_ok_and(|look| look.group)).await;
     let _: String =
         redis_command(redis, &["XADD", STREAM, "*", "type", "commit", "data", &like(1), "seq", "1"]).await;
     wait_until("the entry to be in hand", RUN, async || !pending(redis).await.is_empty()).await;
@@ -176,10 +176,7 @@ async fn a_pipeline_does_not_work_on_what_another_pipeline_of_its_process_has_in
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_program_does_during_a_replay_is_replayed_too() {
     let redis = Redis::start().await;
-    let database = Postgres::shared().await.fresh_database().await;
-    let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
-    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
-    let _: String = redis_command(&redis, &["XGROUP", "CREATE", STREAM, GROUP, "0", "MKSTREAM"]).await;
+    let (database, variables) = migrated(&redis).await;
     let add = async |data: &str, seq: &str| -> String {
         redis_command(&redis, &["XADD", STREAM, "*", "type", "commit", "data", data, "seq", seq]).await
     };

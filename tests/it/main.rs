@@ -36,6 +36,7 @@ mod removed_by_others;
 mod side_by_side;
 mod sql;
 mod status;
+mod stream;
 mod takeover;
 mod tls;
 mod upgrade;

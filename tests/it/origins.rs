@@ -57,6 +57,13 @@ impl Origin for List {
     }
 }
 
+fn reader(variables: &Variables) -> Reader {
+    let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
+    let connector = Connector::open(&config).unwrap();
+    let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
+    Reader::new(Arc::new(config), connector, status, Control::new(None).reader())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_origin_needs_no_change_outside_its_file() {
     let redis = Redis::start().await;
@@ -64,15 +71,11 @@ async fn a_new_origin_needs_no_change_outside_its_file() {
     let variables = Variables::new().with("REDIS_URL", redis.url()).with("DATABASE_URL", &database);
     let worker = Program::start("worker", &variables).await;
 
-    let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
-    let connector = Connector::open(&config).unwrap();
-    let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
-    let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
     let (opened, mut opens) = tokio::sync::mpsc::unbounded_channel();
     let settled = Arc::new(AtomicI64::new(0));
     let list = List { at: 0, end: 100, broken: false, settled: Arc::clone(&settled), opened };
     let stop = CancellationToken::new();
-    let reading = tokio::spawn(reader.run(list, stop.clone()));
+    let reading = tokio::spawn(reader(&variables).run(list, stop.clone()));
 
     wait_for("the tables", SOON, async || {
         match query_value(&database, "SELECT count(*) FROM pg_class WHERE relname = 'posts'").await.as_str() {
@@ -138,16 +141,12 @@ impl Origin for Burst {
 async fn an_origin_is_told_what_was_appended_while_the_reader_stopped() {
     let redis = Redis::start().await;
     let variables = Variables::new().with("REDIS_URL", redis.url());
-    let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
-    let connector = Connector::open(&config).unwrap();
-    let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
-    let reader = Reader::new(Arc::new(config), connector, status, Control::new(None).reader());
     let (opened, _opens) = tokio::sync::mpsc::unbounded_channel();
     let settled = Arc::new(AtomicI64::new(0));
     let stop = CancellationToken::new();
     // All of it is read at once, and none of it is in the stream when the reader is told to stop.
     let list = List { at: 0, end: i64::MAX, broken: true, settled: Arc::clone(&settled), opened };
-    reader.run(Burst { list, stop: stop.clone() }, stop).await;
+    reader(&variables).run(Burst { list, stop: stop.clone() }, stop).await;
     assert_eq!(redis_command::<u64>(&redis, &["XLEN", "firehose:events"]).await, 40);
     assert_eq!(settled.load(Ordering::SeqCst), 40);
 }

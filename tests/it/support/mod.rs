@@ -2,6 +2,7 @@
 //! connections, and ways to wait for a condition instead of sleeping.
 
 pub mod browser;
+pub mod by_hand;
 pub mod chain;
 pub mod gate;
 mod http;
