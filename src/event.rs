@@ -4,6 +4,7 @@
 mod entry;
 mod epoch;
 mod kind;
+mod post;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,6 +13,7 @@ use std::str::FromStr;
 pub use entry::Entry;
 pub use epoch::{Epochs, Start};
 pub use kind::Kind;
+pub use post::Post;
 
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -127,6 +129,15 @@ pub fn tid_time(tid: &str) -> Option<Micros> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Json<'a>(pub Cow<'a, str>);
 
+/// The fields that only one kind has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body<'a> {
+    /// Of all kinds but posts.
+    Json(Json<'a>),
+    /// Of a post.
+    Post(Box<Post<'a>>),
+}
+
 /// One change of the database. The meaning of `subject` and `body` for a kind is documented at the top of that kind's
 /// file in `sql/apply`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,9 +159,29 @@ pub struct Op<'a> {
     /// The time to sort it by: the lesser of `created_at` and [`Version::time`].
     pub sort_at: Micros,
     /// Fields specific to the kind.
-    pub body: Option<Json<'a>>,
+    pub body: Option<Body<'a>>,
     /// For a reply, the URI of its thread's root.
     pub root: Option<Cow<'a, str>>,
+}
+
+impl<'a> Op<'a> {
+    /// The body as JSON; a post has none.
+    #[must_use]
+    pub fn json(&self) -> Option<&Json<'a>> {
+        match &self.body {
+            Some(Body::Json(json)) => Some(json),
+            Some(Body::Post(_)) | None => None,
+        }
+    }
+
+    /// The body of a post.
+    #[must_use]
+    pub fn post(&self) -> Option<&Post<'a>> {
+        match &self.body {
+            Some(Body::Post(post)) => Some(post),
+            Some(Body::Json(_)) | None => None,
+        }
+    }
 }
 
 /// Why an operation, or a whole entry, can never be applied.

@@ -57,6 +57,9 @@ struct Simulate {
     /// Accounts of the network
     #[arg(long, default_value_t = 10_000, conflicts_with = "frames")]
     accounts: u32,
+    /// All accounts are there from the beginning, each as busy as the others
+    #[arg(long, conflicts_with = "frames")]
+    spread: bool,
     /// Also delete accounts
     #[arg(long, conflicts_with = "frames")]
     deletions: bool,
@@ -111,6 +114,12 @@ struct Bench {
     /// Also measure on the tables and indexes of the workers before standpipe
     #[arg(long)]
     existing: bool,
+    /// Also measure a network of 200,000 accounts in which hardly two events in a row are from the same one
+    #[arg(long)]
+    spread: bool,
+    /// Only these modes, without the reference and without turning notifications off
+    #[arg(long, value_name = "MODE", value_delimiter = ',', value_parser = ["event", "batch"])]
+    mode: Vec<String>,
     /// Only these parts: throughput, latency, reader
     #[arg(long, value_name = "PART", value_delimiter = ',', value_parser = parse_part)]
     only: Vec<Part>,
@@ -189,6 +198,7 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
             events: options.events,
             pad: options.pad,
             deletions: options.deletions,
+            spread: options.spread,
             ..NetworkOptions::default()
         }),
     };
@@ -262,8 +272,22 @@ async fn demonstrate(options: Demo) -> Result<ExitCode> {
 }
 
 async fn benchmark(options: Bench) -> Result<ExitCode> {
-    let Bench { events, rounds, seed, accounts, rate, backlog, sweep, existing, only, postgres, json, svg } =
-        options;
+    let Bench {
+        events,
+        rounds,
+        seed,
+        accounts,
+        rate,
+        backlog,
+        sweep,
+        existing,
+        spread,
+        mode,
+        only,
+        postgres,
+        json,
+        svg,
+    } = options;
     let options = BenchOptions {
         events,
         rounds,
@@ -273,6 +297,8 @@ async fn benchmark(options: Bench) -> Result<ExitCode> {
         backlog,
         sweep,
         existing,
+        spread,
+        modes: mode,
         only,
         postgres_settings: postgres,
     };

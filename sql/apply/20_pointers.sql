@@ -7,6 +7,8 @@
 -- like-via-repost, and so on), and every live repost has a feed item.
 --
 -- One template, instantiated for each table: each has its own functions, so that their statements are planned once.
+-- Subject and account are compared and sorted as a row: then the index of both is taken, whatever the planner believes of
+-- a young table, and never the one of all that an account has.
 --
 --   put_<kind>     applies a record, whatever rows exist
 --   new_<kind>     fast path of event mode: one record about a post, without `via`, that is probably new
@@ -41,7 +43,8 @@ BEGIN
                 LOOP
                     -- Before the insert, so that it sees only others: does this account already have one for this
                     -- subject?
-                    PERFORM FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo;
+                    PERFORM FROM %2$I x
+                    WHERE (%10$s) >= (%11$s) AND (%10$s) <= (%11$s) ORDER BY %10$s LIMIT 1;
                     counted := CASE WHEN FOUND THEN 0 ELSE 1 END;
                     INSERT INTO %2$I (uri, user_did, post_uri%3$s, created_at,
                                       commit_rev, commit_seq, stream_ms, stream_seq)
@@ -84,7 +87,8 @@ BEGIN
                 DELETE FROM %2$I r WHERE r.uri = gone RETURNING r.post_uri, r.user_did INTO post, account;
                 %8$s
                 -- Counts its account out if it has no other one for the same subject.
-                PERFORM FROM %2$I x WHERE x.post_uri = post AND x.user_did = account;
+                PERFORM FROM %2$I x
+                WHERE (%10$s) >= (%12$s) AND (%10$s) <= (%12$s) ORDER BY %10$s LIMIT 1;
                 RETURN CASE WHEN FOUND THEN ARRAY[]::standpipe.delta[]
                             ELSE ARRAY[ROW(post, %5$s-1%6$s)::standpipe.delta] END;
             END $$;
@@ -102,7 +106,10 @@ BEGIN
             CASE WHEN p.has_feed_item THEN 'DELETE FROM feed_items f WHERE f.uri = gone;' ELSE '' END,
             -- The endings of the notifications that the row may have caused.
             CASE WHEN p.kind = 'bookmark' THEN 'ARRAY[]::text[]'
-                 ELSE $endings$CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END$endings$ END);
+                 ELSE $endings$CASE WHEN r.via IS NULL THEN ARRAY[''] ELSE ARRAY['', '/via-repost'] END$endings$ END,
+            CASE WHEN p.kind = 'bookmark' THEN 'x.user_did, x.post_uri' ELSE 'x.post_uri, x.user_did' END,
+            CASE WHEN p.kind = 'bookmark' THEN 'o.repo, o.subject' ELSE 'o.subject, o.repo' END,
+            CASE WHEN p.kind = 'bookmark' THEN 'account, post' ELSE 'post, account' END);
 
         -- A bookmark has no fast path.
         CONTINUE WHEN p.kind = 'bookmark';
@@ -119,7 +126,10 @@ BEGIN
                 WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
                 ON CONFLICT (uri) DO NOTHING
                 -- The statement sees the table as it was before: did this account already have one for this subject?
-                RETURNING EXISTS (SELECT FROM %2$I x WHERE x.post_uri = o.subject AND x.user_did = o.repo) INTO another;
+                RETURNING coalesce((
+                    SELECT true FROM %2$I x
+                    WHERE (x.post_uri, x.user_did) >= (o.subject, o.repo) AND (x.post_uri, x.user_did) <= (o.subject, o.repo)
+                    ORDER BY x.post_uri, x.user_did LIMIT 1), false) INTO another;
                 -- There already is a row or a tombstone, and nothing was written.
                 IF another IS NULL THEN
                     RETURN false;

@@ -52,47 +52,81 @@ BEGIN
     RETURN true;
 END $$;
 
--- #identity. subject: the handle. Two registers: the newest handle claimed for the account, and the newest
--- claimant of the handle. A user shows its newest handle while it is that handle's newest claimant, else
--- handle.invalid. `locked` holds the handles whose locks the caller took; an account's handle that changed
--- since the caller looked is not among them, and the transaction is tried again.
-CREATE OR REPLACE FUNCTION standpipe.put_identity(o standpipe.op, locked text[]) RETURNS boolean
+-- #identity, each for another account and with another handle (subject). Two registers: the newest handle claimed for an
+-- account, and the newest claimant of a handle. A user shows its newest handle while it is that handle's newest claimant,
+-- else handle.invalid. `locked` holds the handles whose locks the caller took; an account's handle that changed since the
+-- caller looked is not among them, and the transaction is tried again. Returns the accounts and the handles that changed.
+CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[]) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
-    before text;
-    claimant text;
-    changed boolean;
+    claimants CONSTANT text[] := ARRAY(SELECT o.repo FROM unnest(ops) o);
+    dids text[];
+    handles text[];
+    other text;
 BEGIN
-    SELECT a.handle INTO before FROM standpipe.accounts a WHERE a.did = o.repo;
-    IF before IS NOT NULL AND NOT before = ANY (locked) THEN
-        RAISE EXCEPTION 'the handle of % changed meanwhile', o.repo USING ERRCODE = 'serialization_failure';
+    SELECT a.handle INTO other FROM unnest(ops) o, LATERAL (
+        SELECT x.handle FROM standpipe.accounts x WHERE x.did = o.repo AND x.handle IS NOT NULL OFFSET 0) a
+    EXCEPT SELECT unnest(locked) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'the account of % has another handle now', other USING ERRCODE = 'serialization_failure';
     END IF;
-    INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
-    VALUES (o.repo, o.subject, o.seq, o.ms, o.sq)
-    ON CONFLICT (did) DO UPDATE SET
-        handle = excluded.handle, handle_seq = excluded.handle_seq,
-        handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
-    WHERE a.handle IS NULL OR standpipe.newer(
-        NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
-        NULL, a.handle_seq, a.handle_ms, a.handle_sq);
-    changed := FOUND;
-    INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
-    VALUES (o.subject, o.repo, o.seq, o.ms, o.sq)
-    ON CONFLICT (handle) DO UPDATE SET
-        did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
-    WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq);
-    changed := changed OR FOUND;
-    IF changed THEN
-        SELECT h.did INTO claimant FROM standpipe.handles h WHERE h.handle = o.subject;
-        UPDATE users u SET handle = 'handle.invalid' WHERE u.handle = o.subject AND u.did <> claimant;
-        UPDATE users u SET handle = CASE
-                WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
-                ELSE 'handle.invalid'
-            END
-        FROM standpipe.accounts a
-        WHERE a.did = o.repo AND u.did = o.repo;
+    WITH w AS (
+        INSERT INTO standpipe.accounts AS a (did, handle, handle_seq, handle_ms, handle_sq)
+        SELECT o.repo, o.subject, o.seq, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (did) DO UPDATE SET
+            handle = excluded.handle, handle_seq = excluded.handle_seq,
+            handle_ms = excluded.handle_ms, handle_sq = excluded.handle_sq
+        WHERE a.handle IS NULL OR standpipe.newer(
+            NULL, excluded.handle_seq, excluded.handle_ms, excluded.handle_sq,
+            NULL, a.handle_seq, a.handle_ms, a.handle_sq)
+        RETURNING a.did
+    )
+    SELECT array_agg(w.did) INTO dids FROM w;
+    WITH w AS (
+        INSERT INTO standpipe.handles AS h (handle, did, seq, ms, sq)
+        SELECT o.subject, o.repo, o.seq, o.ms, o.sq FROM unnest(ops) o
+        ON CONFLICT (handle) DO UPDATE SET
+            did = excluded.did, seq = excluded.seq, ms = excluded.ms, sq = excluded.sq
+        WHERE standpipe.newer(NULL, excluded.seq, excluded.ms, excluded.sq, NULL, h.seq, h.ms, h.sq)
+        RETURNING h.handle
+    )
+    SELECT array_agg(w.handle) INTO handles FROM w;
+    -- Those who showed it before, then those who claim it. OFFSET 0 and the keys once more: rows are found by their keys,
+    -- whatever the planner believes of a young table.
+    UPDATE users u SET handle = 'handle.invalid'
+    FROM (SELECT h.* FROM unnest(handles) k (handle), LATERAL (
+              SELECT x.handle, x.did FROM standpipe.handles x WHERE x.handle = k.handle OFFSET 0) h OFFSET 0) h
+    WHERE u.handle = h.handle AND u.handle = ANY (handles) AND u.did <> h.did;
+    UPDATE users u SET handle = shown.handle
+    FROM (SELECT o.repo AS did, CASE WHEN h.did = o.repo THEN a.handle ELSE 'handle.invalid' END AS handle
+          FROM unnest(ops) o, LATERAL (
+              SELECT x.handle FROM standpipe.accounts x WHERE x.did = o.repo OFFSET 0) a, LATERAL (
+              SELECT x.did FROM standpipe.handles x WHERE x.handle = a.handle OFFSET 0) h OFFSET 0) shown
+    WHERE u.did = shown.did AND u.did = ANY (claimants) AND u.handle IS DISTINCT FROM shown.handle;
+    RETURN coalesce(dids, '{}') || coalesce(handles, '{}');
+END $$;
+
+-- Applies #identity operations like those of standpipe.put_identities, in a transaction of their own.
+CREATE OR REPLACE FUNCTION standpipe.claim(dids text[], ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
+DECLARE
+    handles text[];
+    ignored text;
+BEGIN
+    -- First, so that none of these accounts gets another handle meanwhile.
+    ignored := standpipe.lock_partitions(ARRAY(SELECT o.repo FROM unnest(ops) o));
+    handles := ARRAY(
+        SELECT o.subject FROM unnest(ops) o
+        UNION
+        SELECT a.handle FROM unnest(ops) o, LATERAL (
+            SELECT x.handle FROM standpipe.accounts x WHERE x.did = o.repo AND x.handle IS NOT NULL OFFSET 0) a);
+    ignored := standpipe.lock(ARRAY(SELECT '@' || h FROM unnest(handles) h ORDER BY '@' || h COLLATE "C"));
+    IF EXISTS (SELECT FROM unnest(ops) o WHERE o.seq NOT LIKE '%@%') THEN
+        ops := ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(ops) p);
     END IF;
-    RETURN changed;
+    IF cardinality(dids) > 0 THEN
+        ignored := standpipe.ensure_users(dids);
+    END IF;
+    RETURN standpipe.put_identities(ops, handles);
 END $$;
 
 -- Which of two statuses of an account is newer: by epoch and number; if neither has a number, by the event's time. With

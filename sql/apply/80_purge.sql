@@ -64,7 +64,7 @@ END $$;
 -- Removes up to `most` rows of one kind that were written before the account was deleted, and counts them out. Returns
 -- how many; call it until there are none left.
 --
--- They are chosen before anything is locked, locked like in standpipe.apply, and checked again.
+-- Locks are those of standpipe.apply, in its order.
 CREATE OR REPLACE FUNCTION standpipe.purge(account text, kind text, most integer) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -75,6 +75,7 @@ DECLARE
     condition text;
     old CONSTANT text := ' AND standpipe.before_deletion(r.commit_rev, r.commit_seq, r.stream_ms, $2, $3)';
     keys text[];
+    gone_keys text[];
     gone text;
     deltas standpipe.delta[] := '{}';
 BEGIN
@@ -97,28 +98,37 @@ BEGIN
                    ' AND position(''#'' IN r.%1$I) = 0', key)
         ELSE format('r.%I = $1', owner)
     END;
-    EXECUTE format('SELECT array_agg(s.%1$I ORDER BY s.%1$I COLLATE "C") FROM (
-                        SELECT r.%1$I FROM %2$I r WHERE ' || condition || old || ' LIMIT $4) s', key, relation)
-        INTO keys USING account, deleted.deleted_seq, deleted.deleted_time, most;
-    IF keys IS NULL THEN
-        RETURN 0;
-    END IF;
-
-    PERFORM standpipe.share_partitions(ARRAY[account]);
     IF kind IN ('post', 'thread_gate', 'post_gate') THEN
-        -- Before the account's: at:// comes before did:.
+        -- Their own locks come before the account's (at:// before did:), so they are chosen before anything is locked, and
+        -- checked again.
+        EXECUTE format('SELECT array_agg(s.%1$I ORDER BY s.%1$I COLLATE "C") FROM (
+                            SELECT r.%1$I FROM %2$I r WHERE ' || condition || old || ' LIMIT $4) s', key, relation)
+            INTO keys USING account, deleted.deleted_seq, deleted.deleted_time, most;
+        IF keys IS NULL THEN
+            RETURN 0;
+        END IF;
+        condition := condition || format(' AND r.%I = ANY ($5)', key);
+        PERFORM standpipe.share_partitions(ARRAY[account]);
         FOREACH gone IN ARRAY keys LOOP
             PERFORM pg_advisory_xact_lock(hashtextextended(gone, 0));
         END LOOP;
+    ELSE
+        EXECUTE format('SELECT ARRAY[r.%1$I] FROM %2$I r WHERE ' || condition || ' LIMIT 1', key, relation)
+            INTO keys USING account;
+        IF keys IS NULL THEN
+            RETURN 0;
+        END IF;
+        PERFORM standpipe.share_partitions(ARRAY[account]);
     END IF;
     PERFORM pg_advisory_xact_lock(hashtextextended(account, 0));
-    EXECUTE format('SELECT array_agg(r.%1$I ORDER BY r.%1$I COLLATE "C") FROM %2$I r
-                    WHERE r.%1$I = ANY ($1)' || old, key, relation)
-        INTO keys USING keys, deleted.deleted_seq, deleted.deleted_time;
-    IF keys IS NULL THEN
-        -- All of them have been rewritten or removed in the meantime; there may be more.
-        RETURN 1;
+    EXECUTE format('SELECT array_agg(s.%1$I ORDER BY s.%1$I COLLATE "C") FROM (
+                        SELECT r.%1$I FROM %2$I r WHERE ' || condition || old || ' LIMIT $4) s', key, relation)
+        INTO gone_keys USING account, deleted.deleted_seq, deleted.deleted_time, most, keys;
+    IF gone_keys IS NULL THEN
+        -- Gates and posts that were chosen have been rewritten or removed in the meantime; there may be more.
+        RETURN (kind IN ('post', 'thread_gate', 'post_gate'))::integer;
     END IF;
+    keys := gone_keys;
 
     IF kind IN ('feed_generator', 'labeler_service') THEN
         -- Their rows are written under the lock of their counter: see standpipe.apply.

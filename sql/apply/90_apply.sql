@@ -86,10 +86,18 @@ BEGIN
     END IF;
 END $$;
 
--- Begins a transaction that writes for many accounts: nobody else writes for any account of their partitions.
+-- Begins a transaction that writes many rows: does not wait for the disk at its end, and has every table searched by its
+-- indexes, whatever the planner believes of it. A plan made while a table was small is kept, and would read all of it later.
+CREATE OR REPLACE FUNCTION standpipe.write_many() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    ignored text := concat(set_config('synchronous_commit', 'off', true), set_config('enable_seqscan', 'off', true));
+BEGIN
+END $$;
+
+-- The same, and nobody else writes for any account of these accounts' partitions.
 CREATE OR REPLACE FUNCTION standpipe.lock_partitions(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    ignored text := set_config('synchronous_commit', 'off', true);
+    ignored text := standpipe.write_many();
 BEGIN
     PERFORM pg_advisory_xact_lock(29296, p.number)
     FROM (SELECT DISTINCT standpipe.partition(d) AS number FROM unnest(dids) d ORDER BY 1) p;
@@ -207,13 +215,13 @@ BEGIN
         CASE kinds[i]
             WHEN 'delete like' THEN e := standpipe.delete_like(o);
             WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
-            WHEN 'identity' THEN e.applied := standpipe.put_identity(o, handles);
+            WHEN 'identity' THEN e.applied := cardinality(standpipe.put_identities(ARRAY[o], handles)) > 0;
             WHEN 'account' THEN e.applied := standpipe.put_account(o);
             WHEN 'delete follow' THEN e.applied := standpipe.delete_follow(o);
             WHEN 'delete post' THEN e := standpipe.delete_post(o);
             WHEN 'delete repost' THEN e := standpipe.delete_repost(o);
             WHEN 'block', 'delete block', 'record', 'delete record', 'list_item', 'delete list_item' THEN
-                e.applied := standpipe.apply_plain(kinds[i], o);
+                e.applied := standpipe.apply_plain(kinds[i], ARRAY[o]) IS NOT NULL;
             WHEN 'like' THEN e := standpipe.put_like(o);
             WHEN 'post' THEN e := standpipe.put_post(o);
             WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
@@ -234,7 +242,7 @@ BEGIN
                     e.deltas := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
                 END IF;
             -- The other plain kinds.
-            ELSE e.applied := standpipe.apply_plain(kinds[i], o);
+            ELSE e.applied := standpipe.apply_plain(kinds[i], ARRAY[o]) IS NOT NULL;
         END CASE;
         all_of.applied := all_of.applied || e.applied;
         all_of.deltas := all_of.deltas || e.deltas;
@@ -255,10 +263,10 @@ BEGIN
         o := ops[i];
         IF kinds[i] LIKE 'delete %' OR o.repo <> ALL (forbidden) THEN
             CASE kinds[i]
-                WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(o);
-                WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(o);
-                WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(o);
-                WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(o);
+                WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(ARRAY[o]) IS NOT NULL;
+                WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(ARRAY[o]) IS NOT NULL;
+                WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(ARRAY[o]) IS NOT NULL;
+                WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(ARRAY[o]) IS NOT NULL;
                 ELSE
             END CASE;
         END IF;

@@ -1,6 +1,7 @@
 -- Changes counters, in the order of their keys ($1, sorted). A counter row exists as soon as anything refers to the post.
 INSERT INTO post_aggregations AS a (post_uri, like_count, repost_count, reply_count, quote_count, bookmark_count)
-SELECT * FROM unnest($1::text[], $2::integer[], $3::integer[], $4::integer[], $5::integer[], $6::integer[])
+SELECT unnest($1::text[]), unnest($2::integer[]), unnest($3::integer[]), unnest($4::integer[]), unnest($5::integer[]),
+    unnest($6::integer[])
 ON CONFLICT (post_uri) DO UPDATE SET
     like_count = a.like_count + excluded.like_count, repost_count = a.repost_count + excluded.repost_count,
     reply_count = a.reply_count + excluded.reply_count, quote_count = a.quote_count + excluded.quote_count,

@@ -1,18 +1,23 @@
 -- Deletes reposts that are older than their deletes ($1: URIs; $2-$5: versions), with what they caused. Returns for each its
--- subject, its account, and whether the account has another one of the same subject.
-WITH d AS (
-    DELETE FROM reposts r USING unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[]) AS o (uri, rev, seq, ms, sq)
-    WHERE r.uri = o.uri AND standpipe.newer(
-        o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
-    RETURNING r.uri, r.post_uri, r.user_did
+-- subject, its account, and whether the account has another one of the same subject. Rows are found like those of look.sql
+-- and others.sql.
+WITH k AS MATERIALIZED (
+    SELECT x.uri, x.post_uri, x.user_did
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[]) AS o (uri, rev, seq, ms, sq), LATERAL (
+        SELECT * FROM reposts r WHERE r.uri = o.uri OFFSET 0) x
+    WHERE standpipe.newer(o.rev, o.seq, o.ms, o.sq, x.commit_rev, x.commit_seq, x.stream_ms, x.stream_seq)
 ),
-f AS (DELETE FROM feed_items f USING d WHERE f.uri = d.uri),
+d AS (DELETE FROM reposts r WHERE r.uri = ANY (ARRAY(SELECT k.uri FROM k))),
+f AS (DELETE FROM feed_items f WHERE f.uri = ANY (ARRAY(SELECT k.uri FROM k))),
 n AS (
-    DELETE FROM notifications n USING d
-    WHERE n.uri = ANY (ARRAY[d.uri || '#notification', d.uri || '#notification/via-repost'])
+    DELETE FROM notifications n
+    WHERE n.uri = ANY (ARRAY(
+        SELECT k.uri || ending FROM k, unnest('{#notification,#notification/via-repost}'::text[]) ending))
       AND current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
 )
-SELECT d.uri, d.post_uri, d.user_did, EXISTS (
-    SELECT FROM reposts x WHERE x.post_uri = d.post_uri AND x.user_did = d.user_did
-      AND NOT EXISTS (SELECT FROM d e WHERE e.uri = x.uri))
-FROM d
+SELECT k.uri::text, k.post_uri::text, k.user_did::text, coalesce((
+    SELECT true FROM reposts x
+    WHERE (x.post_uri, x.user_did) >= (k.post_uri, k.user_did) AND (x.post_uri, x.user_did) <= (k.post_uri, k.user_did)
+      AND x.uri <> ALL (ARRAY(SELECT k.uri FROM k))
+    ORDER BY x.post_uri, x.user_did LIMIT 1), false)
+FROM k

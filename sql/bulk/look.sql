@@ -2,8 +2,8 @@
 --
 --   $1       accounts: those that opted out or were deleted
 --   $2       URIs of records to be written: those with a tombstone
---   $3-$7    of likes, reposts, follows, posts, blocks: those with a row
---   $8       URIs of posts: those with a gate
+--   $3, $4   of follows and posts: those with a row (of likes and reposts: others.sql)
+--   $5       URIs of posts: those with a gate
 --
 -- The last column: whether sequence numbers have named epochs.
 SELECT
@@ -15,22 +15,13 @@ SELECT
               SELECT t.uri FROM standpipe.tombstones t WHERE t.uri = k.uri OFFSET 0) x
           UNION ALL
           SELECT x.uri FROM unnest($3::text[]) k (uri), LATERAL (
-              SELECT r.uri FROM likes r WHERE r.uri = k.uri OFFSET 0) x
-          UNION ALL
-          SELECT x.uri FROM unnest($4::text[]) k (uri), LATERAL (
-              SELECT r.uri FROM reposts r WHERE r.uri = k.uri OFFSET 0) x
-          UNION ALL
-          SELECT x.uri FROM unnest($5::text[]) k (uri), LATERAL (
               SELECT r.uri FROM follows r WHERE r.uri = k.uri OFFSET 0) x
           UNION ALL
-          SELECT x.uri FROM unnest($6::text[]) k (uri), LATERAL (
-              SELECT r.uri FROM posts r WHERE r.uri = k.uri OFFSET 0) x
-          UNION ALL
-          SELECT x.uri FROM unnest($7::text[]) k (uri), LATERAL (
-              SELECT r.uri FROM blocks r WHERE r.uri = k.uri OFFSET 0) x),
-    ARRAY(SELECT x.post_uri FROM unnest($8::text[]) k (uri), LATERAL (
+          SELECT x.uri FROM unnest($4::text[]) k (uri), LATERAL (
+              SELECT r.uri FROM posts r WHERE r.uri = k.uri OFFSET 0) x),
+    ARRAY(SELECT x.post_uri FROM unnest($5::text[]) k (uri), LATERAL (
               SELECT g.post_uri FROM thread_gates g WHERE g.post_uri = k.uri OFFSET 0) x
           UNION ALL
-          SELECT x.post_uri FROM unnest($8::text[]) k (uri), LATERAL (
+          SELECT x.post_uri FROM unnest($5::text[]) k (uri), LATERAL (
               SELECT g.post_uri FROM post_gates g WHERE g.post_uri = k.uri OFFSET 0) x),
     EXISTS (SELECT FROM standpipe.epochs)

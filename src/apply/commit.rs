@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use super::field::{MAX_NAME, MAX_URI, check_did, parse, reject, split_path};
 use super::json::{self, Text};
 use super::{Context, Mention, gate, put, python};
-use crate::event::{Entry, Event, Kind, Op, Reason, Reject, Rejected, Version, check_rev};
+use crate::event::{Body, Entry, Event, Json, Kind, Op, Reason, Reject, Rejected, Version, check_rev};
 
 #[derive(Deserialize)]
 struct Commit<'a> {
@@ -172,7 +172,10 @@ fn into_owned(op: Op<'_>) -> Op<'static> {
         subject_cid: own(op.subject_cid),
         created_at: op.created_at,
         sort_at: op.sort_at,
-        body: op.body.map(|json| crate::event::Json(Cow::Owned(json.0.into_owned()))),
+        body: op.body.map(|body| match body {
+            Body::Json(json) => Body::Json(Json(Cow::Owned(json.0.into_owned()))),
+            Body::Post(post) => Body::Post(Box::new(post.into_owned())),
+        }),
         root: own(op.root),
     }
 }

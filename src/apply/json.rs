@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use serde_json::value::RawValue;
 
-use crate::event::{Json, Reason, Reject};
+use crate::event::{Body, Json, Reason, Reject};
 
 /// A string without U+0000, borrowed from the input if it has no escapes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,14 +79,14 @@ pub fn without_nul(json: &str) -> Cow<'_, str> {
 /// # Errors
 ///
 /// It cannot be written as JSON.
-pub fn body(value: &impl Serialize) -> Result<Json<'static>, Reject> {
+pub fn body(value: &impl Serialize) -> Result<Body<'static>, Reject> {
     let text = serde_json::to_string(value).map_err(|error| {
         Reject::new(Reason::InvalidField, format!("the record cannot be written as JSON: {error}"))
     })?;
-    Ok(Json(match without_nul(&text) {
+    Ok(Body::Json(Json(match without_nul(&text) {
         Cow::Borrowed(_) => Cow::Owned(text),
         Cow::Owned(clean) => Cow::Owned(clean),
-    }))
+    })))
 }
 
 /// A JSON string literal.

@@ -5,7 +5,7 @@ use serde_json::value::RawValue;
 
 use super::field::{StrongRef, parse, set_created_at};
 use super::json;
-use crate::event::{Kind, Op, Reason, Reject};
+use crate::event::{Body, Kind, Op, Reason, Reject};
 
 #[derive(Deserialize)]
 struct Pointer<'a> {
@@ -23,7 +23,7 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
     let (subject, cid) = pointer.subject.checked()?;
     op.subject = Some(subject);
     op.subject_cid = cid;
-    op.body = pointer.via.map(json::clean);
+    op.body = pointer.via.map(json::clean).map(Body::Json);
     set_created_at(&mut op, pointer.created_at);
     if op.kind == Kind::Repost && op.cid.is_none() {
         return Err(Reject::new(Reason::MissingField, "there is no `cid`, which the feed item needs"));

@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::field::{StrongRef, need_cid, parse, set_created_at, shaped};
 use super::json::{self, Text};
 use super::label;
-use crate::event::{Op, Reject};
+use crate::event::{Body, Op, Reject};
 
 #[derive(Deserialize)]
 struct Post<'a> {
@@ -39,30 +39,6 @@ struct Reply<'a> {
     parent: StrongRef<'a>,
 }
 
-/// The operation's body, for `standpipe.put_post`.
-#[derive(Serialize)]
-struct Body<'a> {
-    text: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    parent_uri: Option<Cow<'a, str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    parent_cid: Option<Cow<'a, str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    root_uri: Option<Cow<'a, str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    root_cid: Option<Cow<'a, str>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    embed: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    langs: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tags: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    facets: Option<&'a RawValue>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    labels: Vec<String>,
-}
-
 pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Reject> {
     need_cid(&op)?;
     let post: Post<'a> = parse(record.get())?;
@@ -77,20 +53,19 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue) -> Result<Op<'a>, Re
         op.subject = Some(uri);
         op.subject_cid = cid;
     }
-    op.root.clone_from(&root.0);
-    let body = Body {
-        text: post.text.as_ref().map_or("", |text| &text.0),
+    op.root = root.0;
+    let json = |value: Option<&'a RawValue>| value.map(json::clean);
+    op.body = Some(Body::Post(Box::new(crate::event::Post {
+        text: post.text.map_or(Cow::Borrowed(""), |text| text.0),
         parent_uri: parent.0,
         parent_cid: parent.1,
-        root_uri: root.0,
         root_cid: root.1,
-        embed: shaped(post.embed, '{', "embed")?,
-        langs: shaped(post.langs, '[', "langs")?,
-        tags: shaped(post.tags, '[', "tags")?,
-        facets: shaped(post.facets, '[', "facets")?,
+        embed: json(shaped(post.embed, '{', "embed")?),
+        langs: json(shaped(post.langs, '[', "langs")?),
+        tags: json(shaped(post.tags, '[', "tags")?),
+        facets: json(shaped(post.facets, '[', "facets")?),
         labels: label::of_self(post.labels, &op.uri),
-    };
-    op.body = Some(json::body(&body)?);
+    })));
     set_created_at(&mut op, post.created_at);
     Ok(op)
 }

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::field::{MAX_NAME, need_cid, parse, set_created_at};
 use super::json::{self, Text};
-use crate::event::{Op, Reason, Reject};
+use crate::event::{Body, Op, Reason, Reject};
 
 #[derive(Deserialize)]
 struct Record<'a> {
@@ -28,7 +28,7 @@ pub(super) fn put<'a>(mut op: Op<'a>, record: &'a RawValue, collection: &str) ->
     if op.subject.as_ref().is_some_and(|name| name.chars().count() > MAX_NAME) {
         return Err(Reject::new(Reason::InvalidField, "`$type` is longer than 255 characters"));
     }
-    op.body = Some(json::clean(record));
+    op.body = Some(Body::Json(json::clean(record)));
     set_created_at(&mut op, view.created_at);
     Ok(op)
 }

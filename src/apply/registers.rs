@@ -8,7 +8,7 @@ use super::field::{MAX_NAME, check_did, parse};
 use super::json::Text;
 use super::{Context, datetime};
 use crate::event::Entry;
-use crate::event::{Event, Json, Kind, Op, Reason, Reject, Version};
+use crate::event::{Body, Event, Json, Kind, Op, Reason, Reject, Version};
 
 #[derive(Deserialize)]
 struct Identity<'a> {
@@ -67,7 +67,7 @@ pub(super) fn account<'a>(
     if op.subject.as_ref().is_some_and(|status| status.chars().count() > 64) {
         return Err(Reject::new(Reason::InvalidField, "`status` is longer than 64 characters"));
     }
-    op.body = Some(Json(Cow::Borrowed(if account.active { "true" } else { "false" })));
+    op.body = Some(Body::Json(Json(Cow::Borrowed(if account.active { "true" } else { "false" }))));
     event(entry, version, account.did, Some(op))
 }
 

@@ -21,6 +21,9 @@ const APPLY: &str = include_str!("../../sql/store/apply.sql");
 const APPLY_EACH: &str = include_str!("../../sql/store/apply_each.sql");
 const NOTE_EPOCHS: &str = include_str!("../../sql/store/note_epochs.sql");
 
+/// Handles that are claimed in one transaction: it holds two locks for each, and the server's table of locks is limited.
+const CLAIMS: usize = 500;
+
 /// Operations by kind, and how many of them changed something; the others were older than what was there.
 pub type Counts = Vec<(Kind, u32, u32)>;
 
@@ -77,7 +80,8 @@ impl Session {
     async fn share(&self, events: &[&Event<'_>], fates: &mut [Option<Fate>]) -> Result<(), StoreError> {
         let (claims, others): (Vec<usize>, Vec<usize>) =
             (0..events.len()).partition(|&index| events[index].claims_handle());
-        for (indexes, claims) in [(others, false), (claims, true)] {
+        let parts = claims.chunks(CLAIMS).map(|indexes| (indexes, true));
+        for (indexes, claims) in std::iter::once((others.as_slice(), false)).chain(parts) {
             if indexes.is_empty() {
                 continue;
             }
@@ -85,7 +89,7 @@ impl Session {
             let done = if claims { self.claims(&chosen).await } else { self.bulk(&chosen).await };
             match done {
                 Ok(outcomes) => {
-                    for (index, outcome) in indexes.into_iter().zip(outcomes) {
+                    for (&index, outcome) in indexes.iter().zip(outcomes) {
                         fates[index] = outcome.map(|outcome| match outcome {
                             Outcome::Applied(counts) => Fate::Applied(counts),
                             Outcome::Rejected(bad) => Fate::Rejected(bad),
@@ -182,28 +186,6 @@ impl Session {
             }
         }
         results
-    }
-
-    /// Applies events that claim handles in one transaction: all of them or none. The outcomes are in the order of the
-    /// events. Nothing is durable before [`Session::flush`] has answered on this same connection.
-    ///
-    /// # Errors
-    ///
-    /// None of the events was applied. Unless the verdict is [`Verdict::Reconnect`], they can be tried one by one.
-    async fn claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
-        self.note_epochs(events).await?;
-        let statement = self.in_time(self.client.prepare_cached(APPLY)).await?;
-        let call = plan::careful(events, &self.known);
-        let row = self.in_time(self.client.query_one(&statement, &call.parameters())).await?;
-        let answers: Vec<bool> = row.get(0);
-        let mut rest = answers.as_slice();
-        let mut outcomes = Vec::with_capacity(events.len());
-        for event in events {
-            let (own, others) = rest.split_at_checked(event.ops.len()).ok_or_else(too_few)?;
-            outcomes.push(Some(outcome(event, own)));
-            rest = others;
-        }
-        Ok(outcomes)
     }
 
     /// Finds the operations that the database refuses, by trying each alone in a transaction that is rolled back.

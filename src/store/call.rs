@@ -6,7 +6,7 @@ use std::error::Error;
 use bytes::{BufMut as _, BytesMut};
 use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
 
-use crate::event::{Event, Json, Micros, Op};
+use crate::event::{Body, Event, Json, Micros, Op};
 
 impl ToSql for Micros {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
@@ -38,6 +38,33 @@ impl ToSql for Json<'_> {
     to_sql_checked!();
 }
 
+/// A body as `jsonb`.
+#[derive(Debug)]
+pub(super) struct SqlBody<'a> {
+    body: &'a Body<'a>,
+    /// Of a post, the root of its thread.
+    root: Option<&'a str>,
+}
+
+impl ToSql for SqlBody<'_> {
+    fn to_sql(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        match self.body {
+            Body::Json(json) => json.to_sql(ty, out),
+            Body::Post(post) => {
+                out.put_u8(1);
+                post.write_json(self.root, out.writer())?;
+                Ok(IsNull::No)
+            }
+        }
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::JSONB
+    }
+
+    to_sql_checked!();
+}
+
 /// `standpipe.op`, field by field.
 #[derive(Debug, ToSql)]
 #[postgres(name = "op")]
@@ -53,7 +80,7 @@ pub(super) struct SqlOp<'a> {
     pub(super) subject_cid: Option<&'a str>,
     pub(super) created_at: Micros,
     pub(super) sort_at: Micros,
-    pub(super) body: Option<&'a Json<'a>>,
+    pub(super) body: Option<SqlBody<'a>>,
 }
 
 impl<'a> SqlOp<'a> {
@@ -70,7 +97,7 @@ impl<'a> SqlOp<'a> {
             subject_cid: op.subject_cid.as_deref(),
             created_at: op.created_at,
             sort_at: op.sort_at,
-            body: op.body.as_ref(),
+            body: op.body.as_ref().map(|body| SqlBody { body, root: op.root.as_deref() }),
         }
     }
 }

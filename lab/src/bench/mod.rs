@@ -48,6 +48,10 @@ const EXISTING_TABLES: &str = include_str!("../../sql/existing.sql");
 const OWN: &str = "own";
 /// The one that has those of the workers that we replace.
 const EXISTING: &str = "existing";
+/// The network in which a few accounts are very busy.
+const LIVELY: &str = "a lively network";
+/// The one in which all are alike.
+const SPREAD: &str = "events spread over 200,000 accounts";
 /// If other programs used a larger share of the processors than this, the report mentions it.
 const ELSEWHERE: f64 = 0.1;
 /// Figures are given per this many events.
@@ -72,6 +76,10 @@ pub struct BenchOptions {
     pub sweep: bool,
     /// Measure on the tables and indexes of the workers that we replace as well.
     pub existing: bool,
+    /// Measure on a network whose events are spread over many accounts as well.
+    pub spread: bool,
+    /// Only these modes, without the other variants; all when empty.
+    pub modes: Vec<String>,
     /// Only these; all when empty.
     pub only: Vec<Part>,
     /// Settings of the private PostgreSQL, on top of the usual ones.
@@ -135,17 +143,22 @@ pub async fn bench(options: &BenchOptions) -> Result<Report> {
         Ok(()) => modes.push("batch"),
         Err(reason) => notes.push(format!("TRANSACTION=batch is not available: {reason}")),
     }
+    modes.retain(|mode| options.modes.is_empty() || options.modes.iter().any(|wanted| wanted == mode));
     let mut report = describe(&mut lab, &prepared, options, notes).await?;
     let wants = |part| options.only.is_empty() || options.only.contains(&part);
     if wants(Part::Throughput) {
-        let mut templates = vec![OWN];
+        let mut subjects = vec![Subject { network: LIVELY, prepared: prepared.clone(), template: OWN }];
         if options.existing {
             lab.postgres.make_template(EXISTING, EXISTING_TABLES).await?;
-            templates.push(EXISTING);
+            subjects.push(Subject { network: LIVELY, prepared: prepared.clone(), template: EXISTING });
         }
-        for template in templates {
-            let notes = &mut report.notes;
-            let figures = throughput(&mut lab, &prepared, options, &modes, template, notes).await?;
+        if options.spread {
+            let network = stream::spread_network(options.seed);
+            let prepared = lab.streams.prepare("spread", &network, &collections, options.events).await?;
+            subjects.push(Subject { network: SPREAD, prepared, template: OWN });
+        }
+        for subject in subjects {
+            let figures = throughput(&mut lab, &subject, options, &modes, &mut report.notes).await?;
             report.throughput.push(figures);
         }
     }
@@ -229,16 +242,24 @@ fn batch_mode() -> Result<(), config::ConfigError> {
     config::from_env(variables, Role::Worker).map(drop)
 }
 
-/// Every variant in turn, on tables like those of `template`.
+/// What the variants work on.
+struct Subject {
+    network: &'static str,
+    prepared: Prepared,
+    /// The database to start from.
+    template: &'static str,
+}
+
+/// Every variant in turn.
 async fn throughput(
     lab: &mut Lab,
-    prepared: &Prepared,
+    subject: &Subject,
     options: &BenchOptions,
     modes: &[&'static str],
-    template: &'static str,
     notes: &mut Vec<String>,
 ) -> Result<Throughput> {
-    out::note(format_args!("on {template} tables; once to take the rows and not to count ..."));
+    let Subject { network, prepared, template } = subject;
+    out::note(format_args!("{network}, {template} tables; once to take the rows and not to count ..."));
     let database = lab.postgres.fresh(template).await?;
     worker::drain(lab, prepared, &database, &[]).await?;
     let rows = floor::take_rows(&database, &lab.postgres.url(template)).await?;
@@ -247,8 +268,10 @@ async fn throughput(
     for mode in modes.iter().copied() {
         variants.push(Variant::Worker { name: mode, mode, notifications: true });
     }
-    variants.push(Variant::Reference);
-    for mode in modes.iter().copied() {
+    if options.modes.is_empty() {
+        variants.push(Variant::Reference);
+    }
+    for mode in modes.iter().copied().filter(|_| options.modes.is_empty()) {
         let name =
             if mode == "batch" { "batch_without_notifications" } else { "event_without_notifications" };
         variants.push(Variant::Worker { name, mode, notifications: false });
@@ -264,20 +287,22 @@ async fn throughput(
             runs[place].push(run);
         }
     }
+    let floor = runs.first().map_or(&[][..], Vec::as_slice);
     let variants: Vec<_> = variants
         .iter()
         .zip(&runs)
-        .map(|(variant, runs)| figures(variant.name(), runs, prepared.entries as f64))
+        .map(|(variant, runs)| figures(variant.name(), runs, floor, prepared.entries as f64))
         .collect();
     let most = variants.iter().map(|variant| variant.elsewhere.max).fold(0.0, f64::max);
     if most > ELSEWHERE {
         notes.push(format!(
-            "while it was measured on {template} tables, up to {:.0} % of the processors went to other programs: the \
+            "while it was measured on {template} tables ({network}), up to {:.0} % of the processors went to other programs: the \
              figures are lower than they should be, and ratios are not what they would be",
             most * 100.0
         ));
     }
     Ok(Throughput {
+        network,
         tables: template,
         rows: rows.count,
         row_bytes: rows.bytes,
@@ -314,7 +339,8 @@ async fn run(
     })
 }
 
-fn figures(name: &'static str, runs: &[Run], events: f64) -> VariantFigures {
+/// `floor`: COPY in the same rounds.
+fn figures(name: &'static str, runs: &[Run], floor: &[Run], events: f64) -> VariantFigures {
     let each = |of: &dyn Fn(&Run) -> f64| runs.iter().map(of).collect::<Stat>();
     let processes: Vec<Drained> = runs.iter().filter_map(|run| run.process).collect();
     let each_process = |of: &dyn Fn(&Drained) -> f64| processes.iter().map(of).collect::<Stat>();
@@ -322,6 +348,11 @@ fn figures(name: &'static str, runs: &[Run], events: f64) -> VariantFigures {
         name,
         events_per_second: each(&|run| events / run.seconds),
         postgres_cpu: each(&|run| run.cost.postgres_cpu / events * PER),
+        postgres_by_copy: runs
+            .iter()
+            .zip(floor)
+            .map(|(run, floor)| run.cost.postgres_cpu / floor.cost.postgres_cpu)
+            .collect(),
         wal_bytes: each(&|run| run.cost.wal_bytes / events * PER),
         connections: runs.iter().map(|run| run.cost.connections).max().unwrap_or(0),
         elsewhere: each(&|run| {

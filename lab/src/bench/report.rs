@@ -101,6 +101,8 @@ pub struct Workload {
 /// All variants on one set of tables.
 #[derive(Clone, Debug, Serialize)]
 pub struct Throughput {
+    /// What the events are like.
+    pub network: &'static str,
     /// `own` or `existing`.
     pub tables: &'static str,
     /// Rows that the events come to, in all tables together.
@@ -122,6 +124,8 @@ pub struct VariantFigures {
     pub events_per_second: Stat,
     /// Seconds per 100,000 events, all of the server's processes.
     pub postgres_cpu: Stat,
+    /// The same beside COPY of the same rows, in the same round: how many times as much.
+    pub postgres_by_copy: Stat,
     /// Bytes of write-ahead log per 100,000 events.
     pub wal_bytes: Stat,
     /// The most that there were.
@@ -268,17 +272,16 @@ impl fmt::Display for Throughput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} tables ({} rows of {:.0} bytes){:>14}{:>25}",
+            "{}, {} tables ({} rows of {:.0} bytes); per 100,000 events:",
+            self.network,
             self.tables,
             self.rows,
             self.row_bytes as f64 / self.rows.max(1) as f64,
-            "",
-            "per 100,000 events:"
         )?;
         writeln!(
             f,
-            "  {:<29}{:>25}{:>12}{:>10}{:>9}{:>9}{:>13}{:>14}{:>10}",
-            "", "events/s", "PostgreSQL", "Redis", "ours", "WAL", "connections", "memory", "ready"
+            "  {:<29}{:>22}{:>12}{:>25}{:>9}{:>9}{:>9}{:>13}{:>14}{:>10}",
+            "", "PostgreSQL by COPY", "PostgreSQL", "events/s", "Redis", "ours", "WAL", "connections", "memory", "ready"
         )?;
         for variant in &self.variants {
             let dash = || "-".to_owned();
@@ -286,10 +289,11 @@ impl fmt::Display for Throughput {
             let process = variant.process.as_ref();
             writeln!(
                 f,
-                "  {:<29}{:>25}{:>12}{:>10}{:>9}{:>9}{:>13}{:>14}{:>10}",
+                "  {:<29}{:>22}{:>12}{:>25}{:>9}{:>9}{:>9}{:>13}{:>14}{:>10}",
                 variant.name.replace('_', " "),
-                Shown(variant.events_per_second, 0).to_string(),
+                Shown(variant.postgres_by_copy, 2).to_string(),
                 seconds(&variant.postgres_cpu),
+                Shown(variant.events_per_second, 0).to_string(),
                 variant.redis_cpu.as_ref().map_or_else(dash, seconds),
                 process.map_or_else(dash, |process| seconds(&process.cpu)),
                 format!("{:.0} MB", variant.wal_bytes.median / 1e6),

@@ -30,6 +30,12 @@ pub fn network(seed: u64, accounts: u32) -> NetworkOptions {
     NetworkOptions { seed, accounts, deletions: true, ..NetworkOptions::default() }
 }
 
+/// The same with hardly two events in a row from the same account.
+#[must_use]
+pub fn spread_network(seed: u64) -> NetworkOptions {
+    NetworkOptions { spread: true, ..network(seed, 200_000) }
+}
+
 /// The server, connected to what is on the shelf and to what is worked on.
 pub struct Streams {
     shelf: MultiplexedConnection,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use super::LIVELY;
 use super::report::{Report, Stat};
 
 const WIDTH: f64 = 720.0;
@@ -40,15 +41,19 @@ pub fn write(report: &Report, folder: &Path) -> Result<Vec<PathBuf>> {
             .iter()
             .map(|variant| (variant.name.replace('_', " "), variant.events_per_second))
             .collect();
-        let title = format!("Events per second, {} tables", throughput.tables);
-        plots.push((format!("throughput-{}", throughput.tables), bar_plot(&title, "", &bars)));
+        let spread = if throughput.network == LIVELY { "" } else { "-spread" };
+        let title = format!("Events per second, {}, {} tables", throughput.network, throughput.tables);
+        plots.push((format!("throughput-{}{spread}", throughput.tables), bar_plot(&title, "", &bars)));
         let cpu: Vec<_> = throughput
             .variants
             .iter()
             .map(|variant| (variant.name.replace('_', " "), variant.postgres_cpu))
             .collect();
-        let title = format!("CPU seconds of PostgreSQL per 100,000 events, {} tables", throughput.tables);
-        plots.push((format!("postgres-cpu-{}", throughput.tables), bar_plot(&title, "s", &cpu)));
+        let title = format!(
+            "CPU seconds of PostgreSQL per 100,000 events, {}, {} tables",
+            throughput.network, throughput.tables
+        );
+        plots.push((format!("postgres-cpu-{}{spread}", throughput.tables), bar_plot(&title, "s", &cpu)));
     }
     if !report.latency.is_empty() {
         let bars: Vec<_> = report

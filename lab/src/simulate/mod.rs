@@ -44,6 +44,9 @@ pub struct NetworkOptions {
     pub pad: usize,
     /// Whether accounts are also deleted for good, rarely.
     pub deletions: bool,
+    /// Whether all accounts are there from the beginning, each as busy as the others: hardly two events in a row are
+    /// from the same one.
+    pub spread: bool,
     /// Whether the clock jumps now and then, by up to six hours in either direction.
     pub clock_jumps: bool,
 }
@@ -58,6 +61,7 @@ impl Default for NetworkOptions {
             start: jiff::Timestamp::constant(1_767_225_600, 0),
             pad: 0,
             deletions: false,
+            spread: false,
             clock_jumps: false,
         }
     }

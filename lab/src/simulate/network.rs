@@ -34,6 +34,7 @@ pub struct Network {
     rng: fastrand::Rng,
     accounts: Accounts,
     most_accounts: u32,
+    spread: bool,
     events: u64,
     pad: usize,
     deletions: bool,
@@ -93,10 +94,18 @@ impl Network {
     /// The network before its first frame.
     #[must_use]
     pub fn new(options: &NetworkOptions) -> Self {
+        let most_accounts = options.accounts.max(1);
+        let mut accounts = Accounts::new(options.seed);
+        if options.spread {
+            for _ in 0..most_accounts {
+                accounts.add();
+            }
+        }
         Network {
             rng: fastrand::Rng::with_seed(options.seed),
-            accounts: Accounts::new(options.seed),
-            most_accounts: options.accounts.max(1),
+            accounts,
+            most_accounts,
+            spread: options.spread,
             events: options.events,
             pad: options.pad,
             deletions: options.deletions,
@@ -210,11 +219,11 @@ impl Network {
 
     // Who and what
 
-    /// An active account; the earlier ones are busier.
+    /// An active account; unless they are alike, the earlier ones are busier.
     fn somebody(&mut self) -> u32 {
         let present = self.accounts.len();
         for _ in 0..8 {
-            let one = skewed(&mut self.rng, present, 2);
+            let one = if self.spread { self.rng.u32(0..present) } else { skewed(&mut self.rng, present, 2) };
             if self.accounts.is_active(one) {
                 return one;
             }

@@ -4,13 +4,11 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 
 use postgres_types::ToSql;
-use serde::Deserialize;
 use serde_json::Value;
-use serde_json::value::RawValue;
 
 use super::sorted::{Sorted, Way};
 use super::{Deltas, add};
-use crate::event::{Event, Json, Kind, Micros, Op};
+use crate::event::{Event, Json, Kind, Micros, Op, Post};
 
 /// The length of `notifications.uri`, in characters.
 const MAX_NOTIFICATION: usize = 512;
@@ -77,8 +75,7 @@ columns! {
 }
 
 columns! {
-    /// Follows, or blocks.
-    Relations {
+    Follows {
         uri: &'e str,
         account: &'e str,
         subject: &'e str,
@@ -95,15 +92,15 @@ columns! {
         uri: &'e str,
         cid: Option<&'e str>,
         author: &'e str,
-        text: Cow<'e, str>,
-        langs: Option<Json<'e>>,
-        tags: Json<'e>,
-        parent_uri: Option<Cow<'e, str>>,
-        parent_cid: Option<Cow<'e, str>>,
-        root_uri: Option<Cow<'e, str>>,
-        root_cid: Option<Cow<'e, str>>,
-        embed: Option<Json<'e>>,
-        facets: Option<Json<'e>>,
+        text: &'e str,
+        langs: Option<&'e Json<'e>>,
+        tags: &'e Json<'e>,
+        parent_uri: Option<&'e str>,
+        parent_cid: Option<&'e str>,
+        root_uri: Option<&'e str>,
+        root_cid: Option<&'e str>,
+        embed: Option<&'e Json<'e>>,
+        facets: Option<&'e Json<'e>>,
         created_at: Micros,
         rev: Option<&'e str>,
         seq: Option<&'e str>,
@@ -143,6 +140,49 @@ columns! {
         about: Option<Cow<'e, str>>,
         cid: Option<&'e str>,
         created_at: Micros,
+    }
+}
+
+columns! {
+    /// The labels that posts and profiles have of their own.
+    Labels {
+        uri: String,
+        source: &'e str,
+        subject: &'e str,
+        value: Cow<'e, str>,
+        created_at: Micros,
+        rev: Option<&'e str>,
+        seq: Option<&'e str>,
+        ms: i64,
+        sq: i64,
+    }
+}
+
+impl<'e> Labels<'e> {
+    /// Of profiles.
+    pub(super) fn of_profiles(profiles: &[(&'e Event<'_>, &'e Op<'_>)]) -> Self {
+        let mut labels = Self::default();
+        for (event, op) in profiles {
+            // Without an escape in it, a body that has labels contains the word as it is.
+            let body = op.json().filter(|body| body.0.contains("labels"));
+            let body: Option<Value> = body.and_then(|body| serde_json::from_str(&body.0).ok());
+            let values = body.as_ref().and_then(|body| body.get("labels")?.as_array());
+            for value in values.into_iter().flatten().filter_map(Value::as_str) {
+                labels.add(event, op, Cow::Owned(value.to_owned()));
+            }
+        }
+        labels
+    }
+
+    fn add(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, value: Cow<'e, str>) {
+        let (rev, seq, ms, sq) = version(event);
+        let uri = format!("{}#label/{value}", op.uri);
+        self.push(uri, &event.repo, &op.uri, value, op.created_at, rev, seq, ms, sq);
+    }
+
+    /// Their keys.
+    pub(super) fn uris(&self) -> &Vec<String> {
+        &self.uri
     }
 }
 
@@ -205,12 +245,12 @@ fn version<'e>(event: &'e Event<'_>) -> (Option<&'e str>, Option<&'e str>, i64, 
 pub(super) struct Tables<'e> {
     likes: Pointers<'e>,
     reposts: Pointers<'e>,
-    follows: Relations<'e>,
-    blocks: Relations<'e>,
+    follows: Follows<'e>,
     posts: Posts<'e>,
     quotes: Quotes<'e>,
     feed_items: FeedItems<'e>,
     notifications: Notifications<'e>,
+    labels: Labels<'e>,
 }
 
 impl<'e> Tables<'e> {
@@ -226,8 +266,19 @@ impl<'e> Tables<'e> {
                     delta[usize::from(op.kind == Kind::Repost)] = i32::from(!others.contains(&*op.uri));
                     add(deltas, Cow::Borrowed(subject), delta);
                 }
-                (Kind::Follow | Kind::Block, Some(subject)) => tables.relation(event, op, subject),
-                _ => tables.post(event, op, deltas),
+                (Kind::Follow, Some(subject)) => tables.follow(event, op, subject),
+                _ => {
+                    if let Some(post) = op.post() {
+                        tables.post(event, op, post, deltas);
+                    }
+                }
+            }
+        }
+        // A counter row exists as soon as anything refers to the post.
+        for (_, op) in sorted.going(Way::Replaced).chain(sorted.going(Way::Stale)) {
+            count_post(op, 0, deltas);
+            if let (Kind::Like | Kind::Repost, Some(subject)) = (op.kind, op.subject.as_deref()) {
+                add(deltas, Cow::Borrowed(subject), [0; 5]);
             }
         }
         tables
@@ -239,17 +290,17 @@ impl<'e> Tables<'e> {
             (include_str!("../../../sql/bulk/likes.sql"), self.likes.parameters()),
             (include_str!("../../../sql/bulk/reposts.sql"), self.reposts.parameters()),
             (include_str!("../../../sql/bulk/follows.sql"), self.follows.parameters()),
-            (include_str!("../../../sql/bulk/blocks.sql"), self.blocks.parameters()),
             (include_str!("../../../sql/bulk/posts.sql"), self.posts.parameters()),
             (include_str!("../../../sql/bulk/quotes.sql"), self.quotes.parameters()),
             (include_str!("../../../sql/bulk/feed_items.sql"), self.feed_items.parameters()),
             (include_str!("../../../sql/bulk/notifications.sql"), self.notifications.parameters()),
+            (include_str!("../../../sql/bulk/labels.sql"), self.labels.parameters()),
         ]
     }
 
     fn pointer(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, subject: &'e str) {
         let (rev, seq, ms, sq) = version(event);
-        let via = op.body.as_ref();
+        let via = op.json();
         let (table, reason, via_reason) = if op.kind == Kind::Like {
             (&mut self.likes, "like", "like-via-repost")
         } else {
@@ -269,51 +320,47 @@ impl<'e> Tables<'e> {
         }
     }
 
-    fn relation(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, subject: &'e str) {
+    fn follow(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, subject: &'e str) {
         let (rev, seq, ms, sq) = version(event);
-        let table = if op.kind == Kind::Follow { &mut self.follows } else { &mut self.blocks };
-        table.push(&op.uri, &event.repo, subject, op.created_at, rev, seq, ms, sq);
-        if op.kind == Kind::Follow {
-            self.notify(event, op, "", Cow::Borrowed(subject), "follow", None);
-        }
+        self.follows.push(&op.uri, &event.repo, subject, op.created_at, rev, seq, ms, sq);
+        self.notify(event, op, "", Cow::Borrowed(subject), "follow", None);
     }
 
-    fn post(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, deltas: &mut Deltas<'e>) {
-        let Some(body) = Body::of(op) else { return };
+    fn post(&mut self, event: &'e Event<'_>, op: &'e Op<'_>, post: &'e Post<'_>, deltas: &mut Deltas<'e>) {
+        const NO_TAGS: &Json<'static> = &Json(Cow::Borrowed("[]"));
         let (rev, seq, ms, sq) = version(event);
-        let kind = if body.parent_uri.is_some() { "reply" } else { "post" };
         let cid = op.cid.as_deref();
+        let parent = post.parent_uri.as_deref();
+        let kind = if parent.is_some() { "reply" } else { "post" };
         self.feed_items.push(&op.uri, &op.uri, &event.repo, kind, op.sort_at, cid, op.created_at);
-        add(deltas, Cow::Borrowed(&op.uri), [0; 5]);
-        if let Some(parent) = &body.parent_uri {
-            let recipient = Cow::Owned(authority(parent).to_owned());
-            self.notify(event, op, "/reply", recipient, "reply", Some(Cow::Borrowed(&op.uri)));
-            add(deltas, parent.clone(), [0, 0, 1, 0, 0]);
+        count_post(op, 1, deltas);
+        let about = || Some(Cow::Borrowed(&*op.uri));
+        if let Some(parent) = parent {
+            self.notify(event, op, "/reply", Cow::Borrowed(authority(parent)), "reply", about());
         }
         if let Some(quoted) = op.subject.as_deref() {
             self.quotes.push(&op.uri, cid, quoted, op.subject_cid.as_deref(), op.created_at);
-            let recipient = Cow::Borrowed(authority(quoted));
-            self.notify(event, op, "/quote", recipient, "quote", Some(Cow::Borrowed(&op.uri)));
-            add(deltas, Cow::Borrowed(quoted), [0, 0, 0, 1, 0]);
+            self.notify(event, op, "/quote", Cow::Borrowed(authority(quoted)), "quote", about());
         }
-        for did in body.facets.and_then(|facets| mentioned(facets.get())).unwrap_or_default() {
-            let ending = format!("/mention/{did}");
-            self.notify(event, op, &ending, Cow::Owned(did), "mention", Some(Cow::Borrowed(&op.uri)));
+        for did in mentioned_in(post).unwrap_or_default() {
+            self.notify(event, op, &format!("/mention/{did}"), Cow::Owned(did), "mention", about());
         }
-        let json = |raw: Option<&'e RawValue>| raw.map(|raw| Json(Cow::Borrowed(raw.get())));
+        for label in &post.labels {
+            self.labels.add(event, op, Cow::Borrowed(label));
+        }
         self.posts.push(
             &op.uri,
             cid,
             &event.repo,
-            body.text,
-            json(body.langs),
-            json(body.tags).unwrap_or(Json(Cow::Borrowed("[]"))),
-            body.parent_uri,
-            body.parent_cid,
-            body.root_uri,
-            body.root_cid,
-            json(body.embed),
-            json(body.facets),
+            &post.text,
+            post.langs.as_ref(),
+            post.tags.as_ref().unwrap_or(NO_TAGS),
+            parent,
+            post.parent_cid.as_deref(),
+            op.root.as_deref(),
+            post.root_cid.as_deref(),
+            post.embed.as_ref(),
+            post.facets.as_ref(),
             op.created_at,
             rev,
             seq,
@@ -345,46 +392,21 @@ impl<'e> Tables<'e> {
     }
 }
 
-/// A post's fields: see `sql/apply/30_posts.sql`.
-#[derive(Deserialize)]
-struct Body<'e> {
-    #[serde(borrow)]
-    text: Cow<'e, str>,
-    #[serde(borrow, default)]
-    parent_uri: Option<Cow<'e, str>>,
-    #[serde(borrow, default)]
-    parent_cid: Option<Cow<'e, str>>,
-    #[serde(borrow, default)]
-    root_uri: Option<Cow<'e, str>>,
-    #[serde(borrow, default)]
-    root_cid: Option<Cow<'e, str>>,
-    #[serde(borrow, default)]
-    embed: Option<&'e RawValue>,
-    #[serde(borrow, default)]
-    langs: Option<&'e RawValue>,
-    #[serde(borrow, default)]
-    tags: Option<&'e RawValue>,
-    #[serde(borrow, default)]
-    facets: Option<&'e RawValue>,
-    #[serde(borrow, default)]
-    labels: Option<&'e RawValue>,
-}
-
-impl<'e> Body<'e> {
-    fn of(op: &'e Op<'_>) -> Option<Self> {
-        serde_json::from_str(&op.body.as_ref()?.0).ok()
+/// The counters that change with a post.
+fn count_post<'e>(op: &'e Op<'_>, one: i32, deltas: &mut Deltas<'e>) {
+    let Some(post) = op.post() else { return };
+    add(deltas, Cow::Borrowed(&*op.uri), [0; 5]);
+    if let Some(parent) = &post.parent_uri {
+        add(deltas, Cow::Borrowed(&**parent), [0, 0, one, 0, 0]);
+    }
+    if let Some(quoted) = &op.subject {
+        add(deltas, Cow::Borrowed(&**quoted), [0, 0, 0, one, 0]);
     }
 }
 
-/// Whether a post can be written as columns: one with labels of its own cannot.
-pub(super) fn is_plain(op: &Op<'_>) -> bool {
-    let readable = |facets: &RawValue| mentioned(facets.get()).is_some();
-    Body::of(op).is_some_and(|body| body.labels.is_none() && body.facets.is_none_or(readable))
-}
-
-/// Whether a record may have labels of its own.
-pub(super) fn has_labels(op: &Op<'_>) -> bool {
-    op.body.as_ref().is_some_and(|body| body.0.contains("\"labels\""))
+/// The accounts that a post mentions. `None`: its facets are nested too deeply to be read here.
+pub(super) fn mentioned_in(post: &Post<'_>) -> Option<Vec<String>> {
+    post.facets.as_ref().map_or(Some(Vec::new()), |facets| mentioned(&facets.0))
 }
 
 fn authority(uri: &str) -> &str {

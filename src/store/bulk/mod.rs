@@ -27,7 +27,7 @@ use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::event::{Event, Kind, Op};
 use crate::metrics;
-use columns::{Columns, Statuses, Tables, Versions};
+use columns::{Columns, Labels, Statuses, Tables, Versions};
 use sorted::{Found, Sorted, Way};
 
 /// Events that are written together after one of a batch was refused.
@@ -63,6 +63,41 @@ impl Session {
         ended?;
         self.judge_posts(&sorted.applied()).await?;
         Ok(outcomes)
+    }
+
+    /// Applies events that claim handles in one transaction: all of them or none, except those that get no outcome,
+    /// because the batch has another claim of the account or the handle. The outcomes are in the order of the events.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Session::bulk`].
+    pub(super) async fn claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
+        self.note_epochs(events).await?;
+        let mut seen: HashSet<&str> = HashSet::new();
+        let mut chosen: Vec<bool> = Vec::with_capacity(events.len());
+        for event in events {
+            let names = event.ops.iter().filter_map(|op| op.subject.as_deref()).chain([&*event.repo]);
+            chosen.push(event.ops.len() == 1 && names.filter(|name| !seen.insert(name)).count() == 0);
+        }
+        let claims = || events.iter().zip(&chosen).filter(|(_, chosen)| **chosen).map(|(event, _)| event);
+        let mut dids: Vec<&str> = claims().map(|event| &*event.repo).collect();
+        dids.sort_unstable();
+        let ops: Vec<SqlOp<'_>> =
+            claims().flat_map(|event| event.ops.iter().map(|op| SqlOp::of(event, op))).collect();
+        let rows = self.ask(include_str!("../../../sql/bulk/claims.sql"), &[&dids, &ops]).await?;
+        let changed: HashSet<String> =
+            rows.first().ok_or_else(too_few)?.get::<_, Vec<String>>(0).into_iter().collect();
+        let is_changed = |op: &Op<'_>| {
+            changed.contains(&op.uri) || op.subject.as_deref().is_some_and(|handle| changed.contains(handle))
+        };
+        Ok(events
+            .iter()
+            .zip(&chosen)
+            .map(|(event, chosen)| {
+                let changed: Vec<bool> = event.ops.iter().map(is_changed).collect();
+                chosen.then(|| outcome(event, &changed))
+            })
+            .collect())
     }
 
     /// Accounts that may be new.
@@ -138,8 +173,11 @@ impl Session {
     ) -> Result<Vec<Option<Outcome>>, StoreError> {
         let mut done = self.delete(sorted, deltas).await?;
         done.extend(self.registers(sorted).await?);
+        done.extend(self.plain(sorted).await?);
         let others = self.others(sorted).await?;
-        let tables = Tables::of(sorted, &others, deltas);
+        let settled = (!others.present.is_empty()).then(|| sorted.without(&others.present));
+        let sorted = settled.as_ref().unwrap_or(sorted);
+        let tables = Tables::of(sorted, &others.counted, deltas);
         let careful = Careful::of(sorted);
         self.insert(&tables).await?;
         let changed = self.change(repos, &careful).await?;
@@ -158,11 +196,8 @@ impl Session {
                 &[
                     &keys.accounts,
                     &keys.written,
-                    &keys.likes,
-                    &keys.reposts,
                     &keys.follows,
                     &keys.posts,
-                    &keys.blocks,
                     &keys.gates,
                 ],
             )
@@ -242,14 +277,16 @@ impl Session {
             ops.iter().map(|(event, _)| event.repo.to_string()).collect()
         };
         if !profiles.is_empty() {
-            let bodies: Vec<_> = profiles.iter().map(|(_, op)| op.body.as_ref()).collect();
+            let bodies: Vec<_> = profiles.iter().map(|(_, op)| op.json()).collect();
+            let labels = Labels::of_profiles(&profiles);
             let sql = include_str!("../../../sql/bulk/show_profiles.sql");
-            self.ask(sql, &[&dids(&profiles), &bodies]).await?;
+            self.ask(sql, &[&dids(&profiles), &bodies, labels.uris()]).await?;
+            self.ask_all(vec![(include_str!("../../../sql/bulk/labels.sql"), labels.parameters())]).await?;
         }
         if !statuses.is_empty() {
             let active: Vec<bool> = statuses
                 .iter()
-                .map(|(_, op)| op.body.as_ref().is_some_and(|body| body.0 == "true"))
+                .map(|(_, op)| op.json().is_some_and(|body| body.0 == "true"))
                 .collect();
             let status: Vec<_> = statuses.iter().map(|(_, op)| op.subject.as_deref()).collect();
             let sql = include_str!("../../../sql/bulk/show_statuses.sql");
@@ -258,8 +295,20 @@ impl Session {
         Ok(profiles.iter().chain(&statuses).map(|(_, op)| op.uri.clone()).collect())
     }
 
-    /// The new likes and reposts that are not their account's first of the subject.
-    async fn others<'e>(&self, sorted: &Sorted<'e, '_>) -> Result<HashSet<&'e str>, StoreError> {
+    /// Writes records of plain kinds, and deletes others. Returns the URIs of those that changed.
+    async fn plain(&self, sorted: &Sorted<'_, '_>) -> Result<HashSet<String>, StoreError> {
+        let mut changed = HashSet::new();
+        for (kind, ops) in sorted.plain() {
+            let ops: Vec<SqlOp<'_>> = ops.iter().map(|(event, op)| SqlOp::of(event, op)).collect();
+            let rows = self.ask(include_str!("../../../sql/bulk/plain.sql"), &[&kind, &ops]).await?;
+            let uris: Option<Vec<String>> = rows.first().ok_or_else(too_few)?.get(0);
+            changed.extend(uris.unwrap_or_default());
+        }
+        Ok(changed)
+    }
+
+    /// Which new likes and reposts have a row already, and which are not their account's first of the subject.
+    async fn others<'e>(&self, sorted: &Sorted<'e, '_>) -> Result<Others<'e>, StoreError> {
         let pairs = [Kind::Like, Kind::Repost].map(|kind| {
             let mut pairs: Vec<(&str, &str, &str)> = sorted
                 .going(Way::Insert)
@@ -269,8 +318,9 @@ impl Session {
             pairs.sort_unstable();
             pairs
         });
+        let mut others = Others::default();
         if pairs.iter().all(Vec::is_empty) {
-            return Ok(HashSet::new());
+            return Ok(others);
         }
         let column = |kind: usize, of: fn(&(&'e str, &'e str, &'e str)) -> &'e str| -> Vec<&str> {
             pairs[kind].iter().map(of).collect()
@@ -286,13 +336,12 @@ impl Session {
                 ],
             )
             .await?;
-        let row = rows.first().ok_or_else(too_few)?;
-        let mut others = HashSet::new();
-        for (kind, pairs) in pairs.iter().enumerate() {
-            for place in row.get::<_, Vec<i32>>(kind) {
-                let pair = usize::try_from(place - 1).ok().and_then(|place| pairs.get(place));
-                others.insert(pair.ok_or_else(too_few)?.2);
-            }
+        for row in rows {
+            let (kind, place, uri): (i32, i32, String) = (row.get(0), row.get(1), row.get(2));
+            let pairs = usize::try_from(kind).ok().and_then(|kind| pairs.get(kind));
+            let place = usize::try_from(place - 1).ok();
+            let pair = pairs.zip(place).and_then(|(pairs, place)| pairs.get(place)).ok_or_else(too_few)?;
+            if pair.2 == uri { others.present.insert(pair.2) } else { others.counted.insert(pair.2) };
         }
         Ok(others)
     }
@@ -405,6 +454,15 @@ impl Session {
     }
 }
 
+/// What there is of the subjects of new likes and reposts.
+#[derive(Default)]
+struct Others<'e> {
+    /// Those that have a row already.
+    present: HashSet<&'e str>,
+    /// Those whose account has another one of the subject, and is counted already.
+    counted: HashSet<&'e str>,
+}
+
 /// The operations that take the careful way.
 #[derive(Default)]
 struct Careful<'e> {
@@ -445,8 +503,9 @@ fn outcomes(
 ) -> Result<Vec<Option<Outcome>>, StoreError> {
     let mut changed = changed.iter();
     let mut of = |op: &Op<'_>, way: Way| match way {
-        Way::Insert => Some(true),
-        Way::Delete | Way::Register => Some(done.contains(&op.uri)),
+        Way::Insert | Way::Replaced => Some(true),
+        Way::Stale => Some(false),
+        Way::Delete | Way::Register | Way::Plain => Some(done.contains(&op.uri)),
         Way::Change => changed.next().copied(),
     };
     sorted

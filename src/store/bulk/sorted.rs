@@ -1,9 +1,10 @@
 //! Which way each operation of a batch goes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::columns::{has_labels, is_plain};
+use super::columns::mentioned_in;
 use crate::event::{Event, Kind, Op};
+use crate::store::call::kind_of;
 use crate::store::known::KnownAccounts;
 
 /// How an operation is written.
@@ -15,6 +16,12 @@ pub(super) enum Way {
     Delete,
     /// A register of its account: a profile or a status.
     Register,
+    /// A record of a plain kind, or its delete, among others of its kind.
+    Plain,
+    /// Nothing, because the batch has a newer operation on the same record, which comes later.
+    Replaced,
+    /// Nothing, because the batch has a newer operation on the same record, which comes earlier.
+    Stale,
     /// `standpipe.change`, whatever is there.
     Change,
 }
@@ -30,7 +37,7 @@ pub(super) struct Sorted<'e, 'a> {
 pub(super) struct Found {
     /// Accounts that opted out or were deleted.
     pub(super) accounts: HashSet<String>,
-    /// Records with a row or a tombstone.
+    /// Records with a tombstone; follows and posts with a row.
     pub(super) records: HashSet<String>,
     /// Posts with a gate.
     pub(super) gates: HashSet<String>,
@@ -43,54 +50,31 @@ pub(super) struct Found {
 pub(super) struct Keys<'e> {
     pub(super) accounts: Vec<&'e str>,
     pub(super) written: Vec<&'e str>,
-    pub(super) likes: Vec<&'e str>,
-    pub(super) reposts: Vec<&'e str>,
     pub(super) follows: Vec<&'e str>,
     pub(super) posts: Vec<&'e str>,
-    pub(super) blocks: Vec<&'e str>,
     pub(super) gates: Vec<&'e str>,
 }
 
 impl<'e, 'a> Sorted<'e, 'a> {
-    /// Sorts by what the batch itself says.
+    /// Sorts by kind.
     pub(super) fn new(events: &'e [&'e Event<'a>]) -> Self {
-        let mut records: HashMap<&str, u32> = HashMap::new();
-        let mut pairs: HashMap<(Kind, &str, &str), u32> = HashMap::new();
-        for event in events {
-            for op in &event.ops {
-                *records.entry(&op.uri).or_default() += 1;
-                if let (Kind::Like | Kind::Repost, Some(subject)) = (op.kind, op.subject.as_deref()) {
-                    *pairs.entry((op.kind, &event.repo, subject)).or_default() += 1;
-                }
-            }
-        }
-        let way = |event: &Event<'_>, op: &Op<'_>| {
-            let once = records.get(&*op.uri) == Some(&1);
-            match (op.kind, op.delete, op.subject.as_deref()) {
-                (Kind::Like | Kind::Repost | Kind::Follow | Kind::Post, true, _) if once => Way::Delete,
-                (Kind::Like | Kind::Repost, false, Some(subject))
-                    if once && pairs.get(&(op.kind, &event.repo, subject)) == Some(&1) =>
-                {
-                    Way::Insert
-                }
-                (Kind::Follow | Kind::Block, false, Some(_)) if once => Way::Insert,
-                (Kind::Post, false, _) if once && is_plain(op) => Way::Insert,
-                (Kind::Profile, ..) if once && !has_labels(op) => Way::Register,
-                (Kind::Account, _, status) if once && status != Some("deleted") => Way::Register,
-                _ => Way::Change,
-            }
+        let way = |op: &Op<'_>| match (op.kind, op.delete, op.subject.as_deref()) {
+            (Kind::Like | Kind::Repost | Kind::Follow | Kind::Post, true, _) => Way::Delete,
+            (Kind::Like | Kind::Repost | Kind::Follow, false, Some(_)) => Way::Insert,
+            (Kind::Post, false, _) if op.post().is_some_and(|post| mentioned_in(post).is_some()) => Way::Insert,
+            (Kind::Profile, ..) => Way::Register,
+            (Kind::Account, _, status) if status != Some("deleted") => Way::Register,
+            (kind, ..) if is_plain(kind) => Way::Plain,
+            _ => Way::Change,
         };
-        let ways = events
-            .iter()
-            .map(|event| {
-                let shared = event.ops.iter().all(|op| is_shared(op.kind));
-                shared.then(|| event.ops.iter().map(|op| way(event, op)).collect())
-            })
-            .collect();
-        Self { events, ways }
+        let ways = events.iter().map(|event| {
+            let shared = event.ops.iter().all(|op| is_shared(op.kind));
+            shared.then(|| event.ops.iter().map(way).collect())
+        });
+        Self { events, ways: ways.collect() }
     }
 
-    /// Sorts again by what is there.
+    /// Sorts again by what is there, and by what else is in the batch.
     pub(super) fn settle(&mut self, found: &Found) {
         for (event, ways) in self.events.iter().zip(&mut self.ways) {
             let Some(of_each) = ways else { continue };
@@ -100,24 +84,95 @@ impl<'e, 'a> Sorted<'e, 'a> {
                 |op: &Op<'_>| op.kind == Kind::Post && gated(op).any(|post| found.gates.contains(post));
             if unplaced || event.ops.iter().any(has_gates) {
                 *ways = None;
-                continue;
+            } else if found.accounts.contains(&*event.repo) {
+                // Not everything of an account that opted out or was deleted is stored or shown.
+                of_each.fill(Way::Change);
             }
-            let is_known = found.accounts.contains(&*event.repo);
-            for (op, way) in event.ops.iter().zip(of_each) {
-                match *way {
-                    Way::Insert if is_known || found.records.contains(&op.uri) => *way = Way::Change,
-                    // Of an account that opted out or was deleted, not everything is shown.
-                    Way::Register if is_known => *way = Way::Change,
-                    _ => {}
+        }
+        self.merge();
+        let mut pairs: HashMap<(Kind, &str, &str), u32> = HashMap::new();
+        for (event, op) in self.going(Way::Insert) {
+            if let (Kind::Like | Kind::Repost, Some(subject)) = (op.kind, op.subject.as_deref()) {
+                *pairs.entry((op.kind, &event.repo, subject)).or_default() += 1;
+            }
+        }
+        let again = |event: &Event<'_>, op: &Op<'_>| {
+            let subject = op.subject.as_deref().unwrap_or_default();
+            pairs.get(&(op.kind, &event.repo, subject)).is_some_and(|count| *count > 1)
+        };
+        for (event, ways) in self.events.iter().zip(&mut self.ways) {
+            for (op, way) in event.ops.iter().zip(ways.iter_mut().flatten()) {
+                if *way == Way::Insert && (found.records.contains(&op.uri) || again(event, op)) {
+                    *way = Way::Change;
                 }
             }
         }
     }
 
+    /// Of several operations on one record, only the newest has an effect, and the newest delete leaves a tombstone. Where
+    /// revisions do not say which is the newest, all of them take the careful way.
+    fn merge(&mut self) {
+        let mut records: HashMap<&str, Record<'_>> = HashMap::with_capacity(self.events.len());
+        let mut place = 0;
+        for (event, ways) in self.events.iter().zip(&self.ways) {
+            for (op, _) in event.ops.iter().zip(ways.iter().flatten()) {
+                let this = Placed { place, rev: event.version.rev.as_deref() };
+                records.entry(&op.uri).and_modify(|record| record.add(this, op.delete)).or_insert(Record {
+                    newest: this,
+                    delete: op.delete.then_some(this),
+                    ops: Ops::One,
+                });
+                place += 1;
+            }
+        }
+        place = 0;
+        for (event, ways) in self.events.iter().zip(&mut self.ways) {
+            for (op, way) in event.ops.iter().zip(ways.iter_mut().flatten()) {
+                if let Some(record) = records.get(&*op.uri)
+                    && *way != Way::Change
+                {
+                    *way = record.way(*way, place);
+                }
+                place += 1;
+            }
+        }
+    }
+
+    /// The same, but these new records have a row after all.
+    pub(super) fn without(&self, present: &HashSet<&str>) -> Self {
+        let mut ways = self.ways.clone();
+        for (event, ways) in self.events.iter().zip(&mut ways) {
+            for (op, way) in event.ops.iter().zip(ways.iter_mut().flatten()) {
+                if *way == Way::Insert && present.contains(&*op.uri) {
+                    *way = Way::Change;
+                }
+            }
+        }
+        Self { events: self.events, ways }
+    }
+
     /// The same in parts of so many events.
     pub(super) fn parts(&self, size: usize) -> impl Iterator<Item = Sorted<'e, 'a>> {
-        let ways = self.ways.chunks(size).map(<[_]>::to_vec);
+        let ways = self.ways.chunks(size).map(|ways| {
+            let mut ways = ways.to_vec();
+            for way in ways.iter_mut().flatten().flatten() {
+                // The newer operation may be refused.
+                if matches!(way, Way::Replaced | Way::Stale) {
+                    *way = Way::Change;
+                }
+            }
+            ways
+        });
         self.events.chunks(size).zip(ways).map(|(events, ways)| Sorted { events, ways })
+    }
+
+    /// The operations of plain kinds, by kind and whether they are deletes.
+    pub(super) fn plain(&self) -> BTreeMap<&'static str, Vec<(&'e Event<'a>, &'e Op<'a>)>> {
+        let mut plain: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (event, op) in self.going(Way::Plain) {
+            plain.entry(kind_of(op)).or_default().push((event, op));
+        }
+        plain
     }
 
     /// The number of events, with those that are left out.
@@ -172,11 +227,8 @@ impl<'e, 'a> Sorted<'e, 'a> {
         Keys {
             accounts: self.repos(),
             written: written(None),
-            likes: written(Some(Kind::Like)),
-            reposts: written(Some(Kind::Repost)),
             follows: written(Some(Kind::Follow)),
             posts: written(Some(Kind::Post)),
-            blocks: written(Some(Kind::Block)),
             gates: sorted(
                 self.applied()
                     .into_iter()
@@ -184,6 +236,67 @@ impl<'e, 'a> Sorted<'e, 'a> {
                     .filter(|op| op.kind == Kind::Post)
                     .flat_map(gated),
             ),
+        }
+    }
+}
+
+/// An operation's place in the batch, and its commit's revision.
+#[derive(Clone, Copy)]
+struct Placed<'e> {
+    place: usize,
+    rev: Option<&'e str>,
+}
+
+/// The operations on one record.
+struct Record<'e> {
+    newest: Placed<'e>,
+    /// The newest delete.
+    delete: Option<Placed<'e>>,
+    ops: Ops,
+}
+
+/// How many operations there are on a record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ops {
+    One,
+    /// Several, in the order of their revisions.
+    Ordered,
+    /// Several that revisions do not order.
+    Unordered,
+}
+
+impl<'e> Record<'e> {
+    fn add(&mut self, this: Placed<'e>, delete: bool) {
+        // With a revision each, and not the same one, this is the order of standpipe.newer.
+        let newer = |than: Placed<'e>| match (this.rev, than.rev) {
+            (Some(rev), Some(than)) if rev != than => Some(rev > than),
+            _ => None,
+        };
+        if self.ops == Ops::One {
+            self.ops = Ops::Ordered;
+        }
+        match newer(self.newest) {
+            Some(true) => self.newest = this,
+            Some(false) => {}
+            None => self.ops = Ops::Unordered,
+        }
+        if delete {
+            match self.delete.map(newer) {
+                None | Some(Some(true)) => self.delete = Some(this),
+                Some(Some(false)) => {}
+                Some(None) => self.ops = Ops::Unordered,
+            }
+        }
+    }
+
+    fn way(&self, way: Way, place: usize) -> Way {
+        let is_kept = self.newest.place == place || self.delete.is_some_and(|delete| delete.place == place);
+        match self.ops {
+            Ops::One => way,
+            Ops::Unordered => Way::Change,
+            Ops::Ordered if is_kept => way,
+            Ops::Ordered if place < self.newest.place => Way::Replaced,
+            Ops::Ordered => Way::Stale,
         }
     }
 }
@@ -201,6 +314,21 @@ fn is_shared(kind: Kind) -> bool {
     !matches!(
         kind,
         Kind::Identity | Kind::ThreadGate | Kind::PostGate | Kind::FeedGenerator | Kind::LabelerService
+    )
+}
+
+/// Kinds whose row just holds the record's fields: see `sql/apply/41_plain.sql`. Those of services are not shared.
+fn is_plain(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Block
+            | Kind::List
+            | Kind::ListItem
+            | Kind::ListBlock
+            | Kind::StarterPack
+            | Kind::Label
+            | Kind::Verification
+            | Kind::Record
     )
 }
 
