@@ -13,12 +13,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::config::{Config, TransactionMode};
+use crate::config::Config;
 use crate::control::Control;
 use crate::http::{self, Server};
 use crate::origin::Reader;
 use crate::origin::relay::Relay;
-use crate::pipeline::{InHand, Lanes, Names, Pipeline};
+use crate::pipeline::{Names, Pipeline, Shared};
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
 use crate::stream::Redis;
@@ -239,17 +239,11 @@ impl Running {
 
     fn start_pipelines(&mut self, count: usize) {
         let Some(store) = &self.store else { return };
-        let in_hand = InHand::default();
-        let lanes = Arc::new(Lanes::new(count));
+        let shared = Arc::new(Shared::new(&self.config));
         let (say_names, names) = watch::channel(Names::Waiting(State::Starting));
         let pipeline = |index| {
             let (redis, store, status) = (self.redis.clone(), store.clone(), Arc::clone(&self.status));
-            let in_hand = Arc::clone(&in_hand);
-            let pipeline = Pipeline::new(index, &self.config, redis, store, status, in_hand, names.clone());
-            match self.config.transaction {
-                TransactionMode::Batch => pipeline.in_lanes(Arc::clone(&lanes)),
-                TransactionMode::Event => pipeline,
-            }
+            Pipeline::new(index, &self.config, redis, store, status, Arc::clone(&shared), names.clone())
         };
         let prepare = Prepare {
             config: Arc::clone(&self.config),

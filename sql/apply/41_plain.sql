@@ -13,9 +13,9 @@
 --   labeler_service    body: policies
 --
 -- One template, instantiated for each table: each has its own functions, so that their statements are planned once
--- (put_list and delete_list, and so on). They take operations on different records, and return the URIs of those that
--- they changed. Functions that name all kinds are generated from the same list: a new kind is
--- one line here. The likes of a feed generator or labeler are counted like those of a post, and copied: see
+-- (put_list and delete_list, and so on; put_all_list and delete_all_list for operations on different records, which return
+-- the URIs of those that they changed). Functions that name all kinds are generated from the same list: a new kind is one
+-- line here. The likes of a feed generator or labeler are counted like those of a post, and copied: see
 -- standpipe.apply for why their rows are written after the counters.
 DO $do$
 DECLARE
@@ -47,7 +47,33 @@ DECLARE
 BEGIN
     FOREACH kind SLICE 1 IN ARRAY wanted LOOP
         EXECUTE format($sql$
-            CREATE OR REPLACE FUNCTION standpipe.put_%1$s(ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
+            CREATE OR REPLACE FUNCTION standpipe.put_%1$s(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+            BEGIN
+                IF standpipe.is_dead(o) THEN
+                    RETURN false;
+                END IF;
+                INSERT INTO %2$I AS r (uri, %3$s, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
+                VALUES (o.uri, %4$s, o.created_at, o.rev, o.seq, o.ms, o.sq)
+                ON CONFLICT (uri) DO UPDATE SET
+                    (%3$s, created_at, commit_rev, commit_seq, stream_ms, stream_seq) =
+                    (%5$s, excluded.created_at, excluded.commit_rev, excluded.commit_seq,
+                     excluded.stream_ms, excluded.stream_seq)
+                WHERE standpipe.newer(
+                    excluded.commit_rev, excluded.commit_seq, excluded.stream_ms, excluded.stream_seq,
+                    r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                RETURN FOUND;
+            END $$;
+
+            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+            BEGIN
+                PERFORM standpipe.put_tombstone(o);
+                DELETE FROM %2$I r WHERE r.uri = o.uri AND standpipe.newer(
+                    o.rev, o.seq, o.ms, o.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq);
+                RETURN FOUND;
+            END $$;
+
+            -- The same for several at once.
+            CREATE OR REPLACE FUNCTION standpipe.put_all_%1$s(ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
             DECLARE
                 changed text[];
             BEGIN
@@ -68,7 +94,7 @@ BEGIN
                 RETURN changed;
             END $$;
 
-            CREATE OR REPLACE FUNCTION standpipe.delete_%1$s(ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
+            CREATE OR REPLACE FUNCTION standpipe.delete_all_%1$s(ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
             DECLARE
                 o standpipe.op;
                 changed text[];
@@ -77,7 +103,9 @@ BEGIN
                     PERFORM standpipe.put_tombstone(o);
                 END LOOP;
                 WITH w AS (
-                    DELETE FROM %2$I r USING unnest(ops) d WHERE r.uri = d.uri AND standpipe.newer(
+                    DELETE FROM %2$I r USING unnest(ops) d
+                    -- The keys once more, so that rows are found by them, whatever the planner believes of a young table.
+                    WHERE r.uri = d.uri AND r.uri = ANY (ARRAY(SELECT k.uri FROM unnest(ops) k)) AND standpipe.newer(
                         d.rev, d.seq, d.ms, d.sq, r.commit_rev, r.commit_seq, r.stream_ms, r.stream_seq)
                     RETURNING r.uri
                 )
@@ -91,15 +119,28 @@ BEGIN
 
     -- Dispatches to the kind's function.
     EXECUTE format($sql$
-        CREATE OR REPLACE FUNCTION standpipe.apply_plain(kind text, ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
+        CREATE OR REPLACE FUNCTION standpipe.apply_plain(kind text, o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
         BEGIN
             CASE kind %s
             END CASE;
         END $$;
         $sql$,
         (SELECT string_agg(format('
-                WHEN %1$L THEN RETURN standpipe.put_%1$s(ops);
-                WHEN %2$L THEN RETURN standpipe.delete_%1$s(ops);', wanted[i][1], 'delete ' || wanted[i][1]), '' ORDER BY i)
+                WHEN %1$L THEN RETURN standpipe.put_%1$s(o);
+                WHEN %2$L THEN RETURN standpipe.delete_%1$s(o);', wanted[i][1], 'delete ' || wanted[i][1]), '' ORDER BY i)
+         FROM generate_subscripts(wanted, 1) i));
+
+    -- The same for several at once.
+    EXECUTE format($sql$
+        CREATE OR REPLACE FUNCTION standpipe.apply_all_plain(kind text, ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
+        BEGIN
+            CASE kind %s
+            END CASE;
+        END $$;
+        $sql$,
+        (SELECT string_agg(format('
+                WHEN %1$L THEN RETURN standpipe.put_all_%1$s(ops);
+                WHEN %2$L THEN RETURN standpipe.delete_all_%1$s(ops);', wanted[i][1], 'delete ' || wanted[i][1]), '' ORDER BY i)
          FROM generate_subscripts(wanted, 1) i));
 
     -- The table of a kind, and the column that holds the repository's account.

@@ -147,8 +147,6 @@ CREATE OR REPLACE FUNCTION standpipe.apply(
 DECLARE
     one standpipe.set;
     all_of standpipe.effects;
-    former_ops standpipe.op[] := '{}';
-    former_kinds text[] := '{}';
     ignored text;
 BEGIN
     IF cardinality(handles) > 0 THEN
@@ -158,16 +156,26 @@ BEGIN
         locks := ARRAY(SELECT n.name FROM (SELECT unnest(locks) UNION SELECT '@' || unnest(handles)) AS n (name)
                        ORDER BY ltrim(n.name, '~') COLLATE "C", n.name COLLATE "C");
     END IF;
-    ignored := standpipe.share_partitions(repos);
-    ignored := standpipe.lock(locks);
+    IF cardinality(repos) = 1 THEN
+        -- What standpipe.share_partitions does, without a call.
+        ignored := concat(pg_advisory_xact_lock_shared(29296, (hashtextextended(repos[1], 0) & 63)::integer),
+                          standpipe.lock(locks));
+    ELSE
+        ignored := concat(standpipe.share_partitions(repos), standpipe.lock(locks));
+    END IF;
 
     IF sets IS NOT NULL THEN
-        FOREACH one IN ARRAY sets LOOP
-            former_ops := former_ops || one.ops;
-            former_kinds := former_kinds || array_fill(one.kind, ARRAY[cardinality(one.ops)]);
-        END LOOP;
-        ops := former_ops || ops;
-        kinds := former_kinds || kinds;
+        DECLARE
+            former_ops standpipe.op[] := '{}';
+            former_kinds text[] := '{}';
+        BEGIN
+            FOREACH one IN ARRAY sets LOOP
+                former_ops := former_ops || one.ops;
+                former_kinds := former_kinds || array_fill(one.kind, ARRAY[cardinality(one.ops)]);
+            END LOOP;
+            ops := former_ops || ops;
+            kinds := former_kinds || kinds;
+        END;
     END IF;
     IF (ops[1]).seq NOT LIKE '%@%' THEN
         ops := ARRAY(SELECT standpipe.with_epoch(p) FROM unnest(ops) p);
@@ -198,15 +206,19 @@ DECLARE
     o standpipe.op;
     e standpipe.effect;
     all_of standpipe.effects;
-    forbidden text[] := standpipe.forbidden(repos);
+    forbidden text[];
     i integer := 0;
 BEGIN
+    PERFORM FROM user_settings s WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden;
+    IF FOUND THEN
+        forbidden := standpipe.forbidden(repos);
+    END IF;
     all_of.applied := '{}';
     all_of.deltas := '{}';
     FOREACH o IN ARRAY coalesce(ops, '{}') LOOP
         i := i + 1;
         e.deltas := '{}';
-        IF o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
+        IF forbidden IS NOT NULL AND o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
                 AND NOT (kinds[i] = 'profile' AND o.body IS NULL) THEN
             all_of.applied := all_of.applied || false;
             CONTINUE;
@@ -221,7 +233,7 @@ BEGIN
             WHEN 'delete post' THEN e := standpipe.delete_post(o);
             WHEN 'delete repost' THEN e := standpipe.delete_repost(o);
             WHEN 'block', 'delete block', 'record', 'delete record', 'list_item', 'delete list_item' THEN
-                e.applied := standpipe.apply_plain(kinds[i], ARRAY[o]) IS NOT NULL;
+                e.applied := standpipe.apply_plain(kinds[i], o);
             WHEN 'like' THEN e := standpipe.put_like(o);
             WHEN 'post' THEN e := standpipe.put_post(o);
             WHEN 'follow' THEN e.applied := standpipe.put_follow(o);
@@ -242,7 +254,7 @@ BEGIN
                     e.deltas := ARRAY[ROW(o.uri, 0, 0, 0, 0, 0)::standpipe.delta];
                 END IF;
             -- The other plain kinds.
-            ELSE e.applied := standpipe.apply_plain(kinds[i], ARRAY[o]) IS NOT NULL;
+            ELSE e.applied := standpipe.apply_plain(kinds[i], o);
         END CASE;
         all_of.applied := all_of.applied || e.applied;
         all_of.deltas := all_of.deltas || e.deltas;
@@ -263,10 +275,10 @@ BEGIN
         o := ops[i];
         IF kinds[i] LIKE 'delete %' OR o.repo <> ALL (forbidden) THEN
             CASE kinds[i]
-                WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(ARRAY[o]) IS NOT NULL;
-                WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(ARRAY[o]) IS NOT NULL;
-                WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(ARRAY[o]) IS NOT NULL;
-                WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(ARRAY[o]) IS NOT NULL;
+                WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(o);
+                WHEN 'labeler_service' THEN outcomes[i] := standpipe.put_labeler_service(o);
+                WHEN 'delete feed_generator' THEN outcomes[i] := standpipe.delete_feed_generator(o);
+                WHEN 'delete labeler_service' THEN outcomes[i] := standpipe.delete_labeler_service(o);
                 ELSE
             END CASE;
         END IF;

@@ -1,3 +1,3 @@
 -- Applies operations of one plain kind ($1, as standpipe.apply_plain has it), on different records. Returns the URIs of those
 -- that were changed.
-SELECT standpipe.apply_plain($1::text, $2::standpipe.op[])
+SELECT standpipe.apply_all_plain($1, $2)

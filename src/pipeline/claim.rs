@@ -49,7 +49,7 @@ impl Pipeline {
             }
             {
                 // Entries held by another pipeline of this process are being worked on, whichever consumer owns them by now.
-                let in_hand = lock(&self.in_hand);
+                let in_hand = lock(&self.shared.in_hand);
                 batch.entries.retain(|entry| !in_hand.contains(&entry.id));
             }
             if !batch.entries.is_empty() {

@@ -4,33 +4,80 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
-use crate::event::Entry;
+use super::BATCH_BYTES;
+use crate::event::{Entry, EntryId};
 use crate::mutex::lock;
 use crate::store::partition::{self, PARTITIONS};
 
 /// Entries that a lane takes at a time: with fewer, each batch's fixed costs weigh more; with more, nothing is gained.
 pub(super) const LANE_BATCH: usize = 2000;
 
-/// The lanes, one for each pipeline.
+/// The lanes: those of the first pipelines.
 #[derive(Debug)]
-pub struct Lanes(Mutex<Vec<Lane>>);
+pub(super) struct Lanes(Mutex<Vec<Lane>>);
 
 #[derive(Debug, Default)]
 struct Lane {
     waiting: VecDeque<Entry>,
-    /// Whether its pipeline will look here again before it waits for anything else.
-    active: bool,
+    /// Their bytes.
+    bytes: usize,
+    /// Whether its pipeline will look here.
+    open: bool,
+}
+
+impl Lane {
+    fn push(&mut self, entry: Entry) {
+        self.bytes += entry.size();
+        self.waiting.push_back(entry);
+    }
+
+    /// At most so many, and about as many bytes as a batch may have.
+    fn take(&mut self, most: usize) -> Vec<Entry> {
+        let mut bytes = 0;
+        let fits = |entry: &&Entry| {
+            bytes += entry.size();
+            bytes <= BATCH_BYTES
+        };
+        // One that is larger than that still has to be taken.
+        let most = most.min(self.waiting.len());
+        if most == 0 {
+            return Vec::new();
+        }
+        let count = self.waiting.iter().take(most).take_while(fits).count().max(1);
+        let taken: Vec<Entry> = self.waiting.drain(..count).collect();
+        self.bytes -= taken.iter().map(Entry::size).sum::<usize>();
+        taken
+    }
 }
 
 impl Lanes {
-    /// As many lanes as pipelines.
-    #[must_use]
-    pub fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         Self(Mutex::new((0..count).map(|_| Lane::default()).collect()))
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        lock(&self.0).len()
+    }
+
+    /// From now on, its pipeline looks here before it waits for anything else.
+    pub(super) fn open(&self, own: usize) {
+        if let Some(lane) = lock(&self.0).get_mut(own) {
+            lane.open = true;
+        }
+    }
+
+    /// Before its pipeline does something else: nothing more is dealt to the lane. Returns what is waiting there.
+    pub(super) fn close(&self, own: usize) -> Vec<Entry> {
+        let mut lanes = lock(&self.0);
+        let Some(lane) = lanes.get_mut(own) else { return Vec::new() };
+        lane.open = false;
+        lane.bytes = 0;
+        std::mem::take(&mut lane.waiting).into()
+    }
+
     /// Deals entries that the pipeline of lane `own` has read. Returns those that it must work on itself: its own, and
-    /// those of lanes whose pipelines are waiting for something to read.
+    /// those of lanes that are closed.
     pub(super) fn deal(&self, own: usize, entries: Vec<Entry>) -> Vec<Entry> {
         let mut lanes = lock(&self.0);
         let count = lanes.len();
@@ -40,67 +87,45 @@ impl Lanes {
             let partition = partition::of(repo(&entry)) as usize;
             let lane = partition * count / PARTITIONS as usize;
             match lanes.get_mut(lane) {
-                Some(lane_of) if lane != own && lane_of.active => lane_of.waiting.push_back(entry),
+                Some(lane_of) if lane != own && lane_of.open => lane_of.push(entry),
                 _ => kept.push(entry),
             }
         }
         kept
     }
 
-    /// Takes what is waiting in a lane, whose pipeline will look here again.
+    /// Takes what is waiting in a lane.
     pub(super) fn take(&self, own: usize, most: usize) -> Vec<Entry> {
         let mut lanes = lock(&self.0);
         let Some(lane) = lanes.get_mut(own) else { return Vec::new() };
-        lane.active = true;
-        let count = lane.waiting.len().min(most);
-        lane.waiting.drain(..count).collect()
+        lane.take(most)
     }
 
     /// Takes what is waiting in the fullest lane.
     pub(super) fn help(&self, most: usize) -> Vec<Entry> {
         let mut lanes = lock(&self.0);
         let Some(lane) = lanes.iter_mut().max_by_key(|lane| lane.waiting.len()) else { return Vec::new() };
-        let count = lane.waiting.len().min(most);
-        lane.waiting.drain(..count).collect()
+        lane.take(most)
     }
 
     /// Puts entries back whose work was interrupted.
     pub(super) fn put_back(&self, own: usize, entries: Vec<Entry>) {
         if let Some(lane) = lock(&self.0).get_mut(own) {
-            lane.waiting.extend(entries);
+            for entry in entries {
+                lane.push(entry);
+            }
         }
-    }
-
-    /// Before its pipeline waits for something to read: nothing more is dealt to the lane. `false` if something is
-    /// waiting anywhere.
-    pub(super) fn rest(&self, own: usize) -> bool {
-        let mut lanes = lock(&self.0);
-        let is_empty = lanes.iter().all(|lane| lane.waiting.is_empty());
-        if let Some(lane) = lanes.get_mut(own) {
-            lane.active = !is_empty;
-        }
-        is_empty
-    }
-
-    /// Before its pipeline stops: nothing more is dealt to the lane. Returns what is waiting there.
-    pub(super) fn close(&self, own: usize) -> Vec<Entry> {
-        let mut lanes = lock(&self.0);
-        let Some(lane) = lanes.get_mut(own) else { return Vec::new() };
-        lane.active = false;
-        std::mem::take(&mut lane.waiting).into()
     }
 
     /// Whether there is enough to work on for now.
     pub(super) fn is_full(&self) -> bool {
-        lock(&self.0).iter().any(|lane| lane.waiting.len() >= LANE_BATCH)
+        lock(&self.0).iter().any(|lane| lane.waiting.len() >= LANE_BATCH || lane.bytes >= BATCH_BYTES)
     }
 
     /// The entries that are waiting: they are in hand, too.
-    pub(super) fn waiting(&self, own: usize) -> Vec<crate::event::EntryId> {
-        lock(&self.0)
-            .get(own)
-            .map(|lane| lane.waiting.iter().map(|entry| entry.id).collect())
-            .unwrap_or_default()
+    pub(super) fn waiting(&self, own: usize) -> Vec<EntryId> {
+        let lanes = lock(&self.0);
+        lanes.get(own).map(|lane| lane.waiting.iter().map(|entry| entry.id).collect()).unwrap_or_default()
     }
 }
 
@@ -116,7 +141,6 @@ fn repo(entry: &Entry) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::EntryId;
 
     fn entry(seq: u64, repo: &str) -> Entry {
         let data = format!(r#"{{"repo":"{repo}","ops":[]}}"#);
@@ -124,16 +148,15 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_an_account_go_to_one_lane_unless_its_pipeline_is_at_rest() {
+    fn entries_of_an_account_go_to_one_lane_unless_it_is_closed() {
         let lanes = Lanes::new(4);
         let entries = || (0..200).map(|n| entry(n, &format!("did:plc:{}", n % 20))).collect::<Vec<_>>();
-        assert_eq!(lanes.deal(0, entries()).len(), 200, "every other lane is at rest");
+        assert_eq!(lanes.deal(0, entries()).len(), 200, "every other lane is closed");
         for lane in 0..4 {
-            assert!(lanes.take(lane, LANE_BATCH).is_empty());
+            lanes.open(lane);
         }
         let kept = lanes.deal(0, entries());
         assert!(!kept.is_empty() && kept.len() < 200);
-        assert!(!lanes.rest(0), "something is waiting");
         let mut seen: Vec<Vec<String>> = vec![kept.iter().map(|entry| repo(entry).to_owned()).collect()];
         for lane in 1..4 {
             seen.push(lanes.take(lane, LANE_BATCH).iter().map(|entry| repo(entry).to_owned()).collect());
@@ -144,6 +167,8 @@ mod tests {
                 assert!(repos.iter().all(|repo| !other.contains(repo)));
             }
         }
-        assert!(lanes.rest(0));
+        lanes.deal(0, entries());
+        let waiting = lanes.close(1);
+        assert!(!waiting.is_empty() && lanes.take(1, LANE_BATCH).is_empty());
     }
 }

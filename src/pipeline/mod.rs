@@ -5,6 +5,7 @@
 //! - `settle`: acknowledgements and dead letters
 //! - `claim`: taking over the pending entries of other consumers
 //! - `lanes`: dealing entries to the pipelines by account
+//! - `shared`: what the pipelines of a process have in common
 //! - `replay`: working alongside another program
 //! - `state`: whether the pipeline may run, and its reported state
 
@@ -13,11 +14,12 @@ mod claim;
 mod lanes;
 mod replay;
 mod settle;
+mod shared;
 mod state;
 mod work;
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -36,9 +38,10 @@ use crate::stream::entry::Batch;
 use crate::stream::{Redis, Stream, StreamError, StreamResult, epochs, is_nogroup};
 use crate::time::Backoff;
 use lanes::LANE_BATCH;
+use shared::Turn;
 use work::Work;
 
-pub use lanes::Lanes;
+pub use shared::Shared;
 
 /// Entries in hand are kept fresh this often: the Node.js workers claim entries that are idle for ten seconds.
 const KEEP_FRESH: Duration = Duration::from_secs(3);
@@ -59,17 +62,12 @@ pub struct Pipeline {
     dead_letter_budget: u64,
     claim_idle: Duration,
     max_attempts: u64,
-    in_hand: InHand,
-    /// Where events share transactions.
-    lanes: Option<Arc<Lanes>>,
+    shared: Arc<Shared>,
     /// Whether this process has its consumer names to itself.
     names: watch::Receiver<Names>,
     /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
 }
-
-/// The entries that the pipelines of this process hold.
-pub type InHand = Arc<Mutex<HashSet<EntryId>>>;
 
 /// Why a loop over the stream ended.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +78,14 @@ pub enum Ended {
     /// Redis cannot be reached, or refuses.
     #[error(transparent)]
     Redis(#[from] StreamError),
+}
+
+/// What a pipeline works on next.
+enum Next<'s> {
+    /// What others have dealt to its lane.
+    Waiting(Vec<Entry>),
+    /// Whatever it reads: it is its turn.
+    Read(Turn<'s>),
 }
 
 /// Whether this process has its consumer names to itself.
@@ -100,14 +106,13 @@ impl Pipeline {
         redis: Redis,
         store: Store,
         status: Arc<Status>,
-        in_hand: InHand,
+        shared: Arc<Shared>,
         names: watch::Receiver<Names>,
     ) -> Self {
         Self {
             claim_idle: config.claim_idle,
             max_attempts: config.max_attempts.into(),
-            in_hand,
-            lanes: None,
+            shared,
             names,
             pause: watch::channel(false).1,
             index,
@@ -120,13 +125,6 @@ impl Pipeline {
             transaction: config.transaction,
             dead_letter_budget: config.dead_letter_max_bytes,
         }
-    }
-
-    /// Deals what it reads to these lanes, and works on its own.
-    #[must_use]
-    pub fn in_lanes(mut self, lanes: Arc<Lanes>) -> Self {
-        self.lanes = Some(lanes);
-        self
     }
 
     /// Pauses while this is true.
@@ -180,9 +178,14 @@ impl Pipeline {
                 self.claim(&mut stream, stop).await?;
                 next_claim = Instant::now() + every;
             }
-            let read = match &self.lanes {
-                Some(lanes) if after.is_none() => self.gather(lanes, &mut stream, count).await,
-                _ => self.read(&mut stream, after, count).await,
+            let read = match after {
+                Some(id) => stream.read_pending(&self.consumer, count, id).await,
+                None => match self.turn(next_claim, stop).await {
+                    Some(Next::Waiting(entries)) => Ok(Batch { entries, gone: Vec::new() }),
+                    Some(Next::Read(turn)) => self.read(turn, &mut stream, count).await,
+                    // Something else is to be done first.
+                    None => continue,
+                },
             };
             let mut batch = match read {
                 Ok(batch) => batch,
@@ -204,7 +207,7 @@ impl Pipeline {
             count = self.next_count(&batch, count);
             if after.is_some() {
                 // Those that were dealt to another lane are being worked on.
-                let in_hand = lock(&self.in_hand).clone();
+                let in_hand = lock(&self.shared.in_hand).clone();
                 batch.entries.retain(|entry| !in_hand.contains(&entry.id));
                 self.work_again(&mut stream, batch, stop).await?;
                 continue;
@@ -222,40 +225,60 @@ impl Pipeline {
 
     /// Works on what is waiting in our lane, which gets nothing more.
     async fn finish_lane(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<(), Ended> {
-        let entries = self.lanes.as_ref().map(|lanes| lanes.close(self.index)).unwrap_or_default();
+        let entries = self.shared.lanes.as_ref().map(|lanes| lanes.close(self.index)).unwrap_or_default();
         self.work(stream, Batch { entries, gone: Vec::new() }, stop).await
     }
 
-    /// The next entries: with `after`, those behind it that were delivered to us before; without it, new ones.
-    async fn read(&self, stream: &mut Stream, after: Option<EntryId>, count: usize) -> StreamResult<Batch> {
-        match after {
-            Some(id) => stream.read_pending(&self.consumer, count, id).await,
-            None => stream.read_new(&self.consumer, count, true).await,
+    /// What to work on next, when it is our turn. `None` when it is time to claim, to stop, or to pause: a read is never
+    /// broken off, because its answer would be lost.
+    async fn turn(&self, next_claim: Instant, stop: &CancellationToken) -> Option<Next<'_>> {
+        let turn = async {
+            let Some(lanes) = &self.shared.lanes else { return Next::Read(self.shared.turn().await) };
+            if self.index >= lanes.count() {
+                return std::future::pending().await;
+            }
+            lanes.open(self.index);
+            if let Some(turn) = self.shared.turn_now() {
+                return Next::Read(turn);
+            }
+            let waiting = lanes.take(self.index, LANE_BATCH);
+            if waiting.is_empty() { Next::Read(self.shared.turn().await) } else { Next::Waiting(waiting) }
+        };
+        tokio::select! {
+            next = turn => Some(next),
+            () = tokio::time::sleep_until(next_claim.into()) => None,
+            () = self.interrupted(stop) => None,
         }
     }
 
-    /// What is waiting in our lane, and new entries, until there are enough for a batch or no more. Those of busy lanes
-    /// are dealt to them.
-    async fn gather(&self, lanes: &Lanes, stream: &mut Stream, count: usize) -> StreamResult<Batch> {
-        let mut batch = Batch { entries: lanes.take(self.index, LANE_BATCH), gone: Vec::new() };
-        while batch.entries.len() < LANE_BATCH && !lanes.is_full() {
-            let wait = batch.entries.is_empty();
-            if wait && !lanes.rest(self.index) {
+    /// New entries.
+    async fn read(&self, mut turn: Turn<'_>, stream: &mut Stream, count: usize) -> StreamResult<Batch> {
+        turn.linger().await;
+        let Some(lanes) = &self.shared.lanes else {
+            let batch = stream.read_new(&self.consumer, count, true).await?;
+            turn.note(batch.entries.len(), count);
+            return Ok(batch);
+        };
+        let mut batch = Batch::default();
+        loop {
+            let room = LANE_BATCH.saturating_sub(batch.entries.len());
+            batch.entries.extend(lanes.take(self.index, room));
+            let bytes: usize = batch.entries.iter().map(Entry::size).sum();
+            if batch.entries.len() >= LANE_BATCH || bytes >= BATCH_BYTES || lanes.is_full() {
                 break;
             }
-            let read = match stream.read_new(&self.consumer, count, wait).await {
+            let read = match stream.read_new(&self.consumer, count, batch.entries.is_empty()).await {
                 Ok(read) => read,
                 Err(error) => {
                     lanes.put_back(self.index, batch.entries);
                     return Err(error);
                 }
             };
-            lock(&self.in_hand).extend(read.entries.iter().map(|entry| entry.id));
+            lock(&self.shared.in_hand).extend(read.entries.iter().map(|entry| entry.id));
             let is_last = read.entries.len() < count;
+            turn.note(read.entries.len(), count);
             batch.gone.extend(read.gone);
             batch.entries.extend(lanes.deal(self.index, read.entries));
-            let room = LANE_BATCH.saturating_sub(batch.entries.len());
-            batch.entries.extend(lanes.take(self.index, room));
             if is_last {
                 break;
             }
@@ -303,7 +326,7 @@ impl Pipeline {
         ::metrics::histogram!(metrics::BATCH_SIZE).record(batch.entries.len() as f64);
         self.status.pipeline(self.index, |status| status.in_flight = batch.entries.len() as u64);
         let ids: Vec<EntryId> = batch.entries.iter().map(|entry| entry.id).collect();
-        lock(&self.in_hand).extend(&ids);
+        lock(&self.shared.in_hand).extend(&ids);
         crash::at(Point::AfterRead);
         let done = tokio::select! {
             done = self.finish(stream.clone(), &batch.entries, stop) => done,
@@ -313,14 +336,13 @@ impl Pipeline {
             Ok(done) => self.acknowledge(stream, &done).await.map_err(Ended::from),
             Err(ended) => Err(ended),
         };
-        match (&acknowledged, &self.lanes) {
+        if let (Err(Ended::Redis(_)), Some(lanes)) = (&acknowledged, &self.shared.lanes) {
             // Another pipeline may have read them, and will not read them again.
-            (Err(Ended::Redis(_)), Some(lanes)) => lanes.put_back(self.index, batch.entries),
-            _ => {
-                let mut in_hand = lock(&self.in_hand);
-                for id in &ids {
-                    in_hand.remove(id);
-                }
+            lanes.put_back(self.index, batch.entries);
+        } else {
+            let mut in_hand = lock(&self.shared.in_hand);
+            for id in &ids {
+                in_hand.remove(id);
             }
         }
         acknowledged?;
@@ -332,7 +354,8 @@ impl Pipeline {
     async fn keep_fresh<T>(&self, mut stream: Stream, ids: &[EntryId]) -> T {
         loop {
             tokio::time::sleep(KEEP_FRESH).await;
-            let waiting = self.lanes.as_ref().map(|lanes| lanes.waiting(self.index)).unwrap_or_default();
+            let waiting =
+                self.shared.lanes.as_ref().map(|lanes| lanes.waiting(self.index)).unwrap_or_default();
             let _ = stream.keep_fresh(&self.consumer, &[ids, &waiting].concat()).await;
         }
     }
@@ -346,7 +369,7 @@ impl Pipeline {
     ) -> Result<Vec<Work<'a>>, Ended> {
         let epochs = self.epochs_of(&mut stream, entries).await?;
         let mut done = Vec::with_capacity(entries.len());
-        let most = if self.lanes.is_some() { LANE_BATCH } else { self.batch_size };
+        let most = if self.shared.lanes.is_some() { LANE_BATCH } else { self.batch_size };
         for part in entries.chunks(most) {
             let works = part.iter().map(|entry| Work::new(entry, &epochs)).collect();
             done.extend(self.apply(works, stop).await?);

@@ -56,6 +56,27 @@ impl Pipeline {
         }
     }
 
+    /// Resolves when a pipeline that waits for its turn must do something else.
+    pub(super) async fn interrupted(&self, stop: &CancellationToken) {
+        let (mut pause, mut names) = (self.pause.clone(), self.names.clone());
+        // Without its other side, nothing changes any more.
+        let paused = async {
+            if pause.wait_for(|paused| *paused).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let lost = async {
+            if names.wait_for(|names| *names != Names::Ours).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = paused => {}
+            () = lost => {}
+            () = stop.cancelled() => {}
+        }
+    }
+
     /// Records the state, and logs it if it is new: an outage is one line, not one per attempt.
     pub(super) fn say(&self, state: State) {
         let mut before = State::default();

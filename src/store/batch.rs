@@ -21,6 +21,9 @@ const APPLY: &str = include_str!("../../sql/store/apply.sql");
 const APPLY_EACH: &str = include_str!("../../sql/store/apply_each.sql");
 const NOTE_EPOCHS: &str = include_str!("../../sql/store/note_epochs.sql");
 
+/// An event of so many operations is written like many events, in its own transaction: its statements cost less than one
+/// for each operation.
+const MANY_OPS: usize = 16;
 /// Handles that are claimed in one transaction: it holds two locks for each, and the server's table of locks is limited.
 const CLAIMS: usize = 500;
 
@@ -59,6 +62,11 @@ impl Session {
         if mode == TransactionMode::Batch && events.len() > 1 {
             self.share(events, &mut fates).await?;
         }
+        for (index, event) in events.iter().enumerate() {
+            if fates[index].is_none() && event.ops.len() >= MANY_OPS {
+                self.share(&[event], &mut fates[index..=index]).await?;
+            }
+        }
         let alone: Vec<usize> = (0..events.len()).filter(|&index| fates[index].is_none()).collect();
         if !alone.is_empty() {
             let chosen: Vec<&Event<'_>> = alone.iter().map(|&index| events[index]).collect();
@@ -86,7 +94,7 @@ impl Session {
                 continue;
             }
             let chosen: Vec<&Event<'_>> = indexes.iter().map(|&index| events[index]).collect();
-            let done = if claims { self.claims(&chosen).await } else { self.bulk(&chosen).await };
+            let done = if claims { self.claims(&chosen).await } else { Box::pin(self.bulk(&chosen)).await };
             match done {
                 Ok(outcomes) => {
                     for (&index, outcome) in indexes.iter().zip(outcomes) {

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::LIVELY;
 use super::latency::Latency;
 use super::machine::Machine;
 use super::reader::ReaderFigures;
@@ -268,6 +269,19 @@ impl Report {
     }
 }
 
+impl Throughput {
+    /// A figure of each variant, with its name.
+    pub(super) fn bars(&self, figure: impl Fn(&VariantFigures) -> Stat) -> Vec<(String, Stat)> {
+        self.variants.iter().map(|variant| (variant.name.replace('_', " "), figure(variant))).collect()
+    }
+
+    /// Its names in files and for people.
+    pub(super) fn names(&self) -> (String, String) {
+        let spread = if self.network == LIVELY { "" } else { "-spread" };
+        (format!("{}{spread}", self.tables), format!("{}, {} tables", self.network, self.tables))
+    }
+}
+
 impl fmt::Display for Throughput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
@@ -281,7 +295,16 @@ impl fmt::Display for Throughput {
         writeln!(
             f,
             "  {:<29}{:>22}{:>12}{:>25}{:>9}{:>9}{:>9}{:>13}{:>14}{:>10}",
-            "", "PostgreSQL by COPY", "PostgreSQL", "events/s", "Redis", "ours", "WAL", "connections", "memory", "ready"
+            "",
+            "PostgreSQL by COPY",
+            "PostgreSQL",
+            "events/s",
+            "Redis",
+            "ours",
+            "WAL",
+            "connections",
+            "memory",
+            "ready"
         )?;
         for variant in &self.variants {
             let dash = || "-".to_owned();

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use super::LIVELY;
 use super::report::{Report, Stat};
 
 const WIDTH: f64 = 720.0;
@@ -36,24 +35,13 @@ pub fn write(report: &Report, folder: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     let mut plots = Vec::new();
     for throughput in &report.throughput {
-        let bars: Vec<_> = throughput
-            .variants
-            .iter()
-            .map(|variant| (variant.name.replace('_', " "), variant.events_per_second))
-            .collect();
-        let spread = if throughput.network == LIVELY { "" } else { "-spread" };
-        let title = format!("Events per second, {}, {} tables", throughput.network, throughput.tables);
-        plots.push((format!("throughput-{}{spread}", throughput.tables), bar_plot(&title, "", &bars)));
-        let cpu: Vec<_> = throughput
-            .variants
-            .iter()
-            .map(|variant| (variant.name.replace('_', " "), variant.postgres_cpu))
-            .collect();
-        let title = format!(
-            "CPU seconds of PostgreSQL per 100,000 events, {}, {} tables",
-            throughput.network, throughput.tables
-        );
-        plots.push((format!("postgres-cpu-{}{spread}", throughput.tables), bar_plot(&title, "s", &cpu)));
+        let bars = throughput.bars(|variant| variant.events_per_second);
+        let (file, subject) = throughput.names();
+        let title = format!("Events per second, {subject}");
+        plots.push((format!("throughput-{file}"), bar_plot(&title, "", &bars)));
+        let cpu = throughput.bars(|variant| variant.postgres_cpu);
+        let title = format!("CPU seconds of PostgreSQL per 100,000 events, {subject}");
+        plots.push((format!("postgres-cpu-{file}"), bar_plot(&title, "s", &cpu)));
     }
     if !report.latency.is_empty() {
         let bars: Vec<_> = report

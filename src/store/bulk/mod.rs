@@ -193,13 +193,7 @@ impl Session {
         let rows = self
             .ask(
                 include_str!("../../../sql/bulk/look.sql"),
-                &[
-                    &keys.accounts,
-                    &keys.written,
-                    &keys.follows,
-                    &keys.posts,
-                    &keys.gates,
-                ],
+                &[&keys.accounts, &keys.written, &keys.follows, &keys.posts, &keys.gates],
             )
             .await?;
         let row = rows.first().ok_or_else(too_few)?;
@@ -284,10 +278,8 @@ impl Session {
             self.ask_all(vec![(include_str!("../../../sql/bulk/labels.sql"), labels.parameters())]).await?;
         }
         if !statuses.is_empty() {
-            let active: Vec<bool> = statuses
-                .iter()
-                .map(|(_, op)| op.json().is_some_and(|body| body.0 == "true"))
-                .collect();
+            let active: Vec<bool> =
+                statuses.iter().map(|(_, op)| op.json().is_some_and(|body| body.0 == "true")).collect();
             let status: Vec<_> = statuses.iter().map(|(_, op)| op.subject.as_deref()).collect();
             let sql = include_str!("../../../sql/bulk/show_statuses.sql");
             self.ask(sql, &[&dids(&statuses), &active, &status]).await?;
@@ -341,7 +333,11 @@ impl Session {
             let pairs = usize::try_from(kind).ok().and_then(|kind| pairs.get(kind));
             let place = usize::try_from(place - 1).ok();
             let pair = pairs.zip(place).and_then(|(pairs, place)| pairs.get(place)).ok_or_else(too_few)?;
-            if pair.2 == uri { others.present.insert(pair.2) } else { others.counted.insert(pair.2) };
+            if pair.2 == uri {
+                others.present.insert(pair.2)
+            } else {
+                others.counted.insert(pair.2)
+            };
         }
         Ok(others)
     }

@@ -61,7 +61,9 @@ impl<'e, 'a> Sorted<'e, 'a> {
         let way = |op: &Op<'_>| match (op.kind, op.delete, op.subject.as_deref()) {
             (Kind::Like | Kind::Repost | Kind::Follow | Kind::Post, true, _) => Way::Delete,
             (Kind::Like | Kind::Repost | Kind::Follow, false, Some(_)) => Way::Insert,
-            (Kind::Post, false, _) if op.post().is_some_and(|post| mentioned_in(post).is_some()) => Way::Insert,
+            (Kind::Post, false, _) if op.post().is_some_and(|post| mentioned_in(post).is_some()) => {
+                Way::Insert
+            }
             (Kind::Profile, ..) => Way::Register,
             (Kind::Account, _, status) if status != Some("deleted") => Way::Register,
             (kind, ..) if is_plain(kind) => Way::Plain,

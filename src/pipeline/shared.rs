@@ -1,0 +1,79 @@
+//! What the pipelines of a process have in common: the entries that they hold, the lanes, and whose turn it is to read.
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::sync::MutexGuard;
+
+use super::lanes::Lanes;
+use crate::config::{Config, TransactionMode};
+use crate::event::EntryId;
+
+/// After a read that did not fill a batch, the next one waits so long for more entries: each batch has costs of its own.
+/// An entry that arrives after a longer silence does not wait.
+const LINGER: Duration = Duration::from_millis(3);
+
+/// What pipelines share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The entries that they hold.
+    pub(super) in_hand: Mutex<HashSet<EntryId>>,
+    /// Where events share transactions.
+    pub(super) lanes: Option<Lanes>,
+    turn: tokio::sync::Mutex<Pace>,
+}
+
+/// How the previous read went.
+#[derive(Debug, Default)]
+struct Pace {
+    /// It returned something, but less than there was room for.
+    lingers: bool,
+}
+
+/// The right to read new entries. Only one pipeline has it: with few events, the others would take single ones.
+pub(super) struct Turn<'s>(MutexGuard<'s, Pace>);
+
+impl Shared {
+    /// For the pipelines of a process.
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        let lanes = match config.transaction {
+            TransactionMode::Batch => Some(Lanes::new(lane_count(config.parallel_consumers))),
+            TransactionMode::Event => None,
+        };
+        Self { in_hand: Mutex::default(), lanes, turn: tokio::sync::Mutex::default() }
+    }
+
+    /// Waits for the turn.
+    pub(super) async fn turn(&self) -> Turn<'_> {
+        Turn(self.turn.lock().await)
+    }
+
+    /// The turn, if nobody has it.
+    pub(super) fn turn_now(&self) -> Option<Turn<'_>> {
+        self.turn.try_lock().ok().map(Turn)
+    }
+}
+
+impl Turn<'_> {
+    /// Before a read: lets entries gather if they come in small numbers.
+    pub(super) async fn linger(&mut self) {
+        if std::mem::take(&mut self.0.lingers) {
+            tokio::time::sleep(LINGER).await;
+        }
+    }
+
+    /// After a read.
+    pub(super) fn note(&mut self, entries: usize, room: usize) {
+        self.0.lingers = (1..room).contains(&entries);
+    }
+}
+
+/// How many pipelines work at a time where events share transactions: as many as there are processors, at least two, in
+/// powers of two. More cost the database more and are no faster.
+fn lane_count(pipelines: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(2, usize::from).max(2);
+    let most = pipelines.min(processors);
+    1 << most.max(1).ilog2()
+}
