@@ -87,6 +87,7 @@ struct Demo {
     accounts: u32,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "the flags of a command line")]
 #[derive(Debug, clap::Args)]
 struct Bench {
     /// Stream entries of a run

@@ -69,14 +69,14 @@ async fn a_gate_and_a_reply_that_do_not_see_each_other_agree_in_the_end() {
         barrier.batch_execute(&lock).await.unwrap();
         let gates = vec![entry(3, "did:plc:author", &[gate.clone(), like("2", COUNTED)])];
         let posts = vec![
-            entry(4, "did:plc:replier", &[reply.clone()]),
+            entry(4, "did:plc:replier", std::slice::from_ref(&reply)),
             entry(5, "did:plc:replier", &[like("3", COUNTED)]),
         ];
         let only_posts = vec![
-            entry(4, "did:plc:replier", &[reply.clone()]),
+            entry(4, "did:plc:replier", std::slice::from_ref(&reply)),
             entry(5, "did:plc:replier", &[like("3", ROOT)]),
         ];
-        let only_gate = vec![entry(3, "did:plc:author", &[gate.clone()])];
+        let only_gate = vec![entry(3, "did:plc:author", std::slice::from_ref(&gate))];
         let (late, late_mode, early, early_mode) = if gate_first {
             (posts, TransactionMode::Batch, only_gate, TransactionMode::Event)
         } else {
