@@ -16,6 +16,9 @@ pub enum Point {
     /// Events are committed and confirmed, but not flushed. If PostgreSQL survives, they are there and applying them
     /// again changes nothing; if not, they may be lost and are applied again.
     AfterCommit,
+    /// Posts or gates are committed, and those that may not have seen each other are not judged again yet. They are
+    /// applied again, which changes nothing, and judged then.
+    BeforeJudging,
     /// Events are durable but pending. They are applied again, which changes nothing.
     AfterFlush,
     /// The good entries of a batch are acknowledged, the bad ones are not dead letters yet. They are read again, and
@@ -30,10 +33,11 @@ pub enum Point {
 }
 
 /// Every point.
-pub const ALL: [Point; 8] = [
+pub const ALL: [Point; 9] = [
     Point::AfterAppend,
     Point::AfterRead,
     Point::AfterCommit,
+    Point::BeforeJudging,
     Point::AfterFlush,
     Point::BeforeDeadLetter,
     Point::AfterDeadLetter,
@@ -49,6 +53,7 @@ impl Point {
             Point::AfterAppend => "after-append",
             Point::AfterRead => "after-read",
             Point::AfterCommit => "after-commit",
+            Point::BeforeJudging => "before-judging",
             Point::AfterFlush => "after-flush",
             Point::BeforeDeadLetter => "before-dead-letter",
             Point::AfterDeadLetter => "after-dead-letter",

@@ -56,7 +56,7 @@ END $$;
 -- account, and the newest claimant of a handle. A user shows its newest handle while it is that handle's newest claimant,
 -- else handle.invalid. `locked` holds the handles whose locks the caller took; an account's handle that changed since the
 -- caller looked is not among them, and the transaction is tried again. Returns the accounts and the handles that changed.
-CREATE OR REPLACE FUNCTION standpipe.put_identities(ops standpipe.op[], locked text[]) RETURNS text[]
+CREATE OR REPLACE FUNCTION standpipe.put_handles(ops standpipe.op[], locked text[]) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
     claimants CONSTANT text[] := ARRAY(SELECT o.repo FROM unnest(ops) o);
@@ -106,7 +106,7 @@ BEGIN
     RETURN coalesce(dids, '{}') || coalesce(handles, '{}');
 END $$;
 
--- Applies #identity operations like those of standpipe.put_identities, in a transaction of their own.
+-- Applies #identity operations like those of standpipe.put_handles, in a transaction of their own.
 CREATE OR REPLACE FUNCTION standpipe.claim(dids text[], ops standpipe.op[]) RETURNS text[] LANGUAGE plpgsql AS $$
 DECLARE
     handles text[];
@@ -126,7 +126,7 @@ BEGIN
     IF cardinality(dids) > 0 THEN
         ignored := standpipe.ensure_users(dids);
     END IF;
-    RETURN standpipe.put_identities(ops, handles);
+    RETURN standpipe.put_handles(ops, handles);
 END $$;
 
 -- Which of two statuses of an account is newer: by epoch and number; if neither has a number, by the event's time. With

@@ -86,18 +86,10 @@ BEGIN
     END IF;
 END $$;
 
--- Begins a transaction that writes many rows: does not wait for the disk at its end, and has every table searched by its
--- indexes, whatever the planner believes of it. A plan made while a table was small is kept, and would read all of it later.
-CREATE OR REPLACE FUNCTION standpipe.write_many() RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-    ignored text := concat(set_config('synchronous_commit', 'off', true), set_config('enable_seqscan', 'off', true));
-BEGIN
-END $$;
-
--- The same, and nobody else writes for any account of these accounts' partitions.
+-- Begins a transaction that writes for many accounts: nobody else writes for any account of their partitions.
 CREATE OR REPLACE FUNCTION standpipe.lock_partitions(dids text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    ignored text := standpipe.write_many();
+    ignored text := set_config('synchronous_commit', 'off', true);
 BEGIN
     PERFORM pg_advisory_xact_lock(29296, p.number)
     FROM (SELECT DISTINCT standpipe.partition(d) AS number FROM unnest(dids) d ORDER BY 1) p;
@@ -227,7 +219,7 @@ BEGIN
         CASE kinds[i]
             WHEN 'delete like' THEN e := standpipe.delete_like(o);
             WHEN 'profile' THEN e.applied := standpipe.put_profile(o);
-            WHEN 'identity' THEN e.applied := cardinality(standpipe.put_identities(ARRAY[o], handles)) > 0;
+            WHEN 'identity' THEN e.applied := cardinality(standpipe.put_handles(ARRAY[o], handles)) > 0;
             WHEN 'account' THEN e.applied := standpipe.put_account(o);
             WHEN 'delete follow' THEN e.applied := standpipe.delete_follow(o);
             WHEN 'delete post' THEN e := standpipe.delete_post(o);

@@ -1,4 +1,4 @@
--- As standpipe.put_identities decides it.
+-- As standpipe.put_handles decides it.
 UPDATE users u SET handle = CASE
         WHEN (SELECT h.did FROM standpipe.handles h WHERE h.handle = a.handle) = a.did THEN a.handle
         ELSE 'handle.invalid'

@@ -1,6 +1,7 @@
 //! Applies a batch to the database, however long that takes.
 
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
@@ -104,7 +105,8 @@ impl Pipeline {
     ) -> Result<(), StoreError> {
         let began = Instant::now();
         let mut delays = Backoff::default();
-        let mut mode = if batch.len() < SHARED { TransactionMode::Event } else { self.transaction };
+        let apart = batch.len() < SHARED || self.shared.others.load(Ordering::Relaxed);
+        let mut mode = if apart { TransactionMode::Event } else { self.transaction };
         loop {
             let open: Vec<usize> = (0..batch.len()).filter(|&index| batch[index].is_open()).collect();
             if open.is_empty() {

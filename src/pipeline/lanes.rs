@@ -140,11 +140,27 @@ fn repo(entry: &Entry) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn entry(seq: u64, repo: &str) -> Entry {
         let data = format!(r#"{{"repo":"{repo}","ops":[]}}"#);
         Entry { id: EntryId { ms: 1, seq }, event_type: "commit".to_owned(), data, seq: seq.to_string() }
+    }
+
+    #[test]
+    fn a_lane_of_one_process_overlaps_with_few_of_another() {
+        let lane = |partition: usize, count: usize| partition * count / PARTITIONS as usize;
+        for (few, many) in [(1, 2), (2, 4), (4, 8), (2, 8)] {
+            let of = |wanted: usize| {
+                (0..PARTITIONS as usize).filter(move |partition| lane(*partition, many) == wanted)
+            };
+            for one in 0..many {
+                let met: HashSet<usize> = of(one).map(|partition| lane(partition, few)).collect();
+                assert_eq!(met.len(), 1, "lane {one} of {many} meets {met:?} of {few}");
+            }
+        }
     }
 
     #[test]

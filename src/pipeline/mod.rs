@@ -20,6 +20,7 @@ mod work;
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -380,6 +381,7 @@ impl Pipeline {
             Err(error) if is_nogroup(&error) => false,
             others => others?,
         };
+        self.shared.others.store(others, Ordering::Relaxed);
         if others {
             self.apply_later(stream, &done, stop).await?;
         }

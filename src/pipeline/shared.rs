@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::MutexGuard;
@@ -21,6 +22,9 @@ pub struct Shared {
     pub(super) in_hand: Mutex<HashSet<EntryId>>,
     /// Where events share transactions.
     pub(super) lanes: Option<Lanes>,
+    /// Whether another program works in the group. It takes no locks and leaves no revisions, so each event then has its
+    /// own transaction.
+    pub(super) others: AtomicBool,
     turn: tokio::sync::Mutex<Pace>,
 }
 
@@ -42,7 +46,12 @@ impl Shared {
             TransactionMode::Batch => Some(Lanes::new(lane_count(config.parallel_consumers))),
             TransactionMode::Event => None,
         };
-        Self { in_hand: Mutex::default(), lanes, turn: tokio::sync::Mutex::default() }
+        Self {
+            in_hand: Mutex::default(),
+            lanes,
+            others: AtomicBool::new(false),
+            turn: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Waits for the turn.

@@ -14,6 +14,7 @@ use super::plan;
 use super::verdict::Verdict;
 use super::{Session, StoreError};
 use crate::config::TransactionMode;
+use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Reject};
 use crate::metrics;
 
@@ -70,7 +71,7 @@ impl Session {
         let alone: Vec<usize> = (0..events.len()).filter(|&index| fates[index].is_none()).collect();
         if !alone.is_empty() {
             let chosen: Vec<&Event<'_>> = alone.iter().map(|&index| events[index]).collect();
-            for (index, result) in alone.into_iter().zip(self.apart(&chosen).await) {
+            for (&index, result) in alone.iter().zip(self.apart(&chosen).await) {
                 fates[index] = Some(match result {
                     Ok(Outcome::Applied(counts)) => Fate::Applied(counts),
                     Ok(Outcome::Rejected(bad)) => Fate::Rejected(bad),
@@ -78,7 +79,9 @@ impl Session {
                     Err(error) => return Err(error),
                 });
             }
+            crash::at(Point::BeforeJudging);
             self.judge_gates(&chosen).await?;
+            self.judge_posts(&seen_before(&chosen, &alone, &fates)).await?;
         }
         fates.into_iter().collect::<Option<_>>().ok_or_else(too_few)
     }
@@ -243,6 +246,19 @@ impl Session {
         self.known.insert_epochs(&new);
         Ok(())
     }
+}
+
+/// Events with posts that were there already: the process may have ended before they were judged.
+fn seen_before<'s, 'e>(
+    chosen: &[&'s Event<'e>],
+    indexes: &[usize],
+    fates: &[Option<Fate>],
+) -> Vec<&'s Event<'e>> {
+    let is_old = |index: &usize| {
+        let Some(Fate::Applied(counts)) = &fates[*index] else { return false };
+        counts.iter().any(|(kind, total, applied)| *kind == Kind::Post && applied < total)
+    };
+    chosen.iter().zip(indexes).filter(|(_, index)| is_old(index)).map(|(event, _)| *event).collect()
 }
 
 pub(super) fn too_few() -> StoreError {

@@ -3,11 +3,12 @@
 use serde_json::{Value as Json, json};
 use standpipe::apply::{Context, interpret};
 use standpipe::config::{Role, TransactionMode, from_env};
+use standpipe::crash::Point;
 use standpipe::event::{Entry, EntryId, Epochs, Event};
 use standpipe::store::{Fate, Store, migrate};
 
-use crate::support::chain::SOON;
-use crate::support::{Postgres, connect, execute, query_value, wait_until};
+use crate::support::chain::{GROUP, Program, RUN, SOON, STREAM, Variables, look, redis_command};
+use crate::support::{Postgres, Redis, connect, execute, query_value, wait_until};
 
 async fn migrated() -> (String, Store) {
     let url = Postgres::shared().await.fresh_database().await;
@@ -97,10 +98,86 @@ async fn a_gate_and_a_reply_that_do_not_see_each_other_agree_in_the_end() {
         barrier.batch_execute("ROLLBACK").await.unwrap();
         let fates = waiting.await.unwrap();
         assert!(fates.iter().all(|fate| matches!(fate, Fate::Applied(_))), "{fates:?}");
-        let flags =
-            "SELECT string_agg(concat(has_thread_gate, violates_thread_gate), ' ' ORDER BY uri) FROM posts";
-        assert_eq!(query_value(&url, flags).await, "tf ft", "gate first: {gate_first}");
+        assert_eq!(query_value(&url, FLAGS).await, JUDGED, "gate first: {gate_first}");
     }
+}
+
+/// The exit code that a shell reports for a process ended by SIGABRT.
+const ABORTED: i32 = 128 + 6;
+
+/// What [`FLAGS`] says in the end: the root has a gate, and the reply breaks it.
+const JUDGED: &str = "tf ft";
+const FLAGS: &str =
+    "SELECT string_agg(concat(has_thread_gate, violates_thread_gate), ' ' ORDER BY uri) FROM posts";
+
+/// The same two, each written before the other is committed; the process that commits last dies before it looks for the
+/// other, and is started again.
+async fn the_later_one_dies(posts_die: bool) {
+    let (url, store) = migrated().await;
+    let redis = Redis::start().await;
+    let gate = create("app.bsky.feed.threadgate/root", json!({"post": ROOT, "allow": []}));
+    let reference = json!({"uri": ROOT, "cid": "bafy"});
+    let text = json!({"text": "a reply", "reply": {"root": reference, "parent": reference}});
+    let reply = create("app.bsky.feed.post/reply", text);
+    let root = create("app.bsky.feed.post/root", json!({"text": "a root"}));
+    apply(&store, TransactionMode::Event, &[entry(1, "did:plc:author", &[root])]).await;
+    apply(&store, TransactionMode::Event, &[entry(2, "did:plc:someone", &[like("1", COUNTED)])]).await;
+    let barrier = connect(&url).await;
+    let lock = format!("BEGIN; SELECT FROM post_aggregations WHERE post_uri = '{COUNTED}' FOR UPDATE");
+    barrier.batch_execute(&lock).await.unwrap();
+
+    // Enough of them to share a transaction.
+    let likes = (5..45).map(|n| entry(n, &format!("did:plc:{n}"), &[like("1", COUNTED)]));
+    let (dying, other): (Vec<Entry>, Vec<Entry>) = if posts_die {
+        let posts = [entry(4, "did:plc:replier", &[reply])].into_iter().chain(likes);
+        (posts.collect(), vec![entry(3, "did:plc:author", &[gate])])
+    } else {
+        let gates = entry(3, "did:plc:author", &[gate, like("2", COUNTED)]);
+        let posts = vec![entry(4, "did:plc:replier", &[reply]), entry(5, "did:plc:a", &[like("1", ROOT)])];
+        (vec![gates], posts)
+    };
+    let mut pipe = redis::pipe();
+    pipe.cmd("XGROUP").arg(&["CREATE", STREAM, GROUP, "0", "MKSTREAM"]).ignore();
+    for entry in &dying {
+        let id = entry.id.to_string();
+        pipe.cmd("XADD")
+            .arg(STREAM)
+            .arg(&[&id, "type", "commit", "data", &entry.data, "seq", &entry.seq])
+            .ignore();
+    }
+    pipe.query_async::<()>(&mut redis.connection().await).await.unwrap();
+    let variables = Variables::new()
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &url)
+        .with("TRANSACTION", "batch")
+        .with("PARALLEL_CONSUMERS", "1");
+    let crashing = variables.clone().with("STANDPIPE_CRASH_AT", Point::BeforeJudging.name());
+    let mut program = Program::start("worker", &crashing).await;
+    let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+                   AND datname = current_database()";
+    wait_until("it to wait for the counter", SOON, async || query_value(&url, blocked).await != "0").await;
+    let mode = if posts_die { TransactionMode::Event } else { TransactionMode::Batch };
+    let fates = apply(&store, mode, &other).await;
+    assert!(fates.iter().all(|fate| matches!(fate, Fate::Applied(_))), "{fates:?}");
+    barrier.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(program.wait_exit(RUN).await, ABORTED, "{}", program.output());
+    assert_eq!(query_value(&url, FLAGS).await, "tf ff", "they had seen each other");
+
+    let program = Program::start("worker", &variables).await;
+    wait_until("everything to be acknowledged", RUN, async || look(&redis).await.unwrap().is_drained()).await;
+    assert_eq!(query_value(&url, FLAGS).await, JUDGED);
+    assert_eq!(redis_command::<u64>(&redis, &["XLEN", &format!("{STREAM}:dead")]).await, 0);
+    drop(program);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn posts_whose_process_dies_before_it_looks_for_gates_again_are_judged_in_the_end() {
+    the_later_one_dies(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gate_whose_process_dies_before_it_looks_for_posts_again_is_applied_to_them_in_the_end() {
+    the_later_one_dies(false).await;
 }
 
 /// Only PostgreSQL can see what an operator's trigger refuses.

@@ -25,6 +25,7 @@ use super::batch::{Outcome, outcome, too_few};
 use super::call::{SqlOp, kind_of};
 use super::verdict::Verdict;
 use super::{Session, StoreError};
+use crate::crash::{self, Point};
 use crate::event::{Event, Kind, Op};
 use crate::metrics;
 use columns::{Columns, Labels, Statuses, Tables, Versions};
@@ -61,6 +62,7 @@ impl Session {
         let ended = self.in_time(self.client.batch_execute(end)).await;
         let outcomes = done?;
         ended?;
+        crash::at(Point::BeforeJudging);
         self.judge_posts(&sorted.applied()).await?;
         Ok(outcomes)
     }
@@ -394,7 +396,7 @@ impl Session {
 
     /// Judges posts once more after they are committed, because a gate and a post that it applies to may not have seen
     /// each other. Also posts that were there before: the process may have ended in between.
-    async fn judge_posts(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
+    pub(super) async fn judge_posts(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
         let posts = || events.iter().flat_map(|event| &event.ops).filter(|op| op.kind == Kind::Post);
         let mut uris: Vec<&str> = posts().flat_map(sorted::gated).collect();
         if uris.is_empty() {
