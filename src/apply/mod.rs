@@ -4,7 +4,7 @@
 //! | kinds | read in | applied in |
 //! |---|---|---|
 //! | post | `post` | `30_posts.sql` |
-//! | like, repost, bookmark | `like` | `20_pointers.sql`, `21_pointer_sets.sql` |
+//! | like, repost, bookmark | `like` | `20_pointers.sql` |
 //! | follow | `follow` | `40_follows.sql` |
 //! | thread gate, post gate | `gate` | `31_gates.sql` |
 //! | profile; identity, account | `profile`; `registers` | `60_users.sql` |

@@ -10,7 +10,7 @@ use crate::mutex::lock;
 use crate::store::partition::{self, PARTITIONS};
 
 /// Entries that a lane takes at a time: with fewer, each batch's fixed costs weigh more; with more, nothing is gained.
-pub(super) const LANE_BATCH: usize = 2000;
+pub(super) const LANE_BATCH: usize = 1500;
 
 /// The lanes: those of the first pipelines.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use crate::event::EntryId;
 
 /// After a read that did not fill a batch, the next one waits so long for more entries: each batch has costs of its own.
 /// An entry that arrives after a longer silence does not wait.
-const LINGER: Duration = Duration::from_millis(3);
+const LINGER: Duration = Duration::from_millis(2);
 
 /// What pipelines share.
 #[derive(Debug)]
