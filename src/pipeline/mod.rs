@@ -6,12 +6,14 @@
 //! - `claim`: taking over the pending entries of other consumers
 //! - `lanes`: dealing entries to the pipelines by account
 //! - `shared`: what the pipelines of a process have in common
+//! - `read`: taking turns to read new entries
 //! - `replay`: working alongside another program
 //! - `state`: whether the pipeline may run, and its reported state
 
 mod apply;
 mod claim;
 mod lanes;
+mod read;
 mod replay;
 mod settle;
 mod shared;
@@ -39,7 +41,7 @@ use crate::stream::entry::Batch;
 use crate::stream::{Redis, Stream, StreamError, StreamResult, epochs, is_nogroup};
 use crate::time::Backoff;
 use lanes::LANE_BATCH;
-use shared::Turn;
+use read::Next;
 use work::Work;
 
 pub use shared::Shared;
@@ -79,14 +81,6 @@ pub enum Ended {
     /// Redis cannot be reached, or refuses.
     #[error(transparent)]
     Redis(#[from] StreamError),
-}
-
-/// What a pipeline works on next.
-enum Next<'s> {
-    /// What others have dealt to its lane.
-    Waiting(Vec<Entry>),
-    /// Whatever it reads: it is its turn.
-    Read(Turn<'s>),
 }
 
 /// Whether this process has its consumer names to itself.
@@ -228,68 +222,6 @@ impl Pipeline {
     async fn finish_lane(&self, stream: &mut Stream, stop: &CancellationToken) -> Result<(), Ended> {
         let entries = self.shared.lanes.as_ref().map(|lanes| lanes.close(self.index)).unwrap_or_default();
         self.work(stream, Batch { entries, gone: Vec::new() }, stop).await
-    }
-
-    /// What to work on next, when it is our turn. `None` when it is time to claim, to stop, or to pause: a read is never
-    /// broken off, because its answer would be lost.
-    async fn turn(&self, next_claim: Instant, stop: &CancellationToken) -> Option<Next<'_>> {
-        let turn = async {
-            let Some(lanes) = &self.shared.lanes else { return Next::Read(self.shared.turn().await) };
-            if self.index >= lanes.count() {
-                return std::future::pending().await;
-            }
-            lanes.open(self.index);
-            if let Some(turn) = self.shared.turn_now() {
-                return Next::Read(turn);
-            }
-            let waiting = lanes.take(self.index, LANE_BATCH);
-            if waiting.is_empty() { Next::Read(self.shared.turn().await) } else { Next::Waiting(waiting) }
-        };
-        tokio::select! {
-            next = turn => Some(next),
-            () = tokio::time::sleep_until(next_claim.into()) => None,
-            () = self.interrupted(stop) => None,
-        }
-    }
-
-    /// New entries.
-    async fn read(&self, mut turn: Turn<'_>, stream: &mut Stream, count: usize) -> StreamResult<Batch> {
-        turn.linger().await;
-        let Some(lanes) = &self.shared.lanes else {
-            let batch = stream.read_new(&self.consumer, count, true).await?;
-            turn.note(batch.entries.len(), count);
-            return Ok(batch);
-        };
-        let mut batch = Batch::default();
-        loop {
-            let room = LANE_BATCH.saturating_sub(batch.entries.len());
-            batch.entries.extend(lanes.take(self.index, room));
-            let bytes: usize = batch.entries.iter().map(Entry::size).sum();
-            if batch.entries.len() >= LANE_BATCH || bytes >= BATCH_BYTES || lanes.is_full() {
-                break;
-            }
-            let read = match stream.read_new(&self.consumer, count, batch.entries.is_empty()).await {
-                Ok(read) => read,
-                Err(error) => {
-                    lanes.put_back(self.index, batch.entries);
-                    return Err(error);
-                }
-            };
-            lock(&self.shared.in_hand).extend(read.entries.iter().map(|entry| entry.id));
-            let is_last = read.entries.len() < count;
-            turn.note(read.entries.len(), count);
-            batch.gone.extend(read.gone);
-            // A few entries are applied soonest by whoever has them.
-            let few = is_last && batch.entries.is_empty();
-            batch.entries.extend(if few { read.entries } else { lanes.deal(self.index, read.entries) });
-            if is_last {
-                break;
-            }
-        }
-        if batch.entries.is_empty() && batch.gone.is_empty() {
-            batch.entries = lanes.help(LANE_BATCH);
-        }
-        Ok(batch)
     }
 
     /// Works on entries that were delivered before. An entry that was delivered many times is processed alone: if it is

@@ -3,15 +3,17 @@
 //! 1. Accounts that may be new get a row, in a transaction of its own.
 //! 2. The transaction locks the partitions of its accounts: nobody else writes for any of them.
 //! 3. One look finds records that have a row or a tombstone, accounts that opted out or were deleted, posts with gates.
-//! 4. Deletes and new records are written column by column, one statement per table. What the look found, what occurs
-//!    twice in the batch, and every rare kind takes the careful way, `standpipe.change`, in the same transaction.
+//! 4. Deletes and new records are written column by column, one statement per table. Of several operations on one record
+//!    only the newest is written. What the look found is left to `standpipe.change`, in the same transaction.
 //! 5. The changes of counters of both are summed up and written last, in the order of their keys.
 //!
 //! Events that have to do with gates, feed generators or labelers are left to the caller, because they need locks of
-//! their own. A gate may still be committed while posts that it applies to are: both sides look again afterwards
-//! (`judge_posts`, `judge_gates`).
+//! their own. A gate may still be committed while posts that it applies to are: both sides look again (`judge`).
 
+mod claims;
 mod columns;
+mod judge;
+mod others;
 mod sorted;
 
 use std::borrow::Cow;
@@ -65,41 +67,6 @@ impl Session {
         crash::at(Point::BeforeJudging);
         self.judge_posts(&sorted.applied()).await?;
         Ok(outcomes)
-    }
-
-    /// Applies events that claim handles in one transaction: all of them or none, except those that get no outcome,
-    /// because the batch has another claim of the account or the handle. The outcomes are in the order of the events.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Session::bulk`].
-    pub(super) async fn claims(&self, events: &[&Event<'_>]) -> Result<Vec<Option<Outcome>>, StoreError> {
-        self.note_epochs(events).await?;
-        let mut seen: HashSet<&str> = HashSet::new();
-        let mut chosen: Vec<bool> = Vec::with_capacity(events.len());
-        for event in events {
-            let names = event.ops.iter().filter_map(|op| op.subject.as_deref()).chain([&*event.repo]);
-            chosen.push(event.ops.len() == 1 && names.filter(|name| !seen.insert(name)).count() == 0);
-        }
-        let claims = || events.iter().zip(&chosen).filter(|(_, chosen)| **chosen).map(|(event, _)| event);
-        let mut dids: Vec<&str> = claims().map(|event| &*event.repo).collect();
-        dids.sort_unstable();
-        let ops: Vec<SqlOp<'_>> =
-            claims().flat_map(|event| event.ops.iter().map(|op| SqlOp::of(event, op))).collect();
-        let rows = self.ask(include_str!("../../../sql/bulk/claims.sql"), &[&dids, &ops]).await?;
-        let changed: HashSet<String> =
-            rows.first().ok_or_else(too_few)?.get::<_, Vec<String>>(0).into_iter().collect();
-        let is_changed = |op: &Op<'_>| {
-            changed.contains(&op.uri) || op.subject.as_deref().is_some_and(|handle| changed.contains(handle))
-        };
-        Ok(events
-            .iter()
-            .zip(&chosen)
-            .map(|(event, chosen)| {
-                let changed: Vec<bool> = event.ops.iter().map(is_changed).collect();
-                chosen.then(|| outcome(event, &changed))
-            })
-            .collect())
     }
 
     /// Accounts that may be new.
@@ -301,49 +268,6 @@ impl Session {
         Ok(changed)
     }
 
-    /// Which new likes and reposts have a row already, and which are not their account's first of the subject.
-    async fn others<'e>(&self, sorted: &Sorted<'e, '_>) -> Result<Others<'e>, StoreError> {
-        let pairs = [Kind::Like, Kind::Repost].map(|kind| {
-            let mut pairs: Vec<(&str, &str, &str)> = sorted
-                .going(Way::Insert)
-                .filter(|(_, op)| op.kind == kind)
-                .filter_map(|(event, op)| Some((op.subject.as_deref()?, &*event.repo, op.uri.as_str())))
-                .collect();
-            pairs.sort_unstable();
-            pairs
-        });
-        let mut others = Others::default();
-        if pairs.iter().all(Vec::is_empty) {
-            return Ok(others);
-        }
-        let column = |kind: usize, of: fn(&(&'e str, &'e str, &'e str)) -> &'e str| -> Vec<&str> {
-            pairs[kind].iter().map(of).collect()
-        };
-        let rows = self
-            .ask(
-                include_str!("../../../sql/bulk/others.sql"),
-                &[
-                    &column(0, |pair| pair.0),
-                    &column(0, |pair| pair.1),
-                    &column(1, |pair| pair.0),
-                    &column(1, |pair| pair.1),
-                ],
-            )
-            .await?;
-        for row in rows {
-            let (kind, place, uri): (i32, i32, String) = (row.get(0), row.get(1), row.get(2));
-            let pairs = usize::try_from(kind).ok().and_then(|kind| pairs.get(kind));
-            let place = usize::try_from(place - 1).ok();
-            let pair = pairs.zip(place).and_then(|(pairs, place)| pairs.get(place)).ok_or_else(too_few)?;
-            if pair.2 == uri {
-                others.present.insert(pair.2)
-            } else {
-                others.counted.insert(pair.2)
-            };
-        }
-        Ok(others)
-    }
-
     /// Writes new records.
     async fn insert(&self, tables: &Tables<'_>) -> Result<(), StoreError> {
         self.ask_all(tables.statements()).await.map(drop)
@@ -394,39 +318,6 @@ impl Session {
         Ok(())
     }
 
-    /// Judges posts once more after they are committed, because a gate and a post that it applies to may not have seen
-    /// each other. Also posts that were there before: the process may have ended in between.
-    pub(super) async fn judge_posts(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
-        let posts = || events.iter().flat_map(|event| &event.ops).filter(|op| op.kind == Kind::Post);
-        let mut uris: Vec<&str> = posts().flat_map(sorted::gated).collect();
-        if uris.is_empty() {
-            return Ok(());
-        }
-        uris.sort_unstable();
-        uris.dedup();
-        let rows = self.ask(include_str!("../../../sql/bulk/gates.sql"), &[&uris]).await?;
-        let gates: HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
-        for op in posts().filter(|op| sorted::gated(op).any(|post| gates.contains(post))) {
-            self.ask(
-                include_str!("../../../sql/bulk/judge_post.sql"),
-                &[&op.uri, &op.root.as_deref(), &op.subject.as_deref()],
-            )
-            .await?;
-        }
-        Ok(())
-    }
-
-    /// The other side: gates, after they are committed.
-    pub(super) async fn judge_gates(&self, events: &[&Event<'_>]) -> Result<(), StoreError> {
-        let ops = events.iter().flat_map(|event| &event.ops);
-        for op in ops.filter(|op| matches!(op.kind, Kind::ThreadGate | Kind::PostGate)) {
-            if let Some(post) = op.subject.as_deref() {
-                self.ask(include_str!("../../../sql/bulk/judge_gate.sql"), &[&post]).await?;
-            }
-        }
-        Ok(())
-    }
-
     /// Several statements, sent at once and in this order; of the first that is refused, its error. Without columns, a
     /// statement is not sent, and finds nothing.
     async fn ask_all(&self, asked: Vec<(&str, Option<Columns<'_>>)>) -> Result<Vec<Vec<Row>>, StoreError> {
@@ -450,15 +341,6 @@ impl Session {
         let statement = self.in_time(self.client.prepare_cached(sql)).await?;
         self.in_time(self.client.query(&statement, parameters)).await
     }
-}
-
-/// What there is of the subjects of new likes and reposts.
-#[derive(Default)]
-struct Others<'e> {
-    /// Those that have a row already.
-    present: HashSet<&'e str>,
-    /// Those whose account has another one of the subject, and is counted already.
-    counted: HashSet<&'e str>,
 }
 
 /// The operations that take the careful way.
