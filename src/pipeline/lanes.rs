@@ -108,9 +108,11 @@ impl Lanes {
         lane.take(most)
     }
 
-    /// Puts entries back whose work was interrupted.
+    /// Puts entries back whose work was interrupted. Those of a pipeline without a lane go to another one's.
     pub(super) fn put_back(&self, own: usize, entries: Vec<Entry>) {
-        if let Some(lane) = lock(&self.0).get_mut(own) {
+        let mut lanes = lock(&self.0);
+        let count = lanes.len().max(1);
+        if let Some(lane) = lanes.get_mut(own % count) {
             for entry in entries {
                 lane.push(entry);
             }

@@ -27,7 +27,7 @@ impl Pipeline {
         let turn = async {
             let Some(lanes) = &self.shared.lanes else { return Next::Read(self.shared.turn().await) };
             if self.index >= lanes.count() {
-                return std::future::pending().await;
+                return Next::Read(self.shared.quiet_turn().await);
             }
             lanes.open(self.index);
             if let Some(turn) = self.shared.turn_now() {
@@ -82,7 +82,7 @@ impl Pipeline {
                 break;
             }
         }
-        if batch.entries.is_empty() && batch.gone.is_empty() {
+        if batch.entries.is_empty() && batch.gone.is_empty() && self.index < lanes.count() {
             batch.entries = lanes.help(LANE_BATCH);
         }
         Ok(batch)

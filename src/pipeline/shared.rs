@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use tokio::sync::MutexGuard;
+use tokio::sync::{MutexGuard, watch};
 
 use super::lanes::Lanes;
 use crate::config::{Config, TransactionMode};
@@ -26,6 +26,8 @@ pub struct Shared {
     /// own transaction.
     pub(super) others: AtomicBool,
     turn: tokio::sync::Mutex<Pace>,
+    /// Whether reads return few entries.
+    quiet: watch::Sender<bool>,
 }
 
 /// How the previous read went.
@@ -36,7 +38,10 @@ struct Pace {
 }
 
 /// The right to read new entries. Only one pipeline has it: with few events, the others would take single ones.
-pub(super) struct Turn<'s>(MutexGuard<'s, Pace>);
+pub(super) struct Turn<'s> {
+    pace: MutexGuard<'s, Pace>,
+    quiet: &'s watch::Sender<bool>,
+}
 
 impl Shared {
     /// For the pipelines of a process.
@@ -51,36 +56,51 @@ impl Shared {
             lanes,
             others: AtomicBool::new(false),
             turn: tokio::sync::Mutex::default(),
+            quiet: watch::channel(true).0,
         }
     }
 
     /// Waits for the turn.
     pub(super) async fn turn(&self) -> Turn<'_> {
-        Turn(self.turn.lock().await)
+        Turn { pace: self.turn.lock().await, quiet: &self.quiet }
+    }
+
+    /// Waits for the turn, and until reads return few entries.
+    pub(super) async fn quiet_turn(&self) -> Turn<'_> {
+        let mut quiet = self.quiet.subscribe();
+        loop {
+            // We hold the sender: it is there.
+            let _ = quiet.wait_for(|quiet| *quiet).await;
+            let turn = self.turn().await;
+            if *self.quiet.borrow() {
+                return turn;
+            }
+        }
     }
 
     /// The turn, if nobody has it.
     pub(super) fn turn_now(&self) -> Option<Turn<'_>> {
-        self.turn.try_lock().ok().map(Turn)
+        self.turn.try_lock().ok().map(|pace| Turn { pace, quiet: &self.quiet })
     }
 }
 
 impl Turn<'_> {
     /// Before a read: lets entries gather if they come in small numbers.
     pub(super) async fn linger(&mut self) {
-        if std::mem::take(&mut self.0.lingers) {
+        if std::mem::take(&mut self.pace.lingers) {
             tokio::time::sleep(LINGER).await;
         }
     }
 
     /// After a read.
     pub(super) fn note(&mut self, entries: usize, room: usize) {
-        self.0.lingers = (1..room).contains(&entries);
+        self.pace.lingers = (1..room).contains(&entries);
+        self.quiet.send_if_modified(|quiet| std::mem::replace(quiet, entries < room) != (entries < room));
     }
 }
 
-/// How many pipelines work at a time where events share transactions: as many as there are processors, at least two, in
-/// powers of two. More cost the database more and are no faster.
+/// How many pipelines have a lane where events share transactions: as many as there are processors, at least two, in
+/// powers of two. More cost the database more and are no faster. The others read while there is little to do.
 fn lane_count(pipelines: usize) -> usize {
     let processors = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     let most = pipelines.min(processors);
