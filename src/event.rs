@@ -106,23 +106,37 @@ pub fn check_rev(rev: &str, now_ms: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// The microseconds in a TID (<https://atproto.com/specs/tid>): 13 characters of base32-sortable, a zero bit, 53
-/// bits of microseconds, 10 bits of clock id.
+/// The microseconds in a TID (<https://atproto.com/specs/tid>).
 #[must_use]
 pub fn tid_time(tid: &str) -> Option<Micros> {
-    const ALPHABET: &[u8; 32] = b"234567abcdefghijklmnopqrstuvwxyz";
+    i64::try_from(tid_bits(tid)? >> 10).ok().map(Micros)
+}
+
+/// base32-sortable.
+const TID_ALPHABET: &[u8; 32] = b"234567abcdefghijklmnopqrstuvwxyz";
+
+/// A TID as a number (<https://atproto.com/specs/tid>): 13 characters of base32-sortable, a zero bit, 53 bits of
+/// microseconds, 10 bits of clock id. Later TIDs are larger numbers.
+#[must_use]
+pub fn tid_bits(tid: &str) -> Option<u64> {
     if tid.len() != 13 {
         return None;
     }
     let mut bits: u64 = 0;
     for byte in tid.bytes() {
-        let digit = ALPHABET.iter().position(|&c| c == byte)?;
+        let digit = TID_ALPHABET.iter().position(|&c| c == byte)?;
         if bits >> 59 != 0 {
             return None;
         }
         bits = (bits << 5) | digit as u64;
     }
-    i64::try_from(bits >> 10).ok().map(Micros)
+    Some(bits)
+}
+
+/// The TID of a number; see [`tid_bits`].
+#[must_use]
+pub fn tid_text(bits: u64) -> String {
+    (0..13).rev().map(|place| char::from(TID_ALPHABET[(bits >> (5 * place)) as usize & 31])).collect()
 }
 
 /// JSON text that PostgreSQL's `jsonb` accepts: valid, and without U+0000.
@@ -224,11 +238,13 @@ pub enum Reason {
     Trigger,
     /// The program panicked while processing it.
     Panic,
+    /// Its account has not signed it.
+    Unproven,
 }
 
 impl Reason {
     /// Every class.
-    pub const ALL: [Reason; 9] = [
+    pub const ALL: [Reason; 10] = [
         Reason::Undecodable,
         Reason::MissingField,
         Reason::InvalidField,
@@ -238,6 +254,7 @@ impl Reason {
         Reason::TooLarge,
         Reason::Trigger,
         Reason::Panic,
+        Reason::Unproven,
     ];
 
     /// The name in metrics and dead letters.
@@ -253,6 +270,7 @@ impl Reason {
             Reason::TooLarge => "too_large",
             Reason::Trigger => "trigger",
             Reason::Panic => "panic",
+            Reason::Unproven => "unproven",
         }
     }
 }

@@ -10,12 +10,14 @@
 //! - [`crash`]: the points at which tests make the process die
 //! - [`event`]: the common vocabulary: entries, events, operations, versions; pure
 //! - [`apply`]: interprets each kind of event; pure
+//! - [`verify`]: whether a commit is what its account signed; pure
 //! - [`config`]: the only place that reads the environment
 //! - [`stream`]: the only place that knows Redis
 //! - [`status`]: what the parts are doing
 //! - [`metrics`]: names and help of the Prometheus metrics
 //! - [`control`]: pause, resume, drain
 //! - [`logging`]: the log
+//! - [`directory`]: the documents of accounts; the only place that asks other people's servers over HTTP
 //! - [`store`]: the only place that knows PostgreSQL
 //! - [`origin`]: the relay, and the reader that appends its events to the stream
 //! - [`pipeline`]: the loop: take, apply, settle
@@ -35,6 +37,7 @@ pub mod config;
 pub mod control;
 pub mod crash;
 pub mod dead_letters;
+pub mod directory;
 pub mod doctor;
 pub mod event;
 pub mod health;
@@ -53,3 +56,4 @@ pub mod store;
 pub mod stream;
 pub mod tasks;
 pub mod time;
+pub mod verify;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
 use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, TaskStatus};
+use crate::stream::accounts::Backlog;
 use crate::stream::gap::Missed;
 use crate::stream::group::ConsumerInfo;
 use crate::stream::{Stream, StreamResult};
@@ -28,6 +29,8 @@ pub struct Report {
     pub dead_letters: u64,
     /// Known gaps and losses.
     pub missing: Missed,
+    /// What verification remembers and has left to do.
+    pub verification: Backlog,
     /// The process's own report; absent if only Redis was queried.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<ProcessReport>,
@@ -106,6 +109,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
     let missing = stream.missed().await?;
     let consumers = if look.group { stream.consumers().await? } else { Vec::new() };
     let dead_letters = stream.count_dead_letters().await?;
+    let verification = stream.verification_backlog().await?;
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         stream: StreamReport {
@@ -124,6 +128,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
         consumers,
         dead_letters,
         missing,
+        verification,
         process: None,
     })
 }

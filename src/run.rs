@@ -263,7 +263,7 @@ impl Running {
         let status = || Arc::clone(&self.status);
         let relay = Relay::new(Arc::clone(&self.config), status())?;
         let (config, redis) = (Arc::clone(&self.config), self.redis.clone());
-        let reader = Reader::new(config, redis, status(), self.control.reader());
+        let reader = Reader::new(config, redis, status(), self.control.reader())?;
         self.readers.spawn(reader.run(relay, self.stop_reader.clone()));
         Ok(())
     }

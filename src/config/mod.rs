@@ -30,8 +30,8 @@ pub use database_url::DatabaseUrl;
 pub use read::{ConfigError, Problem, from_env};
 pub use settings::{Config, VARIABLES, Variable};
 pub use unit::MemoryMark;
-pub use url::{AdminToken, CaFile, RedisUrl, RelayUrl};
-pub use words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode};
+pub use url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+pub use words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// The role of a process: it decides which variables are required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,8 @@ use super::unit::{
     claim_idle, drain_timeout, duration, http_addr, idle_timeout, or_off, size, size_from, statement_timeout,
     tombstone_retention, whole, yes_or_no,
 };
-use super::url::{AdminToken, CaFile, RedisUrl, RelayUrl};
-use super::words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode};
+use super::url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+use super::words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// One environment variable that this program reads.
 #[derive(Clone, Copy, Debug)]
@@ -168,6 +168,16 @@ settings! {
     relay_idle_timeout: Option<Duration> = relay_idle_timeout "RELAY_IDLE_TIMEOUT" variable "60s",
         idle_timeout, or_off,
         "reconnect after this long without a frame from the relay; off disables";
+    /// `VERIFY`.
+    verify: VerifyMode = verify "VERIFY" variable "off", VerifyMode::from_word, ToString::to_string,
+        "check what the relay sends against the accounts' signatures: off, log (count), or on (withhold what is invalid)";
+    /// `PLC_URL`.
+    plc_url: PlcUrl = plc_url "PLC_URL" secret "https://plc.directory", PlcUrl::parse, ToString::to_string,
+        "where accounts with a did:plc are looked up";
+    /// `ALLOW_PRIVATE_ADDRESSES`.
+    allow_private_addresses: bool = allow_private_addresses "ALLOW_PRIVATE_ADDRESSES" variable "false",
+        yes_or_no, ToString::to_string,
+        "look accounts up at hosts with internal addresses, too; for development";
     /// `ON_FUTURE_CURSOR`.
     on_future_cursor: OnFutureCursor = on_future_cursor "ON_FUTURE_CURSOR" variable "stop",
         OnFutureCursor::from_word, ToString::to_string,

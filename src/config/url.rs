@@ -64,6 +64,37 @@ impl RelayUrl {
     }
 }
 
+/// The URL of the directory of did:plc. `Display` and `Debug` hide what may be secret in it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PlcUrl(Url);
+
+impl PlcUrl {
+    pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
+        let right = "write https://host, or http:// for a directory without TLS";
+        let url = Url::parse(text)
+            .map_err(|error| Wrong::new(format!("is not a URL ({error}; its value is not shown)"), right))?;
+        if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none_or(str::is_empty) {
+            return Err(Wrong::new("is neither http:// nor https:// with a host", right));
+        }
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(Wrong::new("has a query or a fragment", right));
+        }
+        Ok(Self(url))
+    }
+
+    /// The URL with its secrets; never log it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        self.0.as_str()
+    }
+
+    /// The host.
+    #[must_use]
+    pub fn host(&self) -> String {
+        self.0.host_str().unwrap_or_default().to_owned()
+    }
+}
+
 /// The URL of Redis. `Display` and `Debug` hide its password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisUrl(String);
@@ -223,7 +254,7 @@ macro_rules! redacted_display {
 
 pub(super) use redacted_display;
 
-redacted_display!(RelayUrl RedisUrl);
+redacted_display!(RelayUrl PlcUrl RedisUrl);
 
 /// `scheme://user:***@host/path?parameter=value`, with `***` for whatever may be secret. It works on any
 /// text: if the parts cannot be told apart, it hides too much rather than too little.

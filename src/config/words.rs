@@ -106,3 +106,15 @@ words! {
         Batch = "batch",
     }
 }
+
+words! {
+    /// `VERIFY`.
+    VerifyMode {
+        /// Nothing is verified.
+        Off = "off",
+        /// Everything is verified and counted; nothing is withheld.
+        Log = "log",
+        /// What is invalid is withheld.
+        On = "on",
+    }
+}

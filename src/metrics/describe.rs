@@ -3,12 +3,12 @@
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 use super::{
-    BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK, DEAD_LETTERS,
-    DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, LAG_KNOWN, LOST, OLDEST, PAUSED,
-    PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS,
-    REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES,
-    RELAY_GAPS, RELAY_MISSED, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED,
-    WAITING,
+    ACCOUNTS, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK,
+    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, LAG_KNOWN, LOOKUPS,
+    LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
+    PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS,
+    RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, REPAIRS, REPAIRS_REQUESTED, RETRIES, SET_BACK,
+    STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
 };
 
 /// Describes all metrics to the recorder.
@@ -91,5 +91,16 @@ fn describe_reader() {
         "Times PostgreSQL knew less than it had acknowledged: a restored backup, a failover, another database"
     );
     describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
+    describe_verification();
     describe_gauge!(BUILD, "1, with the version and the commit");
+}
+
+/// What `VERIFY` checks.
+fn describe_verification() {
+    describe_counter!(VERIFIED, "Commits verified, by result");
+    describe_counter!(REPAIRS_REQUESTED, "Repositories found to differ from what arrived, by reason");
+    describe_counter!(LOOKUPS, "Lookups of DID documents, by result");
+    describe_gauge!(ACCOUNTS, "Accounts whose newest commit is remembered for verification");
+    describe_gauge!(UNCHECKED, "Accounts with a commit whose signature could not be checked yet");
+    describe_gauge!(REPAIRS, "Repositories that wait for a repair");
 }

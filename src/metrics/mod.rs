@@ -6,8 +6,10 @@ pub mod totals;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 pub use self::totals::{count, dead_letter, operations, retry};
+use crate::stream::accounts::Backlog;
 use crate::stream::group::Ensured;
 use crate::stream::janitor::Look;
+use crate::verify::Fault;
 
 /// Operations by kind and outcome: applied, or stale where something newer was there.
 pub const EVENTS: &str = "standpipe_operations_total";
@@ -87,6 +89,18 @@ pub const BACKPRESSURE: &str = "standpipe_backpressure_seconds_total";
 pub const DATABASE_WENT_BACK: &str = "standpipe_database_went_back_total";
 /// Whether events that PostgreSQL lost are being read again.
 pub const REFILLING: &str = "standpipe_refilling";
+/// Commits verified, by result.
+pub const VERIFIED: &str = "standpipe_verified_commits_total";
+/// Repositories that have to be repaired, by reason.
+pub const REPAIRS_REQUESTED: &str = "standpipe_repairs_requested_total";
+/// Accounts with a commit whose signature is still to be checked.
+pub const UNCHECKED: &str = "standpipe_unchecked_accounts";
+/// Accounts whose head is known.
+pub const ACCOUNTS: &str = "standpipe_verified_accounts";
+/// Repositories that have to be repaired.
+pub const REPAIRS: &str = "standpipe_repairs_waiting";
+/// Lookups of DID documents, by result.
+pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
 
@@ -104,6 +118,35 @@ pub fn type_label(event_type: &str) -> &'static str {
 /// Counts relay events that could not be used, by class.
 pub fn missed(class: &'static str, by: u64) {
     metrics::counter!(RELAY_MISSED, "reason" => class).increment(by);
+}
+
+/// The results that [`VERIFIED`] is counted by, besides the names of faults.
+pub const RESULTS: [&str; 5] = ["valid", "no_previous_tree", "unchecked", "proved_later", "disproved"];
+/// The reasons that [`REPAIRS_REQUESTED`] is counted by, besides the names of faults.
+pub const REPAIR_REASONS: [&str; 3] = ["chain", "sync", "no_key"];
+/// The results that [`LOOKUPS`] is counted by.
+pub const LOOKUP_RESULTS: [&str; 3] = ["found", "none", "away"];
+
+/// Counts a verified commit.
+pub fn verified(result: &'static str) {
+    metrics::counter!(VERIFIED, "result" => result).increment(1);
+}
+
+/// Counts a repository that has to be repaired.
+pub fn repair_requested(reason: &'static str) {
+    metrics::counter!(REPAIRS_REQUESTED, "reason" => reason).increment(1);
+}
+
+/// Counts a lookup.
+pub fn lookup(result: &'static str) {
+    metrics::counter!(LOOKUPS, "result" => result).increment(1);
+}
+
+/// Exports what verification has left to do.
+pub fn verification_backlog(backlog: &Backlog) {
+    metrics::gauge!(ACCOUNTS).set(backlog.accounts as f64);
+    metrics::gauge!(UNCHECKED).set(backlog.unchecked as f64);
+    metrics::gauge!(REPAIRS).set(backlog.repairs as f64);
 }
 
 /// Sets whether events that PostgreSQL lost are being read again.
@@ -187,6 +230,18 @@ fn zero() {
     for name in TYPES {
         metrics::counter!(RELAY_FRAMES, "type" => name).absolute(0);
         metrics::counter!(ENTRIES, "type" => name).absolute(0);
+    }
+    for result in RESULTS.into_iter().chain(Fault::ALL.map(Fault::name)) {
+        metrics::counter!(VERIFIED, "result" => result).absolute(0);
+    }
+    for reason in REPAIR_REASONS.into_iter().chain(Fault::ALL.map(Fault::name)) {
+        metrics::counter!(REPAIRS_REQUESTED, "reason" => reason).absolute(0);
+    }
+    for result in LOOKUP_RESULTS {
+        metrics::counter!(LOOKUPS, "result" => result).absolute(0);
+    }
+    for gauge in [ACCOUNTS, UNCHECKED, REPAIRS] {
+        metrics::gauge!(gauge).set(0.0);
     }
     for part in ["reader", "pipelines"] {
         metrics::gauge!(PAUSED, "part" => part).set(0.0);

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::Arrival;
 use super::reader::{End, Plan, Reader};
-use crate::config::MemoryMark;
+use crate::config::{MemoryMark, VerifyMode};
 use crate::crash::{self, Point};
 use crate::metrics;
 use crate::status::State;
@@ -157,6 +157,9 @@ impl Appender<'_> {
             if self.run_id.get_or_insert_with(|| gauge.run_id.clone()) != &gauge.run_id {
                 return Err(AppendError::CursorMoved.into());
             }
+            if self.reader.config.verify != VerifyMode::Off {
+                self.stream.forget_accounts(gauge.max_memory).await?;
+            }
             if !gauge.lease {
                 return Err(AppendError::LeaseLost.into());
             }
@@ -275,6 +278,7 @@ fn gather(items: &mut [Item], epoch: u64) -> Appendix {
             what.rev = std::mem::take(&mut item.rev);
         }
         what.gap = what.gap.take().or(item.gap.take());
+        what.accounts.append(&mut item.accounts);
     }
     what
 }

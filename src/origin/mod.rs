@@ -3,15 +3,22 @@
 //!
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
+//! - `verifier`: whether what arrives is what its account signed
+//! - `checker`: signatures that could not be checked on arrival
 //! - `append`: queue -> stream, and the marks at which the reader slows down
 
 mod append;
+mod checker;
 pub mod reader;
 pub mod relay;
+mod verifier;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use bytes::Bytes;
+
+use crate::stream::accounts::Changes;
 use crate::stream::append::{NewEntry, NewLetter};
 use crate::stream::gap::Gap;
 
@@ -61,6 +68,10 @@ pub struct Arrival {
     pub rev: String,
     /// The gap before it.
     pub gap: Option<Gap>,
+    /// The frame that it came in, if it can be verified.
+    pub frame: Option<Bytes>,
+    /// What verification remembers about it.
+    pub accounts: Changes,
 }
 
 /// Why an origin delivers nothing more.

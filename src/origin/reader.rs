@@ -8,14 +8,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::future::Either;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::append::{Appender, Item};
+use super::checker::Checker;
+use super::verifier::Verifier;
 use super::{Origin, OriginError};
-use crate::config::{Config, OnFutureCursor};
+use crate::config::{Config, OnFutureCursor, VerifyMode};
+use crate::directory::Directory;
 use crate::metrics;
 use crate::status::{State, Status};
 use crate::stream::append::{AppendError, Cursor, CursorError};
@@ -40,6 +45,8 @@ pub struct Reader {
     pub(super) token: String,
     /// Whether an operator has paused us.
     pause: watch::Receiver<bool>,
+    /// Where accounts are looked up; `None` when nothing is verified.
+    directory: Option<Arc<Directory>>,
 }
 
 /// Why a session ended.
@@ -107,10 +114,22 @@ pub(super) struct Plan {
 
 impl Reader {
     /// A reader that pauses while `pause` is true.
-    #[must_use]
-    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>, pause: watch::Receiver<bool>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// It is to verify, and there is no authority for https:// to trust.
+    pub fn new(
+        config: Arc<Config>,
+        redis: Redis,
+        status: Arc<Status>,
+        pause: watch::Receiver<bool>,
+    ) -> anyhow::Result<Self> {
         let token = lease::token(&config.consumer_id);
-        Self { config, redis, status, token, pause }
+        let directory = match config.verify {
+            VerifyMode::Off => None,
+            VerifyMode::Log | VerifyMode::On => Some(Arc::new(Directory::new(&config)?)),
+        };
+        Ok(Self { config, redis, status, token, pause, directory })
     }
 
     /// Reads from `origin` until `stop`.
@@ -308,8 +327,9 @@ impl Reader {
             reader.cursor = cursor.position;
         });
 
-        let (sender, receiver) = mpsc::channel(4096);
+        let (sender, arrived) = mpsc::channel(4096);
         let (settle, mut settled) = watch::channel(None);
+        let (verified, receiver) = self.verified(arrived).await?;
         let ended = {
             let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
             let appender = Appender {
@@ -320,7 +340,10 @@ impl Reader {
                 run_id: None,
                 stop,
             };
-            let stream = appender.run(receiver, settle);
+            let stream = async {
+                let (verified, appended) = tokio::join!(verified, appender.run(receiver, settle));
+                appended.and(verified)
+            };
             tokio::pin!(arrivals, stream);
             // An error of the stream ends the session at once; after one of the origin, queued items are still
             // appended.
@@ -330,14 +353,7 @@ impl Reader {
             }
         };
         let last = *settled.borrow_and_update();
-        if let Some(position) = last
-            && !matches!(ended, Err(End::Origin(_)))
-        {
-            origin.settled(position).await?;
-        }
-        if ended.is_ok() {
-            origin.close().await;
-        }
+        Self::leave(origin, last, &ended).await?;
         if plan.appended.load(Ordering::Relaxed) && !matches!(ended, Err(End::Origin(OriginError::Reset(_))))
         {
             memory.restart = None;
@@ -346,6 +362,50 @@ impl Reader {
             memory.acked = cursor.acked.or(memory.acked);
         }
         ended
+    }
+
+    /// Tells the origin what was settled last, and disconnects gracefully.
+    async fn leave(
+        origin: &mut impl Origin,
+        settled: Option<i64>,
+        ended: &Result<(), End>,
+    ) -> Result<(), End> {
+        if let Some(position) = settled
+            && !matches!(ended, Err(End::Origin(_)))
+        {
+            origin.settled(position).await?;
+        }
+        if ended.is_ok() {
+            origin.close().await;
+        }
+        Ok(())
+    }
+
+    /// Verifies what arrives, if it is to be: the work, and the queue of what has been verified.
+    async fn verified(
+        &self,
+        arrived: mpsc::Receiver<Item>,
+    ) -> Result<(impl Future<Output = Result<(), End>>, mpsc::Receiver<Item>), End> {
+        let Some(directory) = self.directory.clone() else {
+            return Ok((Either::Left(std::future::ready(Ok(()))), arrived));
+        };
+        // Redis may have lost its last second: nothing is carried over from the previous session.
+        let recent = Arc::default();
+        let verifier = Verifier::new(
+            self.config.verify,
+            self.redis.connect().await?,
+            Arc::clone(&directory),
+            Arc::clone(&recent),
+        );
+        let checker = Checker::new(self.redis.connect().await?, directory, recent);
+        let (to, queue) = mpsc::channel(4096);
+        let work = async {
+            tokio::select! {
+                ended = verifier.run(arrived, to) => ended,
+                ended = checker.run() => ended.map_err(End::from),
+            }
+        };
+        Ok((Either::Right(work), queue))
     }
 
     /// Origin -> queue, until the origin ends it or `stop`.
@@ -373,7 +433,8 @@ impl Reader {
                 arrival = origin.next() => arrival?,
             };
             arrival.gap = gap.take().or(arrival.gap);
-            let bytes: usize = arrival.entries.iter().map(|entry| entry.data.len() + 64).sum();
+            let entries: usize = arrival.entries.iter().map(|entry| entry.data.len() + 64).sum();
+            let bytes = entries + arrival.frame.as_ref().map_or(0, Bytes::len);
             let bytes = u32::try_from(bytes).unwrap_or(QUEUE_BYTES).clamp(64, QUEUE_BYTES);
             let Ok(room) = Arc::clone(&room).acquire_many_owned(bytes).await else { return Ok(()) };
             if queue.send(Item { arrival, _room: room }).await.is_err() {

@@ -41,6 +41,21 @@ fn missing(missing: &Value) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
+/// What verification remembers and has left to do; nothing if it never began.
+fn verification(backlog: &Value) -> Option<String> {
+    let [accounts, unchecked, repairs] =
+        ["accounts", "unchecked", "repairs"].map(|name| number(&backlog[name]));
+    if accounts == 0 {
+        return None;
+    }
+    Some(format!(
+        "{} accounts, {} with a signature to check, {} to repair",
+        grouped(accounts),
+        grouped(unchecked),
+        grouped(repairs)
+    ))
+}
+
 /// The page. `status` is the JSON of `/status`, a serialised [`super::Report`]; absent fields are left out.
 #[must_use]
 pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
@@ -54,6 +69,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
         lines.extend(stream_lines(stream, process.is_object()));
         lines.push(("dead letters", dead_letters(status, beside)));
         lines.extend(missing(&status["missing"]).map(|line| ("missing", line)));
+        lines.extend(verification(&status["verification"]).map(|line| ("verification", line)));
     }
     if let Some(reader) = process.get("reader") {
         lines.push(("reader", reader_line(reader, now_ms)));

@@ -1,12 +1,17 @@
 -- Appends entries and moves the cursor, atomically; also adds dead letters, counts of losses, and a gap.
 --
 -- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both), epoch, epochs, dead letters,
---       their size in bytes, their keys, their accounts, missed, gaps.
+--       their size in bytes, their keys, their accounts, missed, gaps, heads (their number), unchecked, repairs, and the
+--       bucket of each account below.
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
 --       milliseconds, the epoch, the newest revision of these entries ('' for none), the dead letters' budget in bytes and
 --       that of one account in letters, the number of entries; then type, data, seq for each entry; the number of dead
---       letters, and for each its account, its key, the number of its names and values, and these; then names and
---       numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as JSON.
+--       letters, and for each its account, its key, the number of its names and values, and these; the most
+--       commits to check and repositories to repair; the number of accounts that something is now known about, and for
+--       each its field and what is known; the number of accounts with a commit to check, and for each its DID and the
+--       commit ('' for none any more); the number of repositories to repair, and for each its DID and the reason as JSON;
+--       then names and numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as
+--       JSON.
 -- Returns the stream's length, and the numbers of dead letters that were kept, that were already known, and that there
 -- was no room for.
 --
@@ -120,6 +125,37 @@ for _ = 1, letters do
     end
     at = at + 3 + fields
 end
+
+-- What verification remembers; see accounts.rs.
+local most = tonumber(ARGV[at])
+local accounts = tonumber(ARGV[at + 1])
+at = at + 2
+local new = 0
+for i = 1, accounts do
+    new = new + redis.call('HSET', KEYS[19 + i], ARGV[at], ARGV[at + 1])
+    at = at + 2
+end
+if new > 0 then
+    redis.call('INCRBY', KEYS[17], new)
+end
+local function remember(hash, command)
+    local number = tonumber(ARGV[at])
+    at = at + 1
+    for _ = 1, number do
+        if ARGV[at + 1] == '' then
+            redis.call('HDEL', hash, ARGV[at])
+        elseif redis.call('HEXISTS', hash, ARGV[at]) == 1 or redis.call('HLEN', hash) < most then
+            redis.call(command, hash, ARGV[at], ARGV[at + 1])
+        else
+            refused = refused + 1
+        end
+        at = at + 2
+    end
+end
+remember(KEYS[18], 'HSET')
+-- The first reason counts.
+remember(KEYS[19], 'HSETNX')
+
 for i = at, #ARGV, 2 do
     if ARGV[i] == 'gap' then
         redis.call('HINCRBY', KEYS[15], 'gap', 1)

@@ -5,6 +5,7 @@ use std::sync::LazyLock;
 
 use redis::{RedisError, RedisResult, Script};
 
+use super::accounts::Changes;
 use super::gap::Gap;
 use super::{Stream, dead_letters, lease};
 use crate::event::Reject;
@@ -54,6 +55,8 @@ pub struct Appendix {
     pub gap: Option<Gap>,
     /// The newest revision of the entries; empty for none.
     pub rev: String,
+    /// What verification remembers.
+    pub accounts: Changes,
 }
 
 /// The outcome of an append.
@@ -263,6 +266,7 @@ impl Stream {
                 invocation.arg(name).arg(value);
             }
         }
+        what.accounts.add_to(&mut invocation, keys);
         for (name, count) in &what.missed {
             invocation.arg(*name).arg(*count);
         }

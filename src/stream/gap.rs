@@ -37,8 +37,17 @@ impl Gap {
 }
 
 /// The classes of losses other than gaps, as named in metrics and the status.
-pub const MISSED: [&str; 7] =
-    ["undecodable", "missing_block", "too_large", "sync", "frame", "no_handle", "no_room"];
+pub const MISSED: [&str; 9] = [
+    "undecodable",
+    "missing_block",
+    "too_large",
+    "sync",
+    "frame",
+    "no_handle",
+    "no_room",
+    "withheld",
+    "broken_chain",
+];
 
 /// Known gaps and losses.
 #[derive(Clone, Debug, Default, Serialize)]

@@ -1,5 +1,6 @@
 //! The only place that knows Redis: the entry format, appending, reading, acknowledging, trimming, dead letters.
 
+pub mod accounts;
 pub mod append;
 pub mod dead_letters;
 pub mod entry;
@@ -65,6 +66,12 @@ pub struct Keys {
     pub lost: String,
     /// The dead letters.
     pub dead: String,
+    /// The number of accounts with a head; the heads are in `<heads>:<bucket>`.
+    pub heads: String,
+    /// Commits whose signature is still to be checked.
+    pub unchecked: String,
+    /// Repositories to repair.
+    pub repairs: String,
     /// The consumer group.
     pub group: String,
 }
@@ -90,6 +97,9 @@ impl Keys {
             trimmed: format!("{}:trimmed", config.stream_key),
             lost: format!("{}:lost", config.stream_key),
             dead: config.dead_letter_key(),
+            heads: format!("{}:heads", config.stream_key),
+            unchecked: format!("{}:unchecked", config.stream_key),
+            repairs: format!("{}:repairs", config.stream_key),
             group: config.consumer_group.clone(),
         }
     }
@@ -132,11 +142,14 @@ impl Keys {
             &self.trimmed,
             &self.lost,
             &self.dead,
+            &self.heads,
+            &self.unchecked,
+            &self.repairs,
         ];
         named
             .into_iter()
             .cloned()
-            .chain([self.dead_bytes(), self.dead_keys(), self.dead_accounts()])
+            .chain([self.dead_bytes(), self.dead_keys(), self.dead_accounts(), format!("{}:0", self.heads)])
             .collect()
     }
 

@@ -21,6 +21,8 @@ pub const COMMANDS: &[(&str, &[&str])] = &[
     ("hget", &["$watch", "field"]),
     ("hgetall", &["$watch"]),
     ("hincrby", &["$watch", "field", "0"]),
+    ("hlen", &["$watch"]),
+    ("hscan", &["$watch", "0"]),
     ("hset", &["$watch", "field", "value"]),
     ("hsetnx", &["$watch", "field", "value"]),
     ("incr", &["$lost"]),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it and never one below, so there are no cycles. The command line comes last.
-const ORDER: [&str; 24] = [
+const ORDER: [&str; 26] = [
     "mutex",
     "stop",
     "time",
@@ -12,12 +12,14 @@ const ORDER: [&str; 24] = [
     "crash",
     "event",
     "apply",
+    "verify",
     "config",
     "stream",
     "status",
     "metrics",
     "control",
     "logging",
+    "directory",
     "store",
     "origin",
     "pipeline",
@@ -32,15 +34,19 @@ const ORDER: [&str; 24] = [
 ];
 
 /// Crates that only these modules may name.
-const CRATES: [(&str, &[&str]); 9] = [
+const CRATES: [(&str, &[&str]); 13] = [
     ("redis", &["stream"]),
     ("tokio_postgres", &["store"]),
     ("postgres_types", &["store"]),
     ("deadpool_postgres", &["store"]),
     ("tokio_tungstenite", &["origin"]),
-    ("shrike", &["apply", "origin"]),
+    ("shrike", &["apply", "verify", "origin"]),
+    ("k256", &["verify"]),
+    ("p256", &["verify"]),
+    ("bs58", &["verify"]),
     ("axum", &["http"]),
-    ("hyper", &["http"]),
+    ("hyper", &["directory", "http"]),
+    ("hyper_rustls", &["directory"]),
     ("clap", &["cli", "main"]),
 ];
 

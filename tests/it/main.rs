@@ -41,3 +41,5 @@ mod takeover;
 mod tls;
 mod upgrade;
 mod upstream;
+mod verified;
+mod verify;

@@ -61,7 +61,7 @@ fn reader(variables: &Variables) -> Reader {
     let (config, _) = from_env(variables.iter().cloned(), Role::Reader).unwrap();
     let connector = Connector::open(&config).unwrap();
     let status = Arc::new(Status::new(Some("list.test".to_owned()), Vec::new(), Settings::default()));
-    Reader::new(Arc::new(config), connector, status, Control::new(None).reader())
+    Reader::new(Arc::new(config), connector, status, Control::new(None).reader()).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

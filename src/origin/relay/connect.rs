@@ -3,17 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use anyhow::Result;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::http::{Response, StatusCode, header};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self};
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
-use crate::config::{CaFile, Config};
+use crate::config::Config;
+use crate::directory::tls;
 
 /// The largest message that a relay may send is 5 MB (<https://atproto.com/specs/sync>).
 pub const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
@@ -42,29 +40,16 @@ impl From<String> for Refused {
     }
 }
 
-/// The authorities that encrypted connections trust: those in `RELAY_CA_FILE` alone; else the machine's own (found
-/// through `SSL_CERT_FILE` and `SSL_CERT_DIR`), else Mozilla's.
+/// Encrypted connections to the relay trust the authorities in `RELAY_CA_FILE` alone, if it is set.
 ///
 /// # Errors
 ///
 /// There is no authority to trust.
 pub fn tls(config: &Config) -> Result<Connector> {
-    let mut roots = RootCertStore::empty();
-    if let Some(pem) = config.relay_ca.as_ref().map(CaFile::pem) {
-        roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
-    } else {
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        }
-    }
-    anyhow::ensure!(!roots.is_empty(), "no certificate authority for the relay");
-    let provider = rustls::crypto::ring::default_provider();
-    let tls = ClientConfig::builder_with_provider(Arc::new(provider))
-        .with_safe_default_protocol_versions()
-        .context("TLS")?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let tls = match &config.relay_ca {
+        Some(ca) => tls::trusting(Some(ca), false)?,
+        None => tls::trusting(None, true)?,
+    };
     Ok(Connector::Rustls(Arc::new(tls)))
 }
 

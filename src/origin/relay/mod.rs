@@ -20,7 +20,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Error as WsError, Message as WsMessa
 use tracing::{debug, info};
 
 use super::{Arrival, Origin, OriginError};
-use crate::config::Config;
+use crate::config::{Config, VerifyMode};
 use crate::event::check_rev;
 use crate::metrics;
 use crate::status::Status;
@@ -218,7 +218,7 @@ impl Relay {
     }
 
     /// The arrival in a frame; `None` if it has nothing for the stream.
-    fn read(&mut self, frame: &[u8]) -> Result<Option<Arrival>, OriginError> {
+    fn read(&mut self, frame: &Bytes) -> Result<Option<Arrival>, OriginError> {
         let decoded = if frame.len() > MESSAGE_BYTES {
             Err(format!("a frame of {} bytes; at most {MESSAGE_BYTES} are read", frame.len()))
         } else {
@@ -229,7 +229,16 @@ impl Relay {
                 metrics::frame(event_type);
                 // A revision ahead of the clock is refused when it is applied, and must not set a time here.
                 let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
-                self.place(Arrival { position: seq, entries, letters, missed, rev, gap: None })
+                let frame = (self.config.verify != VerifyMode::Off).then(|| frame.clone());
+                self.place(Arrival {
+                    position: seq,
+                    entries,
+                    letters,
+                    missed,
+                    rev,
+                    frame,
+                    ..Arrival::default()
+                })
             }
             Ok(Message::Info { name, message }) => {
                 metrics::frame("info");

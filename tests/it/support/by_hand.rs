@@ -48,6 +48,9 @@ impl ByHand {
             trimmed: key("trimmed"),
             lost: key("lost"),
             dead: key("dead"),
+            heads: key("heads"),
+            unchecked: key("unchecked"),
+            repairs: key("repairs"),
             group: GROUP.to_owned(),
         };
         let ours = Stream::over(redis.connection().await, keys.clone());

@@ -13,6 +13,7 @@ pub mod pooler;
 mod proxy;
 pub mod scripted;
 mod servers;
+pub mod signed;
 mod sql;
 mod standpipe;
 pub mod traffic;

@@ -3,6 +3,7 @@
 //! A message is two CBOR values, a header and a body (<https://atproto.com/specs/event-stream>). A commit's records
 //! are in a CAR archive inside its body; they become the protocol's JSON (<https://atproto.com/specs/data-model>).
 
+mod claim;
 mod commit;
 mod field;
 mod json;
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 
 use shrike::cbor::{Decoder, Value};
 
+pub use self::claim::{Claimed, claim};
 use self::commit::commit;
 use self::field::{MAX_ITEMS, Map, did, get, has_few_items, integer, short, text};
 use self::json::Object;

@@ -1,0 +1,121 @@
+//! Bounded HTTP requests to hosts that others chose.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::header::{HeaderMap, RETRY_AFTER, USER_AGENT};
+use hyper::{Request, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+
+use super::guard::Guard;
+use super::tls;
+use crate::config::Config;
+
+/// Time limit for a connection.
+const CONNECT: Duration = Duration::from_secs(3);
+/// Idle connections kept per host, and for how long.
+const IDLE: (usize, Duration) = (8, Duration::from_secs(30));
+
+/// An answer, read in full.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// The body.
+    pub body: Bytes,
+    /// How long the host asks us to wait.
+    pub retry_after: Option<Duration>,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HttpError {
+    /// We do not ask this address, or the answer is larger than allowed.
+    #[error("{0}")]
+    Refused(String),
+    /// The host cannot be reached, or ended the connection.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A client.
+pub struct Http {
+    client: Client<HttpsConnector<HttpConnector<Guard>>, Empty<Bytes>>,
+    guard: Guard,
+}
+
+impl Http {
+    /// A client that also asks `trusted`, wherever it is: the operator named it.
+    ///
+    /// # Errors
+    ///
+    /// There is no authority to trust.
+    pub(super) fn new(config: &Config, trusted: String) -> anyhow::Result<Self> {
+        let guard = Guard { trusted: [trusted].into(), private: config.allow_private_addresses };
+        let mut connector = HttpConnector::new_with_resolver(guard.clone());
+        connector.enforce_http(false);
+        connector.set_connect_timeout(Some(CONNECT));
+        connector.set_nodelay(true);
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls::trusting(config.relay_ca.as_ref(), true)?)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(connector);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(IDLE.0)
+            .pool_idle_timeout(IDLE.1)
+            .pool_timer(hyper_util::rt::TokioTimer::new())
+            .build(connector);
+        Ok(Self { client, guard })
+    }
+
+    /// Asks for `url`. Redirects are not followed. The caller limits the time.
+    ///
+    /// # Errors
+    ///
+    /// [`HttpError`].
+    pub async fn get(&self, url: &str, max_bytes: usize) -> Result<Answer, HttpError> {
+        let uri: Uri = url.parse().map_err(|_| HttpError::Refused("not a URL".to_owned()))?;
+        if !uri.host().is_some_and(|host| self.guard.allows_host(host)) {
+            return Err(HttpError::Refused("not a public address".to_owned()));
+        }
+        let request = Request::get(uri)
+            .header(USER_AGENT, concat!("standpipe/", env!("CARGO_PKG_VERSION")))
+            .body(Empty::new())
+            .map_err(|error| HttpError::Refused(error.to_string()))?;
+        let answer = self.client.request(request).await.map_err(|error| failure(&error))?;
+        let status = answer.status().as_u16();
+        let retry_after = retry_after(answer.headers());
+        let body = Limited::new(answer.into_body(), max_bytes).collect().await.map_err(|error| {
+            if error.is::<http_body_util::LengthLimitError>() {
+                return HttpError::Refused(format!("the answer is larger than {max_bytes} bytes"));
+            }
+            HttpError::Failed(error.to_string())
+        })?;
+        Ok(Answer { status, body: body.to_bytes(), retry_after })
+    }
+}
+
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+/// The innermost cause says most.
+fn failure(error: &hyper_util::client::legacy::Error) -> HttpError {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        if inner
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
+        {
+            return HttpError::Refused(inner.to_string());
+        }
+        cause = inner;
+    }
+    HttpError::Failed(cause.to_string())
+}

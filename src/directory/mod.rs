@@ -1,0 +1,173 @@
+//! DID documents: did:plc at `PLC_URL`, did:web at the host that it names (<https://atproto.com/specs/did>).
+//!
+//! Whoever creates an account decides which host we ask, so requests are small, bounded in time and number, follow no
+//! redirects, and never go to internal addresses: [`guard`].
+
+mod guard;
+pub mod http;
+pub mod tls;
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use self::http::{Answer, Http, HttpError};
+use crate::config::Config;
+use crate::metrics;
+use crate::mutex::lock;
+use crate::verify::document::Document;
+
+/// Lookups at a time.
+const SLOTS: usize = 64;
+/// Time limit of one lookup.
+const TIME_LIMIT: Duration = Duration::from_secs(5);
+/// The largest document that is read.
+const MAX_DOCUMENT: usize = 256 * 1024;
+/// How long a host is left alone that answers 429 or 503 without saying for how long.
+const BACK_OFF: Duration = Duration::from_secs(10);
+/// Upper bound for a host's Retry-After.
+const MAX_BACK_OFF: Duration = Duration::from_mins(10);
+/// Hosts whose wishes are remembered.
+const MAX_HOSTS: usize = 10_000;
+
+/// Why there is no document.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LookupError {
+    /// There is no such account, or its DID cannot be looked up.
+    #[error("{0}")]
+    None(String),
+    /// The host cannot be reached or refuses. Later is worth a try.
+    #[error("{0}")]
+    Away(String),
+}
+
+/// Looks up DID documents.
+pub struct Directory {
+    http: Http,
+    plc: String,
+    /// Whether did:web may name a host of this network, for development.
+    private: bool,
+    slots: Semaphore,
+    /// When a host may be asked again.
+    closed: Mutex<HashMap<String, Instant>>,
+}
+
+impl Directory {
+    /// For the configured directory.
+    ///
+    /// # Errors
+    ///
+    /// There is no authority for https:// to trust.
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let plc = config.plc_url.expose().trim_end_matches('/').to_owned();
+        let trusted = config.plc_url.host();
+        Ok(Self {
+            http: Http::new(config, trusted)?,
+            plc,
+            private: config.allow_private_addresses,
+            slots: Semaphore::new(SLOTS),
+            closed: Mutex::default(),
+        })
+    }
+
+    /// The document of `did`.
+    ///
+    /// # Errors
+    ///
+    /// [`LookupError`]; each is counted.
+    pub async fn document(&self, did: &str) -> Result<Document, LookupError> {
+        let looked_up = self.look_up(did).await;
+        metrics::lookup(match &looked_up {
+            Ok(_) => "found",
+            Err(LookupError::None(_)) => "none",
+            Err(LookupError::Away(_)) => "away",
+        });
+        looked_up
+    }
+
+    async fn look_up(&self, did: &str) -> Result<Document, LookupError> {
+        let url = self.url(did)?;
+        let host = host_of(&url);
+        self.wait_is_over(&host)?;
+        let Ok(_slot) = self.slots.acquire().await else {
+            return Err(LookupError::Away("the program is stopping".to_owned()));
+        };
+        let asked = tokio::time::timeout(TIME_LIMIT, self.http.get(&url, MAX_DOCUMENT)).await;
+        let away = |reason: String| LookupError::Away(format!("{host}: {reason}"));
+        let answer = match asked {
+            Err(_) => return Err(away(format!("no answer within {} s", TIME_LIMIT.as_secs()))),
+            Ok(Err(HttpError::Refused(reason))) => {
+                return Err(LookupError::None(format!("{host}: {reason}")));
+            }
+            Ok(Err(HttpError::Failed(reason))) => return Err(away(reason)),
+            Ok(Ok(answer)) => answer,
+        };
+        match answer.status {
+            200 => Document::read(did, &answer.body)
+                .map_err(|error| LookupError::None(format!("{host}: {error}"))),
+            404 | 410 => Err(LookupError::None(format!("{host} does not know {did}"))),
+            status => {
+                if matches!(status, 429 | 503) {
+                    self.close(&host, &answer);
+                }
+                Err(away(format!("HTTP {status}")))
+            }
+        }
+    }
+
+    /// Where the document is.
+    fn url(&self, did: &str) -> Result<String, LookupError> {
+        if let Some(id) = did.strip_prefix("did:plc:")
+            && id.len() == 24
+            && id.bytes().all(|c| matches!(c, b'a'..=b'z' | b'2'..=b'7'))
+        {
+            return Ok(format!("{}/{did}", self.plc));
+        }
+        let unknown =
+            || LookupError::None(format!("{did:.60} cannot be looked up: neither did:plc nor did:web"));
+        let host = did.strip_prefix("did:web:").ok_or_else(unknown)?;
+        // The protocol allows neither paths nor, outside of development, ports.
+        if let Some(port) = host.strip_prefix("localhost%3A").and_then(|port| port.parse::<u16>().ok()) {
+            let url = format!("http://localhost:{port}/.well-known/did.json");
+            return if self.private { Ok(url) } else { Err(unknown()) };
+        }
+        let plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.');
+        let named =
+            host.split('.').next_back().is_some_and(|last| last.bytes().any(|c| c.is_ascii_alphabetic()));
+        if host.len() > 253 || !host.contains('.') || !host.bytes().all(plain) || !named {
+            return Err(unknown());
+        }
+        Ok(format!("https://{host}/.well-known/did.json"))
+    }
+
+    /// Whether the host has asked us to stay away until later.
+    fn wait_is_over(&self, host: &str) -> Result<(), LookupError> {
+        let left = lock(&self.closed).get(host).map(|until| until.saturating_duration_since(Instant::now()));
+        match left {
+            Some(left) if !left.is_zero() => {
+                Err(LookupError::Away(format!("{host} asks us to wait {} s more", left.as_secs() + 1)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn close(&self, host: &str, answer: &Answer) {
+        let wait = answer.retry_after.unwrap_or(BACK_OFF).min(MAX_BACK_OFF);
+        let mut closed = lock(&self.closed);
+        if closed.len() >= MAX_HOSTS {
+            let now = Instant::now();
+            closed.retain(|_, until| *until > now);
+        }
+        if closed.len() < MAX_HOSTS {
+            closed.insert(host.to_owned(), Instant::now() + wait);
+        }
+    }
+}
+
+fn host_of(url: &str) -> String {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.split('/').next().unwrap_or_default().rsplit('@').next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,147 @@
+//! Checks signatures that could not be checked when their commits arrived, because the account's key was not known.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::{StreamExt as _, stream};
+use tokio::time::Instant;
+
+use super::verifier::Recent;
+use crate::directory::{Directory, LookupError};
+use crate::event::tid_text;
+use crate::metrics;
+use crate::mutex::lock;
+use crate::stream::accounts::{Repair, Unchecked};
+use crate::stream::{Stream, StreamResult};
+use crate::time::now_ms;
+use crate::verify::known::KnownKey;
+
+/// Lookups at a time.
+const SLOTS: usize = 32;
+/// How long to wait after everything was looked at.
+const REST: Duration = Duration::from_millis(500);
+/// How long to wait while the directory is away: doubled each time, up to the second.
+const AWAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
+/// A signature that does not fit is looked at again after this time: copies of the directory lag a little behind.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Accounts that are looked at again.
+const MAX_AGAIN: usize = 10_000;
+
+/// Checks what is left to check.
+pub(super) struct Checker {
+    stream: Stream,
+    directory: Arc<Directory>,
+    recent: Arc<Mutex<Recent>>,
+    /// Accounts whose signature did not fit, and when that was first seen.
+    doubtful: HashMap<String, Instant>,
+}
+
+/// What a lookup says about a commit.
+enum Found {
+    Signed(KnownKey),
+    Foreign(Option<KnownKey>),
+    Away,
+}
+
+impl Checker {
+    pub(super) fn new(stream: Stream, directory: Arc<Directory>, recent: Arc<Mutex<Recent>>) -> Self {
+        Self { stream, directory, recent, doubtful: HashMap::new() }
+    }
+
+    /// Checks, as long as the session lasts.
+    pub(super) async fn run(mut self) -> StreamResult<()> {
+        let mut pause = AWAY.0;
+        loop {
+            let away = self.round().await?;
+            if away {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AWAY.1);
+            } else {
+                pause = AWAY.0;
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+
+    /// Looks at all of them once. Returns whether the directory was away.
+    async fn round(&mut self) -> StreamResult<bool> {
+        let mut cursor = 0;
+        let mut away = false;
+        loop {
+            let (next, mut found) = self.stream.unchecked(cursor).await?;
+            let now = Instant::now();
+            found.retain(|(did, _)| self.doubtful.get(did).is_none_or(|since| now - *since >= AGAIN));
+            let directory = &self.directory;
+            let mut looks = stream::iter(found)
+                .map(|(did, unchecked)| async move {
+                    let found = look(directory, &did, &unchecked).await;
+                    (did, unchecked, found)
+                })
+                .buffer_unordered(SLOTS);
+            let mut results = Vec::new();
+            while let Some(result) = looks.next().await {
+                results.push(result);
+            }
+            drop(looks);
+            for (did, unchecked, found) in results {
+                match found {
+                    Found::Away => away = true,
+                    Found::Signed(key) => self.settle(&did, &unchecked, Some(key), None).await?,
+                    Found::Foreign(key) => self.foreign(&did, &unchecked, key).await?,
+                }
+            }
+            cursor = next;
+            // While the directory is away, a few attempts are enough.
+            if cursor == 0 || away {
+                let backlog = self.stream.verification_backlog().await?;
+                metrics::verification_backlog(&backlog);
+                return Ok(away);
+            }
+        }
+    }
+
+    /// A signature that does not fit: looked at once more before it is believed.
+    async fn foreign(&mut self, did: &str, unchecked: &Unchecked, key: Option<KnownKey>) -> StreamResult<()> {
+        if !self.doubtful.contains_key(did) && self.doubtful.len() < MAX_AGAIN {
+            self.doubtful.insert(did.to_owned(), Instant::now());
+            return Ok(());
+        }
+        let reason = if key.is_some() { "signature" } else { "no_key" };
+        let repair = Repair { reason: reason.to_owned(), rev: tid_text(unchecked.rev), at: now_ms() };
+        metrics::verified("disproved");
+        metrics::repair_requested(reason);
+        self.settle(did, unchecked, key, Some(repair)).await
+    }
+
+    async fn settle(
+        &mut self,
+        did: &str,
+        unchecked: &Unchecked,
+        key: Option<KnownKey>,
+        repair: Option<Repair>,
+    ) -> StreamResult<()> {
+        lock(&self.recent).set_key(did, key);
+        let proved = repair.is_none();
+        let done = self.stream.checked(did, unchecked, key, repair.as_ref()).await?;
+        if done && proved {
+            metrics::verified("proved_later");
+        }
+        self.doubtful.remove(did);
+        Ok(())
+    }
+}
+
+async fn look(directory: &Directory, did: &str, unchecked: &Unchecked) -> Found {
+    let key = match directory.document(did).await {
+        Ok(document) => document.key,
+        Err(LookupError::None(_)) => None,
+        Err(LookupError::Away(_)) => return Found::Away,
+    };
+    match key {
+        Some(key) if key.verify_hash(&unchecked.hash, &unchecked.signature) => {
+            Found::Signed(KnownKey::new(&key, now_ms()))
+        }
+        key => Found::Foreign(key.map(|key| KnownKey::new(&key, now_ms()))),
+    }
+}

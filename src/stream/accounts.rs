@@ -1,0 +1,238 @@
+//! What is remembered about accounts for verification, beside the stream: heads and keys, commits whose signature is
+//! still to be checked, and repositories that have to be repaired. The reader alone writes them, mostly in the script
+//! that appends entries, so a Redis that loses its last second loses both together.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use redis::{RedisResult, Script};
+use serde::{Deserialize, Serialize};
+
+use super::{Keys, Stream};
+use crate::verify::known::{Known, KnownKey, field};
+
+/// The number of hashes that heads and keys are spread over, so that each stays in Redis's compact form.
+const BUCKETS: u32 = 1 << 17;
+/// Without a memory limit in Redis, so many accounts are remembered: about 400 MB.
+const ACCOUNTS: u64 = 5_000_000;
+/// The size of one in Redis, roughly.
+const ACCOUNT_BYTES: u64 = 88;
+/// Maximum commits to check, and repositories to repair.
+pub(super) const MAX_WAITING: u64 = 1_000_000;
+/// Buckets emptied at a time.
+const EVICT: usize = 64;
+
+/// A commit whose signature is still to be checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unchecked {
+    /// What is signed.
+    pub hash: [u8; 32],
+    /// The signature.
+    pub signature: [u8; 64],
+    /// The revision, as a number.
+    pub rev: u64,
+}
+
+impl Unchecked {
+    fn to_bytes(&self) -> Vec<u8> {
+        [&self.hash[..], &self.signature, &self.rev.to_be_bytes()].concat()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (hash, rest) = bytes.split_first_chunk::<32>()?;
+        let (signature, rest) = rest.split_first_chunk::<64>()?;
+        Some(Self { hash: *hash, signature: *signature, rev: u64::from_be_bytes(rest.try_into().ok()?) })
+    }
+}
+
+/// Why a repository has to be repaired.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repair {
+    /// `chain`, `sync`, `no_key` or the name of a [`crate::verify::Fault`].
+    pub reason: String,
+    /// The revision that revealed it.
+    pub rev: String,
+    /// When, in milliseconds since 1970.
+    pub at: u64,
+}
+
+/// What an append changes about accounts, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// What is now known.
+    pub known: Vec<(String, Known)>,
+    /// Commits to check; `None` when nothing is left to check about the account.
+    pub unchecked: Vec<(String, Option<Unchecked>)>,
+    /// Repositories to repair.
+    pub repairs: Vec<(String, Repair)>,
+}
+
+impl Changes {
+    /// Adds those of a later commit.
+    pub fn append(&mut self, other: &mut Self) {
+        self.known.append(&mut other.known);
+        self.unchecked.append(&mut other.unchecked);
+        self.repairs.append(&mut other.repairs);
+    }
+
+    /// Adds their keys and arguments to an append.
+    pub(super) fn add_to(&self, invocation: &mut redis::ScriptInvocation<'_>, keys: &Keys) {
+        invocation.key(&keys.heads).key(&keys.unchecked).key(&keys.repairs);
+        invocation.arg(MAX_WAITING).arg(self.known.len());
+        for (did, known) in &self.known {
+            let field = field(did);
+            invocation.key(bucket(keys, &field)).arg(field).arg(known.to_bytes());
+        }
+        invocation.arg(self.unchecked.len());
+        for (did, unchecked) in &self.unchecked {
+            invocation.arg(did).arg(unchecked.as_ref().map(Unchecked::to_bytes).unwrap_or_default());
+        }
+        invocation.arg(self.repairs.len());
+        for (did, repair) in &self.repairs {
+            // Texts and numbers can always be written as JSON.
+            invocation.arg(did).arg(serde_json::to_string(repair).unwrap_or_default());
+        }
+    }
+}
+
+/// How much verification has left to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Backlog {
+    /// Accounts remembered.
+    pub accounts: u64,
+    /// Accounts with a commit whose signature is still to be checked.
+    pub unchecked: u64,
+    /// Repositories to repair.
+    pub repairs: u64,
+}
+
+/// The hash for an account (FNV-1a).
+fn bucket(keys: &Keys, field: &[u8]) -> String {
+    let hash =
+        field.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    format!("{}:{}", keys.heads, hash % BUCKETS)
+}
+
+impl Stream {
+    /// What is known about accounts.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn known<'d>(&mut self, dids: &[&'d str]) -> RedisResult<HashMap<&'d str, Known>> {
+        if dids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let Self { connection, keys } = self;
+        let mut pipe = redis::pipe();
+        for did in dids {
+            let field = field(did);
+            pipe.hget(bucket(keys, &field), field);
+        }
+        let found: Vec<Option<Vec<u8>>> = pipe.query_async(connection).await?;
+        let known = |bytes: Option<Vec<u8>>| bytes.map(|bytes| Known::from_bytes(&bytes)).unwrap_or_default();
+        Ok(dids.iter().copied().zip(found.into_iter().map(known)).collect())
+    }
+
+    /// Some of the commits to check, and where to continue; 0 at the end.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn unchecked(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, Unchecked)>)> {
+        let Self { connection, keys } = self;
+        let (next, found): (u64, Vec<(String, Vec<u8>)>) = redis::cmd("HSCAN")
+            .arg(&keys.unchecked)
+            .arg(cursor)
+            .arg("COUNT")
+            .arg(256)
+            .query_async(connection)
+            .await?;
+        let found = found.into_iter().filter_map(|(did, bytes)| Some((did, Unchecked::from_bytes(&bytes)?)));
+        Ok((next, found.collect()))
+    }
+
+    /// A commit has been checked: notes the account's key, if there is one, and the repair that is needed, if one is.
+    /// Does nothing if a later commit is to be checked by now.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn checked(
+        &mut self,
+        did: &str,
+        unchecked: &Unchecked,
+        key: Option<KnownKey>,
+        repair: Option<&Repair>,
+    ) -> RedisResult<bool> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("checked.lua")));
+        let Self { connection, keys } = self;
+        let field = field(did);
+        // Only the key's part.
+        let known = Known { head: None, key }.to_bytes();
+        SCRIPT
+            .key(&keys.unchecked)
+            .key(&keys.repairs)
+            .key(&keys.heads)
+            .key(bucket(keys, &field))
+            .arg(did)
+            .arg(unchecked.to_bytes())
+            .arg(field)
+            .arg(known)
+            .arg(repair.map(|repair| serde_json::to_string(repair).unwrap_or_default()).unwrap_or_default())
+            .arg(MAX_WAITING)
+            .invoke_async(connection)
+            .await
+    }
+
+    /// How much there is to do.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn verification_backlog(&mut self) -> RedisResult<Backlog> {
+        let Self { connection, keys } = self;
+        let (accounts, unchecked, repairs): (Option<u64>, u64, u64) = redis::pipe()
+            .get(&keys.heads)
+            .hlen(&keys.unchecked)
+            .hlen(&keys.repairs)
+            .query_async(connection)
+            .await?;
+        Ok(Backlog { accounts: accounts.unwrap_or(0), unchecked, repairs })
+    }
+
+    /// Forgets some accounts, chosen at random, if there are more than `max_memory`, the server's limit in bytes, has room
+    /// for. What is forgotten is verified anew from its next commit on.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn forget_accounts(&mut self, max_memory: u64) -> RedisResult<()> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("forget.lua")));
+        let Self { connection, keys } = self;
+        // A quarter of the limit.
+        let most = if max_memory == 0 { ACCOUNTS } else { max_memory / 4 / ACCOUNT_BYTES };
+        let count: Option<u64> = redis::cmd("GET").arg(&keys.heads).query_async(connection).await?;
+        if count.unwrap_or(0) <= most {
+            return Ok(());
+        }
+        let mut invocation = SCRIPT.prepare_invoke();
+        invocation.key(&keys.heads);
+        for _ in 0..EVICT {
+            invocation.key(format!("{}:{}", keys.heads, fastrand::u32(..BUCKETS)));
+        }
+        invocation.invoke_async(connection).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_to_check_survives_redis() {
+        let unchecked = Unchecked { hash: [1; 32], signature: [2; 64], rev: 3 };
+        assert_eq!(Unchecked::from_bytes(&unchecked.to_bytes()), Some(unchecked));
+        assert_eq!(Unchecked::from_bytes(b"something else"), None);
+    }
+}

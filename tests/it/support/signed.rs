@@ -1,0 +1,251 @@
+//! Accounts with real keys, trees and signatures, and the directory that knows their keys.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::routing::get;
+use k256::ecdsa::signature::hazmat::PrehashSigner as _;
+use serde_json::{Value as Json, json};
+use shrike::car::{Block, write_all};
+use shrike::cbor::{Cid, Codec, Value, encode_value};
+use shrike::mst::DetachedTree;
+use standpipe::verify::Key;
+use tokio::net::TcpListener;
+
+use super::scripted::{Op, cid, frame};
+
+/// A signing key of either curve.
+#[derive(Clone)]
+enum Signer {
+    K256(k256::ecdsa::SigningKey),
+    P256(p256::ecdsa::SigningKey),
+}
+
+impl Signer {
+    /// The key number `number`; odd ones are of P-256.
+    fn new(number: u32) -> Self {
+        let mut bytes = [1; 32];
+        bytes[..4].copy_from_slice(&number.to_be_bytes());
+        match number % 2 {
+            0 => Self::K256(k256::ecdsa::SigningKey::from_slice(&bytes).unwrap()),
+            _ => Self::P256(p256::ecdsa::SigningKey::from_slice(&bytes).unwrap()),
+        }
+    }
+
+    fn sign(&self, hash: &[u8]) -> Vec<u8> {
+        match self {
+            Self::K256(key) => {
+                let signature: k256::ecdsa::Signature = key.sign_prehash(hash).unwrap();
+                signature.normalize_s().to_bytes().to_vec()
+            }
+            Self::P256(key) => {
+                let signature: p256::ecdsa::Signature = key.sign_prehash(hash).unwrap();
+                signature.normalize_s().to_bytes().to_vec()
+            }
+        }
+    }
+
+    fn public(&self) -> Key {
+        match self {
+            Self::K256(key) => Key::K256(*key.verifying_key()),
+            Self::P256(key) => Key::P256(*key.verifying_key()),
+        }
+    }
+}
+
+/// An account that signs what it does.
+#[derive(Clone)]
+pub struct Signed {
+    pub did: String,
+    signer: Signer,
+    /// Its records, by path.
+    records: BTreeMap<String, Cid>,
+    rev: Option<String>,
+    data: Option<Cid>,
+}
+
+impl Signed {
+    /// The account number `number`, below 1000.
+    pub fn new(number: u32) -> Self {
+        let letter = |place: u32| char::from(b"abcdefghij"[(number / 10_u32.pow(place) % 10) as usize]);
+        let did = format!("did:plc:signed{}{}{}aaaaaaaaaaaaaaa", letter(2), letter(1), letter(0));
+        Self { did, signer: Signer::new(number), records: BTreeMap::new(), rev: None, data: None }
+    }
+
+    /// From now on, it signs with another key.
+    pub fn rotate(&mut self, number: u32) {
+        self.signer = Signer::new(number);
+    }
+
+    /// Its document, with the key that it signs with.
+    pub fn document(&self) -> Json {
+        json!({
+            "id": self.did,
+            "alsoKnownAs": [],
+            "verificationMethod": [{
+                "id": format!("{}#atproto", self.did),
+                "type": "Multikey",
+                "controller": self.did,
+                "publicKeyMultibase": self.signer.public().to_multikey(),
+            }],
+            "service": [],
+        })
+    }
+
+    /// Its next commit, as a frame.
+    pub fn commit(&mut self, seq: i64, rev: &str, ops: &[Op]) -> Vec<u8> {
+        let mut prevs = Vec::new();
+        for op in ops {
+            let prev = match &op.record {
+                Some(record) => self.records.insert(op.path.clone(), cid(record)),
+                None => self.records.remove(&op.path),
+            };
+            prevs.push(prev);
+        }
+        // The trees are small: made anew for every commit.
+        let mut tree = DetachedTree::new();
+        for (path, cid) in &self.records {
+            tree.insert(&shrike::mst::NoBlocks, path.clone(), *cid).unwrap();
+        }
+        let written = tree.flush().unwrap();
+        let nodes: HashMap<Cid, Vec<u8>> = written.new_blocks.into_iter().collect();
+        let mut proof = tree.covering_proof(&nodes, ops.iter().map(|op| op.path.as_str())).unwrap();
+        proof.push(written.root);
+        proof.dedup();
+        let (root, commit) = self.object(rev, written.root);
+        let mut blocks = vec![Block { cid: root, data: commit }];
+        blocks.extend(proof.into_iter().map(|cid| Block { cid, data: nodes[&cid].clone() }));
+        let records = ops.iter().filter_map(|op| op.record.as_ref());
+        blocks.extend(records.map(|record| Block { cid: cid(record), data: record.to_vec() }));
+        let car = write_all(&[root], &blocks).unwrap();
+
+        let link = |cid: Option<Cid>| cid.map_or(Value::Null, Value::Cid);
+        let ops = ops.iter().zip(prevs).map(|(op, prev)| {
+            let mut fields = vec![
+                ("cid", link(op.record.as_ref().map(|record| cid(record)))),
+                ("path", Value::Text(&op.path)),
+                ("action", Value::Text(op.action)),
+            ];
+            fields.extend(prev.map(|prev| ("prev", Value::Cid(prev))));
+            Value::Map(fields)
+        });
+        let (since, prev_data) = (self.rev.take(), self.data.take());
+        let mut body = vec![
+            ("ops", Value::Array(ops.collect())),
+            ("rev", Value::Text(rev)),
+            ("seq", Value::Signed(seq)),
+            ("repo", Value::Text(&self.did)),
+            ("time", Value::Text("2026-11-21T04:17:51.287Z")),
+            ("since", since.as_deref().map_or(Value::Null, Value::Text)),
+            ("blocks", Value::Bytes(&car)),
+            ("commit", Value::Cid(root)),
+        ];
+        body.extend(prev_data.map(|data| ("prevData", Value::Cid(data))));
+        let frame = frame("#commit", body);
+        (self.rev, self.data) = (Some(rev.to_owned()), Some(written.root));
+        frame
+    }
+
+    /// A `#sync` with what the repository is now, under a new revision.
+    pub fn sync(&mut self, seq: i64, rev: &str) -> Vec<u8> {
+        let data = self.data.unwrap();
+        let (root, commit) = self.object(rev, data);
+        let car = write_all(&[root], &[Block { cid: root, data: commit }]).unwrap();
+        self.rev = Some(rev.to_owned());
+        frame(
+            "#sync",
+            vec![
+                ("did", Value::Text(&self.did)),
+                ("rev", Value::Text(rev)),
+                ("seq", Value::Signed(seq)),
+                ("time", Value::Text("2026-11-21T04:17:51.287Z")),
+                ("blocks", Value::Bytes(&car)),
+            ],
+        )
+    }
+
+    fn object(&self, rev: &str, data: Cid) -> (Cid, Vec<u8>) {
+        let mut fields = vec![
+            ("did", Value::Text(&self.did)),
+            ("rev", Value::Text(rev)),
+            ("data", Value::Cid(data)),
+            ("prev", Value::Null),
+            ("version", Value::Unsigned(3)),
+        ];
+        let unsigned = encode_value(&Value::Map(fields.clone())).unwrap();
+        let signature = self.signer.sign(Cid::compute(Codec::Drisl, &unsigned).hash());
+        fields.push(("sig", Value::Bytes(&signature)));
+        let signed = encode_value(&Value::Map(fields)).unwrap();
+        (Cid::compute(Codec::Drisl, &signed), signed)
+    }
+}
+
+/// A directory of did:plc; it stops on drop.
+pub struct Plc {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    server: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Shared {
+    documents: Mutex<HashMap<String, Json>>,
+    away: AtomicBool,
+    requests: AtomicU64,
+}
+
+impl Plc {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared::default());
+        let router = Router::new().route("/{did}", get(document)).with_state(Arc::clone(&shared));
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self { address, shared, server }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Publishes the document that the account has now.
+    pub fn publish(&self, account: &Signed) {
+        self.put(&account.did, account.document());
+    }
+
+    pub fn put(&self, did: &str, document: Json) {
+        self.shared.documents.lock().unwrap().insert(did.to_owned(), document);
+    }
+
+    /// Whether it answers every request with an error.
+    pub fn set_away(&self, away: bool) {
+        self.shared.away.store(away, Ordering::SeqCst);
+    }
+
+    /// How often it was asked.
+    pub fn requests(&self) -> u64 {
+        self.shared.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Plc {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+async fn document(State(shared): State<Arc<Shared>>, Path(did): Path<String>) -> (StatusCode, String) {
+    shared.requests.fetch_add(1, Ordering::SeqCst);
+    if shared.away.load(Ordering::SeqCst) {
+        return (StatusCode::BAD_GATEWAY, String::new());
+    }
+    match shared.documents.lock().unwrap().get(&did) {
+        Some(document) => (StatusCode::OK, document.to_string()),
+        None => (StatusCode::NOT_FOUND, "{}".to_owned()),
+    }
+}

@@ -1,0 +1,361 @@
+//! Verification in the real program: what an account has not signed never reaches the tables, what cannot be checked is
+//! checked later, and what is missing upstream is noticed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::Value as Json;
+use tokio::sync::watch;
+
+use crate::support::chain::{
+    CURSOR, Chain, DEAD, Program, RUN, SOON, STREAM, Variables, network, redis_command,
+};
+use crate::support::scripted::{Op, ScriptedRelay, create, delete, identity, post, rev};
+use crate::support::signed::{Plc, Signed};
+use crate::support::{Postgres, Signal, query_rows, wait_for, wait_until};
+
+/// Everything that a test needs: a relay that sends a frame when it is told to.
+struct Stage {
+    chain: Chain,
+    plc: Plc,
+    program: Program,
+    variables: Variables,
+    /// The last frame that the relay may send.
+    allowed: watch::Sender<i64>,
+    _relay: ScriptedRelay,
+}
+
+impl Stage {
+    async fn start(plc: Plc, frames: Vec<(i64, Vec<u8>)>, settings: &[(&'static str, &str)]) -> Self {
+        let (allowed, gate) = watch::channel(0);
+        let frames = Arc::new(frames);
+        let relay = ScriptedRelay::start(move |mut connection| {
+            let (frames, mut gate) = (Arc::clone(&frames), gate.clone());
+            async move {
+                for (seq, frame) in frames.iter() {
+                    if connection.cursor.is_some_and(|cursor| *seq <= cursor) {
+                        continue;
+                    }
+                    if gate.wait_for(|allowed| allowed >= seq).await.is_err() || !connection.send(frame).await
+                    {
+                        return;
+                    }
+                }
+                connection.stay().await;
+            }
+        })
+        .await;
+        let database = Postgres::shared().await.fresh_database().await;
+        let chain = Chain::with_database(&network(1), None, database).await;
+        let mut variables: Variables =
+            chain.variables().with("RELAY_URL", relay.url()).with("PLC_URL", plc.url()).with("VERIFY", "on");
+        for (name, value) in settings {
+            variables = variables.with(name, (*value).to_owned());
+        }
+        let program = Program::start("run", &variables).await;
+        Self { chain, plc, program, variables, allowed, _relay: relay }
+    }
+
+    /// Lets the relay send so many more frames, and waits until they are applied.
+    async fn send(&mut self, count: usize) {
+        self.allowed.send_modify(|allowed| *allowed += i64::try_from(count).unwrap());
+        let expected = self.allowed.borrow().to_string();
+        wait_for(&format!("the cursor to be {expected}"), RUN, async || {
+            let cursor: Option<String> = redis_command(&self.chain.redis, &["GET", CURSOR]).await;
+            if cursor.as_deref() == Some(&expected) { Ok(()) } else { Err(format!("{cursor:?}")) }
+        })
+        .await;
+        wait_until("everything to be applied", RUN, async || self.chain.look().await.is_drained()).await;
+    }
+
+    async fn unchecked(&self) -> u64 {
+        redis_command(&self.chain.redis, &["HLEN", &format!("{STREAM}:unchecked")]).await
+    }
+
+    async fn all_checked(&self) {
+        wait_until("every signature to be checked", RUN, async || self.unchecked().await == 0).await;
+    }
+
+    /// The reason for which each account's repository has to be repaired.
+    async fn repairs(&self) -> BTreeMap<String, String> {
+        let repairs: BTreeMap<String, String> =
+            redis_command(&self.chain.redis, &["HGETALL", &format!("{STREAM}:repairs")]).await;
+        let reason =
+            |text: &str| serde_json::from_str::<Json>(text).unwrap()["reason"].as_str().unwrap().to_owned();
+        repairs.into_iter().map(|(did, text)| (did, reason(&text))).collect()
+    }
+
+    async fn texts(&self) -> Vec<String> {
+        let rows = query_rows(&self.chain.database, "SELECT text FROM posts ORDER BY text").await;
+        rows.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
+    }
+
+    async fn verified(&self, result: &str) -> f64 {
+        self.program.metric_with("standpipe_verified_commits_total", result).await
+    }
+}
+
+/// The frames of a relay, numbered from 1; each has the revision of its number.
+#[derive(Default)]
+struct Frames(Vec<(i64, Vec<u8>)>);
+
+impl Frames {
+    fn push(&mut self, frame: impl FnOnce(i64, &str) -> Vec<u8>) {
+        let seq = i64::try_from(self.0.len()).unwrap() + 1;
+        let frame = frame(seq, &rev(u64::try_from(seq).unwrap()));
+        self.0.push((seq, frame));
+    }
+
+    fn commit(&mut self, account: &mut Signed, ops: &[Op]) {
+        self.push(|seq, rev| account.commit(seq, rev, ops));
+    }
+}
+
+fn path(name: &str) -> String {
+    format!("app.bsky.feed.post/{name}")
+}
+
+fn write(name: &str) -> Op {
+    create(&path(name), &post(name))
+}
+
+/// A frame with some bytes replaced by others of the same length.
+fn replaced(mut frame: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let at = frame.windows(from.len()).position(|bytes| bytes == from).expect("the bytes are in the frame");
+    frame[at..at + to.len()].copy_from_slice(to);
+    frame
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signed_commits_of_both_curves_are_applied_and_proven() {
+    let plc = Plc::start().await;
+    let mut accounts: Vec<Signed> = (0..20).map(Signed::new).collect();
+    let mut frames = Frames::default();
+    for round in 0..10_u64 {
+        for (number, account) in accounts.iter_mut().enumerate() {
+            let name = format!("{number:02}-{round}");
+            let mut ops = vec![write(&name)];
+            if round == 5 {
+                ops.push(delete(&path(&format!("{number:02}-3"))));
+            }
+            frames.commit(account, &ops);
+        }
+    }
+    for account in &mut accounts {
+        plc.publish(account);
+        frames.push(|seq, rev| account.sync(seq, rev));
+    }
+    let count = frames.0.len();
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(20).await;
+    stage.all_checked().await;
+    stage.send(count - 20).await;
+    stage.all_checked().await;
+    assert_eq!(stage.texts().await.len(), 20 * 9);
+    assert_eq!(stage.repairs().await, BTreeMap::new());
+    assert_eq!(stage.verified("valid").await, 200.0);
+    assert_eq!((stage.verified("unchecked").await, stage.verified("proved_later").await), (20.0, 20.0));
+    // Each account was looked up once.
+    assert_eq!(stage.plc.requests(), 20);
+}
+
+/// What is done to a commit.
+type Tamper = fn(&Signed, i64, &str) -> Vec<u8>;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_a_tampered_commit_reaches_the_tables() {
+    let plc = Plc::start().await;
+    let tamperings: &[(&str, Tamper)] = &[
+        ("archive", |account, seq, rev| {
+            let frame = account.clone().commit(seq, rev, &[write("evil")]);
+            replaced(frame, b"dtextdevil", b"dtextdEVIL")
+        }),
+        ("operations", |account, seq, rev| {
+            let frame = account.clone().commit(seq, rev, &[write("evil"), write("evi2")]);
+            replaced(frame, b"dpathwapp.bsky.feed.post/evi2", b"dpathwapp.bsky.feed.post/EVI2")
+        }),
+        ("commit", |account, seq, rev| {
+            let other = Signed::new(900);
+            let frame = account.clone().commit(seq, rev, &[write("evil")]);
+            let (from, to) = (format!("drepox {}", account.did), format!("drepox {}", other.did));
+            replaced(frame, from.as_bytes(), to.as_bytes())
+        }),
+        ("signature", |account, seq, rev| {
+            let mut foreign = account.clone();
+            foreign.rotate(901);
+            foreign.commit(seq, rev, &[write("evil")])
+        }),
+        ("revision", |account, seq, _| account.clone().commit(seq, "bzzzzzzzzzzzz", &[write("evil")])),
+        ("size", |account, seq, rev| {
+            let ops: Vec<Op> = (0..201).map(|n| write(&format!("evil{n}"))).collect();
+            account.clone().commit(seq, rev, &ops)
+        }),
+    ];
+    let mut frames = Frames::default();
+    let mut accounts: Vec<Signed> = (0..).map(Signed::new).take(tamperings.len()).collect();
+    for account in &mut accounts {
+        plc.publish(account);
+        frames.commit(account, &[write("before")]);
+    }
+    for (account, (_, tamper)) in accounts.iter().zip(tamperings) {
+        frames.push(|seq, rev| tamper(account, seq, rev));
+    }
+    // The accounts go on as if nothing had happened.
+    for account in &mut accounts {
+        frames.commit(account, &[write("after")]);
+    }
+    let count = tamperings.len();
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(count).await;
+    stage.all_checked().await;
+    stage.send(2 * count).await;
+    let mut expected = vec!["after"; count];
+    expected.extend(vec!["before"; count]);
+    assert_eq!(stage.texts().await, expected);
+    let repairs = stage.repairs().await;
+    for (account, (fault, _)) in accounts.iter().zip(tamperings) {
+        // A commit in another account's name is that account's fault.
+        let did = if *fault == "commit" { Signed::new(900).did } else { account.did.clone() };
+        assert_eq!(repairs.get(&did).map(String::as_str), Some(*fault), "{repairs:?}");
+        assert_eq!(stage.verified(fault).await, 1.0, "{fault}");
+    }
+    // Each of them is told about, without its records.
+    let letters: Vec<(String, Vec<(String, String)>)> =
+        redis_command(&stage.chain.redis, &["XRANGE", DEAD, "-", "+"]).await;
+    assert_eq!(letters.len(), count, "{letters:#?}");
+    for (_, fields) in letters {
+        let fields: BTreeMap<String, String> = fields.into_iter().collect();
+        assert_eq!(fields["reason"], "unproven");
+        assert!(fields["op"].contains("evi"), "{fields:?}");
+    }
+    assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "withheld").await, count as f64);
+    // The commits that were withheld are no part of the chain: nothing is missing.
+    assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "broken_chain").await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_log_tampering_is_counted_and_nothing_withheld() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(1);
+    plc.publish(&account);
+    let first = account.commit(1, &rev(1), &[write("before")]);
+    let mut foreign = account.clone();
+    foreign.rotate(7);
+    let second = foreign.commit(2, &rev(2), &[write("evil")]);
+    let mut stage = Stage::start(plc, vec![(1, first), (2, second)], &[("VERIFY", "log")]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    stage.send(1).await;
+    assert_eq!(stage.texts().await, ["before", "evil"]);
+    assert_eq!(stage.verified("signature").await, 1.0);
+    assert_eq!(stage.repairs().await, BTreeMap::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_lost_upstream_is_noticed_at_its_accounts_next() {
+    let plc = Plc::start().await;
+    let (mut lost, mut whole, mut told) = (Signed::new(1), Signed::new(2), Signed::new(3));
+    let mut frames = Frames::default();
+    for account in [&mut lost, &mut whole, &mut told] {
+        plc.publish(account);
+        frames.commit(account, &[write("one")]);
+    }
+    // These two never arrive.
+    lost.commit(0, &rev(10), &[write("lost")]);
+    told.commit(0, &rev(10), &[write("lost")]);
+    frames.push(|seq, _| lost.commit(seq, &rev(20), &[write("two")]));
+    frames.push(|seq, _| whole.commit(seq, &rev(20), &[write("two")]));
+    frames.push(|seq, _| told.sync(seq, &rev(20)));
+    // A sync that changes nothing moves the revision only: the next commit follows it.
+    frames.push(|seq, _| whole.sync(seq, &rev(30)));
+    frames.push(|seq, _| whole.commit(seq, &rev(40), &[write("three")]));
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(8).await;
+    stage.all_checked().await;
+    // What does follow is applied all the same: it is proven by itself.
+    assert_eq!(stage.texts().await, ["one", "one", "one", "three", "two", "two"]);
+    let expected = [(lost.did.clone(), "chain".to_owned()), (told.did.clone(), "sync".to_owned())];
+    assert_eq!(stage.repairs().await, BTreeMap::from(expected));
+    assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "broken_chain").await, 1.0);
+    assert_eq!(stage.program.metric_with("standpipe_repairs_requested_total", "sync").await, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_is_down_withholds_nothing_and_everything_is_checked_when_it_is_back() {
+    let plc = Plc::start().await;
+    plc.set_away(true);
+    let mut frames = Frames::default();
+    let mut accounts: Vec<Signed> = (0..50).map(Signed::new).collect();
+    for round in 0..4 {
+        for account in &mut accounts {
+            frames.commit(account, &[write(&format!("{round}"))]);
+        }
+    }
+    // One account's document names another key than it signs with.
+    let mut forged = accounts[7].clone();
+    forged.rotate(999);
+    for account in &accounts {
+        plc.publish(account);
+    }
+    plc.publish(&forged);
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(200).await;
+    assert_eq!(stage.texts().await.len(), 200);
+    assert_eq!(stage.unchecked().await, 50);
+    wait_until("the directory to be asked in vain", RUN, async || {
+        stage.program.metric_with("standpipe_identity_lookups_total", "away").await > 0.0
+    })
+    .await;
+    assert_eq!(stage.unchecked().await, 50);
+    assert_eq!(stage.program.metric("standpipe_unchecked_accounts").await, 50.0);
+    stage.plc.set_away(false);
+    stage.all_checked().await;
+    assert_eq!(stage.verified("proved_later").await, 49.0);
+    assert_eq!(stage.verified("disproved").await, 1.0);
+    assert_eq!(stage.repairs().await, BTreeMap::from([(forged.did, "signature".to_owned())]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_key_is_believed_after_the_account_says_so() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(1);
+    plc.publish(&account);
+    let first = account.commit(1, &rev(1), &[write("one")]);
+    account.rotate(2);
+    let told = identity(2, &account.did, None);
+    let second = account.commit(3, &rev(3), &[write("two")]);
+    let did = account.did.clone();
+    let mut stage = Stage::start(plc, vec![(1, first), (2, told), (3, second)], &[]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    stage.plc.publish(&account);
+    stage.send(2).await;
+    stage.all_checked().await;
+    assert_eq!(stage.texts().await, ["one", "two"]);
+    assert_eq!(stage.repairs().await, BTreeMap::new(), "{did}");
+    assert_eq!(stage.verified("proved_later").await, 2.0);
+}
+
+/// What is known survives a restart, and Redis answers for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn heads_and_keys_survive_a_restart() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(1);
+    plc.publish(&account);
+    let mut frames = vec![(1, account.commit(1, &rev(1), &[write("one")]))];
+    account.commit(0, &rev(2), &[write("lost")]);
+    frames.push((2, account.commit(2, &rev(3), &[write("two")])));
+    let mut stage = Stage::start(plc, frames, &[]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    let asked = stage.plc.requests();
+    stage.program.signal(Signal::Term);
+    assert_eq!(stage.program.wait_exit(SOON).await, 0);
+    stage.program = Program::start("run", &stage.variables).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    assert_eq!(stage.repairs().await, BTreeMap::from([(account.did, "chain".to_owned())]));
+    assert_eq!(stage.plc.requests(), asked, "the key was looked up again");
+    assert_eq!(stage.verified("valid").await, 1.0);
+}
