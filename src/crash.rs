@@ -28,12 +28,20 @@ pub enum Point {
     AfterDeadLetter,
     /// Entries of another consumer are now ours and untouched. Recovery is as after a read.
     WhileClaiming,
+    /// A repository has been fetched to be repaired, and nothing is done yet. It is fetched again.
+    AfterFetch,
+    /// Operations older than a fetched repository are dead; what it has and the tables lack is not in the stream yet. It is
+    /// fetched and compared again.
+    AfterComplete,
+    /// The difference is in the stream, and the queue does not know it yet. It is compared again, and what was applied by
+    /// then is not appended again.
+    AfterRepair,
     /// A migration is open. It is rolled back, and run again from its beginning.
     InMigration,
 }
 
 /// Every point.
-pub const ALL: [Point; 9] = [
+pub const ALL: [Point; 12] = [
     Point::AfterAppend,
     Point::AfterRead,
     Point::AfterCommit,
@@ -42,6 +50,9 @@ pub const ALL: [Point; 9] = [
     Point::BeforeDeadLetter,
     Point::AfterDeadLetter,
     Point::WhileClaiming,
+    Point::AfterFetch,
+    Point::AfterComplete,
+    Point::AfterRepair,
     Point::InMigration,
 ];
 
@@ -58,6 +69,9 @@ impl Point {
             Point::BeforeDeadLetter => "before-dead-letter",
             Point::AfterDeadLetter => "after-dead-letter",
             Point::WhileClaiming => "while-claiming",
+            Point::AfterFetch => "after-fetch",
+            Point::AfterComplete => "after-complete",
+            Point::AfterRepair => "after-repair",
             Point::InMigration => "in-migration",
         }
     }

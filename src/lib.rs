@@ -23,6 +23,7 @@
 //! - [`pipeline`]: the loop: take, apply, settle
 //! - [`report`]: the state of stream and process, for people and programs
 //! - [`dead_letters`]: inspecting, retrying and purging dead letters
+//! - [`repair`]: repairing repositories that differ from what arrived
 //! - [`tasks`]: background tasks
 //! - [`doctor`]: `standpipe check`
 //! - [`health`]: the health of this process, judged in one place
@@ -48,6 +49,7 @@ pub mod mutex;
 pub mod origin;
 pub mod out;
 pub mod pipeline;
+pub mod repair;
 pub mod report;
 pub mod run;
 pub mod status;

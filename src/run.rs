@@ -28,6 +28,7 @@ use crate::tasks::legacy::LegacyKeys;
 use crate::tasks::prepare::Prepare;
 use crate::tasks::progress::Progress;
 use crate::tasks::purge::Purge;
+use crate::tasks::repairs::{Repairs, Requests};
 use crate::tasks::tombstones::Tombstones;
 use crate::tasks::{self, Task};
 
@@ -223,6 +224,12 @@ impl Running {
             retention: self.config.tombstone_retention,
             control: Arc::clone(&control),
         });
+        self.help(Requests::new(redis.clone(), store.clone()));
+        let repairer = Arc::default();
+        for _ in 0..self.config.repairers() {
+            let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));
+            self.help(Repairs::new(config, redis.clone(), store.clone(), control, Arc::clone(&repairer)));
+        }
         self.help(Purge { store: store.clone(), control });
         self.help(Acknowledged::new(redis.clone(), store.clone(), Arc::clone(&self.status)));
     }

@@ -191,6 +191,35 @@ BEGIN
     RETURN ARRAY(SELECT s.user_did FROM user_settings s WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden);
 END $$;
 
+-- A whole repository has been compared with the account's rows: from now on, every older operation is dead. Called before
+-- the rows are read, under the account's lock, so that none of them appears afterwards. The fast paths are closed to the
+-- account (by a tombstone of its DID) for as long as something older can be on its way.
+CREATE OR REPLACE FUNCTION standpipe.complete(account text, revision text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM standpipe.share_partitions(ARRAY[account]);
+    PERFORM pg_advisory_xact_lock(hashtextextended(account, 0));
+    INSERT INTO standpipe.accounts AS a (did, complete_rev) VALUES (account, revision)
+    ON CONFLICT (did) DO UPDATE SET complete_rev = greatest(a.complete_rev, excluded.complete_rev);
+    INSERT INTO standpipe.tombstones AS t (uri, commit_rev, stream_ms, stream_seq)
+    VALUES (account, revision, (extract(epoch FROM clock_timestamp()) * 1000)::bigint, 0)
+    ON CONFLICT (uri) DO UPDATE SET stream_ms = greatest(t.stream_ms, excluded.stream_ms);
+END $$;
+
+-- The revisions of these accounts' whole repositories, by account; NULL if none was compared.
+CREATE OR REPLACE FUNCTION standpipe.completed(repos text[]) RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (SELECT jsonb_object_agg(a.did, a.complete_rev) FROM standpipe.accounts a
+            WHERE a.did = ANY (repos) AND a.complete_rev IS NOT NULL);
+END $$;
+
+-- Whether an operation on a record is older than its account's whole repository.
+CREATE OR REPLACE FUNCTION standpipe.is_before(o standpipe.op, kind text, completed jsonb) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    RETURN kind NOT IN ('identity', 'account')
+        AND coalesce(coalesce(o.rev, '') COLLATE "C" < (completed ->> o.repo) COLLATE "C", false);
+END $$;
+
 -- The operations of standpipe.apply, but for the counters: applies them one by one, and returns what they change there.
 CREATE OR REPLACE FUNCTION standpipe.change(repos text[], handles text[], ops standpipe.op[], kinds text[])
 RETURNS standpipe.effects LANGUAGE plpgsql AS $$
@@ -199,8 +228,13 @@ DECLARE
     e standpipe.effect;
     all_of standpipe.effects;
     forbidden text[];
+    completed jsonb;
     i integer := 0;
 BEGIN
+    PERFORM FROM standpipe.accounts a WHERE a.did = ANY (repos) AND a.complete_rev IS NOT NULL;
+    IF FOUND THEN
+        completed := standpipe.completed(repos);
+    END IF;
     PERFORM FROM user_settings s WHERE s.user_did = ANY (repos) AND s.data_collection_forbidden;
     IF FOUND THEN
         forbidden := standpipe.forbidden(repos);
@@ -212,6 +246,10 @@ BEGIN
         e.deltas := '{}';
         IF forbidden IS NOT NULL AND o.repo = ANY (forbidden) AND kinds[i] NOT LIKE 'delete %' AND kinds[i] NOT IN ('identity', 'account')
                 AND NOT (kinds[i] = 'profile' AND o.body IS NULL) THEN
+            all_of.applied := all_of.applied || false;
+            CONTINUE;
+        END IF;
+        IF completed IS NOT NULL AND standpipe.is_before(o, kinds[i], completed) THEN
             all_of.applied := all_of.applied || false;
             CONTINUE;
         END IF;
@@ -262,9 +300,11 @@ CREATE OR REPLACE FUNCTION standpipe.change_late(
 DECLARE
     o standpipe.op;
     forbidden text[] := standpipe.forbidden(repos);
+    completed jsonb := standpipe.completed(repos);
 BEGIN
     FOR i IN 1 .. cardinality(ops) LOOP
         o := ops[i];
+        CONTINUE WHEN completed IS NOT NULL AND standpipe.is_before(o, kinds[i], completed);
         IF kinds[i] LIKE 'delete %' OR o.repo <> ALL (forbidden) THEN
             CASE kinds[i]
                 WHEN 'feed_generator' THEN outcomes[i] := standpipe.put_feed_generator(o);

@@ -1,6 +1,6 @@
 -- What is there already. Each is looked up by its key, whatever the planner believes of a young table (OFFSET 0).
 --
---   $1       accounts: those that opted out or were deleted
+--   $1       accounts: those that opted out, were deleted, or had their whole repository compared
 --   $2       URIs of records to be written: those with a tombstone
 --   $3, $4   of follows and posts: those with a row (of likes and reposts: others.sql)
 --   $5       URIs of posts: those with a gate
@@ -10,7 +10,8 @@ SELECT
     ARRAY(SELECT s.user_did::text FROM user_settings s WHERE s.user_did = ANY ($1) AND s.data_collection_forbidden
           UNION ALL
           SELECT x.did FROM unnest($1::text[]) k (did), LATERAL (
-              SELECT a.did FROM standpipe.accounts a WHERE a.did = k.did AND a.deleted_time IS NOT NULL OFFSET 0) x),
+              SELECT a.did FROM standpipe.accounts a WHERE a.did = k.did
+                AND (a.deleted_time IS NOT NULL OR a.complete_rev IS NOT NULL) OFFSET 0) x),
     ARRAY(SELECT x.uri FROM unnest($2::text[]) k (uri), LATERAL (
               SELECT t.uri FROM standpipe.tombstones t WHERE t.uri = k.uri OFFSET 0) x
           UNION ALL

@@ -6,6 +6,7 @@ mod control;
 mod dead_letters;
 mod generate;
 mod migrate;
+mod repos;
 mod status;
 
 use std::path::PathBuf;
@@ -58,6 +59,11 @@ pub enum Command {
         #[command(subcommand)]
         action: dead_letters::Action,
     },
+    /// List, queue or retry repositories that are compared with their accounts' servers and repaired
+    Repos {
+        #[command(subcommand)]
+        action: repos::Action,
+    },
     /// Recount every counter and feed item from the rows; exit 0 when all agree
     Audit {
         /// Repair the differences, then check again
@@ -106,6 +112,9 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         Command::DeadLetters { action } => {
             with_config(Role::Tool, async move |config| dead_letters::dead_letters(config, action).await)
                 .await
+        }
+        Command::Repos { action } => {
+            with_config(Role::Worker, async move |config| repos::run(&config, action).await).await
         }
         Command::Audit { repair } => {
             with_config(Role::Worker, async move |config| audit::audit(config, repair).await).await

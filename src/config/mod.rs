@@ -78,6 +78,13 @@ impl Config {
         format!("{}:dead", self.stream_key)
     }
 
+    /// How many repositories are repaired at a time: each takes a connection to PostgreSQL for as long as that lasts, and
+    /// those that the pipelines and the tasks need come first.
+    #[must_use]
+    pub fn repairers(&self) -> usize {
+        self.repair_concurrency.min(self.db_pool_size.saturating_sub(self.parallel_consumers + 2))
+    }
+
     /// The key with the name of the relay that the cursor belongs to.
     #[must_use]
     pub fn cursor_relay_key(&self) -> String {

@@ -66,6 +66,12 @@ pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
             "PARALLEL_CONSUMERS is {parallel_consumers} and DB_POOL_SIZE only {db_pool_size}: \
              pipelines will wait for connections"
         ));
+    } else if config.repair_concurrency > 0 && config.repairers() == 0 {
+        warnings.push(format!(
+            "DB_POOL_SIZE is {db_pool_size}, which leaves no connection for repairs: repositories to repair stay queued; \
+             write {} or more, or REPAIR_CONCURRENCY=0",
+            parallel_consumers + 3
+        ));
     }
     let in_hand = (*parallel_consumers as u64).saturating_mul(*batch_size as u64);
     if in_hand > *max_stream_len {

@@ -171,6 +171,10 @@ settings! {
     /// `VERIFY`.
     verify: VerifyMode = verify "VERIFY" variable "off", VerifyMode::from_word, ToString::to_string,
         "check what the relay sends against the accounts' signatures: off, log (count), or on (withhold what is invalid)";
+    /// `REPAIR_CONCURRENCY`.
+    repair_concurrency: usize = repair_concurrency "REPAIR_CONCURRENCY" variable "4", whole(0..=64),
+        ToString::to_string,
+        "how many repositories the worker repairs at a time; 0 repairs none, and they stay queued";
     /// `PLC_URL`.
     plc_url: PlcUrl = plc_url "PLC_URL" secret "https://plc.directory", PlcUrl::parse, ToString::to_string,
         "where accounts with a did:plc are looked up";

@@ -53,6 +53,9 @@ fn every_variable_changes_the_configuration() {
         "TRANSACTION" => "batch",
         "COLLECTIONS" => "*",
         "ON_FUTURE_CURSOR" => "live",
+        "VERIFY" => "on",
+        "PLC_URL" => "http://localhost",
+        "ALLOW_PRIVATE_ADDRESSES" => "yes",
         "AUTO_MIGRATE" | "NOTIFICATIONS" | "LEGACY_STATUS" => "no",
         "DEAD_LETTER_MAX_BYTES" => "1GB",
         "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
@@ -63,6 +66,7 @@ fn every_variable_changes_the_configuration() {
         "LOG_LEVEL" => "warn",
         "LOG_FORMAT" => "JSON",
         "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => "77m",
+        "REPAIR_CONCURRENCY" => "7",
         "MAX_ATTEMPTS" | "REDIS_MAX_STREAM_LEN" | "PARALLEL_CONSUMERS" | "BATCH_SIZE" | "DB_POOL_SIZE" => {
             "777"
         }

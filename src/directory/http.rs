@@ -2,16 +2,21 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::body::Incoming;
 use hyper::header::{HeaderMap, RETRY_AFTER, USER_AGENT};
-use hyper::{Request, Uri};
+use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
 use super::guard::Guard;
+use super::repository::{LARGE, SLOWEST, SPEED};
 use super::tls;
 use crate::config::Config;
 
@@ -79,6 +84,67 @@ impl Http {
     ///
     /// [`HttpError`].
     pub async fn get(&self, url: &str, max_bytes: usize) -> Result<Answer, HttpError> {
+        let answer = self.ask(url).await?;
+        let status = answer.status().as_u16();
+        let retry_after = retry_after(answer.headers());
+        let body = Limited::new(answer.into_body(), max_bytes).collect().await.map_err(|error| {
+            if error.is::<http_body_util::LengthLimitError>() {
+                return too_large(max_bytes);
+            }
+            HttpError::Failed(error.to_string())
+        })?;
+        Ok(Answer { status, body: body.to_bytes(), retry_after })
+    }
+
+    /// Downloads `url`, however long that takes, unless it is too slow. What is large waits for `large`.
+    ///
+    /// # Errors
+    ///
+    /// [`HttpError`].
+    pub(super) async fn download(
+        &self,
+        url: &str,
+        max_bytes: usize,
+        large: &Semaphore,
+    ) -> Result<Answer, HttpError> {
+        let slow = |_| HttpError::Failed(format!("no answer within {SPEED:?}"));
+        let answer = tokio::time::timeout(SPEED, self.ask(url)).await.map_err(slow)??;
+        let status = answer.status().as_u16();
+        let retry_after = retry_after(answer.headers());
+        let mut body = answer.into_body();
+        let mut bytes = BytesMut::new();
+        let mut turn = None;
+        let mut since = (Instant::now(), 0);
+        loop {
+            let frame = tokio::time::timeout(SPEED, body.frame());
+            let Some(frame) =
+                frame.await.map_err(|_| HttpError::Failed(format!("nothing within {SPEED:?}")))?
+            else {
+                break;
+            };
+            let frame = frame.map_err(|error| HttpError::Failed(error.to_string()))?;
+            let Some(data) = frame.data_ref() else { continue };
+            if bytes.len() + data.len() > max_bytes {
+                return Err(too_large(max_bytes));
+            }
+            bytes.extend_from_slice(data);
+            if bytes.len() > LARGE && turn.is_none() {
+                turn = large.acquire().await.ok();
+                since = (Instant::now(), bytes.len());
+            }
+            let elapsed = since.0.elapsed();
+            if elapsed >= SPEED {
+                let speed = (bytes.len() - since.1) as u64 / elapsed.as_secs().max(1);
+                if speed < SLOWEST {
+                    return Err(HttpError::Failed(format!("{speed} bytes per second are too slow")));
+                }
+                since = (Instant::now(), bytes.len());
+            }
+        }
+        Ok(Answer { status, body: bytes.freeze(), retry_after })
+    }
+
+    async fn ask(&self, url: &str) -> Result<Response<Incoming>, HttpError> {
         let uri: Uri = url.parse().map_err(|_| HttpError::Refused("not a URL".to_owned()))?;
         if !uri.host().is_some_and(|host| self.guard.allows_host(host)) {
             return Err(HttpError::Refused("not a public address".to_owned()));
@@ -87,17 +153,12 @@ impl Http {
             .header(USER_AGENT, concat!("standpipe/", env!("CARGO_PKG_VERSION")))
             .body(Empty::new())
             .map_err(|error| HttpError::Refused(error.to_string()))?;
-        let answer = self.client.request(request).await.map_err(|error| failure(&error))?;
-        let status = answer.status().as_u16();
-        let retry_after = retry_after(answer.headers());
-        let body = Limited::new(answer.into_body(), max_bytes).collect().await.map_err(|error| {
-            if error.is::<http_body_util::LengthLimitError>() {
-                return HttpError::Refused(format!("the answer is larger than {max_bytes} bytes"));
-            }
-            HttpError::Failed(error.to_string())
-        })?;
-        Ok(Answer { status, body: body.to_bytes(), retry_after })
+        self.client.request(request).await.map_err(|error| failure(&error))
     }
+}
+
+fn too_large(max_bytes: usize) -> HttpError {
+    HttpError::Refused(format!("the answer is larger than {max_bytes} bytes"))
 }
 
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {

@@ -1,10 +1,12 @@
-//! DID documents: did:plc at `PLC_URL`, did:web at the host that it names (<https://atproto.com/specs/did>).
+//! DID documents: did:plc at `PLC_URL`, did:web at the host that it names (<https://atproto.com/specs/did>); and whole
+//! repositories, at the account's server.
 //!
 //! Whoever creates an account decides which host we ask, so requests are small, bounded in time and number, follow no
 //! redirects, and never go to internal addresses: [`guard`].
 
 mod guard;
 pub mod http;
+pub mod repository;
 pub mod tls;
 
 use std::collections::HashMap;
@@ -53,6 +55,9 @@ pub struct Directory {
     slots: Semaphore,
     /// When a host may be asked again.
     closed: Mutex<HashMap<String, Instant>>,
+    hosts: repository::Hosts,
+    /// Held while a large repository is read.
+    large: Semaphore,
 }
 
 impl Directory {
@@ -70,6 +75,8 @@ impl Directory {
             private: config.allow_private_addresses,
             slots: Semaphore::new(SLOTS),
             closed: Mutex::default(),
+            hosts: repository::Hosts::default(),
+            large: Semaphore::new(1),
         })
     }
 
@@ -145,13 +152,18 @@ impl Directory {
 
     /// Whether the host has asked us to stay away until later.
     fn wait_is_over(&self, host: &str) -> Result<(), LookupError> {
-        let left = lock(&self.closed).get(host).map(|until| until.saturating_duration_since(Instant::now()));
-        match left {
-            Some(left) if !left.is_zero() => {
+        match self.wait(host) {
+            Some(left) => {
                 Err(LookupError::Away(format!("{host} asks us to wait {} s more", left.as_secs() + 1)))
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
+    }
+
+    /// How long the host still has to be left alone.
+    fn wait(&self, host: &str) -> Option<Duration> {
+        let left = lock(&self.closed).get(host)?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
     }
 
     fn close(&self, host: &str, answer: &Answer) {

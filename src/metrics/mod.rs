@@ -99,6 +99,8 @@ pub const UNCHECKED: &str = "standpipe_unchecked_accounts";
 pub const ACCOUNTS: &str = "standpipe_verified_accounts";
 /// Repositories that have to be repaired.
 pub const REPAIRS: &str = "standpipe_repairs_waiting";
+/// Repairs that ended, by result.
+pub const REPAIRED: &str = "standpipe_repairs_total";
 /// Lookups of DID documents, by result.
 pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
 /// Build.
@@ -135,6 +137,14 @@ pub fn verified(result: &'static str) {
 /// Counts a repository that has to be repaired.
 pub fn repair_requested(reason: &'static str) {
     metrics::counter!(REPAIRS_REQUESTED, "reason" => reason).increment(1);
+}
+
+/// The results that [`REPAIRED`] is counted by.
+pub const REPAIR_RESULTS: [&str; 4] = ["synced", "gone", "error", "postponed"];
+
+/// Counts a repair.
+pub fn repaired(result: &'static str) {
+    metrics::counter!(REPAIRED, "result" => result).increment(1);
 }
 
 /// Counts a lookup.
@@ -236,6 +246,9 @@ fn zero() {
     }
     for reason in REPAIR_REASONS.into_iter().chain(Fault::ALL.map(Fault::name)) {
         metrics::counter!(REPAIRS_REQUESTED, "reason" => reason).absolute(0);
+    }
+    for result in REPAIR_RESULTS {
+        metrics::counter!(REPAIRED, "result" => result).absolute(0);
     }
     for result in LOOKUP_RESULTS {
         metrics::counter!(LOOKUPS, "result" => result).absolute(0);

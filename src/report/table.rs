@@ -208,7 +208,9 @@ fn state(part: &Value) -> String {
 }
 
 /// A table with a heading: first and last column left-aligned, those between right-aligned.
-fn columns<const N: usize>(heading: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+/// Lines up columns under their headings.
+#[must_use]
+pub fn columns<const N: usize>(heading: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = std::iter::once(heading.map(str::to_owned)).chain(rows).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
@@ -263,7 +265,9 @@ fn since(ms: &Value, now_ms: u64) -> String {
 }
 
 /// `0.3 s`, `12 s`, `3 min`, `5 h`, `2 d`.
-fn age(seconds: f64) -> String {
+/// A duration in seconds, for people.
+#[must_use]
+pub fn age(seconds: f64) -> String {
     match seconds {
         s if s < 10.0 => format!("{s:.1} s"),
         s if s < 120.0 => format!("{s:.0} s"),
@@ -274,7 +278,9 @@ fn age(seconds: f64) -> String {
 }
 
 /// `1,234,567`.
-fn grouped(number: u64) -> String {
+/// A number with its digits in groups of three.
+#[must_use]
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::with_capacity(digits.len() * 4 / 3);
     for (index, digit) in digits.chars().enumerate() {

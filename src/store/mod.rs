@@ -11,6 +11,7 @@ pub mod migrate;
 pub mod partition;
 mod plan;
 pub mod purge;
+pub mod repos;
 mod session;
 pub mod settings;
 pub mod statements;

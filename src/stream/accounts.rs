@@ -185,6 +185,63 @@ impl Stream {
             .await
     }
 
+    /// Some of the repositories to repair, with the reason as it is kept.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn repairs(&mut self) -> RedisResult<Vec<(String, Repair, String)>> {
+        let Self { connection, keys } = self;
+        let (_, found): (u64, Vec<(String, String)>) = redis::cmd("HSCAN")
+            .arg(&keys.repairs)
+            .arg(0)
+            .arg("COUNT")
+            .arg(256)
+            .query_async(connection)
+            .await?;
+        let read = |(did, text): (String, String)| {
+            // Whatever else may be there: a repair costs nothing but the look.
+            let repair = serde_json::from_str(&text).unwrap_or(Repair {
+                reason: "unknown".to_owned(),
+                rev: String::new(),
+                at: 0,
+            });
+            (did, repair, text)
+        };
+        Ok(found.into_iter().map(read).collect())
+    }
+
+    /// A repository to repair has been noted in the database.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn take_repair(&mut self, did: &str, text: &str) -> RedisResult<()> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("take_repair.lua")));
+        let Self { connection, keys } = self;
+        SCRIPT.key(&keys.repairs).arg(did).arg(text).invoke_async(connection).await
+    }
+
+    /// Appends the entries of a repair, all or none; `false` if the stream has no room for them, or is not there.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or refuses.
+    pub async fn append_repair(&mut self, entries: &[String], max_length: u64) -> RedisResult<bool> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append_repair.lua")));
+        let Self { connection, keys } = self;
+        let appended: usize = SCRIPT
+            .key(&keys.stream)
+            .key(&keys.cursor)
+            .key(&keys.watch)
+            .key(&keys.epoch)
+            .arg(max_length)
+            .arg(entries)
+            .invoke_async(connection)
+            .await?;
+        Ok(appended > 0)
+    }
+
     /// How much there is to do.
     ///
     /// # Errors

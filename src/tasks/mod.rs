@@ -5,6 +5,7 @@
 //! - `janitor`: trims the stream, and records its state for all parts
 //! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when PostgreSQL has gone back in time
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
+//! - `repairs`: repositories that differ from what arrived
 //! - `legacy`: the keys of the old application's pages
 //! - `progress`: the progress line in the log
 
@@ -14,6 +15,7 @@ pub mod legacy;
 pub mod prepare;
 pub mod progress;
 pub mod purge;
+pub mod repairs;
 mod schema;
 mod takeover;
 pub mod tombstones;

@@ -45,6 +45,12 @@ impl<'a> Archive<'a> {
         self.root
     }
 
+    /// All blocks.
+    #[must_use]
+    pub(crate) fn blocks(&self) -> &HashMap<Cid, &'a [u8]> {
+        &self.blocks
+    }
+
     /// A block.
     #[must_use]
     pub fn get(&self, cid: &Cid) -> Option<&'a [u8]> {

@@ -8,6 +8,7 @@
 //! - `commit`: the signed object
 //! - `operations`: undoing the operations must give the previous tree
 //! - `key`: an account's public key
+//! - `repository`: a whole repository
 //! - `document`: what of a DID document matters here
 //! - `known`: what is remembered about an account
 
@@ -18,6 +19,7 @@ pub mod document;
 mod key;
 pub mod known;
 mod operations;
+mod repository;
 
 use shrike::cbor::Cid;
 
@@ -26,8 +28,9 @@ pub use claim::{Claim, ClaimedOp};
 pub use commit::SignedCommit;
 pub use key::{BadKey, Key};
 pub use operations::undo;
+pub use repository::Repository;
 
-use crate::event::check_rev;
+pub use crate::event::check_rev;
 
 /// Maximum size of a commit's blocks (<https://atproto.com/specs/sync>).
 pub const MAX_BLOCKS: usize = 2_000_000;

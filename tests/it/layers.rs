@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it and never one below, so there are no cycles. The command line comes last.
-const ORDER: [&str; 26] = [
+const ORDER: [&str; 27] = [
     "mutex",
     "stop",
     "time",
@@ -25,6 +25,7 @@ const ORDER: [&str; 26] = [
     "pipeline",
     "report",
     "dead_letters",
+    "repair",
     "tasks",
     "doctor",
     "health",
@@ -40,7 +41,7 @@ const CRATES: [(&str, &[&str]); 13] = [
     ("postgres_types", &["store"]),
     ("deadpool_postgres", &["store"]),
     ("tokio_tungstenite", &["origin"]),
-    ("shrike", &["apply", "verify", "origin"]),
+    ("shrike", &["apply", "verify", "origin", "repair"]),
     ("k256", &["verify"]),
     ("p256", &["verify"]),
     ("bs58", &["verify"]),

@@ -33,6 +33,7 @@ mod private_servers;
 mod recorded;
 mod recovery;
 mod removed_by_others;
+mod repairs;
 mod side_by_side;
 mod sql;
 mod status;

@@ -2,122 +2,15 @@
 //! checked later, and what is missing upstream is noticed.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use serde_json::Value as Json;
-use tokio::sync::watch;
-
-use crate::support::chain::{
-    CURSOR, Chain, DEAD, Program, RUN, SOON, STREAM, Variables, network, redis_command,
-};
-use crate::support::scripted::{Op, ScriptedRelay, create, delete, identity, post, rev};
+use crate::support::chain::{DEAD, Program, RUN, SOON, redis_command};
+use crate::support::scripted::{Op, delete, identity, rev};
 use crate::support::signed::{Plc, Signed};
-use crate::support::{Postgres, Signal, query_rows, wait_for, wait_until};
+use crate::support::stage::{Frames, Stage, path, write};
+use crate::support::{Signal, wait_until};
 
-/// Everything that a test needs: a relay that sends a frame when it is told to.
-struct Stage {
-    chain: Chain,
-    plc: Plc,
-    program: Program,
-    variables: Variables,
-    /// The last frame that the relay may send.
-    allowed: watch::Sender<i64>,
-    _relay: ScriptedRelay,
-}
-
-impl Stage {
-    async fn start(plc: Plc, frames: Vec<(i64, Vec<u8>)>, settings: &[(&'static str, &str)]) -> Self {
-        let (allowed, gate) = watch::channel(0);
-        let frames = Arc::new(frames);
-        let relay = ScriptedRelay::start(move |mut connection| {
-            let (frames, mut gate) = (Arc::clone(&frames), gate.clone());
-            async move {
-                for (seq, frame) in frames.iter() {
-                    if connection.cursor.is_some_and(|cursor| *seq <= cursor) {
-                        continue;
-                    }
-                    if gate.wait_for(|allowed| allowed >= seq).await.is_err() || !connection.send(frame).await
-                    {
-                        return;
-                    }
-                }
-                connection.stay().await;
-            }
-        })
-        .await;
-        let database = Postgres::shared().await.fresh_database().await;
-        let chain = Chain::with_database(&network(1), None, database).await;
-        let mut variables: Variables =
-            chain.variables().with("RELAY_URL", relay.url()).with("PLC_URL", plc.url()).with("VERIFY", "on");
-        for (name, value) in settings {
-            variables = variables.with(name, (*value).to_owned());
-        }
-        let program = Program::start("run", &variables).await;
-        Self { chain, plc, program, variables, allowed, _relay: relay }
-    }
-
-    /// Lets the relay send so many more frames, and waits until they are applied.
-    async fn send(&mut self, count: usize) {
-        self.allowed.send_modify(|allowed| *allowed += i64::try_from(count).unwrap());
-        let expected = self.allowed.borrow().to_string();
-        wait_for(&format!("the cursor to be {expected}"), RUN, async || {
-            let cursor: Option<String> = redis_command(&self.chain.redis, &["GET", CURSOR]).await;
-            if cursor.as_deref() == Some(&expected) { Ok(()) } else { Err(format!("{cursor:?}")) }
-        })
-        .await;
-        wait_until("everything to be applied", RUN, async || self.chain.look().await.is_drained()).await;
-    }
-
-    async fn unchecked(&self) -> u64 {
-        redis_command(&self.chain.redis, &["HLEN", &format!("{STREAM}:unchecked")]).await
-    }
-
-    async fn all_checked(&self) {
-        wait_until("every signature to be checked", RUN, async || self.unchecked().await == 0).await;
-    }
-
-    /// The reason for which each account's repository has to be repaired.
-    async fn repairs(&self) -> BTreeMap<String, String> {
-        let repairs: BTreeMap<String, String> =
-            redis_command(&self.chain.redis, &["HGETALL", &format!("{STREAM}:repairs")]).await;
-        let reason =
-            |text: &str| serde_json::from_str::<Json>(text).unwrap()["reason"].as_str().unwrap().to_owned();
-        repairs.into_iter().map(|(did, text)| (did, reason(&text))).collect()
-    }
-
-    async fn texts(&self) -> Vec<String> {
-        let rows = query_rows(&self.chain.database, "SELECT text FROM posts ORDER BY text").await;
-        rows.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
-    }
-
-    async fn verified(&self, result: &str) -> f64 {
-        self.program.metric_with("standpipe_verified_commits_total", result).await
-    }
-}
-
-/// The frames of a relay, numbered from 1; each has the revision of its number.
-#[derive(Default)]
-struct Frames(Vec<(i64, Vec<u8>)>);
-
-impl Frames {
-    fn push(&mut self, frame: impl FnOnce(i64, &str) -> Vec<u8>) {
-        let seq = i64::try_from(self.0.len()).unwrap() + 1;
-        let frame = frame(seq, &rev(u64::try_from(seq).unwrap()));
-        self.0.push((seq, frame));
-    }
-
-    fn commit(&mut self, account: &mut Signed, ops: &[Op]) {
-        self.push(|seq, rev| account.commit(seq, rev, ops));
-    }
-}
-
-fn path(name: &str) -> String {
-    format!("app.bsky.feed.post/{name}")
-}
-
-fn write(name: &str) -> Op {
-    create(&path(name), &post(name))
-}
+/// Repairs would change what is looked at here.
+const NO_REPAIRS: (&str, &str) = ("REPAIR_CONCURRENCY", "0");
 
 /// A frame with some bytes replaced by others of the same length.
 fn replaced(mut frame: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
@@ -147,7 +40,7 @@ async fn signed_commits_of_both_curves_are_applied_and_proven() {
         frames.push(|seq, rev| account.sync(seq, rev));
     }
     let count = frames.0.len();
-    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    let mut stage = Stage::start(plc, frames.0, &[NO_REPAIRS]).await;
     stage.send(20).await;
     stage.all_checked().await;
     stage.send(count - 20).await;
@@ -206,7 +99,7 @@ async fn nothing_of_a_tampered_commit_reaches_the_tables() {
         frames.commit(account, &[write("after")]);
     }
     let count = tamperings.len();
-    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    let mut stage = Stage::start(plc, frames.0, &[NO_REPAIRS]).await;
     stage.send(count).await;
     stage.all_checked().await;
     stage.send(2 * count).await;
@@ -243,7 +136,7 @@ async fn with_log_tampering_is_counted_and_nothing_withheld() {
     let mut foreign = account.clone();
     foreign.rotate(7);
     let second = foreign.commit(2, &rev(2), &[write("evil")]);
-    let mut stage = Stage::start(plc, vec![(1, first), (2, second)], &[("VERIFY", "log")]).await;
+    let mut stage = Stage::start(plc, vec![(1, first), (2, second)], &[NO_REPAIRS, ("VERIFY", "log")]).await;
     stage.send(1).await;
     stage.all_checked().await;
     stage.send(1).await;
@@ -270,7 +163,7 @@ async fn a_commit_lost_upstream_is_noticed_at_its_accounts_next() {
     // A sync that changes nothing moves the revision only: the next commit follows it.
     frames.push(|seq, _| whole.sync(seq, &rev(30)));
     frames.push(|seq, _| whole.commit(seq, &rev(40), &[write("three")]));
-    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    let mut stage = Stage::start(plc, frames.0, &[NO_REPAIRS]).await;
     stage.send(8).await;
     stage.all_checked().await;
     // What does follow is applied all the same: it is proven by itself.
@@ -299,7 +192,7 @@ async fn a_directory_that_is_down_withholds_nothing_and_everything_is_checked_wh
         plc.publish(account);
     }
     plc.publish(&forged);
-    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    let mut stage = Stage::start(plc, frames.0, &[NO_REPAIRS]).await;
     stage.send(200).await;
     assert_eq!(stage.texts().await.len(), 200);
     assert_eq!(stage.unchecked().await, 50);
@@ -326,7 +219,7 @@ async fn a_new_key_is_believed_after_the_account_says_so() {
     let told = identity(2, &account.did, None);
     let second = account.commit(3, &rev(3), &[write("two")]);
     let did = account.did.clone();
-    let mut stage = Stage::start(plc, vec![(1, first), (2, told), (3, second)], &[]).await;
+    let mut stage = Stage::start(plc, vec![(1, first), (2, told), (3, second)], &[NO_REPAIRS]).await;
     stage.send(1).await;
     stage.all_checked().await;
     stage.plc.publish(&account);
@@ -346,7 +239,7 @@ async fn heads_and_keys_survive_a_restart() {
     let mut frames = vec![(1, account.commit(1, &rev(1), &[write("one")]))];
     account.commit(0, &rev(2), &[write("lost")]);
     frames.push((2, account.commit(2, &rev(3), &[write("two")])));
-    let mut stage = Stage::start(plc, frames, &[]).await;
+    let mut stage = Stage::start(plc, frames, &[NO_REPAIRS]).await;
     stage.send(1).await;
     stage.all_checked().await;
     let asked = stage.plc.requests();

@@ -15,6 +15,7 @@ pub mod scripted;
 mod servers;
 pub mod signed;
 mod sql;
+pub mod stage;
 mod standpipe;
 pub mod traffic;
 

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::{Response, StatusCode};
 use axum::routing::get;
 use k256::ecdsa::signature::hazmat::PrehashSigner as _;
 use serde_json::{Value as Json, json};
@@ -65,6 +66,8 @@ pub struct Signed {
     signer: Signer,
     /// Its records, by path.
     records: BTreeMap<String, Cid>,
+    /// Every record that it ever had.
+    blocks: HashMap<Cid, Vec<u8>>,
     rev: Option<String>,
     data: Option<Cid>,
 }
@@ -74,7 +77,14 @@ impl Signed {
     pub fn new(number: u32) -> Self {
         let letter = |place: u32| char::from(b"abcdefghij"[(number / 10_u32.pow(place) % 10) as usize]);
         let did = format!("did:plc:signed{}{}{}aaaaaaaaaaaaaaa", letter(2), letter(1), letter(0));
-        Self { did, signer: Signer::new(number), records: BTreeMap::new(), rev: None, data: None }
+        Self {
+            did,
+            signer: Signer::new(number),
+            records: BTreeMap::new(),
+            blocks: HashMap::new(),
+            rev: None,
+            data: None,
+        }
     }
 
     /// From now on, it signs with another key.
@@ -82,8 +92,8 @@ impl Signed {
         self.signer = Signer::new(number);
     }
 
-    /// Its document, with the key that it signs with.
-    pub fn document(&self) -> Json {
+    /// Its document, with the key that it signs with and the server that it is on.
+    pub fn document(&self, server: &str) -> Json {
         json!({
             "id": self.did,
             "alsoKnownAs": [],
@@ -93,7 +103,11 @@ impl Signed {
                 "controller": self.did,
                 "publicKeyMultibase": self.signer.public().to_multikey(),
             }],
-            "service": [],
+            "service": [{
+                "id": "#atproto_pds",
+                "type": "AtprotoPersonalDataServer",
+                "serviceEndpoint": server,
+            }],
         })
     }
 
@@ -102,22 +116,20 @@ impl Signed {
         let mut prevs = Vec::new();
         for op in ops {
             let prev = match &op.record {
-                Some(record) => self.records.insert(op.path.clone(), cid(record)),
+                Some(record) => {
+                    self.blocks.insert(cid(record), record.to_vec());
+                    self.records.insert(op.path.clone(), cid(record))
+                }
                 None => self.records.remove(&op.path),
             };
             prevs.push(prev);
         }
-        // The trees are small: made anew for every commit.
-        let mut tree = DetachedTree::new();
-        for (path, cid) in &self.records {
-            tree.insert(&shrike::mst::NoBlocks, path.clone(), *cid).unwrap();
-        }
-        let written = tree.flush().unwrap();
-        let nodes: HashMap<Cid, Vec<u8>> = written.new_blocks.into_iter().collect();
+        let (mut tree, data, nodes) = self.tree();
         let mut proof = tree.covering_proof(&nodes, ops.iter().map(|op| op.path.as_str())).unwrap();
-        proof.push(written.root);
+        proof.push(data);
+        proof.sort_unstable();
         proof.dedup();
-        let (root, commit) = self.object(rev, written.root);
+        let (root, commit) = self.object(rev, data);
         let mut blocks = vec![Block { cid: root, data: commit }];
         blocks.extend(proof.into_iter().map(|cid| Block { cid, data: nodes[&cid].clone() }));
         let records = ops.iter().filter_map(|op| op.record.as_ref());
@@ -147,7 +159,7 @@ impl Signed {
         ];
         body.extend(prev_data.map(|data| ("prevData", Value::Cid(data))));
         let frame = frame("#commit", body);
-        (self.rev, self.data) = (Some(rev.to_owned()), Some(written.root));
+        (self.rev, self.data) = (Some(rev.to_owned()), Some(data));
         frame
     }
 
@@ -169,6 +181,27 @@ impl Signed {
         )
     }
 
+    /// The tree of its records. They are few, so it is made anew each time.
+    fn tree(&self) -> (DetachedTree, Cid, HashMap<Cid, Vec<u8>>) {
+        let mut tree = DetachedTree::new();
+        for (path, cid) in &self.records {
+            tree.insert(&shrike::mst::NoBlocks, path.clone(), *cid).unwrap();
+        }
+        let written = tree.flush().unwrap();
+        (tree, written.root, written.new_blocks.into_iter().collect())
+    }
+
+    /// The whole repository, as its server answers.
+    pub fn repository(&self) -> Vec<u8> {
+        let (_, data, nodes) = self.tree();
+        let (root, commit) = self.object(self.rev.as_deref().unwrap(), data);
+        let mut blocks = vec![Block { cid: root, data: commit }];
+        blocks.extend(nodes.into_iter().map(|(cid, data)| Block { cid, data }));
+        let records = self.records.values().map(|cid| Block { cid: *cid, data: self.blocks[cid].clone() });
+        blocks.extend(records);
+        write_all(&[root], &blocks).unwrap()
+    }
+
     fn object(&self, rev: &str, data: Cid) -> (Cid, Vec<u8>) {
         let mut fields = vec![
             ("did", Value::Text(&self.did)),
@@ -185,7 +218,7 @@ impl Signed {
     }
 }
 
-/// A directory of did:plc; it stops on drop.
+/// A directory of did:plc that is the accounts' server as well; it stops on drop.
 pub struct Plc {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -195,8 +228,29 @@ pub struct Plc {
 #[derive(Default)]
 struct Shared {
     documents: Mutex<HashMap<String, Json>>,
+    repositories: Mutex<HashMap<String, Answer>>,
     away: AtomicBool,
     requests: AtomicU64,
+    fetches: AtomicU64,
+}
+
+/// What the server answers to a request for a repository.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub retry_after: Option<u64>,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    pub fn ok(body: Vec<u8>) -> Self {
+        Self { status: 200, retry_after: None, body }
+    }
+
+    pub fn error(status: u16, error: &str) -> Self {
+        let body = json!({ "error": error, "message": "for people" }).to_string().into_bytes();
+        Self { status, retry_after: None, body }
+    }
 }
 
 impl Plc {
@@ -204,7 +258,10 @@ impl Plc {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared::default());
-        let router = Router::new().route("/{did}", get(document)).with_state(Arc::clone(&shared));
+        let router = Router::new()
+            .route("/{did}", get(document))
+            .route("/xrpc/com.atproto.sync.getRepo", get(repository))
+            .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self { address, shared, server }
     }
@@ -215,7 +272,21 @@ impl Plc {
 
     /// Publishes the document that the account has now.
     pub fn publish(&self, account: &Signed) {
-        self.put(&account.did, account.document());
+        self.put(&account.did, account.document(&self.url()));
+    }
+
+    /// Serves the repository that the account has now.
+    pub fn serve(&self, account: &Signed) {
+        self.answer(&account.did, Answer::ok(account.repository()));
+    }
+
+    pub fn answer(&self, did: &str, answer: Answer) {
+        self.shared.repositories.lock().unwrap().insert(did.to_owned(), answer);
+    }
+
+    /// How often it was asked for a repository.
+    pub fn fetches(&self) -> u64 {
+        self.shared.fetches.load(Ordering::SeqCst)
     }
 
     pub fn put(&self, did: &str, document: Json) {
@@ -248,4 +319,18 @@ async fn document(State(shared): State<Arc<Shared>>, Path(did): Path<String>) ->
         Some(document) => (StatusCode::OK, document.to_string()),
         None => (StatusCode::NOT_FOUND, "{}".to_owned()),
     }
+}
+
+async fn repository(
+    State(shared): State<Arc<Shared>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response<Body> {
+    shared.fetches.fetch_add(1, Ordering::SeqCst);
+    let answer = shared.repositories.lock().unwrap().get(&query["did"]).cloned();
+    let answer = answer.unwrap_or_else(|| Answer::error(400, "RepoNotFound"));
+    let mut response = Response::builder().status(answer.status);
+    if let Some(seconds) = answer.retry_after {
+        response = response.header("retry-after", seconds);
+    }
+    response.body(Body::from(answer.body)).unwrap()
 }

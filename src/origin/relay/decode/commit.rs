@@ -12,6 +12,7 @@ use super::json::{Object, quoted};
 use crate::config::Collections;
 use crate::event::{Reason, Reject};
 use crate::stream::append::{NewEntry, NewLetter};
+use crate::verify::Archive;
 
 /// Commit data beyond this size is split over several entries, so that a batch of entries fits into memory.
 const SPLIT: usize = 128 * 1024;
@@ -25,10 +26,32 @@ const MAX_EXPANDED: usize = 16 * 1024 * 1024;
 /// The longest path: an NSID, a slash and a record key.
 const MAX_PATH: usize = 317 + 1 + 512;
 
-struct RepoOp<'a> {
-    action: &'a str,
-    path: &'a str,
-    cid: Option<Cid>,
+/// An operation as it stands in a commit.
+#[derive(Clone, Copy, Debug)]
+pub struct RepoOp<'a> {
+    /// create, update or delete.
+    pub action: &'a str,
+    /// The collection, a slash and the record key.
+    pub path: &'a str,
+    /// The record after it.
+    pub cid: Option<Cid>,
+}
+
+/// The entries for operations that come from no frame: `rev` is the revision that they lead to, and the archive has their
+/// records. Returns the data of the
+/// entries, and how many records cannot be written.
+#[must_use]
+pub fn entries_of(repo: &str, rev: &str, ops: &[RepoOp<'_>], archive: &Archive<'_>) -> (Vec<String>, usize) {
+    let mut tail = Object::new();
+    tail.optional("rev", Some(rev));
+    let commit = Commit { repo, seq: 0, tail: tail.close() };
+    let mut letters = Vec::new();
+    let mut data = Vec::new();
+    // As many as a commit may have.
+    for ops in ops.chunks(MAX_OPS) {
+        data.extend(commit.entries(ops, archive.blocks(), &mut letters).into_iter().map(|entry| entry.data));
+    }
+    (data, letters.len())
 }
 
 /// The parts common to all entries and dead letters of one commit.

@@ -14,6 +14,7 @@ use shrike::cbor::{Decoder, Value};
 
 pub use self::claim::{Claimed, claim};
 use self::commit::commit;
+pub use self::commit::{RepoOp, entries_of};
 use self::field::{MAX_ITEMS, Map, did, get, has_few_items, integer, short, text};
 use self::json::Object;
 use crate::config::Collections;

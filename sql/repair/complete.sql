@@ -1,0 +1,1 @@
+SELECT standpipe.complete($1, $2)

@@ -1,0 +1,121 @@
+//! `standpipe repos`: repositories that are repaired, or were.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Subcommand;
+use clap::builder::PossibleValuesParser;
+use standpipe::config::Config;
+use standpipe::out;
+use standpipe::report::table::{age, columns, grouped};
+use standpipe::store::repos::{self, Repo};
+use standpipe::store::{Session, Store};
+use standpipe::time::now_ms;
+
+use super::{EX_USAGE, unavailable};
+
+/// The states that a repository can be in.
+const STATES: [&str; 4] = ["queued", "synced", "gone", "error"];
+
+/// What to do with them.
+#[derive(Debug, Subcommand)]
+pub enum Action {
+    /// List them, those that changed last first: state, reason, and what was found
+    List {
+        /// Only those in this state
+        #[arg(long, value_parser = PossibleValuesParser::new(STATES))]
+        state: Option<String>,
+        /// Maximum number to list
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+        /// One JSON object per line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Queue repositories: compare each with the tables, and repair what differs
+    Add {
+        /// The accounts
+        #[arg(required = true, value_name = "DID")]
+        dids: Vec<String>,
+    },
+    /// Queue those again that were given up
+    Retry,
+}
+
+/// Runs `standpipe repos`.
+pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
+    let store = Store::new(config)?;
+    let session = match store.session().await {
+        Ok(session) => session,
+        Err(error) => return Ok(unavailable("PostgreSQL", &error)),
+    };
+    act(&session, action).await
+}
+
+async fn act(session: &Session, action: Action) -> Result<ExitCode> {
+    let client = session.client();
+    match action {
+        Action::List { state, limit, json } => {
+            let found = repos::list(client, state.as_deref().unwrap_or_default(), limit.into()).await?;
+            if json {
+                for repo in &found {
+                    let text = serde_json::to_string(repo)?;
+                    out::line(out::safe_json(&text))?;
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
+            let counts = repos::counts(client).await?;
+            out::raw(&page(&found, &counts))?;
+        }
+        Action::Add { dids } => {
+            if let Some(bad) = dids.iter().find(|did| !did.starts_with("did:")) {
+                out::note(format_args!(
+                    "standpipe: {bad} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz"
+                ));
+                return Ok(ExitCode::from(EX_USAGE));
+            }
+            for did in &dids {
+                repos::queue(client, did, 1, "asked for", "").await?;
+            }
+            out::line(format_args!("{} queued; standpipe repos list shows what comes of it", dids.len()))?;
+        }
+        Action::Retry => {
+            let given_up = repos::list(client, "error", i64::MAX).await?;
+            for repo in &given_up {
+                repos::queue(client, &repo.did, 0, &repo.reason, "").await?;
+            }
+            out::line(format_args!("{} queued", given_up.len()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn page(found: &[Repo], counts: &[(String, i64)]) -> String {
+    let now = i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX);
+    let number = |number: Option<i64>| number.map_or_else(|| "-".to_owned(), |n| grouped(n.unsigned_abs()));
+    let seconds = |from: i64, to: i64| age((to - from).max(0) as f64);
+    let rows = found.iter().map(|repo| {
+        let next = match repo.state.as_str() {
+            "queued" if repo.retry_at > now => format!("next try in {}", seconds(now, repo.retry_at)),
+            _ => String::new(),
+        };
+        let message = repo.message.as_deref().map(|text| out::safe(text, out::LINE)).unwrap_or_default();
+        [
+            out::safe(&repo.did, out::LINE),
+            repo.state.clone(),
+            out::safe(&repo.reason, out::LINE),
+            seconds(repo.updated_at, now),
+            number(repo.records),
+            number(repo.healed),
+            number(repo.deleted),
+            [next, message].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; "),
+        ]
+    });
+    let total: Vec<String> =
+        counts.iter().map(|(state, count)| format!("{} {state}", grouped(count.unsigned_abs()))).collect();
+    let total =
+        if total.is_empty() { "no repository was ever to be repaired".to_owned() } else { total.join(", ") };
+    let heads = ["ACCOUNT", "STATE", "REASON", "SINCE", "RECORDS", "HEALED", "DELETED", "NOTE"];
+    let table = if found.is_empty() { String::new() } else { columns(heads, rows) };
+    format!("{total}\n{table}")
+}

@@ -1,0 +1,122 @@
+//! Fetching a whole repository from its account's server (`com.atproto.sync.getRepo`).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+
+use super::http::HttpError;
+use super::{Directory, LookupError, host_of};
+use crate::mutex::lock;
+
+/// The largest repository that is read: it is compared in memory.
+pub const MAX_REPOSITORY: usize = 64 * 1024 * 1024;
+/// Beyond this size, one is read at a time.
+pub(super) const LARGE: usize = 8 * 1024 * 1024;
+/// A transfer that is slower than this, in bytes per second, is given up.
+pub(super) const SLOWEST: u64 = 10 * 1024;
+/// The speed is looked at this often.
+pub(super) const SPEED: Duration = Duration::from_secs(10);
+/// Repositories fetched from one host at a time.
+const PER_HOST: usize = 2;
+/// Hosts whose slots are remembered.
+const MAX_HOSTS: usize = 10_000;
+
+/// Why there is no repository.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// The account has none to give: it was taken down, suspended, deactivated or deleted.
+    #[error("{0}")]
+    Gone(String),
+    /// It cannot be fetched from there, and trying again at once is no use.
+    #[error("{0}")]
+    Refused(String),
+    /// Later is worth a try, after this pause if the host asks for one.
+    #[error("{reason}")]
+    Away {
+        /// In words.
+        reason: String,
+        /// What the host asks for.
+        retry_after: Option<Duration>,
+    },
+}
+
+/// The slots of each host.
+#[derive(Default)]
+pub(super) struct Hosts(Mutex<HashMap<String, Arc<Semaphore>>>);
+
+impl Hosts {
+    fn slots(&self, host: &str) -> Arc<Semaphore> {
+        let mut hosts = lock(&self.0);
+        if hosts.len() >= MAX_HOSTS {
+            // Those that nobody uses now.
+            hosts.retain(|_, slots| Arc::strong_count(slots) > 1);
+        }
+        Arc::clone(hosts.entry(host.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(PER_HOST))))
+    }
+}
+
+/// A server's error.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Answered {
+    error: String,
+    message: String,
+}
+
+impl Directory {
+    /// The repository of `did`, from `server`. Returns the archive as it was sent.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError`].
+    pub async fn repository(&self, did: &str, server: &str) -> Result<Bytes, FetchError> {
+        let server = server.trim_end_matches('/');
+        let may_be_asked = server.starts_with("https://") || (self.private && server.starts_with("http://"));
+        if !may_be_asked {
+            return Err(FetchError::Refused(format!("{server:.100} is not an https:// address")));
+        }
+        let host = host_of(server);
+        self.wait_is_over(&host).map_err(|error| match error {
+            LookupError::None(reason) | LookupError::Away(reason) => {
+                FetchError::Away { reason, retry_after: self.wait(&host) }
+            }
+        })?;
+        let slots = self.hosts.slots(&host);
+        let Ok(_slot) = slots.try_acquire() else {
+            let reason = format!("{host}: other repositories come first");
+            return Err(FetchError::Away { reason, retry_after: Some(Duration::from_secs(1)) });
+        };
+        let url = format!("{server}/xrpc/com.atproto.sync.getRepo?did={did}");
+        let answer =
+            self.http.download(&url, MAX_REPOSITORY, &self.large).await.map_err(|error| match error {
+                HttpError::Refused(reason) => FetchError::Refused(format!("{host}: {reason}")),
+                HttpError::Failed(reason) => {
+                    FetchError::Away { reason: format!("{host}: {reason}"), retry_after: None }
+                }
+            })?;
+        match answer.status {
+            200 => Ok(answer.body),
+            400 | 404 => {
+                let answered: Answered = serde_json::from_slice(&answer.body).unwrap_or_default();
+                let reason = format!("{host}: {:.50} {:.200}", answered.error, answered.message);
+                match answered.error.as_str() {
+                    "RepoNotFound" | "RepoTakendown" | "RepoSuspended" | "RepoDeactivated" => {
+                        Err(FetchError::Gone(reason))
+                    }
+                    _ => Err(FetchError::Refused(format!("{host}: HTTP {}", answer.status))),
+                }
+            }
+            status => {
+                if matches!(status, 429 | 503) {
+                    self.close(&host, &answer);
+                }
+                let reason = format!("{host}: HTTP {status}");
+                Err(FetchError::Away { reason, retry_after: self.wait(&host) })
+            }
+        }
+    }
+}

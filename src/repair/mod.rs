@@ -1,0 +1,249 @@
+//! Repairing a repository: fetches all of it from the account's server, verifies it, compares it with the account's rows,
+//! and appends the difference to the stream as ordinary entries, so that it takes the way of all others.
+//!
+//! The entries carry the repository's revision. Whatever arrives before, during or after the repair is older or newer than
+//! that, and the registers decide: nothing has to be held back.
+//!
+//! - `difference`: the operations that turn the rows into the repository
+
+mod difference;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{debug, info, warn};
+
+use crate::config::Config;
+use crate::crash::{self, Point};
+use crate::directory::repository::FetchError;
+use crate::directory::{Directory, LookupError};
+use crate::metrics;
+use crate::origin::relay::decode::entries_of;
+use crate::store::repos::{Finished, Queued};
+use crate::store::{Session, Store, StoreError};
+use crate::stream::{Redis, StreamError};
+use crate::time::now_ms;
+use crate::verify::document::Document;
+use crate::verify::{Repository, check_rev};
+use difference::Difference;
+
+/// The pause after the first failure; doubled by each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(2);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_hours(1);
+/// After so many failures, a repository is given up until something new is wrong with it.
+const ATTEMPTS: u32 = 20;
+/// Up to so many rows are deleted without a second look.
+const FEW: usize = 20;
+/// Entries, in bytes, that are appended at a time.
+const APPEND_BYTES: usize = 512 * 1024;
+/// How long to wait for room in the stream before looking again.
+const ROOM: Duration = Duration::from_millis(500);
+
+/// Repairs repositories.
+pub struct Repairer {
+    config: Arc<Config>,
+    redis: Redis,
+    store: Store,
+    directory: Directory,
+}
+
+/// Why a repair ended without a result.
+#[derive(Debug, thiserror::Error)]
+pub enum RepairError {
+    /// PostgreSQL cannot be reached, or refuses.
+    #[error("PostgreSQL: {0}")]
+    Store(#[from] StoreError),
+    /// Redis cannot be reached, or refuses.
+    #[error("Redis: {0}")]
+    Redis(#[from] StreamError),
+}
+
+/// What came of a repair.
+enum Outcome {
+    Finished(Finished),
+    Postponed {
+        host: Option<String>,
+        message: String,
+        retry_after: Option<Duration>,
+        doubted: Option<String>,
+    },
+}
+
+impl Outcome {
+    fn postponed(host: Option<String>, message: impl Into<String>) -> Self {
+        Self::Postponed { host, message: message.into(), retry_after: None, doubted: None }
+    }
+}
+
+impl Repairer {
+    /// A repairer.
+    ///
+    /// # Errors
+    ///
+    /// There is no authority for https:// to trust.
+    pub fn new(config: Arc<Config>, redis: Redis, store: Store) -> anyhow::Result<Self> {
+        let directory = Directory::new(&config)?;
+        Ok(Self { config, redis, store, directory })
+    }
+
+    /// Repairs the next repository in the queue; `false` if there is none whose turn it is.
+    ///
+    /// # Errors
+    ///
+    /// A server of ours cannot be reached: the repository stays queued.
+    pub async fn next(&self) -> Result<bool, RepairError> {
+        let session = self.store.session().await?;
+        let Some(queued) = session.take_repo().await? else { return Ok(false) };
+        let done = self.repair(&session, &queued).await;
+        if done.is_err() {
+            // The connection's end also gives the repository back.
+            session.discard();
+            return done.map(|()| true);
+        }
+        session.release_repo(&queued.did).await?;
+        Ok(true)
+    }
+
+    async fn repair(&self, session: &Session, queued: &Queued) -> Result<(), RepairError> {
+        let did = &queued.did;
+        match Box::pin(self.attempt(session, queued)).await? {
+            Outcome::Finished(finished) => {
+                session.finish_repo(did, &finished).await?;
+                metrics::repaired(finished.state);
+                let Finished { state, records, healed, deleted, refused, host, .. } = &finished;
+                info!(
+                    did,
+                    reason = queued.reason,
+                    host,
+                    state,
+                    records,
+                    healed,
+                    deleted,
+                    refused,
+                    "repository repaired"
+                );
+            }
+            Outcome::Postponed { host, message, .. } if queued.attempts + 1 >= ATTEMPTS => {
+                let message = Some(format!("given up after {ATTEMPTS} attempts: {message}"));
+                warn!(did, reason = queued.reason, message, "a repository cannot be repaired");
+                session
+                    .finish_repo(did, &Finished { state: "error", host, message, ..Finished::default() })
+                    .await?;
+                metrics::repaired("error");
+            }
+            Outcome::Postponed { host, message, retry_after, doubted } => {
+                let pause = FIRST_PAUSE.saturating_mul(1 << queued.attempts.min(12)).min(LONGEST_PAUSE);
+                let pause = pause.max(retry_after.unwrap_or_default()).mul_f64(1.0 + fastrand::f64() / 10.0);
+                debug!(did, reason = queued.reason, message, ?pause, "a repair has to wait");
+                let doubted = doubted.as_deref();
+                session.postpone_repo(did, pause, host.as_deref(), &message, doubted).await?;
+                metrics::repaired("postponed");
+            }
+        }
+        Ok(())
+    }
+
+    async fn attempt(&self, session: &Session, queued: &Queued) -> Result<Outcome, RepairError> {
+        let did = &queued.did;
+        let gone = |message| Finished { state: "gone", message: Some(message), ..Finished::default() };
+        // The key as it is now, not as it was remembered.
+        let Document { key, server, .. } = match self.directory.document(did).await {
+            Ok(document) => document,
+            Err(LookupError::None(message)) => return Ok(Outcome::Finished(gone(message))),
+            Err(LookupError::Away(message)) => return Ok(Outcome::postponed(None, message)),
+        };
+        let (Some(key), Some(server)) = (key, server) else {
+            let message = "its document names no key or no server".to_owned();
+            return Ok(Outcome::Finished(gone(message)));
+        };
+        let host = Some(server.clone());
+        let car = match self.directory.repository(did, &server).await {
+            Ok(car) => car,
+            Err(FetchError::Gone(message)) => {
+                return Ok(Outcome::Finished(Finished { host, ..gone(message) }));
+            }
+            Err(FetchError::Refused(message)) => return Ok(Outcome::postponed(host, message)),
+            Err(FetchError::Away { reason, retry_after }) => {
+                return Ok(Outcome::Postponed { host, message: reason, retry_after, doubted: None });
+            }
+        };
+        crash::at(Point::AfterFetch);
+        let repository = match Repository::read(&car, did, &key) {
+            Ok(repository) => repository,
+            Err(invalid) => return Ok(Outcome::postponed(host, invalid.to_string())),
+        };
+        let rev = repository.commit.rev.clone();
+        if rev < queued.wanted_rev {
+            let message = format!("its server has revision {rev}, older than {}", queued.wanted_rev);
+            return Ok(Outcome::postponed(host, message));
+        }
+        if let Err(message) = check_rev(&rev, now_ms()) {
+            return Ok(Outcome::postponed(host, message));
+        }
+        self.compare(session, queued, &repository, host).await
+    }
+
+    /// Compares a repository with the rows, and appends the difference.
+    async fn compare(
+        &self,
+        session: &Session,
+        queued: &Queued,
+        repository: &Repository<'_>,
+        host: Option<String>,
+    ) -> Result<Outcome, RepairError> {
+        let (did, rev, data) = (&queued.did, &repository.commit.rev, repository.commit.data.to_string());
+        let doubted = |deletes: usize, rows: usize| {
+            deletes > FEW && deletes > rows / 2 && queued.doubted.as_ref() != Some(&data)
+        };
+        // Before anything is closed to older operations: what it would do.
+        let difference = Difference::new(repository, session.own_rows(did).await?, &self.config.collections);
+        if doubted(difference.deletes, difference.rows) {
+            let message = format!(
+                "the repository would delete {} of {} rows: a second look has to confirm it",
+                difference.deletes, difference.rows
+            );
+            return Ok(Outcome::Postponed { host, message, retry_after: None, doubted: Some(data) });
+        }
+        session.complete_repo(did, rev).await?;
+        crash::at(Point::AfterComplete);
+        // Now nothing older can come any more.
+        let difference = Difference::new(repository, session.own_rows(did).await?, &self.config.collections);
+        let (entries, refused) = entries_of(did, rev, &difference.ops(), &repository.archive);
+        self.append(entries).await?;
+        crash::at(Point::AfterRepair);
+        Ok(Outcome::Finished(Finished {
+            state: "synced",
+            rev: rev.clone(),
+            host,
+            records: repository.records.len() as u64,
+            healed: difference.healed().saturating_sub(refused) as u64,
+            deleted: difference.deletes as u64,
+            refused: refused as u64,
+            message: (refused > 0).then(|| format!("{refused} records cannot be decoded")),
+        }))
+    }
+
+    /// Appends the entries as soon as there is room.
+    async fn append(&self, entries: Vec<String>) -> Result<(), RepairError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let mut stream = self.redis.connect().await?;
+        let mut part = Vec::new();
+        let mut bytes = 0;
+        let mut entries = entries.into_iter().peekable();
+        while let Some(entry) = entries.next() {
+            bytes += entry.len();
+            part.push(entry);
+            if bytes >= APPEND_BYTES || entries.peek().is_none() {
+                while !stream.append_repair(&part, self.config.max_stream_len).await? {
+                    tokio::time::sleep(ROOM).await;
+                }
+                part.clear();
+                bytes = 0;
+            }
+        }
+        Ok(())
+    }
+}

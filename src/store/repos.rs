@@ -1,0 +1,251 @@
+//! `standpipe.repos`: the queue of repositories to repair, and what became of them; and the rows that they are compared
+//! with.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use super::{Session, StoreError};
+
+/// A queued repository, taken by this session.
+#[derive(Clone, Debug)]
+pub struct Queued {
+    /// The account.
+    pub did: String,
+    /// Why it is queued.
+    pub reason: String,
+    /// The oldest revision that repairs it; empty for any.
+    pub wanted_rev: String,
+    /// How often it was tried in vain.
+    pub attempts: u32,
+    /// A tree that would delete much, and was not believed yet.
+    pub doubted: Option<String>,
+}
+
+/// What became of a repair.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Finished {
+    /// `synced`, `gone` or `error`.
+    pub state: &'static str,
+    /// The revision of the repository; empty if there is none.
+    pub rev: String,
+    /// The server that it came from.
+    pub host: Option<String>,
+    /// Its records.
+    pub records: u64,
+    /// Those that were missing or different.
+    pub healed: u64,
+    /// Rows whose record it does not have.
+    pub deleted: u64,
+    /// Records that cannot be decoded.
+    pub refused: u64,
+    /// In words.
+    pub message: Option<String>,
+}
+
+/// A line of the list.
+#[derive(Clone, Debug, Serialize)]
+pub struct Repo {
+    /// The account.
+    pub did: String,
+    /// queued, synced, gone or error.
+    pub state: String,
+    /// Why it was queued.
+    pub reason: String,
+    /// How often it was tried in vain.
+    pub attempts: i32,
+    /// The account's server.
+    pub host: Option<String>,
+    /// Its records.
+    pub records: Option<i64>,
+    /// Those that were missing or different.
+    pub healed: Option<i64>,
+    /// Rows whose record it did not have.
+    pub deleted: Option<i64>,
+    /// Records that cannot be decoded.
+    pub refused: Option<i64>,
+    /// In words.
+    pub message: Option<String>,
+    /// When it is tried next, in seconds since 1970.
+    pub retry_at: i64,
+    /// When it changed last, in seconds since 1970.
+    pub updated_at: i64,
+}
+
+/// A row of an account's record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnRow {
+    /// Its path in the repository.
+    pub path: String,
+    /// The record's CID, if the table has it.
+    pub cid: Option<String>,
+    /// What it is about, if the table has no CID.
+    pub subject: Option<String>,
+    /// Its revision, if it has one.
+    pub rev: Option<String>,
+}
+
+/// Queues a repository. Class 0 comes before class 1.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn queue(
+    client: &Client,
+    did: &str,
+    class: i16,
+    reason: &str,
+    rev: &str,
+) -> Result<(), StoreError> {
+    client.execute(include_str!("../../sql/repair/queue.sql"), &[&did, &class, &reason, &rev]).await?;
+    Ok(())
+}
+
+/// Repositories in a state, or in any if it is empty; those that changed last come first.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn list(client: &Client, state: &str, limit: i64) -> Result<Vec<Repo>, StoreError> {
+    let rows = client.query(include_str!("../../sql/repair/list.sql"), &[&state, &limit]).await?;
+    let repo = |row: tokio_postgres::Row| Repo {
+        did: row.get(0),
+        state: row.get(1),
+        reason: row.get(2),
+        attempts: row.get(3),
+        host: row.get(4),
+        records: row.get(5),
+        healed: row.get(6),
+        deleted: row.get(7),
+        refused: row.get(8),
+        message: row.get(9),
+        retry_at: row.get(10),
+        updated_at: row.get(11),
+    };
+    Ok(rows.into_iter().map(repo).collect())
+}
+
+/// How many repositories are in each state.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn counts(client: &Client) -> Result<Vec<(String, i64)>, StoreError> {
+    let rows = client.query(include_str!("../../sql/repair/counts.sql"), &[]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+impl Session {
+    /// Takes a queued repository whose turn it is. This session holds it until [`Session::release_repo`], or its end.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn take_repo(&self) -> Result<Option<Queued>, StoreError> {
+        let client = &self.client;
+        let rows = self.in_time(client.query(include_str!("../../sql/repair/next.sql"), &[])).await?;
+        for row in rows {
+            let did: String = row.get(0);
+            let take = include_str!("../../sql/repair/take.sql");
+            let taken: bool = self.in_time(client.query_one(take, &[&did])).await?.get(0);
+            if !taken {
+                continue;
+            }
+            let look = include_str!("../../sql/repair/look.sql");
+            if let Some(row) = self.in_time(client.query_opt(look, &[&did])).await? {
+                let attempts: i32 = row.get(2);
+                return Ok(Some(Queued {
+                    did,
+                    reason: row.get(0),
+                    wanted_rev: row.get(1),
+                    attempts: attempts.try_into().unwrap_or(0),
+                    doubted: row.get(3),
+                }));
+            }
+            self.release_repo(&did).await?;
+        }
+        Ok(None)
+    }
+
+    /// Lets others take a repository.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn release_repo(&self, did: &str) -> Result<(), StoreError> {
+        let release = include_str!("../../sql/repair/release.sql");
+        self.in_time(self.client.query_one(release, &[&did])).await?;
+        Ok(())
+    }
+
+    /// From now on, operations of the account that are older than this revision are dead.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn complete_repo(&self, did: &str, rev: &str) -> Result<(), StoreError> {
+        let complete = include_str!("../../sql/repair/complete.sql");
+        self.in_time(self.client.query_one(complete, &[&did, &rev])).await?;
+        Ok(())
+    }
+
+    /// The rows of an account's records.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn own_rows(&self, did: &str) -> Result<Vec<OwnRow>, StoreError> {
+        let rows =
+            self.in_time(self.client.query(include_str!("../../sql/repair/rows.sql"), &[&did])).await?;
+        let start = format!("at://{did}/");
+        let own = rows.into_iter().filter_map(|row| {
+            let uri: String = row.get(0);
+            let path = uri.strip_prefix(&start)?.to_owned();
+            let path = match row.get(3) {
+                // A gate has the key of its post.
+                "thread_gate" => path.replace("app.bsky.feed.post/", "app.bsky.feed.threadgate/"),
+                "post_gate" => path.replace("app.bsky.feed.post/", "app.bsky.feed.postgate/"),
+                _ => path,
+            };
+            Some(OwnRow { path, cid: row.get(1), subject: row.get(2), rev: row.get(4) })
+        });
+        Ok(own.collect())
+    }
+
+    /// Notes the outcome.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn finish_repo(&self, did: &str, finished: &Finished) -> Result<(), StoreError> {
+        let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let Finished { state, rev, host, message, .. } = finished;
+        let numbers = [finished.records, finished.healed, finished.deleted, finished.refused].map(whole);
+        let [records, healed, deleted, refused] = &numbers;
+        let finish = include_str!("../../sql/repair/finish.sql");
+        let values: [&(dyn postgres_types::ToSql + Sync); 9] =
+            [&did, state, rev, host, records, healed, deleted, refused, message];
+        self.in_time(self.client.execute(finish, &values)).await?;
+        Ok(())
+    }
+
+    /// Notes a failure, and when to try again.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn postpone_repo(
+        &self,
+        did: &str,
+        pause: Duration,
+        host: Option<&str>,
+        message: &str,
+        doubted: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let seconds = pause.as_secs_f64();
+        let postpone = include_str!("../../sql/repair/postpone.sql");
+        self.in_time(self.client.execute(postpone, &[&did, &seconds, &host, &message, &doubted])).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! Repairs: what was lost or forged upstream is fetched from the account's server, whatever arrives meanwhile, and whatever
+//! the server answers.
+
+use std::collections::BTreeMap;
+
+use crate::support::chain::{Program, RUN, SOON};
+use crate::support::scripted::{Op, create, delete, post, rev};
+use crate::support::signed::{Answer, Plc, Signed};
+use crate::support::stage::{Frames, Stage, path, write};
+use crate::support::{Signal, Standpipe, execute, query_rows, query_value, wait_until};
+use shrike::cbor::Value;
+use standpipe::crash::Point;
+
+fn like(key: &str, subject: &str) -> Op {
+    let subject = Value::Map(vec![
+        ("cid", Value::Text("bafyreidxkskkoafhrzsxtjwapsmnaqft7ntyoepjexjyw4zivcyej7qo3i")),
+        ("uri", Value::Text(subject)),
+    ]);
+    let record = Value::Map(vec![
+        ("$type", Value::Text("app.bsky.feed.like")),
+        ("subject", subject),
+        ("createdAt", Value::Text("2026-11-21T04:17:51.287Z")),
+    ]);
+    create(&format!("app.bsky.feed.like/{key}"), &record)
+}
+
+async fn audited(stage: &Stage) {
+    let ended = Standpipe::run(&["audit"], &stage.variables, RUN).await;
+    assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lost_upstream_is_fetched_and_arriving_late_changes_nothing() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(1);
+    let mut frames = Frames::default();
+    let subject = "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/1";
+    frames.commit(&mut account, &[write("stays"), write("goes"), like("goes", subject), write("changes")]);
+    // Lost: a delete, an update, creates, and a create that is deleted again.
+    let mut lost = Vec::new();
+    let changed = create(&path("changes"), &post("changed"));
+    lost.push(account.commit(10, &rev(10), &[delete(&path("goes")), delete("app.bsky.feed.like/goes")]));
+    lost.push(account.commit(11, &rev(11), &[Op { action: "update", ..changed }]));
+    lost.push(account.commit(12, &rev(12), &[write("lost"), like("lost", subject), write("short")]));
+    lost.push(account.commit(13, &rev(13), &[delete(&path("short"))]));
+    frames.push(|seq, _| account.commit(seq, &rev(20), &[write("reveals")]));
+    // Now they arrive, in the wrong order.
+    for frame in lost.into_iter().rev() {
+        frames.push(|_, _| frame);
+    }
+    // The relay numbers them as they come.
+    let frames = frames.0.into_iter().collect();
+    plc.publish(&account);
+    plc.serve(&account);
+    let mut stage = Stage::start(plc, renumbered(frames), &[]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    assert_eq!(stage.texts().await, ["changes", "goes", "stays"]);
+    stage.send(1).await;
+    stage.repo_is(&account.did, "synced").await;
+    assert_eq!(stage.texts().await, ["changed", "lost", "reveals", "stays"]);
+    let numbers = "SELECT healed || ' ' || deleted || ' ' || records FROM standpipe.repos";
+    assert_eq!(query_value(&stage.chain.database, numbers).await, "3 2 5");
+    stage.send(4).await;
+    assert_eq!(stage.texts().await, ["changed", "lost", "reveals", "stays"]);
+    assert_eq!(
+        query_value(&stage.chain.database, "SELECT string_agg(uri, ' ') FROM likes").await,
+        format!("at://{}/app.bsky.feed.like/lost", account.did)
+    );
+    audited(&stage).await;
+}
+
+/// The same frames with the numbers 1, 2, ... in their bodies too.
+fn renumbered(frames: Vec<(i64, Vec<u8>)>) -> Vec<(i64, Vec<u8>)> {
+    use shrike::cbor::{Decoder, encode_value};
+    let renumber = |(seq, frame): (i64, Vec<u8>)| {
+        let mut decoder = Decoder::new(&frame);
+        let (Value::Map(header), Value::Map(mut body)) =
+            (decoder.decode().unwrap(), decoder.decode().unwrap())
+        else {
+            panic!("not a frame");
+        };
+        body.iter_mut().find(|(name, _)| *name == "seq").unwrap().1 = Value::Signed(seq);
+        let mut bytes = encode_value(&Value::Map(header)).unwrap();
+        bytes.extend(encode_value(&Value::Map(body)).unwrap());
+        (seq, bytes)
+    };
+    frames.into_iter().map(renumber).collect()
+}
+
+/// The delete was lost, and the create that it belongs to is still in a worker's hands: without a mark of the repair, it
+/// would come back for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_in_flight_whose_delete_was_lost_does_not_come_back() {
+    for transaction in ["event", "batch"] {
+        let plc = Plc::start().await;
+        let mut account = Signed::new(2);
+        let mut frames = Frames::default();
+        frames.commit(&mut account, &[write("first")]);
+        // In flight: it never arrives before the repair.
+        let late = account.commit(
+            10,
+            &rev(10),
+            &[write("ghost"), like("ghost", "at://did:plc:x/app.bsky.feed.post/1")],
+        );
+        account.commit(0, &rev(11), &[delete(&path("ghost")), delete("app.bsky.feed.like/ghost")]);
+        frames.push(|seq, _| account.commit(seq, &rev(20), &[write("second")]));
+        frames.push(|_, _| late);
+        // With others, so that they share a transaction.
+        let mut others: Vec<Signed> = (10..60).map(Signed::new).collect();
+        for other in &mut others {
+            frames.commit(other, &[write("other")]);
+            plc.publish(other);
+        }
+        plc.publish(&account);
+        plc.serve(&account);
+        let mut stage = Stage::start(
+            plc,
+            renumbered(frames.0),
+            &[("TRANSACTION", transaction), ("PARALLEL_CONSUMERS", "1")],
+        )
+        .await;
+        stage.send(2).await;
+        stage.repo_is(&account.did, "synced").await;
+        stage.send(51).await;
+        let own = format!("SELECT count(*) FROM posts WHERE author_did = '{}'", account.did);
+        assert_eq!(query_value(&stage.chain.database, &own).await, "2", "{transaction}");
+        assert_eq!(
+            query_value(&stage.chain.database, "SELECT count(*) FROM likes").await,
+            "0",
+            "{transaction}"
+        );
+        assert_eq!(query_value(&stage.chain.database, "SELECT count(*) FROM posts").await, "52");
+        audited(&stage).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_commit_ends_with_what_the_account_has() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(4);
+    plc.publish(&account);
+    let mut frames = Frames::default();
+    frames.commit(&mut account, &[write("one")]);
+    frames.push(|seq, rev| {
+        let mut forged = account.clone();
+        forged.rotate(77);
+        forged.commit(seq, rev, &[write("forged")])
+    });
+    account.commit(0, &rev(2), &[write("real")]);
+    plc.serve(&account);
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    stage.send(1).await;
+    stage.repo_is(&account.did, "synced").await;
+    assert_eq!(stage.texts().await, ["one", "real"]);
+    audited(&stage).await;
+}
+
+/// Whatever the server answers, nothing is deleted, and the queue says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_lies_or_refuses_deletes_nothing() {
+    let plc = Plc::start().await;
+    let mut frames = Frames::default();
+    let mut accounts: Vec<Signed> = (0..9).map(Signed::new).collect();
+    for account in &mut accounts {
+        frames.commit(account, &[write("a"), write("b"), write("c")]);
+        plc.publish(account);
+    }
+    let before: Vec<Signed> = accounts.clone();
+    for account in &mut accounts {
+        account.commit(0, &rev(100), &[write("lost")]);
+        frames.push(|seq, _| account.commit(seq, &rev(200), &[write("d")]));
+    }
+    let whole = accounts[0].repository();
+    let other = accounts[1].repository();
+    let mut foreign = accounts[4].clone();
+    foreign.rotate(66);
+    let mut half = accounts[6].repository();
+    half.truncate(half.len() - 40);
+    let answers = [
+        (Answer { retry_after: Some(600), ..Answer::error(429, "RateLimitExceeded") }, "429"),
+        (Answer::ok(whole[..whole.len() / 2].to_vec()), "archive"),
+        (Answer::ok(other), "is that of"),
+        (Answer::ok(before[3].repository()), "older than"),
+        (Answer::ok(foreign.repository()), "signature"),
+        (Answer::ok(Vec::new()), "archive"),
+        (Answer::ok(half), "archive"),
+        (Answer::error(500, "InternalServerError"), "500"),
+        (Answer::error(400, "RepoTakendown"), "RepoTakendown"),
+    ];
+    // The one that asks us to wait comes last: the others are on the same host.
+    for (account, (answer, _)) in accounts.iter().zip(&answers).skip(1) {
+        plc.answer(&account.did, answer.clone());
+    }
+    plc.answer(&accounts[0].did, Answer::ok(Vec::new()));
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(9).await;
+    stage.all_checked().await;
+    stage.send(9).await;
+    let texts = stage.texts().await;
+    assert_eq!(texts.len(), 9 * 4);
+    let says = async |did: &str, what: &str| {
+        let sql =
+            format!("SELECT state || ': ' || coalesce(message, '') FROM standpipe.repos WHERE did = '{did}'");
+        wait_until(&format!("{did} to be about {what}"), RUN, async || {
+            query_rows(&stage.chain.database, &sql)
+                .await
+                .first()
+                .is_some_and(|row| row[0].as_ref().unwrap().contains(what))
+        })
+        .await;
+    };
+    for (account, (_, what)) in accounts.iter().zip(&answers).skip(1) {
+        says(&account.did, what).await;
+    }
+    stage.repo_is(&accounts[8].did, "gone").await;
+    // From now on, the host is left alone.
+    stage.plc.answer(&accounts[0].did, answers[0].0.clone());
+    says(&accounts[0].did, "429").await;
+    let asked = stage.plc.fetches();
+    wait_until("the others to hear of it", RUN, async || {
+        query_rows(
+            &stage.chain.database,
+            "SELECT FROM standpipe.repos WHERE message LIKE '%asks us to wait%'",
+        )
+        .await
+        .len()
+            >= 2
+    })
+    .await;
+    assert_eq!(stage.plc.fetches(), asked, "the host was asked before its Retry-After");
+    assert_eq!(stage.texts().await, texts);
+    assert_eq!(stage.program.metric_with("standpipe_repairs_total", "gone").await, 1.0);
+}
+
+/// A repository that would delete most of an account's rows is believed at the second look.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_share_of_deletes_needs_a_second_look() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(5);
+    plc.publish(&account);
+    let mut frames = Frames::default();
+    let many: Vec<Op> = (0..50).map(|n| write(&format!("{n:02}"))).collect();
+    frames.commit(&mut account, &many);
+    let gone: Vec<Op> = (0..50).map(|n| delete(&path(&format!("{n:02}")))).collect();
+    account.commit(0, &rev(10), &gone);
+    frames.push(|seq, _| account.commit(seq, &rev(20), &[write("new")]));
+    plc.serve(&account);
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(2).await;
+    stage.repo_is(&account.did, "synced").await;
+    assert_eq!(stage.texts().await, ["new"]);
+    assert_eq!(stage.plc.fetches(), 2);
+    assert_eq!(stage.program.metric_with("standpipe_repairs_total", "postponed").await, 1.0);
+}
+
+/// The process dies at each step of a repair; the next one finishes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repair_that_was_cut_off_is_done_again() {
+    for point in [Point::AfterFetch, Point::AfterComplete, Point::AfterRepair].map(Point::name) {
+        let plc = Plc::start().await;
+        let mut account = Signed::new(6);
+        plc.publish(&account);
+        let mut frames = Frames::default();
+        frames.commit(&mut account, &[write("one"), write("gone")]);
+        account.commit(0, &rev(10), &[write("lost"), delete(&path("gone"))]);
+        frames.push(|seq, _| account.commit(seq, &rev(20), &[write("two")]));
+        plc.serve(&account);
+        let mut stage = Stage::start(plc, frames.0, &[("STANDPIPE_CRASH_AT", point)]).await;
+        stage.send(1).await;
+        stage.all_checked().await;
+        // Whether the second frame is applied before the crash does not matter.
+        stage.allow(1);
+        assert_ne!(stage.program.wait_exit(SOON).await, 0, "{point}");
+        assert!(stage.program.stderr().contains(&format!("crash point {point} reached")), "{point}");
+        stage.program = Program::start("run", &stage.variables.clone().with("STANDPIPE_CRASH_AT", "")).await;
+        stage.repo_is(&account.did, "synced").await;
+        assert_eq!(stage.texts().await, ["lost", "one", "two"], "{point}");
+        stage.program.signal(Signal::Term);
+        assert_eq!(stage.program.wait_exit(SOON).await, 0);
+        audited(&stage).await;
+    }
+}
+
+/// A forked repository: each commit contradicts the one before it. It is fetched once, and then left alone for a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_that_keeps_contradicting_itself_is_fetched_once_a_minute() {
+    let plc = Plc::start().await;
+    let (mut one, mut other) = (Signed::new(7), Signed::new(7));
+    plc.publish(&one);
+    let mut frames = Frames::default();
+    for n in 0..40 {
+        frames.commit(&mut one, &[write(&format!("one{n}"))]);
+        frames.commit(&mut other, &[write(&format!("other{n}"))]);
+    }
+    plc.serve(&other);
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(2).await;
+    stage.repo_is(&one.did, "queued").await;
+    // The server has the last of them from the beginning, so the first repair succeeds.
+    stage.repo_is(&one.did, "synced").await;
+    stage.send(78).await;
+    stage.repo_is(&one.did, "queued").await;
+    let later = "SELECT retry_at > now() + interval '30 seconds' FROM standpipe.repos";
+    assert_eq!(query_value(&stage.chain.database, later).await, "t");
+    assert_eq!(stage.plc.fetches(), 1);
+    execute(&stage.chain.database, "UPDATE standpipe.repos SET retry_at = now()").await;
+    stage.repo_is(&one.did, "synced").await;
+    assert_eq!(stage.plc.fetches(), 2);
+    let reasons: BTreeMap<String, String> = stage.repairs().await;
+    assert_eq!(reasons[&one.did], "chain");
+}
+
+/// An operator looks at the queue, and adds to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
+    let plc = Plc::start().await;
+    let (mut known, mut unknown) = (Signed::new(8), Signed::new(9));
+    let mut frames = Frames::default();
+    frames.commit(&mut known, &[write("one")]);
+    unknown.commit(0, &rev(5), &[write("unseen")]);
+    for account in [&known, &unknown] {
+        plc.publish(account);
+        plc.serve(account);
+    }
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(1).await;
+    let run = async |arguments: &[&str]| Standpipe::run(arguments, &stage.variables, SOON).await;
+    let nothing = run(&["repos", "list"]).await;
+    assert_eq!((nothing.code, nothing.stdout.trim()), (0, "no repository was ever to be repaired"));
+    let bad = run(&["repos", "add", "alice.example"]).await;
+    assert_eq!(bad.code, 64, "{}", bad.stderr);
+    let none = Signed::new(10).did;
+    let added = run(&["repos", "add", &known.did, &unknown.did, &none]).await;
+    assert_eq!(added.code, 0, "{}", added.stderr);
+    for (did, state) in [(&known.did, "synced"), (&unknown.did, "synced"), (&none, "gone")] {
+        stage.repo_is(did, state).await;
+    }
+    assert_eq!(stage.texts().await, ["one", "unseen"]);
+    let list = run(&["repos", "list"]).await.stdout;
+    assert!(list.starts_with("1 gone, 2 synced\n"), "{list}");
+    let line = list.lines().find(|line| line.starts_with(&unknown.did)).unwrap();
+    assert_eq!(line.split_whitespace().collect::<Vec<_>>()[1..4], ["synced", "asked", "for"], "{list}");
+    let json = run(&["repos", "list", "--json", "--state", "gone"]).await.stdout;
+    let gone: serde_json::Value = serde_json::from_str(json.trim()).unwrap();
+    assert_eq!(gone["did"], none.as_str());
+    assert!(gone["message"].as_str().unwrap().contains("does not know"), "{gone}");
+}
