@@ -18,6 +18,7 @@ pub(super) struct Difference {
     pub(super) rows: usize,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Change {
     path: String,
     action: &'static str,
@@ -56,6 +57,16 @@ impl Difference {
             .iter()
             .map(|change| RepoOp { action: change.action, path: &change.path, cid: change.cid })
             .collect()
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Whether another one is the same.
+    pub(super) fn is_that_of(&self, other: &Self) -> bool {
+        self.changes == other.changes
     }
 
     /// Records that are missing or different.

@@ -9,7 +9,7 @@
 mod difference;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
 
@@ -17,11 +17,12 @@ use crate::config::Config;
 use crate::crash::{self, Point};
 use crate::directory::repository::FetchError;
 use crate::directory::{Directory, LookupError};
+use crate::event::EntryId;
 use crate::metrics;
 use crate::origin::relay::decode::entries_of;
 use crate::store::repos::{Finished, Queued};
 use crate::store::{Session, Store, StoreError};
-use crate::stream::{Redis, StreamError};
+use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
 use crate::verify::document::Document;
 use crate::verify::{Repository, check_rev};
@@ -39,6 +40,12 @@ const FEW: usize = 20;
 const APPEND_BYTES: usize = 512 * 1024;
 /// How long to wait for room in the stream before looking again.
 const ROOM: Duration = Duration::from_millis(500);
+/// How long the pipelines have for what was appended.
+const APPLIED: Duration = Duration::from_mins(1);
+/// How often to look whether they have applied it.
+const LOOK: Duration = Duration::from_millis(100);
+/// While the pipelines are so far behind, nothing is repaired: the rows say little yet.
+const BEHIND_SECONDS: f64 = 30.0;
 
 /// Repairs repositories.
 pub struct Repairer {
@@ -95,6 +102,17 @@ impl Repairer {
     pub async fn next(&self) -> Result<bool, RepairError> {
         let session = self.store.session().await?;
         let Some(queued) = session.take_repo().await? else { return Ok(false) };
+        match self.is_behind().await {
+            Ok(false) => {}
+            Ok(true) => {
+                session.release_repo(&queued.did).await?;
+                return Ok(false);
+            }
+            Err(error) => {
+                session.discard();
+                return Err(error.into());
+            }
+        }
         let done = self.repair(&session, &queued).await;
         if done.is_err() {
             // The connection's end also gives the repository back.
@@ -103,6 +121,11 @@ impl Repairer {
         }
         session.release_repo(&queued.did).await?;
         Ok(true)
+    }
+
+    async fn is_behind(&self) -> Result<bool, StreamError> {
+        let look = self.redis.connect().await?.look().await?;
+        Ok(look.oldest_seconds().is_some_and(|seconds| seconds > BEHIND_SECONDS))
     }
 
     async fn repair(&self, session: &Session, queued: &Queued) -> Result<(), RepairError> {
@@ -208,10 +231,10 @@ impl Repairer {
         session.complete_repo(did, rev).await?;
         crash::at(Point::AfterComplete);
         // Now nothing older can come any more.
-        let difference = Difference::new(repository, session.own_rows(did).await?, &self.config.collections);
-        let (entries, refused) = entries_of(did, rev, &difference.ops(), &repository.archive);
-        self.append(entries).await?;
-        crash::at(Point::AfterRepair);
+        let Some(refused) = self.append_until_equal(session, did, repository).await? else {
+            let message = "the pipelines have not applied it in time; it will be compared again".to_owned();
+            return Ok(Outcome::postponed(host, message));
+        };
         Ok(Outcome::Finished(Finished {
             state: "synced",
             rev: rev.clone(),
@@ -220,16 +243,49 @@ impl Repairer {
             healed: difference.healed().saturating_sub(refused) as u64,
             deleted: difference.deletes as u64,
             refused: refused as u64,
-            message: (refused > 0).then(|| format!("{refused} records cannot be decoded")),
+            message: (refused > 0).then(|| format!("{refused} records cannot be stored")),
         }))
     }
 
-    /// Appends the entries as soon as there is room.
-    async fn append(&self, entries: Vec<String>) -> Result<(), RepairError> {
-        if entries.is_empty() {
-            return Ok(());
-        }
+    /// Appends the difference until there is none: what was appended can be lost with Redis's last second. Returns how many
+    /// changes have no effect, however often they are applied; `None` if they are not applied in time.
+    async fn append_until_equal(
+        &self,
+        session: &Session,
+        did: &str,
+        repository: &Repository<'_>,
+    ) -> Result<Option<usize>, RepairError> {
         let mut stream = self.redis.connect().await?;
+        let mut before: Option<Difference> = None;
+        loop {
+            let rows = session.own_rows(did).await?;
+            let difference = Difference::new(repository, rows, &self.config.collections);
+            if difference.is_empty() {
+                return Ok(Some(0));
+            }
+            if before.as_ref().is_some_and(|before| difference.is_that_of(before)) {
+                return Ok(Some(difference.healed() + difference.deletes));
+            }
+            let rev = &repository.commit.rev;
+            let (entries, _) = entries_of(did, rev, &difference.ops(), &repository.archive);
+            let last = self.append(&mut stream, entries).await?;
+            crash::at(Point::AfterRepair);
+            if let Some(last) = last
+                && !acknowledged(&mut stream, last).await?
+            {
+                return Ok(None);
+            }
+            before = Some(difference);
+        }
+    }
+
+    /// Appends the entries as soon as there is room. Returns the last one's id; `None` if there are none.
+    async fn append(
+        &self,
+        stream: &mut Stream,
+        entries: Vec<String>,
+    ) -> Result<Option<EntryId>, RepairError> {
+        let mut last = None;
         let mut part = Vec::new();
         let mut bytes = 0;
         let mut entries = entries.into_iter().peekable();
@@ -237,13 +293,29 @@ impl Repairer {
             bytes += entry.len();
             part.push(entry);
             if bytes >= APPEND_BYTES || entries.peek().is_none() {
-                while !stream.append_repair(&part, self.config.max_stream_len).await? {
+                last = loop {
+                    if let Some(id) = stream.append_repair(&part, self.config.max_stream_len).await? {
+                        break Some(id);
+                    }
                     tokio::time::sleep(ROOM).await;
-                }
+                };
                 part.clear();
                 bytes = 0;
             }
         }
-        Ok(())
+        Ok(last)
     }
+}
+
+/// Waits until everything up to an entry is acknowledged, but not for long.
+async fn acknowledged(stream: &mut Stream, last: EntryId) -> Result<bool, RepairError> {
+    let asked = Instant::now();
+    while asked.elapsed() < APPLIED {
+        let look = stream.look().await?;
+        if look.oldest_unacknowledged().is_none_or(|oldest| oldest > last) {
+            return Ok(true);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(false)
 }

@@ -9,6 +9,7 @@ use redis::{RedisResult, Script};
 use serde::{Deserialize, Serialize};
 
 use super::{Keys, Stream};
+use crate::event::EntryId;
 use crate::verify::known::{Known, KnownKey, field};
 
 /// The number of hashes that heads and keys are spread over, so that each stays in Redis's compact form.
@@ -222,15 +223,20 @@ impl Stream {
         SCRIPT.key(&keys.repairs).arg(did).arg(text).invoke_async(connection).await
     }
 
-    /// Appends the entries of a repair, all or none; `false` if the stream has no room for them, or is not there.
+    /// Appends the entries of a repair, all or none, and returns the last one's id; `None` if the stream has no room for
+    /// them, or is not there.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached, or refuses.
-    pub async fn append_repair(&mut self, entries: &[String], max_length: u64) -> RedisResult<bool> {
+    pub async fn append_repair(
+        &mut self,
+        entries: &[String],
+        max_length: u64,
+    ) -> RedisResult<Option<EntryId>> {
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append_repair.lua")));
         let Self { connection, keys } = self;
-        let appended: usize = SCRIPT
+        let last: String = SCRIPT
             .key(&keys.stream)
             .key(&keys.cursor)
             .key(&keys.watch)
@@ -239,7 +245,7 @@ impl Stream {
             .arg(entries)
             .invoke_async(connection)
             .await?;
-        Ok(appended > 0)
+        Ok(last.parse().ok())
     }
 
     /// How much there is to do.

@@ -2,12 +2,12 @@
 --
 -- KEYS: stream, cursor, watch, epoch.
 -- ARGV: the length at which there is no room, then the data of each entry.
--- Returns the number of entries appended: all of them, or 0 if there is no room or no stream.
+-- Returns the last entry's id, or '' if there is no room or no stream: then none was appended.
 --
 -- They carry the number of the last event that the reader appended: whoever goes back to the position of one of them reads
 -- everything after it again.
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then
-    return 0
+    return ''
 end
 local info = redis.call('XINFO', 'STREAM', KEYS[1])
 local before
@@ -28,4 +28,4 @@ end
 if redis.call('HEXISTS', KEYS[3], 'appended') == 1 then
     redis.call('HINCRBY', KEYS[3], 'appended', #ARGV - 1)
 end
-return #ARGV - 1
+return last

@@ -23,6 +23,7 @@ mod docs;
 mod durability;
 mod epochs;
 mod frozen;
+mod healing;
 mod layers;
 mod monitoring;
 mod origins;
