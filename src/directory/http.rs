@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
-use hyper::header::{HeaderMap, RETRY_AFTER, USER_AGENT};
+use hyper::header::{HOST, HeaderMap, RETRY_AFTER, USER_AGENT};
 use hyper::{Request, Response, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
@@ -84,7 +84,21 @@ impl Http {
     ///
     /// [`HttpError`].
     pub async fn get(&self, url: &str, max_bytes: usize) -> Result<Answer, HttpError> {
-        let answer = self.ask(url).await?;
+        self.get_as(url, None, max_bytes).await
+    }
+
+    /// The same, asking for another host of that server.
+    ///
+    /// # Errors
+    ///
+    /// [`HttpError`].
+    pub(super) async fn get_as(
+        &self,
+        url: &str,
+        host: Option<&str>,
+        max_bytes: usize,
+    ) -> Result<Answer, HttpError> {
+        let answer = self.ask(url, host).await?;
         let status = answer.status().as_u16();
         let retry_after = retry_after(answer.headers());
         let body = Limited::new(answer.into_body(), max_bytes).collect().await.map_err(|error| {
@@ -108,7 +122,7 @@ impl Http {
         large: &Semaphore,
     ) -> Result<Answer, HttpError> {
         let slow = |_| HttpError::Failed(format!("no answer within {SPEED:?}"));
-        let answer = tokio::time::timeout(SPEED, self.ask(url)).await.map_err(slow)??;
+        let answer = tokio::time::timeout(SPEED, self.ask(url, None)).await.map_err(slow)??;
         let status = answer.status().as_u16();
         let retry_after = retry_after(answer.headers());
         let mut body = answer.into_body();
@@ -144,15 +158,17 @@ impl Http {
         Ok(Answer { status, body: bytes.freeze(), retry_after })
     }
 
-    async fn ask(&self, url: &str) -> Result<Response<Incoming>, HttpError> {
+    async fn ask(&self, url: &str, host: Option<&str>) -> Result<Response<Incoming>, HttpError> {
         let uri: Uri = url.parse().map_err(|_| HttpError::Refused("not a URL".to_owned()))?;
         if !uri.host().is_some_and(|host| self.guard.allows_host(host)) {
             return Err(HttpError::Refused("not a public address".to_owned()));
         }
-        let request = Request::get(uri)
-            .header(USER_AGENT, concat!("standpipe/", env!("CARGO_PKG_VERSION")))
-            .body(Empty::new())
-            .map_err(|error| HttpError::Refused(error.to_string()))?;
+        let mut request =
+            Request::get(uri).header(USER_AGENT, concat!("standpipe/", env!("CARGO_PKG_VERSION")));
+        if let Some(host) = host {
+            request = request.header(HOST, host);
+        }
+        let request = request.body(Empty::new()).map_err(|error| HttpError::Refused(error.to_string()))?;
         self.client.request(request).await.map_err(|error| failure(&error))
     }
 }

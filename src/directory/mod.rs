@@ -5,6 +5,7 @@
 //! redirects, and never go to internal addresses: [`guard`].
 
 mod guard;
+mod handle;
 pub mod http;
 pub mod repository;
 pub mod tls;
@@ -32,6 +33,9 @@ const MAX_DOCUMENT: usize = 256 * 1024;
 const BACK_OFF: Duration = Duration::from_secs(10);
 /// Upper bound for a host's Retry-After.
 const MAX_BACK_OFF: Duration = Duration::from_mins(10);
+/// How long a document counts as just looked up, and how many are kept.
+const RECENT: Duration = Duration::from_mins(1);
+const MAX_RECENT: usize = 4096;
 /// Hosts whose wishes are remembered.
 const MAX_HOSTS: usize = 10_000;
 
@@ -55,6 +59,8 @@ pub struct Directory {
     slots: Semaphore,
     /// When a host may be asked again.
     closed: Mutex<HashMap<String, Instant>>,
+    /// Documents that were just looked up.
+    recent: Mutex<HashMap<String, (Instant, Document)>>,
     hosts: repository::Hosts,
     /// Held while a large repository is read.
     large: Semaphore,
@@ -75,6 +81,7 @@ impl Directory {
             private: config.allow_private_addresses,
             slots: Semaphore::new(SLOTS),
             closed: Mutex::default(),
+            recent: Mutex::default(),
             hosts: repository::Hosts::default(),
             large: Semaphore::new(1),
         })
@@ -92,7 +99,28 @@ impl Directory {
             Err(LookupError::None(_)) => "none",
             Err(LookupError::Away(_)) => "away",
         });
+        if let Ok(document) = &looked_up {
+            let mut recent = lock(&self.recent);
+            if recent.len() >= MAX_RECENT {
+                recent.clear();
+            }
+            recent.insert(did.to_owned(), (Instant::now(), document.clone()));
+        }
         looked_up
+    }
+
+    /// The document of `did` as it was a moment ago, or is now.
+    async fn recent_document(&self, did: &str) -> Result<Document, LookupError> {
+        let recent = lock(&self.recent).get(did).cloned();
+        match recent {
+            Some((at, document)) if at.elapsed() < RECENT => Ok(document),
+            _ => self.document(did).await,
+        }
+    }
+
+    /// The account says that its document has changed.
+    pub fn forget(&self, did: &str) {
+        lock(&self.recent).remove(did);
     }
 
     async fn look_up(&self, did: &str) -> Result<Document, LookupError> {

@@ -4,8 +4,8 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 use super::{
     ACCOUNTS, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK,
-    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, LAG_KNOWN, LOOKUPS,
-    LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
+    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, HANDLES, LAG_KNOWN,
+    LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
     PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS,
     RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, RETRIES,
     SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
@@ -100,6 +100,7 @@ fn describe_verification() {
     describe_counter!(VERIFIED, "Commits verified, by result");
     describe_counter!(REPAIRS_REQUESTED, "Repositories found to differ from what arrived, by reason");
     describe_counter!(REPAIRED, "Repairs of repositories that ended, by result");
+    describe_counter!(HANDLES, "Lookups of handles that the relay did not send, by result");
     describe_counter!(LOOKUPS, "Lookups of DID documents, by result");
     describe_gauge!(ACCOUNTS, "Accounts whose newest commit is remembered for verification");
     describe_gauge!(UNCHECKED, "Accounts with a commit whose signature could not be checked yet");

@@ -101,6 +101,8 @@ pub const ACCOUNTS: &str = "standpipe_verified_accounts";
 pub const REPAIRS: &str = "standpipe_repairs_waiting";
 /// Repairs that ended, by result.
 pub const REPAIRED: &str = "standpipe_repairs_total";
+/// Lookups of handles, by result.
+pub const HANDLES: &str = "standpipe_handle_lookups_total";
 /// Lookups of DID documents, by result.
 pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
 /// Build.
@@ -145,6 +147,14 @@ pub const REPAIR_RESULTS: [&str; 4] = ["synced", "gone", "error", "postponed"];
 /// Counts a repair.
 pub fn repaired(result: &'static str) {
     metrics::counter!(REPAIRED, "result" => result).increment(1);
+}
+
+/// The results that [`HANDLES`] is counted by.
+pub const HANDLE_RESULTS: [&str; 3] = ["confirmed", "unconfirmed", "away"];
+
+/// Counts the lookup of a handle.
+pub fn handle(result: &'static str) {
+    metrics::counter!(HANDLES, "result" => result).increment(1);
 }
 
 /// Counts a lookup.
@@ -249,6 +259,9 @@ fn zero() {
     }
     for result in REPAIR_RESULTS {
         metrics::counter!(REPAIRED, "result" => result).absolute(0);
+    }
+    for result in HANDLE_RESULTS {
+        metrics::counter!(HANDLES, "result" => result).absolute(0);
     }
     for result in LOOKUP_RESULTS {
         metrics::counter!(LOOKUPS, "result" => result).absolute(0);

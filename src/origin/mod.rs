@@ -5,10 +5,12 @@
 //! - `reader`: one session after another: lease, cursor, origin
 //! - `verifier`: whether what arrives is what its account signed
 //! - `checker`: signatures that could not be checked on arrival
+//! - `handles`: looking up the handles that relays do not send
 //! - `append`: queue -> stream, and the marks at which the reader slows down
 
 mod append;
 mod checker;
+mod handles;
 pub mod reader;
 pub mod relay;
 mod verifier;

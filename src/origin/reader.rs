@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::Either;
+use futures_util::future::{BoxFuture, FutureExt as _};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 
 use super::append::{Appender, Item};
 use super::checker::Checker;
+use super::handles::Handles;
 use super::verifier::Verifier;
 use super::{Origin, OriginError};
 use crate::config::{Config, OnFutureCursor, VerifyMode};
@@ -385,9 +386,9 @@ impl Reader {
     async fn verified(
         &self,
         arrived: mpsc::Receiver<Item>,
-    ) -> Result<(impl Future<Output = Result<(), End>>, mpsc::Receiver<Item>), End> {
+    ) -> Result<(BoxFuture<'static, Result<(), End>>, mpsc::Receiver<Item>), End> {
         let Some(directory) = self.directory.clone() else {
-            return Ok((Either::Left(std::future::ready(Ok(()))), arrived));
+            return Ok((std::future::ready(Ok(())).boxed(), arrived));
         };
         // Redis may have lost its last second: nothing is carried over from the previous session.
         let recent = Arc::default();
@@ -397,15 +398,17 @@ impl Reader {
             Arc::clone(&directory),
             Arc::clone(&recent),
         );
-        let checker = Checker::new(self.redis.connect().await?, directory, recent);
+        let checker = Checker::new(self.redis.connect().await?, Arc::clone(&directory), recent);
+        let handles = Handles::new(self.redis.connect().await?, directory, self.config.max_stream_len);
         let (to, queue) = mpsc::channel(4096);
-        let work = async {
+        let work = async move {
             tokio::select! {
                 ended = verifier.run(arrived, to) => ended,
                 ended = checker.run() => ended.map_err(End::from),
+                ended = handles.run() => ended.map_err(End::from),
             }
         };
-        Ok((Either::Right(work), queue))
+        Ok((work.boxed(), queue))
     }
 
     /// Origin -> queue, until the origin ends it or `stop`.

@@ -167,7 +167,13 @@ impl Verifier {
             known.key = checked.looked_up;
         }
         match (claimed, checked.outcome) {
-            (Claimed::Identity(_), _) => known.key = None,
+            (Claimed::Identity { has_handle, .. }, _) => {
+                known.key = None;
+                self.directory.forget(did);
+                if !has_handle {
+                    want_handle(arrival, did);
+                }
+            }
             (_, None) => return,
             (Claimed::Commit(claim) | Claimed::Sync(claim), Some(Outcome::Invalid(invalid))) => {
                 self.withhold(arrival, &claim, &invalid);
@@ -177,6 +183,9 @@ impl Verifier {
                 follow(arrival, &claim, &sound, &mut known);
             }
             (Claimed::Commit(claim), Some(Outcome::Unknown(sound))) => {
+                if known == Known::default() {
+                    want_handle(arrival, did);
+                }
                 note_unknown(arrival, did, &sound);
                 follow(arrival, &claim, &sound, &mut known);
             }
@@ -272,6 +281,11 @@ fn request(arrival: &mut Arrival, did: &str, rev: &str, reason: &'static str) {
     arrival.accounts.repairs.push((did.to_owned(), repair));
 }
 
+/// The account's handle is to be looked up.
+fn want_handle(arrival: &mut Arrival, did: &str) {
+    arrival.accounts.handles.push((did.to_owned(), arrival.position));
+}
+
 /// The keys of a chunk's accounts.
 type Keys = HashMap<String, KnownKey>;
 
@@ -290,7 +304,7 @@ async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) 
 
 async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) -> Checked {
     let sound = match claimed {
-        Claimed::Identity(did) => {
+        Claimed::Identity { did, .. } => {
             keys.remove(*did);
             return Checked::default();
         }

@@ -66,6 +66,8 @@ pub struct Changes {
     pub unchecked: Vec<(String, Option<Unchecked>)>,
     /// Repositories to repair.
     pub repairs: Vec<(String, Repair)>,
+    /// Accounts whose handle is to be looked up, with the position that asks for it.
+    pub handles: Vec<(String, i64)>,
 }
 
 impl Changes {
@@ -74,11 +76,12 @@ impl Changes {
         self.known.append(&mut other.known);
         self.unchecked.append(&mut other.unchecked);
         self.repairs.append(&mut other.repairs);
+        self.handles.append(&mut other.handles);
     }
 
     /// Adds their keys and arguments to an append.
     pub(super) fn add_to(&self, invocation: &mut redis::ScriptInvocation<'_>, keys: &Keys) {
-        invocation.key(&keys.heads).key(&keys.unchecked).key(&keys.repairs);
+        invocation.key(&keys.heads).key(&keys.unchecked).key(&keys.repairs).key(&keys.handles);
         invocation.arg(MAX_WAITING).arg(self.known.len());
         for (did, known) in &self.known {
             let field = field(did);
@@ -93,6 +96,10 @@ impl Changes {
             // Texts and numbers can always be written as JSON.
             invocation.arg(did).arg(serde_json::to_string(repair).unwrap_or_default());
         }
+        invocation.arg(self.handles.len());
+        for (did, position) in &self.handles {
+            invocation.arg(did).arg(*position);
+        }
     }
 }
 
@@ -103,8 +110,10 @@ pub struct Backlog {
     pub accounts: u64,
     /// Accounts with a commit whose signature is still to be checked.
     pub unchecked: u64,
-    /// Repositories to repair.
+    /// Repositories to repair that the worker has not taken into its queue.
     pub repairs: u64,
+    /// Accounts whose handle is to be looked up.
+    pub handles: u64,
 }
 
 /// The hash for an account (FNV-1a).
@@ -234,14 +243,54 @@ impl Stream {
         entries: &[String],
         max_length: u64,
     ) -> RedisResult<Option<EntryId>> {
-        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append_repair.lua")));
+        self.append_own(("", ""), "commit", entries, max_length).await
+    }
+
+    /// Some of the accounts whose handle is to be looked up, each with a mark of what asked for it; and where to continue, 0
+    /// at the end.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn handles_wanted(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, String)>)> {
+        let Self { connection, keys } = self;
+        redis::cmd("HSCAN").arg(&keys.handles).arg(cursor).arg("COUNT").arg(256).query_async(connection).await
+    }
+
+    /// A handle has been looked up: appends the entry with what was found, if anything was. Does nothing if something else
+    /// asked for it by now, or if the stream has no room.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or refuses.
+    pub async fn handle_looked_up(
+        &mut self,
+        wanted: (&str, &str),
+        entry: Option<String>,
+        max_length: u64,
+    ) -> RedisResult<()> {
+        self.append_own(wanted, "identity", entry.as_slice(), max_length).await.map(drop)
+    }
+
+    async fn append_own(
+        &mut self,
+        done: (&str, &str),
+        event_type: &str,
+        entries: &[String],
+        max_length: u64,
+    ) -> RedisResult<Option<EntryId>> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append_own.lua")));
         let Self { connection, keys } = self;
         let last: String = SCRIPT
             .key(&keys.stream)
             .key(&keys.cursor)
             .key(&keys.watch)
             .key(&keys.epoch)
+            .key(&keys.handles)
             .arg(max_length)
+            .arg(done.0)
+            .arg(done.1)
+            .arg(event_type)
             .arg(entries)
             .invoke_async(connection)
             .await?;
@@ -255,13 +304,14 @@ impl Stream {
     /// Redis cannot be reached.
     pub async fn verification_backlog(&mut self) -> RedisResult<Backlog> {
         let Self { connection, keys } = self;
-        let (accounts, unchecked, repairs): (Option<u64>, u64, u64) = redis::pipe()
+        let (accounts, unchecked, repairs, handles): (Option<u64>, u64, u64, u64) = redis::pipe()
             .get(&keys.heads)
             .hlen(&keys.unchecked)
             .hlen(&keys.repairs)
+            .hlen(&keys.handles)
             .query_async(connection)
             .await?;
-        Ok(Backlog { accounts: accounts.unwrap_or(0), unchecked, repairs })
+        Ok(Backlog { accounts: accounts.unwrap_or(0), unchecked, repairs, handles })
     }
 
     /// Forgets some accounts, chosen at random, if there are more than `max_memory`, the server's limit in bytes, has room

@@ -1,16 +1,17 @@
 -- Appends entries and moves the cursor, atomically; also adds dead letters, counts of losses, and a gap.
 --
 -- KEYS: stream, cursor, relay, acked, lease, start, watch, trimmed (see janitor.lua for both), epoch, epochs, dead letters,
---       their size in bytes, their keys, their accounts, missed, gaps, heads (their number), unchecked, repairs, and the
---       bucket of each account below.
+--       their size in bytes, their keys, their accounts, missed, gaps, heads (their number), unchecked, repairs,
+--       handles, and the bucket of each account below.
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
 --       milliseconds, the epoch, the newest revision of these entries ('' for none), the dead letters' budget in bytes and
 --       that of one account in letters, the number of entries; then type, data, seq for each entry; the number of dead
 --       letters, and for each its account, its key, the number of its names and values, and these; the most
 --       commits to check and repositories to repair; the number of accounts that something is now known about, and for
 --       each its field and what is known; the number of accounts with a commit to check, and for each its DID and the
---       commit ('' for none any more); the number of repositories to repair, and for each its DID and the reason as JSON;
---       then names and numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as
+--       commit ('' for none any more); the number of repositories to repair, and for each its DID and the reason as JSON; the
+--       number of accounts whose handle is to be looked up, and for each its DID and the position that asks for it; then
+--       names and numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as
 --       JSON.
 -- Returns the stream's length, and the numbers of dead letters that were kept, that were already known, and that there
 -- was no room for.
@@ -132,7 +133,7 @@ local accounts = tonumber(ARGV[at + 1])
 at = at + 2
 local new = 0
 for i = 1, accounts do
-    new = new + redis.call('HSET', KEYS[19 + i], ARGV[at], ARGV[at + 1])
+    new = new + redis.call('HSET', KEYS[20 + i], ARGV[at], ARGV[at + 1])
     at = at + 2
 end
 if new > 0 then
@@ -155,6 +156,7 @@ end
 remember(KEYS[18], 'HSET')
 -- The first reason counts.
 remember(KEYS[19], 'HSETNX')
+remember(KEYS[20], 'HSET')
 
 for i = at, #ARGV, 2 do
     if ARGV[i] == 'gap' then

@@ -72,6 +72,8 @@ pub struct Keys {
     pub unchecked: String,
     /// Repositories to repair.
     pub repairs: String,
+    /// Accounts whose handle is to be looked up.
+    pub handles: String,
     /// The consumer group.
     pub group: String,
 }
@@ -100,6 +102,7 @@ impl Keys {
             heads: format!("{}:heads", config.stream_key),
             unchecked: format!("{}:unchecked", config.stream_key),
             repairs: format!("{}:repairs", config.stream_key),
+            handles: format!("{}:handles", config.stream_key),
             group: config.consumer_group.clone(),
         }
     }
@@ -145,6 +148,7 @@ impl Keys {
             &self.heads,
             &self.unchecked,
             &self.repairs,
+            &self.handles,
         ];
         named
             .into_iter()

@@ -176,7 +176,7 @@ fn judge(frame: &[u8]) -> Result<Sound, verify::Invalid> {
     match claim(frame).unwrap() {
         Claimed::Commit(claim) => verify::commit(&claim, NOW),
         Claimed::Sync(claim) => verify::sync(&claim, NOW),
-        Claimed::Identity(did) => panic!("{did}"),
+        Claimed::Identity { did, .. } => panic!("{did}"),
     }
 }
 

@@ -136,8 +136,8 @@ pub(super) fn missing(report: &Report, refill: Option<Refill>, findings: &mut Fi
     if let Some(count) = missing.by_reason.get("no_handle") {
         findings.note(
             "handles",
-            format!("{count} identity events had no handle: those accounts are shown as handle.invalid"),
-            "current relays send no handles; they would have to be looked up",
+            format!("{count} identity events had no handle: current relays send none"),
+            "with VERIFY=log or VERIFY=on the reader looks them up; without it, those accounts are shown as handle.invalid",
         );
     }
 }

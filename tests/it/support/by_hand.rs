@@ -51,6 +51,7 @@ impl ByHand {
             heads: key("heads"),
             unchecked: key("unchecked"),
             repairs: key("repairs"),
+            handles: key("handles"),
             group: GROUP.to_owned(),
         };
         let ours = Stream::over(redis.connection().await, keys.clone());

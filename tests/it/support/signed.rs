@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
-use axum::http::{Response, StatusCode};
+use axum::http::{HeaderMap, Response, StatusCode};
 use axum::routing::get;
 use k256::ecdsa::signature::hazmat::PrehashSigner as _;
 use serde_json::{Value as Json, json};
@@ -70,6 +70,8 @@ pub struct Signed {
     blocks: HashMap<Cid, Vec<u8>>,
     rev: Option<String>,
     data: Option<Cid>,
+    /// The handle that it claims.
+    pub handle: Option<String>,
 }
 
 impl Signed {
@@ -84,6 +86,7 @@ impl Signed {
             blocks: HashMap::new(),
             rev: None,
             data: None,
+            handle: None,
         }
     }
 
@@ -96,7 +99,7 @@ impl Signed {
     pub fn document(&self, server: &str) -> Json {
         json!({
             "id": self.did,
-            "alsoKnownAs": [],
+            "alsoKnownAs": self.handle.iter().map(|handle| format!("at://{handle}")).collect::<Vec<_>>(),
             "verificationMethod": [{
                 "id": format!("{}#atproto", self.did),
                 "type": "Multikey",
@@ -229,6 +232,7 @@ pub struct Plc {
 struct Shared {
     documents: Mutex<HashMap<String, Json>>,
     repositories: Mutex<HashMap<String, Answer>>,
+    handles: Mutex<HashMap<String, String>>,
     away: AtomicBool,
     requests: AtomicU64,
     fetches: AtomicU64,
@@ -261,6 +265,7 @@ impl Plc {
         let router = Router::new()
             .route("/{did}", get(document))
             .route("/xrpc/com.atproto.sync.getRepo", get(repository))
+            .route("/.well-known/atproto-did", get(confirmation))
             .with_state(Arc::clone(&shared));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self { address, shared, server }
@@ -282,6 +287,11 @@ impl Plc {
 
     pub fn answer(&self, did: &str, answer: Answer) {
         self.shared.repositories.lock().unwrap().insert(did.to_owned(), answer);
+    }
+
+    /// The handle's own answer says that it is this account's.
+    pub fn confirm(&self, handle: &str, did: &str) {
+        self.shared.handles.lock().unwrap().insert(handle.to_owned(), did.to_owned());
     }
 
     /// How often it was asked for a repository.
@@ -333,4 +343,11 @@ async fn repository(
         response = response.header("retry-after", seconds);
     }
     response.body(Body::from(answer.body)).unwrap()
+}
+
+async fn confirmation(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> (StatusCode, String) {
+    match shared.handles.lock().unwrap().get(headers["host"].to_str().unwrap()) {
+        Some(did) => (StatusCode::OK, format!("{did}\n")),
+        None => (StatusCode::NOT_FOUND, String::new()),
+    }
 }

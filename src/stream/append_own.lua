@@ -1,0 +1,42 @@
+-- Appends entries that come from no relay: those of a repair, and what a lookup found.
+--
+-- KEYS: stream, cursor, watch, epoch, a hash of what is to be done.
+-- ARGV: the length at which there is no room; a field of the hash and the value that it must have, '' for none: it is done
+--       then, and removed; the entries' type; then the data of each.
+-- Returns the last entry's id; '' if none was appended, because there are none, no room, no stream, or something else to
+-- be done by now.
+--
+-- They carry the number of the last event that the reader appended: whoever goes back to the position of one of them reads
+-- everything after it again.
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then
+    return ''
+end
+if ARGV[2] ~= '' then
+    if redis.call('HGET', KEYS[5], ARGV[2]) ~= ARGV[3] then
+        return ''
+    end
+    redis.call('HDEL', KEYS[5], ARGV[2])
+end
+if #ARGV == 4 then
+    return ''
+end
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+local before
+for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then
+        before = info[i + 1]
+    end
+end
+local seq = redis.call('GET', KEYS[2]) or ''
+local last
+for i = 5, #ARGV do
+    last = redis.call('XADD', KEYS[1], '*', 'type', ARGV[4], 'data', ARGV[i], 'seq', seq)
+end
+-- They are ours, not another program's: see open.lua and janitor.lua.
+if redis.call('HGET', KEYS[4], 'last') == before then
+    redis.call('HSET', KEYS[4], 'last', last)
+end
+if redis.call('HEXISTS', KEYS[3], 'appended') == 1 then
+    redis.call('HINCRBY', KEYS[3], 'appended', #ARGV - 4)
+end
+return last
