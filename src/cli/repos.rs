@@ -9,7 +9,7 @@ use standpipe::config::Config;
 use standpipe::out;
 use standpipe::report::table::{age, columns, grouped};
 use standpipe::store::repos::{self, Repo};
-use standpipe::store::{Session, Store};
+use standpipe::store::{Session, Store, StoreError};
 use standpipe::time::now_ms;
 
 use super::{EX_USAGE, unavailable};
@@ -49,7 +49,12 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    act(&session, action).await
+    match act(&session, action).await {
+        Err(error) if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_missing_table) => {
+            anyhow::bail!("the database has no queue of repositories yet: run standpipe migrate")
+        }
+        done => done,
+    }
 }
 
 async fn act(session: &Session, action: Action) -> Result<ExitCode> {

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::http::HttpError;
-use super::{Directory, LookupError, host_of};
+use super::{Directory, host_of};
 use crate::mutex::lock;
 
 /// The largest repository that is read: it is compared in memory.
@@ -34,6 +34,14 @@ pub enum FetchError {
     /// It cannot be fetched from there, and trying again at once is no use.
     #[error("{0}")]
     Refused(String),
+    /// The host was not asked: others come first, or it wants to be left alone for so long.
+    #[error("{reason}")]
+    Busy {
+        /// In words.
+        reason: String,
+        /// How long to wait.
+        wait: Duration,
+    },
     /// Later is worth a try, after this pause if the host asks for one.
     #[error("{reason}")]
     Away {
@@ -80,15 +88,14 @@ impl Directory {
             return Err(FetchError::Refused(format!("{server:.100} is not an https:// address")));
         }
         let host = host_of(server);
-        self.wait_is_over(&host).map_err(|error| match error {
-            LookupError::None(reason) | LookupError::Away(reason) => {
-                FetchError::Away { reason, retry_after: self.wait(&host) }
-            }
-        })?;
+        if let Some(wait) = self.wait(&host) {
+            let reason = format!("{host} asks us to wait {} s more", wait.as_secs() + 1);
+            return Err(FetchError::Busy { reason, wait });
+        }
         let slots = self.hosts.slots(&host);
         let Ok(_slot) = slots.try_acquire() else {
             let reason = format!("{host}: other repositories come first");
-            return Err(FetchError::Away { reason, retry_after: Some(Duration::from_secs(1)) });
+            return Err(FetchError::Busy { reason, wait: Duration::from_secs(1) });
         };
         let url = format!("{server}/xrpc/com.atproto.sync.getRepo?did={did}");
         let answer =

@@ -5,11 +5,12 @@
 //! noticed at its account's next commit.
 
 use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -19,6 +20,7 @@ use super::append::Item;
 use super::reader::End;
 use super::relay::decode::{Claimed, claim};
 use crate::config::VerifyMode;
+use crate::crash;
 use crate::directory::{Directory, LookupError};
 use crate::event::{Reason, Reject};
 use crate::metrics;
@@ -293,7 +295,14 @@ async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) 
     let mut done = Vec::with_capacity(items.len());
     for item in items {
         let checked = match item.arrival.frame.as_ref().and_then(|frame| claim(frame)) {
-            Some(claimed) => check(&claimed, &mut keys, &directory).await,
+            Some(claimed) => {
+                let check = AssertUnwindSafe(check(&claimed, &mut keys, &directory)).catch_unwind();
+                // What makes us panic proves nothing, and holds up nothing.
+                check.await.unwrap_or_else(|_| {
+                    let invalid = Invalid::new(Fault::Commit, "its verification made the program panic");
+                    Checked { outcome: Some(Outcome::Invalid(invalid)), looked_up: None }
+                })
+            }
             None => Checked::default(),
         };
         done.push((item, checked));
@@ -303,6 +312,7 @@ async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) 
 }
 
 async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) -> Checked {
+    crash::panic_over("verify", claimed.did());
     let sound = match claimed {
         Claimed::Identity { did, .. } => {
             keys.remove(*did);

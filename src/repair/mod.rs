@@ -20,7 +20,7 @@ use crate::directory::{Directory, LookupError};
 use crate::event::EntryId;
 use crate::metrics;
 use crate::origin::relay::decode::entries_of;
-use crate::store::repos::{Finished, Queued};
+use crate::store::repos::{Finished, Postponed, Queued};
 use crate::store::{Session, Store, StoreError};
 use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
@@ -69,17 +69,14 @@ pub enum RepairError {
 /// What came of a repair.
 enum Outcome {
     Finished(Finished),
-    Postponed {
-        host: Option<String>,
-        message: String,
-        retry_after: Option<Duration>,
-        doubted: Option<String>,
-    },
+    Postponed(Postponed),
 }
 
 impl Outcome {
-    fn postponed(host: Option<String>, message: impl Into<String>) -> Self {
-        Self::Postponed { host, message: message.into(), retry_after: None, doubted: None }
+    /// It failed; the pause grows with the number of failures.
+    fn failed(host: Option<String>, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self::Postponed(Postponed { host, message, tried: true, ..Postponed::default() })
     }
 }
 
@@ -147,21 +144,27 @@ impl Repairer {
                     "repository repaired"
                 );
             }
-            Outcome::Postponed { host, message, .. } if queued.attempts + 1 >= ATTEMPTS => {
-                let message = Some(format!("given up after {ATTEMPTS} attempts: {message}"));
+            Outcome::Postponed(postponed) if postponed.tried && queued.attempts + 1 >= ATTEMPTS => {
+                let message = format!("given up after {ATTEMPTS} attempts: {}", postponed.message);
                 warn!(did, reason = queued.reason, message, "a repository cannot be repaired");
-                session
-                    .finish_repo(did, &Finished { state: "error", host, message, ..Finished::default() })
-                    .await?;
+                let given_up = Finished {
+                    state: "error",
+                    host: postponed.host,
+                    message: Some(message),
+                    ..Finished::default()
+                };
+                session.finish_repo(did, &given_up).await?;
                 metrics::repaired("error");
             }
-            Outcome::Postponed { host, message, retry_after, doubted } => {
-                let pause = FIRST_PAUSE.saturating_mul(1 << queued.attempts.min(12)).min(LONGEST_PAUSE);
-                let pause = pause.max(retry_after.unwrap_or_default()).mul_f64(1.0 + fastrand::f64() / 10.0);
-                debug!(did, reason = queued.reason, message, ?pause, "a repair has to wait");
-                let doubted = doubted.as_deref();
-                session.postpone_repo(did, pause, host.as_deref(), &message, doubted).await?;
-                metrics::repaired("postponed");
+            Outcome::Postponed(mut postponed) => {
+                if postponed.tried {
+                    let pause = FIRST_PAUSE.saturating_mul(1 << queued.attempts.min(12)).min(LONGEST_PAUSE);
+                    postponed.pause = postponed.pause.max(pause);
+                    metrics::repaired("postponed");
+                }
+                postponed.pause = postponed.pause.mul_f64(1.0 + fastrand::f64() / 10.0);
+                debug!(did, reason = queued.reason, ?postponed, "a repair has to wait");
+                session.postpone_repo(did, &postponed).await?;
             }
         }
         Ok(())
@@ -174,7 +177,7 @@ impl Repairer {
         let Document { key, server, .. } = match self.directory.document(did).await {
             Ok(document) => document,
             Err(LookupError::None(message)) => return Ok(Outcome::Finished(gone(message))),
-            Err(LookupError::Away(message)) => return Ok(Outcome::postponed(None, message)),
+            Err(LookupError::Away(message)) => return Ok(Outcome::failed(None, message)),
         };
         let (Some(key), Some(server)) = (key, server) else {
             let message = "its document names no key or no server".to_owned();
@@ -186,23 +189,28 @@ impl Repairer {
             Err(FetchError::Gone(message)) => {
                 return Ok(Outcome::Finished(Finished { host, ..gone(message) }));
             }
-            Err(FetchError::Refused(message)) => return Ok(Outcome::postponed(host, message)),
-            Err(FetchError::Away { reason, retry_after }) => {
-                return Ok(Outcome::Postponed { host, message: reason, retry_after, doubted: None });
+            Err(FetchError::Refused(message)) => return Ok(Outcome::failed(host, message)),
+            Err(FetchError::Busy { reason: message, wait: pause }) => {
+                return Ok(Outcome::Postponed(Postponed { pause, host, message, ..Postponed::default() }));
+            }
+            Err(FetchError::Away { reason: message, retry_after }) => {
+                let pause = retry_after.unwrap_or_default();
+                let postponed = Postponed { pause, host, message, tried: true, ..Postponed::default() };
+                return Ok(Outcome::Postponed(postponed));
             }
         };
         crash::at(Point::AfterFetch);
         let repository = match Repository::read(&car, did, &key) {
             Ok(repository) => repository,
-            Err(invalid) => return Ok(Outcome::postponed(host, invalid.to_string())),
+            Err(invalid) => return Ok(Outcome::failed(host, invalid.to_string())),
         };
         let rev = repository.commit.rev.clone();
         if rev < queued.wanted_rev {
             let message = format!("its server has revision {rev}, older than {}", queued.wanted_rev);
-            return Ok(Outcome::postponed(host, message));
+            return Ok(Outcome::failed(host, message));
         }
         if let Err(message) = check_rev(&rev, now_ms()) {
-            return Ok(Outcome::postponed(host, message));
+            return Ok(Outcome::failed(host, message));
         }
         self.compare(session, queued, &repository, host).await
     }
@@ -226,14 +234,16 @@ impl Repairer {
                 "the repository would delete {} of {} rows: a second look has to confirm it",
                 difference.deletes, difference.rows
             );
-            return Ok(Outcome::Postponed { host, message, retry_after: None, doubted: Some(data) });
+            let postponed =
+                Postponed { host, message, doubted: Some(data), tried: true, ..Postponed::default() };
+            return Ok(Outcome::Postponed(postponed));
         }
         session.complete_repo(did, rev).await?;
         crash::at(Point::AfterComplete);
         // Now nothing older can come any more.
         let Some(refused) = self.append_until_equal(session, did, repository).await? else {
             let message = "the pipelines have not applied it in time; it will be compared again".to_owned();
-            return Ok(Outcome::postponed(host, message));
+            return Ok(Outcome::failed(host, message));
         };
         Ok(Outcome::Finished(Finished {
             state: "synced",

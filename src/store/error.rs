@@ -30,6 +30,12 @@ impl StoreError {
         Self { verdict, message: message.into(), sqlstate: None, function: None }
     }
 
+    /// Whether a table is not there.
+    #[must_use]
+    pub fn is_missing_table(&self) -> bool {
+        self.sqlstate.as_deref() == Some("42P01")
+    }
+
     /// The refusal as a reject of the event.
     pub(super) fn reject(&self) -> Reject {
         let (reason, message) = match &self.function {

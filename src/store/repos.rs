@@ -44,6 +44,21 @@ pub struct Finished {
     pub message: Option<String>,
 }
 
+/// A repair that has to wait.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Postponed {
+    /// For how long.
+    pub pause: Duration,
+    /// The account's server.
+    pub host: Option<String>,
+    /// Why.
+    pub message: String,
+    /// A tree that would delete much, to be believed when it is found again.
+    pub doubted: Option<String>,
+    /// Whether it counts as an attempt.
+    pub tried: bool,
+}
+
 /// A line of the list.
 #[derive(Clone, Debug, Serialize)]
 pub struct Repo {
@@ -230,22 +245,18 @@ impl Session {
         Ok(())
     }
 
-    /// Notes a failure, and when to try again.
+    /// Notes when to try again, and why.
     ///
     /// # Errors
     ///
     /// The server cannot be reached or refuses.
-    pub async fn postpone_repo(
-        &self,
-        did: &str,
-        pause: Duration,
-        host: Option<&str>,
-        message: &str,
-        doubted: Option<&str>,
-    ) -> Result<(), StoreError> {
-        let seconds = pause.as_secs_f64();
+    pub async fn postpone_repo(&self, did: &str, postponed: &Postponed) -> Result<(), StoreError> {
+        let Postponed { pause, host, message, doubted, tried } = postponed;
+        let (seconds, attempts) = (pause.as_secs_f64(), i32::from(*tried));
         let postpone = include_str!("../../sql/repair/postpone.sql");
-        self.in_time(self.client.execute(postpone, &[&did, &seconds, &host, &message, &doubted])).await?;
+        let values: [&(dyn postgres_types::ToSql + Sync); 6] =
+            [&did, &seconds, host, message, doubted, &attempts];
+        self.in_time(self.client.execute(postpone, &values)).await?;
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use crate::support::chain::{Program, RUN, SOON};
 use crate::support::scripted::{Op, create, delete, post, rev};
 use crate::support::signed::{Answer, Plc, Signed};
 use crate::support::stage::{Frames, Stage, path, write};
-use crate::support::{Signal, Standpipe, execute, query_rows, query_value, wait_until};
+use crate::support::{Postgres, Signal, Standpipe, execute, query_rows, query_value, wait_until};
 use shrike::cbor::Value;
 use standpipe::crash::Point;
 
@@ -328,6 +328,10 @@ async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
     let mut stage = Stage::start(plc, frames.0, &[]).await;
     stage.send(1).await;
     let run = async |arguments: &[&str]| Standpipe::run(arguments, &stage.variables, SOON).await;
+    let elsewhere = Postgres::shared().await.fresh_database().await;
+    let early = Standpipe::run(&["repos", "list"], &[("DATABASE_URL", &elsewhere)], SOON).await;
+    assert_eq!(early.code, 1);
+    assert!(early.stderr.contains("run standpipe migrate"), "{}", early.stderr);
     let nothing = run(&["repos", "list"]).await;
     assert_eq!((nothing.code, nothing.stdout.trim()), (0, "no repository was ever to be repaired"));
     let bad = run(&["repos", "add", "alice.example"]).await;
@@ -347,4 +351,29 @@ async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
     let gone: serde_json::Value = serde_json::from_str(json.trim()).unwrap();
     assert_eq!(gone["did"], none.as_str());
     assert!(gone["message"].as_str().unwrap().contains("does not know"), "{gone}");
+}
+
+/// Many repositories on one host take turns; waiting for it is not a failure.
+#[tokio::test(flavor = "multi_thread")]
+async fn repositories_of_one_host_take_turns() {
+    let plc = Plc::start().await;
+    let mut accounts: Vec<Signed> = (0..30).map(Signed::new).collect();
+    for account in &mut accounts {
+        account.commit(0, &rev(1), &[write("one")]);
+        plc.publish(account);
+        plc.serve(account);
+    }
+    let stage = Stage::start(plc, Vec::new(), &[]).await;
+    assert_eq!(Standpipe::run(&["migrate"], &stage.variables, RUN).await.code, 0);
+    let mut arguments = vec!["repos", "add"];
+    arguments.extend(accounts.iter().map(|account| account.did.as_str()));
+    let added = Standpipe::run(&arguments, &stage.variables, SOON).await;
+    assert_eq!(added.code, 0, "{}", added.stderr);
+    for account in &accounts {
+        stage.repo_is(&account.did, "synced").await;
+    }
+    assert_eq!(stage.texts().await.len(), 30);
+    assert_eq!(stage.plc.fetches(), 30);
+    let failed = stage.program.metric_with("standpipe_repairs_total", "postponed").await;
+    assert_eq!(failed, 0.0, "{}", stage.program.stderr());
 }

@@ -303,3 +303,19 @@ async fn handles_are_looked_up_and_shown_when_they_are_confirmed() {
     stage.allow(1);
     wait_for_handles(BTreeMap::from([zero, three("drei.test")])).await;
 }
+
+/// A commit whose verification makes the program panic costs nothing but itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_in_the_verification_costs_only_its_commit() {
+    let plc = Plc::start().await;
+    let (mut good, mut bad) = (Signed::new(1), Signed::new(2));
+    let mut frames = Frames::default();
+    frames.commit(&mut bad, &[write("bad")]);
+    frames.commit(&mut good, &[write("good")]);
+    plc.publish(&good);
+    let panic = ("STANDPIPE_PANIC_OVER", format!("verify:{}", bad.did));
+    let mut stage = Stage::start(plc, frames.0, &[NO_REPAIRS, (panic.0, &panic.1)]).await;
+    stage.send(2).await;
+    assert_eq!(stage.texts().await, ["good"]);
+    assert_eq!(stage.repairs().await, BTreeMap::from([(bad.did, "commit".to_owned())]));
+}
