@@ -133,12 +133,6 @@ pub fn tid_bits(tid: &str) -> Option<u64> {
     Some(bits)
 }
 
-/// The TID of a number; see [`tid_bits`].
-#[must_use]
-pub fn tid_text(bits: u64) -> String {
-    (0..13).rev().map(|place| char::from(TID_ALPHABET[(bits >> (5 * place)) as usize & 31])).collect()
-}
-
 /// JSON text that PostgreSQL's `jsonb` accepts: valid, and without U+0000.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Json<'a>(pub Cow<'a, str>);

@@ -164,7 +164,8 @@ BEGIN
     IF o.subject = 'deleted' AND o.body = 'false' THEN
         -- Lets the functions for new records recognise the account. Sweeps never reach this one.
         INSERT INTO standpipe.tombstones (uri, stream_ms, stream_seq) VALUES (o.repo, 9223372036854775807, 0)
-        ON CONFLICT (uri) DO NOTHING;
+        ON CONFLICT (uri) DO UPDATE SET stream_ms = excluded.stream_ms
+        WHERE tombstones.stream_ms < excluded.stream_ms;
         UPDATE standpipe.accounts a SET
             deleted_seq = standpipe.with_deletion(a.deleted_seq, a.deleted_time, o.seq, o.created_at),
             deleted_time = greatest(a.deleted_time, o.created_at),

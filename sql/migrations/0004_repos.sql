@@ -12,6 +12,8 @@ CREATE TABLE IF NOT EXISTS standpipe.repos (
     rev text COLLATE "C",
     host text,
     attempts integer NOT NULL DEFAULT 0,
+    -- how often it was asked for: more by the end of a repair than at its beginning, and it is queued again
+    requests bigint NOT NULL DEFAULT 1,
     retry_at timestamptz NOT NULL DEFAULT now(),
     -- its records; how many of them were missing or different, how many rows were to be deleted, how many were refused
     records bigint,

@@ -1,6 +1,6 @@
--- A repository has been compared, or there is none. If a newer revision was asked for meanwhile, it stays queued.
+-- A repository has been compared, or there is none. If it was asked for again meanwhile, it stays queued.
 UPDATE standpipe.repos r SET
-    state = CASE WHEN $2 = 'synced' AND r.wanted_rev > $3 THEN 'queued' ELSE $2 END,
+    state = CASE WHEN r.requests > $10 THEN 'queued' ELSE $2 END,
     rev = coalesce(nullif($3, ''), r.rev), host = $4, records = $5, healed = $6, deleted = $7, refused = $8, message = $9,
     attempts = 0, doubted = NULL, retry_at = now() + interval '1 minute', updated_at = now()
 WHERE r.did = $1

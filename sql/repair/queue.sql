@@ -4,4 +4,5 @@ ON CONFLICT (did) DO UPDATE SET
     state = 'queued', class = least(excluded.class, CASE r.state WHEN 'queued' THEN r.class END),
     reason = excluded.reason, wanted_rev = greatest(r.wanted_rev, excluded.wanted_rev),
     retry_at = CASE r.state WHEN 'queued' THEN r.retry_at ELSE greatest(now(), r.updated_at + interval '1 minute') END,
+    requests = r.requests + 1,
     attempts = CASE r.state WHEN 'queued' THEN r.attempts ELSE 0 END

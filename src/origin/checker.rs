@@ -9,7 +9,6 @@ use tokio::time::Instant;
 
 use super::verifier::Recent;
 use crate::directory::{Directory, LookupError};
-use crate::event::tid_text;
 use crate::metrics;
 use crate::mutex::lock;
 use crate::stream::accounts::{Repair, Unchecked};
@@ -35,6 +34,8 @@ pub(super) struct Checker {
     recent: Arc<Mutex<Recent>>,
     /// Accounts whose signature did not fit, and when that was first seen.
     doubtful: HashMap<String, Instant>,
+    /// Where to continue.
+    cursor: u64,
 }
 
 /// What a lookup says about a commit.
@@ -46,7 +47,7 @@ enum Found {
 
 impl Checker {
     pub(super) fn new(stream: Stream, directory: Arc<Directory>, recent: Arc<Mutex<Recent>>) -> Self {
-        Self { stream, directory, recent, doubtful: HashMap::new() }
+        Self { stream, directory, recent, doubtful: HashMap::new(), cursor: 0 }
     }
 
     /// Checks, as long as the session lasts.
@@ -64,12 +65,11 @@ impl Checker {
         }
     }
 
-    /// Looks at all of them once. Returns whether the directory was away.
+    /// Looks at all of them once, or at a part of them if some could not be looked up. Returns whether that was so.
     async fn round(&mut self) -> StreamResult<bool> {
-        let mut cursor = 0;
         let mut away = false;
         loop {
-            let (next, mut found) = self.stream.unchecked(cursor).await?;
+            let (next, mut found) = self.stream.unchecked(self.cursor).await?;
             let now = Instant::now();
             found.retain(|(did, _)| self.doubtful.get(did).is_none_or(|since| now - *since >= AGAIN));
             let directory = &self.directory;
@@ -91,9 +91,9 @@ impl Checker {
                     Found::Foreign(key) => self.foreign(&did, &unchecked, key).await?,
                 }
             }
-            cursor = next;
-            // While the directory is away, a few attempts are enough.
-            if cursor == 0 || away {
+            self.cursor = next;
+            // While the directory is away, a few attempts are enough; the next round goes on from there.
+            if next == 0 || away {
                 let backlog = self.stream.verification_backlog().await?;
                 metrics::verification_backlog(&backlog);
                 return Ok(away);
@@ -108,7 +108,8 @@ impl Checker {
             return Ok(());
         }
         let reason = if key.is_some() { "signature" } else { "no_key" };
-        let repair = Repair { reason: reason.to_owned(), rev: tid_text(unchecked.rev), at: now_ms() };
+        // Its revision is not proven either.
+        let repair = Repair { reason: reason.to_owned(), rev: String::new(), at: now_ms() };
         metrics::verified("disproved");
         metrics::repair_requested(reason);
         self.settle(did, unchecked, key, Some(repair)).await

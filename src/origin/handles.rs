@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::directory::{Directory, LookupError};
 use crate::metrics;
-use crate::stream::{Stream, StreamResult};
+use crate::stream::{Stream, StreamResult, is_oom};
 
 /// Lookups at a time.
 const SLOTS: usize = 16;
@@ -82,7 +82,13 @@ impl Handles {
                     }
                 };
                 self.tries.remove(&did);
-                self.stream.handle_looked_up((&did, &mark), entry, self.max_stream_len).await?;
+                match self.stream.handle_looked_up((&did, &mark), entry, self.max_stream_len).await {
+                    Ok(true) => {}
+                    // There is no room.
+                    Ok(false) => away = true,
+                    Err(error) if is_oom(&error) => away = true,
+                    Err(error) => return Err(error),
+                }
             }
             cursor = next;
             if cursor == 0 {

@@ -341,10 +341,7 @@ impl Reader {
                 run_id: None,
                 stop,
             };
-            let stream = async {
-                let (verified, appended) = tokio::join!(verified, appender.run(receiver, settle));
-                appended.and(verified)
-            };
+            let stream = both(verified, appender.run(receiver, settle));
             tokio::pin!(arrivals, stream);
             // An error of the stream ends the session at once; after one of the origin, queued items are still
             // appended.
@@ -494,5 +491,20 @@ impl Reader {
             }
         };
         Plan { origin, from, epoch, gap, appended: AtomicBool::new(false) }
+    }
+}
+
+/// Runs both until the appender ends, or the verification fails. What has been verified is still appended.
+async fn both(
+    verified: impl Future<Output = Result<(), End>>,
+    appended: impl Future<Output = Result<(), End>>,
+) -> Result<(), End> {
+    tokio::pin!(appended);
+    tokio::select! {
+        ended = &mut appended => ended,
+        ended = verified => {
+            ended?;
+            appended.await
+        }
     }
 }

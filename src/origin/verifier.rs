@@ -141,10 +141,12 @@ impl Verifier {
         }
     }
 
-    /// The known keys of the accounts in a chunk. Afterwards all of them are in memory.
+    /// The known keys of the accounts in a chunk. Afterwards all of them are in memory. What is outdated by an `#identity` is
+    /// so for every later chunk, even if this one is still being checked.
     async fn recall(&mut self, chunk: &[Item]) -> Result<Keys, End> {
-        let claims = chunk.iter().filter_map(|item| claim(item.arrival.frame.as_ref()?));
-        let dids: BTreeSet<&str> = claims.map(|claimed| claimed.did()).collect();
+        let claims: Vec<Claimed<'_>> =
+            chunk.iter().filter_map(|item| claim(item.arrival.frame.as_ref()?)).collect();
+        let dids: BTreeSet<&str> = claims.iter().map(Claimed::did).collect();
         let unknown: Vec<&str> = {
             let recent = lock(&self.recent);
             dids.iter().copied().filter(|did| recent.get(did).is_none()).collect()
@@ -155,7 +157,16 @@ impl Verifier {
             recent.set(did, known);
         }
         let key = |did: &str| recent.get(did).and_then(|known| known.key);
-        Ok(dids.into_iter().filter_map(|did| Some((did.to_owned(), key(did)?))).collect())
+        let keys = dids.into_iter().filter_map(|did| Some((did.to_owned(), key(did)?))).collect();
+        for claimed in claims {
+            if let Claimed::Identity(did) = claimed
+                && let Some(known) = recent.get(did)
+            {
+                recent.set(did, Known { key: known.key.map(KnownKey::outdated), ..known });
+                self.directory.forget(did);
+            }
+        }
+        Ok(keys)
     }
 
     /// Decides what becomes of an arrival, in the order of the relay.
@@ -169,35 +180,42 @@ impl Verifier {
             known.key = checked.looked_up;
         }
         match (claimed, checked.outcome) {
-            (Claimed::Identity { has_handle, .. }, _) => {
-                known.key = None;
+            (Claimed::Identity(_), _) => {
+                // It is looked up again, but still tells who has not signed.
+                known.key = known.key.map(KnownKey::outdated);
                 self.directory.forget(did);
-                if !has_handle {
-                    want_handle(arrival, did);
-                }
+                want_handle(arrival, did);
             }
             (_, None) => return,
             (Claimed::Commit(claim) | Claimed::Sync(claim), Some(Outcome::Invalid(invalid))) => {
                 self.withhold(arrival, &claim, &invalid);
             }
             (Claimed::Commit(claim), Some(Outcome::Valid(sound))) => {
-                note_valid(arrival, did, &sound);
-                follow(arrival, &claim, &sound, &mut known);
+                metrics::verified(if sound.inverted { "valid" } else { "no_previous_tree" });
+                if follow(arrival, &claim, &sound, &mut known, true) && sound.inverted {
+                    arrival.accounts.unchecked.push((did.to_owned(), None));
+                }
             }
             (Claimed::Commit(claim), Some(Outcome::Unknown(sound))) => {
                 if known == Known::default() {
                     want_handle(arrival, did);
                 }
-                note_unknown(arrival, did, &sound);
-                follow(arrival, &claim, &sound, &mut known);
+                metrics::verified("unchecked");
+                if follow(arrival, &claim, &sound, &mut known, false) {
+                    check_later(arrival, did, &sound);
+                }
             }
             (Claimed::Sync(_), Some(Outcome::Valid(sound))) => {
-                note_valid(arrival, did, &sound);
-                replace(arrival, did, &sound, &mut known);
+                metrics::verified("valid");
+                if replace(arrival, did, &sound, &mut known, true) {
+                    arrival.accounts.unchecked.push((did.to_owned(), None));
+                }
             }
             (Claimed::Sync(_), Some(Outcome::Unknown(sound))) => {
-                note_unknown(arrival, did, &sound);
-                replace(arrival, did, &sound, &mut known);
+                metrics::verified("unchecked");
+                if replace(arrival, did, &sound, &mut known, false) {
+                    check_later(arrival, did, &sound);
+                }
             }
         }
         recent.set(did, known);
@@ -212,7 +230,8 @@ impl Verifier {
         }
         *arrival.missed.entry("withheld").or_default() += 1;
         let did = claim.did.to_owned();
-        request(arrival, claim.did, claim.rev, invalid.fault.name());
+        // Its revision is not proven either: any repository that the account has signed will do.
+        request(arrival, claim.did, "", invalid.fault.name());
         if arrival.entries.is_empty() && arrival.letters.is_empty() {
             // None of it is wanted here.
             return;
@@ -232,13 +251,8 @@ impl Verifier {
     }
 }
 
-fn note_valid(arrival: &mut Arrival, did: &str, sound: &Sound) {
-    metrics::verified(if sound.inverted { "valid" } else { "no_previous_tree" });
-    arrival.accounts.unchecked.push((did.to_owned(), None));
-}
-
-fn note_unknown(arrival: &mut Arrival, did: &str, sound: &Sound) {
-    metrics::verified("unchecked");
+/// Its signature is checked when the account's key is known.
+fn check_later(arrival: &mut Arrival, did: &str, sound: &Sound) {
     let unchecked = Unchecked {
         hash: sound.commit.hash,
         signature: sound.commit.signature,
@@ -247,34 +261,43 @@ fn note_unknown(arrival: &mut Arrival, did: &str, sound: &Sound) {
     arrival.accounts.unchecked.push((did.to_owned(), Some(unchecked)));
 }
 
-/// The commit becomes its account's head. If it does not follow the head before it, commits are missing.
-fn follow(arrival: &mut Arrival, claim: &verify::Claim<'_>, sound: &Sound, known: &mut Known) {
+/// The commit becomes its account's head, unless it is a repeat. If it does not follow the head before it, commits are
+/// missing.
+fn follow(
+    arrival: &mut Arrival,
+    claim: &verify::Claim<'_>,
+    sound: &Sound,
+    known: &mut Known,
+    proven: bool,
+) -> bool {
     let new = Head::new(&sound.commit.rev, &sound.commit.data);
     if let Some(head) = known.head {
         if new.rev <= head.rev {
-            // A repeat.
-            return;
+            return false;
         }
         if !head.is_followed_by(claim.since, claim.prev_data.as_ref()) {
             *arrival.missed.entry("broken_chain").or_default() += 1;
-            request(arrival, claim.did, claim.rev, "chain");
+            request(arrival, claim.did, if proven { claim.rev } else { "" }, "chain");
         }
     }
     known.head = Some(new);
+    true
 }
 
-/// The account's server says what its repository is now. If it is not what we have, something is missing.
-fn replace(arrival: &mut Arrival, did: &str, sound: &Sound, known: &mut Known) {
+/// The account's server says what its repository is now, unless it is a repeat. If it is not what we have, something is
+/// missing.
+fn replace(arrival: &mut Arrival, did: &str, sound: &Sound, known: &mut Known, proven: bool) -> bool {
     let new = Head::new(&sound.commit.rev, &sound.commit.data);
     if let Some(head) = known.head {
         if new.rev <= head.rev {
-            return;
+            return false;
         }
         if new.data != head.data {
-            request(arrival, did, &sound.commit.rev, "sync");
+            request(arrival, did, if proven { &sound.commit.rev } else { "" }, "sync");
         }
     }
     known.head = Some(new);
+    true
 }
 
 fn request(arrival: &mut Arrival, did: &str, rev: &str, reason: &'static str) {
@@ -314,8 +337,10 @@ async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) 
 async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) -> Checked {
     crash::panic_over("verify", claimed.did());
     let sound = match claimed {
-        Claimed::Identity { did, .. } => {
-            keys.remove(*did);
+        Claimed::Identity(did) => {
+            if let Some(key) = keys.get_mut(*did) {
+                *key = key.outdated();
+            }
             return Checked::default();
         }
         Claimed::Commit(claim) => verify::commit(claim, now_ms()),
@@ -330,7 +355,9 @@ async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) ->
         return Checked { outcome: Some(Outcome::Unknown(sound)), looked_up: None };
     };
     if known.key().is_some_and(|key| sound.commit.is_signed_by(&key)) {
-        return Checked { outcome: Some(Outcome::Valid(sound)), looked_up: None };
+        // After its document has changed, the key may be another one now: checked again later.
+        let outcome = if known.looked_up == 0 { Outcome::Unknown(sound) } else { Outcome::Valid(sound) };
+        return Checked { outcome: Some(outcome), looked_up: None };
     }
     let fresh = now_ms() / 1000 <= u64::from(known.looked_up) + FRESH.as_secs();
     if fresh {
@@ -341,8 +368,9 @@ async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) ->
     let key: Option<Key> = match look {
         Ok(Ok(document)) => document.key,
         Ok(Err(LookupError::None(_))) => None,
+        // Not the key that we know, and we cannot ask for another one: withheld. A repair follows when we can.
         Ok(Err(LookupError::Away(_))) | Err(_) => {
-            return Checked { outcome: Some(Outcome::Unknown(sound)), looked_up: None };
+            return Checked { outcome: Some(Outcome::Invalid(foreign(&sound))), looked_up: None };
         }
     };
     let looked_up = key.as_ref().map(|key| KnownKey::new(key, now_ms()));

@@ -75,8 +75,8 @@ impl Difference {
     }
 }
 
-/// Whether a row is that of this record. Where the table has neither CID nor subject, the record is written again, which
-/// changes nothing if it is the same.
+/// Whether a row is that of this record. Where the table has neither CID nor subject, the record is written again, and is the
+/// same when it has the repository's revision.
 fn is_same(row: &OwnRow, cid: &Cid, repository: &Repository<'_>) -> bool {
     match (&row.cid, &row.subject) {
         (Some(known), _) => *known == cid.to_string(),
@@ -84,7 +84,7 @@ fn is_same(row: &OwnRow, cid: &Cid, repository: &Repository<'_>) -> bool {
             let record = repository.archive.get(cid).and_then(|block| decode(block).ok());
             record.is_some_and(|record| subject(&record) == Some(known))
         }
-        (None, None) => false,
+        (None, None) => row.rev.as_deref() == Some(repository.commit.rev.as_str()),
     }
 }
 

@@ -98,7 +98,15 @@ impl Repairer {
     /// A server of ours cannot be reached: the repository stays queued.
     pub async fn next(&self) -> Result<bool, RepairError> {
         let session = self.store.session().await?;
-        let Some(queued) = session.take_repo().await? else { return Ok(false) };
+        let queued = match session.take_repo().await {
+            Ok(Some(queued)) => queued,
+            Ok(None) => return Ok(false),
+            Err(error) => {
+                // It may hold a repository.
+                session.discard();
+                return Err(error.into());
+            }
+        };
         match self.is_behind().await {
             Ok(false) => {}
             Ok(true) => {
@@ -129,7 +137,7 @@ impl Repairer {
         let did = &queued.did;
         match Box::pin(self.attempt(session, queued)).await? {
             Outcome::Finished(finished) => {
-                session.finish_repo(did, &finished).await?;
+                session.finish_repo(queued, &finished).await?;
                 metrics::repaired(finished.state);
                 let Finished { state, records, healed, deleted, refused, host, .. } = &finished;
                 info!(
@@ -153,7 +161,7 @@ impl Repairer {
                     message: Some(message),
                     ..Finished::default()
                 };
-                session.finish_repo(did, &given_up).await?;
+                session.finish_repo(queued, &given_up).await?;
                 metrics::repaired("error");
             }
             Outcome::Postponed(mut postponed) => {
@@ -266,14 +274,15 @@ impl Repairer {
         repository: &Repository<'_>,
     ) -> Result<Option<usize>, RepairError> {
         let mut stream = self.redis.connect().await?;
-        let mut before: Option<Difference> = None;
+        let mut before: Vec<Difference> = Vec::new();
         loop {
             let rows = session.own_rows(did).await?;
             let difference = Difference::new(repository, rows, &self.config.collections);
             if difference.is_empty() {
                 return Ok(Some(0));
             }
-            if before.as_ref().is_some_and(|before| difference.is_that_of(before)) {
+            // Twice, because what was appended may have been removed by others.
+            if before.len() >= 2 && before.iter().all(|before| difference.is_that_of(before)) {
                 return Ok(Some(difference.healed() + difference.deletes));
             }
             let rev = &repository.commit.rev;
@@ -285,7 +294,10 @@ impl Repairer {
             {
                 return Ok(None);
             }
-            before = Some(difference);
+            before.push(difference);
+            if before.len() > 2 {
+                before.remove(0);
+            }
         }
     }
 

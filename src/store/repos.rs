@@ -21,6 +21,8 @@ pub struct Queued {
     pub attempts: u32,
     /// A tree that would delete much, and was not believed yet.
     pub doubted: Option<String>,
+    /// How often it was asked for.
+    requests: i64,
 }
 
 /// What became of a repair.
@@ -176,6 +178,7 @@ impl Session {
                     wanted_rev: row.get(1),
                     attempts: attempts.try_into().unwrap_or(0),
                     doubted: row.get(3),
+                    requests: row.get(4),
                 }));
             }
             self.release_repo(&did).await?;
@@ -233,14 +236,15 @@ impl Session {
     /// # Errors
     ///
     /// The server cannot be reached or refuses.
-    pub async fn finish_repo(&self, did: &str, finished: &Finished) -> Result<(), StoreError> {
+    pub async fn finish_repo(&self, queued: &Queued, finished: &Finished) -> Result<(), StoreError> {
         let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let Finished { state, rev, host, message, .. } = finished;
         let numbers = [finished.records, finished.healed, finished.deleted, finished.refused].map(whole);
         let [records, healed, deleted, refused] = &numbers;
         let finish = include_str!("../../sql/repair/finish.sql");
-        let values: [&(dyn postgres_types::ToSql + Sync); 9] =
-            [&did, state, rev, host, records, healed, deleted, refused, message];
+        let Queued { did, requests, .. } = queued;
+        let values: [&(dyn postgres_types::ToSql + Sync); 10] =
+            [did, state, rev, host, records, healed, deleted, refused, message, requests];
         self.in_time(self.client.execute(finish, &values)).await?;
         Ok(())
     }

@@ -51,7 +51,7 @@ impl Unchecked {
 pub struct Repair {
     /// `chain`, `sync`, `no_key` or the name of a [`crate::verify::Fault`].
     pub reason: String,
-    /// The revision that revealed it.
+    /// The proven revision that revealed it; empty if it is not proven.
     pub rev: String,
     /// When, in milliseconds since 1970.
     pub at: u64,
@@ -195,16 +195,16 @@ impl Stream {
             .await
     }
 
-    /// Some of the repositories to repair, with the reason as it is kept.
+    /// Some of the repositories to repair, with the reason as it is kept; and where to continue, 0 at the end.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn repairs(&mut self) -> RedisResult<Vec<(String, Repair, String)>> {
+    pub async fn repairs(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, Repair, String)>)> {
         let Self { connection, keys } = self;
-        let (_, found): (u64, Vec<(String, String)>) = redis::cmd("HSCAN")
+        let (next, found): (u64, Vec<(String, String)>) = redis::cmd("HSCAN")
             .arg(&keys.repairs)
-            .arg(0)
+            .arg(cursor)
             .arg("COUNT")
             .arg(256)
             .query_async(connection)
@@ -218,7 +218,7 @@ impl Stream {
             });
             (did, repair, text)
         };
-        Ok(found.into_iter().map(read).collect())
+        Ok((next, found.into_iter().map(read).collect()))
     }
 
     /// A repository to repair has been noted in the database.
@@ -258,7 +258,7 @@ impl Stream {
     }
 
     /// A handle has been looked up: appends the entry with what was found, if anything was. Does nothing if something else
-    /// asked for it by now, or if the stream has no room.
+    /// asked for it by now, or if the stream has no room: `false` if an entry was not appended.
     ///
     /// # Errors
     ///
@@ -268,8 +268,9 @@ impl Stream {
         wanted: (&str, &str),
         entry: Option<String>,
         max_length: u64,
-    ) -> RedisResult<()> {
-        self.append_own(wanted, "identity", entry.as_slice(), max_length).await.map(drop)
+    ) -> RedisResult<bool> {
+        let last = self.append_own(wanted, "identity", entry.as_slice(), max_length).await?;
+        Ok(last.is_some() || entry.is_none())
     }
 
     async fn append_own(

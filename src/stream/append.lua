@@ -154,8 +154,7 @@ local function remember(hash, command)
     end
 end
 remember(KEYS[18], 'HSET')
--- The first reason counts.
-remember(KEYS[19], 'HSETNX')
+remember(KEYS[19], 'HSET')
 remember(KEYS[20], 'HSET')
 
 for i = at, #ARGV, 2 do

@@ -15,9 +15,9 @@ if ARGV[2] ~= '' then
     if redis.call('HGET', KEYS[5], ARGV[2]) ~= ARGV[3] then
         return ''
     end
-    redis.call('HDEL', KEYS[5], ARGV[2])
 end
 if #ARGV == 4 then
+    redis.call('HDEL', KEYS[5], ARGV[2])
     return ''
 end
 local info = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -31,6 +31,10 @@ local seq = redis.call('GET', KEYS[2]) or ''
 local last
 for i = 5, #ARGV do
     last = redis.call('XADD', KEYS[1], '*', 'type', ARGV[4], 'data', ARGV[i], 'seq', seq)
+end
+-- After the first write, which Redis refuses when its memory is full.
+if ARGV[2] ~= '' then
+    redis.call('HDEL', KEYS[5], ARGV[2])
 end
 -- They are ours, not another program's: see open.lua and janitor.lua.
 if redis.call('HGET', KEYS[4], 'last') == before then

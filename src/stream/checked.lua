@@ -9,7 +9,7 @@ if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 if ARGV[5] ~= '' and redis.call('HLEN', KEYS[2]) < tonumber(ARGV[6]) then
-    redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[5])
+    redis.call('HSET', KEYS[2], ARGV[1], ARGV[5])
 end
 if #ARGV[4] > 24 then
     local known = redis.call('HGET', KEYS[4], ARGV[3]) or ARGV[4]

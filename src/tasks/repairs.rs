@@ -21,13 +21,15 @@ pub struct Requests {
     redis: Redis,
     store: Store,
     stream: Option<Stream>,
+    /// Where to continue.
+    cursor: u64,
 }
 
 impl Requests {
     /// The task.
     #[must_use]
     pub fn new(redis: Redis, store: Store) -> Self {
-        Self { redis, store, stream: None }
+        Self { redis, store, stream: None, cursor: 0 }
     }
 }
 
@@ -36,9 +38,10 @@ impl Task for Requests {
 
     async fn round(&mut self) -> Result<Duration> {
         let mut stream = self.redis.reuse(&mut self.stream).await?;
-        let found = stream.repairs().await?;
-        let more = !found.is_empty();
-        if more {
+        let (next, found) = stream.repairs(self.cursor).await?;
+        self.cursor = next;
+        let more = next != 0 || !found.is_empty();
+        if !found.is_empty() {
             let session = self.store.session().await?;
             for (did, repair, text) in found {
                 if let Err(error) = repos::queue(session.client(), &did, 0, &repair.reason, &repair.rev).await

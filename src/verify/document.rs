@@ -5,6 +5,11 @@ use serde::Deserialize;
 
 use super::Key;
 
+/// The longest address of a server that is kept.
+const MAX_SERVER: usize = 512;
+/// The longest handle (<https://atproto.com/specs/handle>).
+const MAX_HANDLE: usize = 253;
+
 /// The parts of a DID document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
@@ -77,8 +82,11 @@ impl Document {
         let handle = raw.also_known_as.iter().find_map(|name| name.strip_prefix("at://"));
         Ok(Self {
             key: method.and_then(|method| Key::from_method(&method.kind, &method.public_key_multibase).ok()),
-            server: service.and_then(|service| service.endpoint.as_str().map(str::to_owned)),
-            handle: handle.map(str::to_owned),
+            server: service
+                .and_then(|service| service.endpoint.as_str())
+                .filter(|server| server.len() <= MAX_SERVER)
+                .map(str::to_owned),
+            handle: handle.filter(|handle| handle.len() <= MAX_HANDLE).map(str::to_owned),
         })
     }
 }

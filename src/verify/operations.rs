@@ -16,12 +16,20 @@ use super::{Archive, Fault, Invalid, shown};
 ///
 /// They do not hold, or the archive lacks a part of the tree that they touch.
 pub fn undo(claim: &Claim<'_>, archive: &Archive<'_>, data: Cid) -> Result<bool, Invalid> {
-    let ops = in_order(&claim.ops)?;
+    let ops = in_order(&claim.ops, claim.prev_data.is_some() || claim.since.is_none())?;
     let before = match (claim.prev_data, claim.since) {
         (Some(before), _) => before,
         // The first commit: the tree before it is empty.
         (None, None) => flush(&mut DetachedTree::new())?,
-        (None, Some(_)) => return Ok(false),
+        (None, Some(_)) => {
+            // What the operations lead to can still be checked, but not whether one was left out.
+            let mut tree = DetachedTree::load(data);
+            for op in ops {
+                let found = tree.get(archive, op.path).map_err(|error| unreadable(&error))?;
+                expect(op, found)?;
+            }
+            return Ok(false);
+        }
     };
     let mut tree = DetachedTree::load(data);
     for op in ops {
@@ -36,7 +44,9 @@ pub fn undo(claim: &Claim<'_>, archive: &Archive<'_>, data: Cid) -> Result<bool,
 }
 
 /// The operations in the order in which they are undone: deletes first, so that everything else has its neighbours.
-fn in_order<'a, 'c>(ops: &'a [ClaimedOp<'c>]) -> Result<Vec<&'a ClaimedOp<'c>>, Invalid> {
+///
+/// Hosts that do not name the tree before it do not name the records before them, either.
+fn in_order<'a, 'c>(ops: &'a [ClaimedOp<'c>], with_prev: bool) -> Result<Vec<&'a ClaimedOp<'c>>, Invalid> {
     let mut ordered: Vec<&ClaimedOp<'_>> = ops.iter().collect();
     ordered.sort_unstable_by_key(|op| (op.action != "delete", op.path));
     let mut paths: Vec<&str> = ops.iter().map(|op| op.path).collect();
@@ -48,8 +58,8 @@ fn in_order<'a, 'c>(ops: &'a [ClaimedOp<'c>]) -> Result<Vec<&'a ClaimedOp<'c>>, 
     for op in &ordered {
         let whole = match op.action {
             "create" => op.cid.is_some() && op.prev.is_none(),
-            "update" => op.cid.is_some() && op.prev.is_some(),
-            "delete" => op.cid.is_none() && op.prev.is_some(),
+            "update" => op.cid.is_some() && (op.prev.is_some() || !with_prev),
+            "delete" => op.cid.is_none() && (op.prev.is_some() || !with_prev),
             _ => false,
         };
         if !whole {
@@ -71,6 +81,11 @@ fn undo_one(tree: &mut DetachedTree, archive: &Archive<'_>, op: &ClaimedOp<'_>) 
         None => tree.remove(archive, op.path),
     }
     .map_err(|error| unreadable(&error))?;
+    expect(op, found)
+}
+
+/// What the tree has at the operation's path must be what the operation says.
+fn expect(op: &ClaimedOp<'_>, found: Option<Cid>) -> Result<(), Invalid> {
     if found == op.cid {
         return Ok(());
     }

@@ -5,6 +5,9 @@ use shrike::mst::DetachedTree;
 
 use super::{Archive, Fault, Invalid, Key, SignedCommit};
 
+/// The records of a repository, in bytes, that are compared.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
+
 /// A repository that holds.
 pub struct Repository<'a> {
     /// The signed object.
@@ -40,6 +43,12 @@ impl<'a> Repository<'a> {
         if let Some((path, _)) = records.iter().find(|(_, cid)| archive.get(cid).is_none()) {
             let message = format!("the repository is incomplete: it lacks the record of {path}");
             return Err(Invalid::new(Fault::Archive, message));
+        }
+        // Many paths may name one record.
+        let bytes: usize = records.iter().filter_map(|(_, cid)| archive.get(cid)).map(<[u8]>::len).sum();
+        if bytes > MAX_BYTES {
+            let message = format!("its records have {bytes} bytes; at most {MAX_BYTES} are compared");
+            return Err(Invalid::new(Fault::Size, message));
         }
         Ok(Self { commit, records, archive })
     }

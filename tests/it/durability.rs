@@ -249,7 +249,8 @@ async fn a_commit_whose_answer_was_lost_is_safely_applied_again() {
     };
     let mut lost = 0;
     while lost < TIMES {
-        program.finishes_more(300.0).await;
+        // Few: on a busy machine many attempts find nothing.
+        program.finishes_more(60.0).await;
         gate.hold(Hold { answers: true, ..Hold::default() });
         // Rows that become visible from now on are committed from now on, and the answers are held.
         let before = rows().await;

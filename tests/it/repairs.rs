@@ -142,10 +142,11 @@ async fn a_forged_commit_ends_with_what_the_account_has() {
     plc.publish(&account);
     let mut frames = Frames::default();
     frames.commit(&mut account, &[write("one")]);
-    frames.push(|seq, rev| {
+    // Its revision, which nobody has signed, must not be what the repair waits for.
+    frames.push(|seq, _| {
         let mut forged = account.clone();
         forged.rotate(77);
-        forged.commit(seq, rev, &[write("forged")])
+        forged.commit(seq, &rev(1_000_000), &[write("forged")])
     });
     account.commit(0, &rev(2), &[write("real")]);
     plc.serve(&account);

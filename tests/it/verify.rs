@@ -176,7 +176,7 @@ fn judge(frame: &[u8]) -> Result<Sound, verify::Invalid> {
     match claim(frame).unwrap() {
         Claimed::Commit(claim) => verify::commit(&claim, NOW),
         Claimed::Sync(claim) => verify::sync(&claim, NOW),
-        Claimed::Identity { did, .. } => panic!("{did}"),
+        Claimed::Identity(did) => panic!("{did}"),
     }
 }
 
@@ -429,6 +429,18 @@ const TAMPERINGS: &[Tamper] = &[
             Some(parts)
         },
         &[Fault::Operations],
+    ),
+    (
+        "an operation made up where no previous tree is named",
+        |mut parts| {
+            parts.claim.since?;
+            parts.claim.prev_data = None;
+            let cid = parts.claim.ops.iter().find_map(|op| op.cid);
+            let path = "app.bsky.feed.post/3jzfcijpj2z2a";
+            parts.claim.ops.push(ClaimedOp { action: "create", path, cid: Some(cid?), prev: None });
+            Some(parts)
+        },
+        &[Fault::Operations, Fault::Size],
     ),
     (
         "another revision in the frame",

@@ -13,12 +13,7 @@ pub enum Claimed<'a> {
     /// A `#sync`.
     Sync(Claim<'a>),
     /// An `#identity`: the account's document may have changed.
-    Identity {
-        /// The account.
-        did: &'a str,
-        /// Whether it names the handle. Current relays do not.
-        has_handle: bool,
-    },
+    Identity(&'a str),
 }
 
 impl<'a> Claimed<'a> {
@@ -27,7 +22,7 @@ impl<'a> Claimed<'a> {
     pub fn did(&self) -> &'a str {
         match self {
             Self::Commit(claim) | Self::Sync(claim) => claim.did,
-            Self::Identity { did, .. } => did,
+            Self::Identity(did) => did,
         }
     }
 }
@@ -46,10 +41,7 @@ pub fn claim(frame: &[u8]) -> Option<Claimed<'_>> {
     match text(&header, "t")? {
         "#commit" => read(&body, "repo").map(Claimed::Commit),
         "#sync" => read(&body, "did").map(Claimed::Sync),
-        "#identity" => {
-            let has_handle = text(&body, "handle").is_some();
-            text(&body, "did").map(|did| Claimed::Identity { did, has_handle })
-        }
+        "#identity" => text(&body, "did").map(Claimed::Identity),
         _ => None,
     }
 }
