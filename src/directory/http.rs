@@ -59,8 +59,8 @@ impl Http {
     /// # Errors
     ///
     /// There is no authority to trust.
-    pub(super) fn new(config: &Config, trusted: String) -> anyhow::Result<Self> {
-        let guard = Guard { trusted: [trusted].into(), private: config.allow_private_addresses };
+    pub(super) fn new(config: &Config, trusted: &str) -> anyhow::Result<Self> {
+        let guard = Guard { trusted: trusted.into(), private: config.allow_private_addresses };
         let mut connector = HttpConnector::new_with_resolver(guard.clone());
         connector.enforce_http(false);
         connector.set_connect_timeout(Some(CONNECT));

@@ -1,8 +1,8 @@
 //! DID documents: did:plc at `PLC_URL`, did:web at the host that it names (<https://atproto.com/specs/did>); and whole
 //! repositories, at the account's server.
 //!
-//! Whoever creates an account decides which host we ask, so requests are small, bounded in time and number, follow no
-//! redirects, and never go to internal addresses: [`guard`].
+//! The creator of an account chooses the host that we contact. Requests are therefore small, limited in time and number,
+//! follow no redirects, and never go to internal addresses: [`guard`].
 
 mod guard;
 mod handle;
@@ -74,9 +74,8 @@ impl Directory {
     /// There is no authority for https:// to trust.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let plc = config.plc_url.expose().trim_end_matches('/').to_owned();
-        let trusted = config.plc_url.host();
         Ok(Self {
-            http: Http::new(config, trusted)?,
+            http: Http::new(config, &config.plc_url.host())?,
             plc,
             private: config.allow_private_addresses,
             slots: Semaphore::new(SLOTS),

@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Arrival;
-use super::reader::{End, Plan, Reader};
+use super::plan::Plan;
+use super::reader::{End, Reader};
 use crate::config::{MemoryMark, VerifyMode};
 use crate::crash::{self, Point};
 use crate::metrics;

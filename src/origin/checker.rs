@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
+use super::rounds::{Reached, Rounds};
 use super::verifier::Recent;
 use crate::directory::{Directory, LookupError};
 use crate::metrics;
@@ -18,21 +19,20 @@ use crate::verify::known::KnownKey;
 
 /// Lookups at a time.
 const SLOTS: usize = 32;
-/// How long to wait after everything was looked at.
-const REST: Duration = Duration::from_millis(500);
-/// How long to wait while the directory is away: doubled each time, up to the second.
-const AWAY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
-/// A signature that does not fit is looked at again after this time: copies of the directory lag a little behind.
+/// The pauses while the directory cannot be reached: the first and the longest.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// A signature that does not match is checked again after this time: replicas of the directory lag a little behind.
 const AGAIN: Duration = Duration::from_secs(10);
-/// Accounts that are looked at again.
+/// Accounts that are checked again.
 const MAX_AGAIN: usize = 10_000;
 
-/// Checks what is left to check.
+/// Looks up the missing keys, and checks the signatures with them.
 pub(super) struct Checker {
     stream: Stream,
     directory: Arc<Directory>,
     recent: Arc<Mutex<Recent>>,
-    /// Accounts whose signature did not fit, and when that was first seen.
+    /// Accounts whose signature did not match, and when that was first seen.
     doubtful: HashMap<String, Instant>,
     /// Where to continue.
     cursor: u64,
@@ -49,25 +49,14 @@ impl Checker {
     pub(super) fn new(stream: Stream, directory: Arc<Directory>, recent: Arc<Mutex<Recent>>) -> Self {
         Self { stream, directory, recent, doubtful: HashMap::new(), cursor: 0 }
     }
+}
 
-    /// Checks, as long as the session lasts.
-    pub(super) async fn run(mut self) -> StreamResult<()> {
-        let mut pause = AWAY.0;
-        loop {
-            let away = self.round().await?;
-            if away {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(AWAY.1);
-            } else {
-                pause = AWAY.0;
-                tokio::time::sleep(REST).await;
-            }
-        }
-    }
+impl Rounds for Checker {
+    const PAUSES: (Duration, Duration) = (FIRST_PAUSE, LONGEST_PAUSE);
 
-    /// Looks at all of them once, or at a part of them if some could not be looked up. Returns whether that was so.
-    async fn round(&mut self) -> StreamResult<bool> {
-        let mut away = false;
+    /// Goes through all of them once, or through some if the directory cannot be reached.
+    async fn round(&mut self) -> StreamResult<Reached> {
+        let mut reached = Reached::All;
         loop {
             let (next, mut found) = self.stream.unchecked(self.cursor).await?;
             let now = Instant::now();
@@ -86,22 +75,24 @@ impl Checker {
             drop(looks);
             for (did, unchecked, found) in results {
                 match found {
-                    Found::Away => away = true,
+                    Found::Away => reached = Reached::Some,
                     Found::Signed(key) => self.settle(&did, &unchecked, Some(key), None).await?,
                     Found::Foreign(key) => self.foreign(&did, &unchecked, key).await?,
                 }
             }
             self.cursor = next;
-            // While the directory is away, a few attempts are enough; the next round goes on from there.
-            if next == 0 || away {
+            // While the directory cannot be reached, one page is enough. The next round resumes there.
+            if next == 0 || reached == Reached::Some {
                 let backlog = self.stream.verification_backlog().await?;
                 metrics::verification_backlog(&backlog);
-                return Ok(away);
+                return Ok(reached);
             }
         }
     }
+}
 
-    /// A signature that does not fit: looked at once more before it is believed.
+impl Checker {
+    /// A signature that does not match counts as somebody else's only at the second look.
     async fn foreign(&mut self, did: &str, unchecked: &Unchecked, key: Option<KnownKey>) -> StreamResult<()> {
         if !self.doubtful.contains_key(did) && self.doubtful.len() < MAX_AGAIN {
             self.doubtful.insert(did.to_owned(), Instant::now());

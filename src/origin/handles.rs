@@ -8,27 +8,27 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use serde_json::json;
 
+use super::rounds::{Reached, Rounds};
 use crate::directory::{Directory, LookupError};
 use crate::metrics;
 use crate::stream::{Stream, StreamResult, is_oom};
 
 /// Lookups at a time.
 const SLOTS: usize = 16;
-/// How often an account is looked up whose servers cannot be asked. Its next `#identity` asks anew.
+/// How many attempts an account gets whose servers cannot be reached. Its next `#identity` begins anew.
 const TRIES: u32 = 5;
-/// Accounts for which that is remembered.
+/// Accounts whose attempts are counted.
 const MAX_TRIED: usize = 10_000;
-/// How long to wait after everything was looked at.
-const REST: Duration = Duration::from_millis(500);
-/// How long to wait after a round in which a server could not be asked: doubled each time, up to the second.
-const AWAY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(1));
+/// The pauses while a server cannot be reached: the first and the longest.
+const FIRST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// Looks handles up, as long as a session lasts.
 pub(super) struct Handles {
     stream: Stream,
     directory: Arc<Directory>,
     max_stream_len: u64,
-    /// How often each account's servers could not be asked.
+    /// Failed attempts by account.
     tries: HashMap<String, u32>,
 }
 
@@ -36,25 +36,15 @@ impl Handles {
     pub(super) fn new(stream: Stream, directory: Arc<Directory>, max_stream_len: u64) -> Self {
         Self { stream, directory, max_stream_len, tries: HashMap::new() }
     }
+}
 
-    pub(super) async fn run(mut self) -> StreamResult<()> {
-        let mut pause = AWAY.0;
-        loop {
-            let away = self.round().await?;
-            if away {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(AWAY.1);
-            } else {
-                pause = AWAY.0;
-                tokio::time::sleep(REST).await;
-            }
-        }
-    }
+impl Rounds for Handles {
+    const PAUSES: (Duration, Duration) = (FIRST_PAUSE, LONGEST_PAUSE);
 
-    /// Looks at all of them once. Returns whether some could not be looked up.
-    async fn round(&mut self) -> StreamResult<bool> {
+    /// Goes through all of them once.
+    async fn round(&mut self) -> StreamResult<Reached> {
         let mut cursor = 0;
-        let mut away = false;
+        let mut reached = Reached::All;
         loop {
             let (next, found) = self.stream.handles_wanted(cursor).await?;
             let directory = Arc::clone(&self.directory);
@@ -73,7 +63,7 @@ impl Handles {
                     }
                     Err(LookupError::Away(_)) if self.may_try_again(&did) => {
                         metrics::handle("away");
-                        away = true;
+                        reached = Reached::Some;
                         continue;
                     }
                     Ok(None) | Err(_) => {
@@ -85,19 +75,21 @@ impl Handles {
                 match self.stream.handle_looked_up((&did, &mark), entry, self.max_stream_len).await {
                     Ok(true) => {}
                     // There is no room.
-                    Ok(false) => away = true,
-                    Err(error) if is_oom(&error) => away = true,
+                    Ok(false) => reached = Reached::Some,
+                    Err(error) if is_oom(&error) => reached = Reached::Some,
                     Err(error) => return Err(error),
                 }
             }
             cursor = next;
             if cursor == 0 {
-                return Ok(away);
+                return Ok(reached);
             }
         }
     }
+}
 
-    /// Whether an account whose servers could not be asked is looked up once more.
+impl Handles {
+    /// Whether an account whose servers cannot be reached gets another attempt.
     fn may_try_again(&mut self, did: &str) -> bool {
         if self.tries.len() >= MAX_TRIED && !self.tries.contains_key(did) {
             return false;

@@ -3,16 +3,20 @@
 //!
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
+//! - `plan`: where a session starts
 //! - `verifier`: whether what arrives is what its account signed
 //! - `checker`: signatures that could not be checked on arrival
 //! - `handles`: looking up the handles that relays do not send
+//! - `rounds`: how often the last two do that
 //! - `append`: queue -> stream, and the marks at which the reader slows down
 
 mod append;
 mod checker;
 mod handles;
+mod plan;
 pub mod reader;
 pub mod relay;
+mod rounds;
 mod verifier;
 
 use std::collections::BTreeMap;

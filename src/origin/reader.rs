@@ -5,7 +5,7 @@
 //! continued from its own memory would leave a hole below a valid cursor.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,13 +18,15 @@ use tracing::{error, info, warn};
 use super::append::{Appender, Item};
 use super::checker::Checker;
 use super::handles::Handles;
+use super::plan::{Plan, Restart};
+use super::rounds;
 use super::verifier::Verifier;
 use super::{Origin, OriginError};
 use crate::config::{Config, OnFutureCursor, VerifyMode};
 use crate::directory::Directory;
 use crate::metrics;
 use crate::status::{State, Status};
-use crate::stream::append::{AppendError, Cursor, CursorError};
+use crate::stream::append::{AppendError, CursorError};
 use crate::stream::gap::Gap;
 use crate::stream::lease::{self, Lease};
 use crate::stream::{Redis, Stream, StreamError};
@@ -91,26 +93,6 @@ struct Memory {
     leased: bool,
     /// The last logged reason for the end of a session, and when it was logged.
     said: Option<(String, Instant)>,
-}
-
-/// A new numbering: the position to read from, and the gap before it.
-#[derive(Clone, Debug)]
-struct Restart {
-    from: Option<i64>,
-    gap: Gap,
-}
-
-/// A session's starting point.
-pub(super) struct Plan {
-    /// The origin that the positions belong to.
-    pub(super) origin: String,
-    /// The position to ask for; `None` starts from now.
-    pub(super) from: Option<i64>,
-    pub(super) epoch: u64,
-    /// The gap before the first arrival.
-    gap: Option<Gap>,
-    /// Whether something has been appended.
-    pub(super) appended: AtomicBool,
 }
 
 impl Reader {
@@ -313,7 +295,7 @@ impl Reader {
             return Ok(());
         }
         let mut cursor = stream.cursor().await?;
-        let plan = Self::plan(origin.name(), &mut cursor, memory);
+        let plan = Plan::new(origin.name(), &mut cursor, &mut memory.acked, memory.restart.as_ref());
         if let (None, Some(position)) = (cursor.position, memory.acked) {
             warn!(position, "Redis lost the cursor: going back to the last position known to be applied");
         }
@@ -401,8 +383,8 @@ impl Reader {
         let work = async move {
             tokio::select! {
                 ended = verifier.run(arrived, to) => ended,
-                ended = checker.run() => ended.map_err(End::from),
-                ended = handles.run() => ended.map_err(End::from),
+                ended = rounds::run(checker) => ended.map_err(End::from),
+                ended = rounds::run(handles) => ended.map_err(End::from),
             }
         };
         Ok((work.boxed(), queue))
@@ -458,39 +440,6 @@ impl Reader {
             }
         }
         Ok(true)
-    }
-
-    /// Where to start, and in which epoch. A new epoch begins wherever the numbering may have changed: on a first
-    /// start, after a reset, on a change of relay, and if Redis lost the cursor.
-    fn plan(origin: String, cursor: &mut Cursor, memory: &mut Memory) -> Plan {
-        let new = |from, gap| (from, cursor.next_epoch, gap);
-        let elsewhere =
-            cursor.relay.as_ref().filter(|before| **before != origin && cursor.position.is_some());
-        let (from, epoch, gap) = if let Some(restart) = &memory.restart {
-            new(restart.from, Some(restart.gap.clone()))
-        } else if let Some(before) = elsewhere {
-            // The other relay's positions are meaningless here.
-            memory.acked = None;
-            let reason = format!(
-                "the cursor belongs to {before}, not to {origin}: the events between the two are unknown; continuing \
-                 from now"
-            );
-            new(None, Some(Gap::new(reason, None)))
-        } else {
-            cursor.is_current = cursor.position.is_some();
-            match (cursor.position, cursor.epoch) {
-                (Some(position), Some(epoch)) => (Some(position), epoch, None),
-                // Written by a reader without epochs, in the current numbering.
-                (Some(position), None) => (Some(position), cursor.next_epoch, None),
-                (None, _) if memory.acked.is_some() => (memory.acked, cursor.next_epoch, None),
-                (None, Some(_)) => {
-                    let reason = "the cursor is gone from Redis; continuing from the relay's live position";
-                    (None, cursor.next_epoch, Some(Gap::new(reason, None)))
-                }
-                (None, None) => (None, cursor.next_epoch, None),
-            }
-        };
-        Plan { origin, from, epoch, gap, appended: AtomicBool::new(false) }
     }
 }
 

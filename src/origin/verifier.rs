@@ -12,6 +12,7 @@ use std::time::Duration;
 use futures_util::stream::FuturesOrdered;
 use futures_util::{FutureExt as _, StreamExt as _};
 use serde_json::json;
+use shrike::cbor::Cid;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -29,8 +30,8 @@ use crate::stream::Stream;
 use crate::stream::accounts::{Repair, Unchecked};
 use crate::stream::append::NewLetter;
 use crate::time::now_ms;
-use crate::verify::known::{Head, Known, KnownKey};
-use crate::verify::{self, Fault, Invalid, Key, Sound};
+use crate::verify::known::{Head, Known, KnownKey, Step};
+use crate::verify::{self, Fault, Invalid, Key, SignedCommit, Sound};
 
 /// Items that are checked together.
 const CHUNK: usize = 64;
@@ -73,19 +74,42 @@ impl Recent {
 /// A commit's outcome.
 #[derive(Debug)]
 enum Outcome {
-    /// Content and signature hold.
-    Valid(Sound),
-    /// The content holds; the key is not known now.
-    Unknown(Sound),
+    /// The content holds, and with `proven` the signature does. Without, the key is not known now.
+    Sound {
+        sound: Sound,
+        proven: bool,
+    },
     Invalid(Invalid),
 }
 
-/// What the check of one item found.
-#[derive(Debug, Default)]
+/// What the check of one frame found.
+#[derive(Debug)]
 struct Checked {
-    outcome: Option<Outcome>,
+    did: String,
+    finding: Finding,
     /// A key that was looked up on the way.
     looked_up: Option<KnownKey>,
+}
+
+/// An item with what its check found; nothing if there is nothing to check.
+type CheckedItem = (Item, Option<Checked>);
+
+/// What a frame turned out to be.
+#[derive(Debug)]
+enum Finding {
+    /// A `#commit`, and the commit that it claims to follow.
+    Commit(Outcome, Link),
+    /// A `#sync`.
+    Sync(Outcome),
+    /// An `#identity`.
+    Identity,
+}
+
+/// The commit that another one claims to follow.
+#[derive(Debug)]
+struct Link {
+    since: Option<String>,
+    prev_data: Option<Cid>,
 }
 
 /// Verifies a session's items.
@@ -114,7 +138,7 @@ impl Verifier {
         to: mpsc::Sender<Item>,
     ) -> Result<(), End> {
         let most = 2 * std::thread::available_parallelism().map_or(2, usize::from);
-        let mut checks: FuturesOrdered<JoinHandle<Vec<(Item, Checked)>>> = FuturesOrdered::new();
+        let mut checks: FuturesOrdered<JoinHandle<Vec<CheckedItem>>> = FuturesOrdered::new();
         let mut open = true;
         loop {
             let mut chunk = Vec::new();
@@ -127,7 +151,6 @@ impl Verifier {
                     }
                 }
                 Some(done) = checks.next() => {
-                    // A panic in there ends the session; the next one reads the frame again.
                     let done = done.map_err(|error| End::Operator(format!("verification failed: {error}")))?;
                     for (mut item, checked) in done {
                         self.settle(&mut item.arrival, checked);
@@ -170,56 +193,46 @@ impl Verifier {
     }
 
     /// Decides what becomes of an arrival, in the order of the relay.
-    fn settle(&self, arrival: &mut Arrival, checked: Checked) {
-        let Some(frame) = arrival.frame.take() else { return };
-        let Some(claimed) = claim(&frame) else { return };
-        let did = claimed.did();
+    fn settle(&self, arrival: &mut Arrival, checked: Option<Checked>) {
+        let frame = arrival.frame.take();
+        let Some(Checked { did, finding, looked_up }) = checked else { return };
         let mut recent = lock(&self.recent);
-        let mut known = recent.get(did).unwrap_or_default();
-        if checked.looked_up.is_some() {
-            known.key = checked.looked_up;
-        }
-        match (claimed, checked.outcome) {
-            (Claimed::Identity(_), _) => {
+        let mut known = recent.get(&did).unwrap_or_default();
+        let is_new = known == Known::default();
+        known.key = looked_up.or(known.key);
+        match finding {
+            Finding::Identity => {
                 // It is looked up again, but still tells who has not signed.
                 known.key = known.key.map(KnownKey::outdated);
-                self.directory.forget(did);
-                want_handle(arrival, did);
+                self.directory.forget(&did);
+                want_handle(arrival, &did);
             }
-            (_, None) => return,
-            (Claimed::Commit(claim) | Claimed::Sync(claim), Some(Outcome::Invalid(invalid))) => {
-                self.withhold(arrival, &claim, &invalid);
-            }
-            (Claimed::Commit(claim), Some(Outcome::Valid(sound))) => {
-                metrics::verified(if sound.inverted { "valid" } else { "no_previous_tree" });
-                if follow(arrival, &claim, &sound, &mut known, true) && sound.inverted {
-                    arrival.accounts.unchecked.push((did.to_owned(), None));
+            Finding::Commit(Outcome::Invalid(invalid), _) | Finding::Sync(Outcome::Invalid(invalid)) => {
+                let claimed = frame.as_ref().and_then(|frame| claim(frame));
+                if let Some(Claimed::Commit(claim) | Claimed::Sync(claim)) = claimed {
+                    self.withhold(arrival, &claim, &invalid);
                 }
             }
-            (Claimed::Commit(claim), Some(Outcome::Unknown(sound))) => {
-                if known == Known::default() {
-                    want_handle(arrival, did);
+            Finding::Commit(Outcome::Sound { sound, proven }, link) => {
+                if is_new {
+                    want_handle(arrival, &did);
                 }
-                metrics::verified("unchecked");
-                if follow(arrival, &claim, &sound, &mut known, false) {
-                    check_later(arrival, did, &sound);
+                let follows =
+                    |head: &Head| head.is_followed_by(link.since.as_deref(), link.prev_data.as_ref());
+                let step = known.advance(head_of(&sound), follows);
+                if step == Step::Gap {
+                    *arrival.missed.entry("broken_chain").or_default() += 1;
                 }
+                note(arrival, &did, &sound, proven, step, "chain");
             }
-            (Claimed::Sync(_), Some(Outcome::Valid(sound))) => {
-                metrics::verified("valid");
-                if replace(arrival, did, &sound, &mut known, true) {
-                    arrival.accounts.unchecked.push((did.to_owned(), None));
-                }
-            }
-            (Claimed::Sync(_), Some(Outcome::Unknown(sound))) => {
-                metrics::verified("unchecked");
-                if replace(arrival, did, &sound, &mut known, false) {
-                    check_later(arrival, did, &sound);
-                }
+            Finding::Sync(Outcome::Sound { sound, proven }) => {
+                let new = head_of(&sound);
+                let step = known.advance(new, |head| head.data == new.data);
+                note(arrival, &did, &sound, proven, step, "sync");
             }
         }
-        recent.set(did, known);
-        arrival.accounts.known.push((did.to_owned(), known));
+        recent.set(&did, known);
+        arrival.accounts.known.push((did, known));
     }
 
     /// An invalid commit: its entries are left out, and a dead letter says so.
@@ -251,53 +264,31 @@ impl Verifier {
     }
 }
 
-/// Its signature is checked when the account's key is known.
-fn check_later(arrival: &mut Arrival, did: &str, sound: &Sound) {
-    let unchecked = Unchecked {
-        hash: sound.commit.hash,
-        signature: sound.commit.signature,
-        rev: Head::new(&sound.commit.rev, &sound.commit.data).rev,
+fn head_of(sound: &Sound) -> Head {
+    Head::new(&sound.commit.rev, &sound.commit.data)
+}
+
+/// Notes a sound commit: whether its signature is still to be checked, and the repair that it asks for, if it does not
+/// continue what we have.
+fn note(arrival: &mut Arrival, did: &str, sound: &Sound, proven: bool, step: Step, reason: &'static str) {
+    metrics::verified(match (proven, sound.inverted) {
+        (false, _) => "unchecked",
+        (true, true) => "valid",
+        (true, false) => "no_previous_tree",
+    });
+    if step == Step::Gap {
+        // A revision that is not proven must not be what a repair waits for.
+        request(arrival, did, if proven { &sound.commit.rev } else { "" }, reason);
+    }
+    let SignedCommit { hash, signature, .. } = sound.commit;
+    let unchecked = match (step, proven) {
+        (Step::Repeat, _) => return,
+        (_, false) => Some(Unchecked { hash, signature }),
+        // By the chain, it proves those before it.
+        (_, true) if sound.inverted => None,
+        (_, true) => return,
     };
-    arrival.accounts.unchecked.push((did.to_owned(), Some(unchecked)));
-}
-
-/// The commit becomes its account's head, unless it is a repeat. If it does not follow the head before it, commits are
-/// missing.
-fn follow(
-    arrival: &mut Arrival,
-    claim: &verify::Claim<'_>,
-    sound: &Sound,
-    known: &mut Known,
-    proven: bool,
-) -> bool {
-    let new = Head::new(&sound.commit.rev, &sound.commit.data);
-    if let Some(head) = known.head {
-        if new.rev <= head.rev {
-            return false;
-        }
-        if !head.is_followed_by(claim.since, claim.prev_data.as_ref()) {
-            *arrival.missed.entry("broken_chain").or_default() += 1;
-            request(arrival, claim.did, if proven { claim.rev } else { "" }, "chain");
-        }
-    }
-    known.head = Some(new);
-    true
-}
-
-/// The account's server says what its repository is now, unless it is a repeat. If it is not what we have, something is
-/// missing.
-fn replace(arrival: &mut Arrival, did: &str, sound: &Sound, known: &mut Known, proven: bool) -> bool {
-    let new = Head::new(&sound.commit.rev, &sound.commit.data);
-    if let Some(head) = known.head {
-        if new.rev <= head.rev {
-            return false;
-        }
-        if new.data != head.data {
-            request(arrival, did, if proven { &sound.commit.rev } else { "" }, "sync");
-        }
-    }
-    known.head = Some(new);
-    true
+    arrival.accounts.unchecked.push((did.to_owned(), unchecked));
 }
 
 fn request(arrival: &mut Arrival, did: &str, rev: &str, reason: &'static str) {
@@ -314,19 +305,12 @@ fn want_handle(arrival: &mut Arrival, did: &str) {
 /// The keys of a chunk's accounts.
 type Keys = HashMap<String, KnownKey>;
 
-async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) -> Vec<(Item, Checked)> {
+async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) -> Vec<CheckedItem> {
     let mut done = Vec::with_capacity(items.len());
     for item in items {
         let checked = match item.arrival.frame.as_ref().and_then(|frame| claim(frame)) {
-            Some(claimed) => {
-                let check = AssertUnwindSafe(check(&claimed, &mut keys, &directory)).catch_unwind();
-                // What makes us panic proves nothing, and holds up nothing.
-                check.await.unwrap_or_else(|_| {
-                    let invalid = Invalid::new(Fault::Commit, "its verification made the program panic");
-                    Checked { outcome: Some(Outcome::Invalid(invalid)), looked_up: None }
-                })
-            }
-            None => Checked::default(),
+            Some(claimed) => Some(check(claimed, &mut keys, &directory).await),
+            None => None,
         };
         done.push((item, checked));
         tokio::task::yield_now().await;
@@ -334,54 +318,73 @@ async fn check_all(items: Vec<Item>, mut keys: Keys, directory: Arc<Directory>) 
     done
 }
 
-async fn check(claimed: &Claimed<'_>, keys: &mut Keys, directory: &Directory) -> Checked {
-    crash::panic_over("verify", claimed.did());
-    let sound = match claimed {
-        Claimed::Identity(did) => {
-            if let Some(key) = keys.get_mut(*did) {
+async fn check(claimed: Claimed<'_>, keys: &mut Keys, directory: &Directory) -> Checked {
+    let did = claimed.did().to_owned();
+    let (claim, is_commit) = match claimed {
+        Claimed::Identity(_) => {
+            if let Some(key) = keys.get_mut(&did) {
                 *key = key.outdated();
             }
-            return Checked::default();
+            return Checked { did, finding: Finding::Identity, looked_up: None };
         }
-        Claimed::Commit(claim) => verify::commit(claim, now_ms()),
-        Claimed::Sync(claim) => verify::sync(claim, now_ms()),
+        Claimed::Commit(claim) => (claim, true),
+        Claimed::Sync(claim) => (claim, false),
     };
-    let sound = match sound {
+    let judged = AssertUnwindSafe(judge(&claim, is_commit, keys, directory)).catch_unwind().await;
+    let (outcome, looked_up) = judged.unwrap_or_else(|_| {
+        // What makes us panic proves nothing, and holds up nothing.
+        let invalid = Invalid::new(Fault::Commit, "its verification made the program panic");
+        (Outcome::Invalid(invalid), None)
+    });
+    let finding = if is_commit {
+        let link = Link { since: claim.since.map(str::to_owned), prev_data: claim.prev_data };
+        Finding::Commit(outcome, link)
+    } else {
+        Finding::Sync(outcome)
+    };
+    Checked { did, finding, looked_up }
+}
+
+/// Judges a commit or `#sync`. Also returns the account's key, if it was looked up on the way.
+async fn judge(
+    claim: &verify::Claim<'_>,
+    is_commit: bool,
+    keys: &mut Keys,
+    directory: &Directory,
+) -> (Outcome, Option<KnownKey>) {
+    crash::panic_over("verify", claim.did);
+    let content = if is_commit { verify::commit(claim, now_ms()) } else { verify::sync(claim, now_ms()) };
+    let sound = match content {
         Ok(sound) => sound,
-        Err(invalid) => return Checked { outcome: Some(Outcome::Invalid(invalid)), looked_up: None },
+        Err(invalid) => return (Outcome::Invalid(invalid), None),
     };
-    let did = claimed.did();
-    let Some(known) = keys.get(did).copied() else {
-        return Checked { outcome: Some(Outcome::Unknown(sound)), looked_up: None };
+    let Some(known) = keys.get(claim.did).copied() else {
+        return (Outcome::Sound { sound, proven: false }, None);
     };
     if known.key().is_some_and(|key| sound.commit.is_signed_by(&key)) {
         // After its document has changed, the key may be another one now: checked again later.
-        let outcome = if known.looked_up == 0 { Outcome::Unknown(sound) } else { Outcome::Valid(sound) };
-        return Checked { outcome: Some(outcome), looked_up: None };
+        let proven = !known.is_outdated();
+        return (Outcome::Sound { sound, proven }, None);
     }
     let fresh = now_ms() / 1000 <= u64::from(known.looked_up) + FRESH.as_secs();
     if fresh {
-        return Checked { outcome: Some(Outcome::Invalid(foreign(&sound))), looked_up: None };
+        return (Outcome::Invalid(foreign(&sound)), None);
     }
     // The account may have a new key, and not have said so.
-    let look = tokio::time::timeout(SECOND_LOOK, directory.document(did)).await;
-    let key: Option<Key> = match look {
+    let key: Option<Key> = match tokio::time::timeout(SECOND_LOOK, directory.document(claim.did)).await {
         Ok(Ok(document)) => document.key,
-        Ok(Err(LookupError::None(_))) => None,
-        // Not the key that we know, and we cannot ask for another one: withheld. A repair follows when we can.
-        Ok(Err(LookupError::Away(_))) | Err(_) => {
-            return Checked { outcome: Some(Outcome::Invalid(foreign(&sound))), looked_up: None };
-        }
+        // Not the key that we know, and no other one to be had: withheld, and repaired when there is.
+        Ok(Err(LookupError::None(_) | LookupError::Away(_))) | Err(_) => None,
     };
-    let looked_up = key.as_ref().map(|key| KnownKey::new(key, now_ms()));
-    if let Some(known) = looked_up {
-        keys.insert(did.to_owned(), known);
-    }
-    let outcome = match key {
-        Some(key) if sound.commit.is_signed_by(&key) => Outcome::Valid(sound),
-        _ => Outcome::Invalid(foreign(&sound)),
+    let Some(key) = key else { return (Outcome::Invalid(foreign(&sound)), None) };
+    let looked_up = KnownKey::new(&key, now_ms());
+    keys.insert(claim.did.to_owned(), looked_up);
+    let outcome = if sound.commit.is_signed_by(&key) {
+        Outcome::Sound { sound, proven: true }
+    } else {
+        Outcome::Invalid(foreign(&sound))
     };
-    Checked { outcome: Some(outcome), looked_up }
+    (outcome, Some(looked_up))
 }
 
 fn foreign(sound: &Sound) -> Invalid {

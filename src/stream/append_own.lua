@@ -6,8 +6,8 @@
 -- Returns the last entry's id; '' if none was appended, because there are none, no room, no stream, or something else to
 -- be done by now.
 --
--- They carry the number of the last event that the reader appended: whoever goes back to the position of one of them reads
--- everything after it again.
+-- Their number is that of the last event that the reader appended: a reader that is set back to it reads everything after
+-- it again.
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then
     return ''
 end

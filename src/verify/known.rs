@@ -1,5 +1,5 @@
 //! What is remembered about an account between its commits: its head, and its key. Kept in Redis, 24 or 63 bytes each:
-//! small enough for Redis to keep hundreds of them in one compact list.
+//! small enough for Redis to store hundreds of them in one listpack.
 
 use shrike::cbor::Cid;
 
@@ -58,6 +58,12 @@ impl KnownKey {
         Self { looked_up: 0, ..self }
     }
 
+    /// Whether the account has said that its document has changed.
+    #[must_use]
+    pub fn is_outdated(&self) -> bool {
+        self.looked_up == 0
+    }
+
     /// The key; `None` if these bytes are not one.
     #[must_use]
     pub fn key(&self) -> Option<Key> {
@@ -74,7 +80,29 @@ pub struct Known {
     pub key: Option<KnownKey>,
 }
 
+/// What a commit is to the head before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Not newer: the head stays.
+    Repeat,
+    /// The next one, or the first.
+    Next,
+    /// Newer, and something between the two is missing.
+    Gap,
+}
+
 impl Known {
+    /// Makes a commit the head, unless it is a repeat. `continues` says whether it is the next one after a head.
+    pub fn advance(&mut self, new: Head, continues: impl FnOnce(&Head) -> bool) -> Step {
+        let step = match &self.head {
+            Some(head) if new.rev <= head.rev => return Step::Repeat,
+            Some(head) if !continues(head) => Step::Gap,
+            _ => Step::Next,
+        };
+        self.head = Some(new);
+        step
+    }
+
     /// As kept in Redis.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {

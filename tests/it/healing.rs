@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use shrike::cbor::{Value, encode_value};
+use shrike::cbor::Value;
 use tokio::sync::watch;
 
 use crate::support::chain::{CURSOR, RUN, STREAM, redis_command};
-use crate::support::scripted::{Op, ScriptedRelay, create, delete, identity, post, rev};
+use crate::support::scripted::{Op, ScriptedRelay, create, delete, identity, post, renumbered, rev};
 use crate::support::signed::{Plc, Signed};
 use crate::support::{Postgres, Redis, Signal, Standpipe, query_rows, query_value, wait_for, wait_until};
 
@@ -144,22 +144,8 @@ fn traffic(rng: &mut fastrand::Rng) -> (Vec<Sent>, Vec<Vec<u8>>, Vec<Member>) {
 }
 
 /// The lost frames with the numbers after the others.
-fn late(lost: Vec<Vec<u8>>, first: usize) -> Vec<Vec<u8>> {
-    use shrike::cbor::Decoder;
-    let renumber = |(index, frame): (usize, Vec<u8>)| {
-        let mut decoder = Decoder::new(&frame);
-        let (Value::Map(header), Value::Map(mut body)) =
-            (decoder.decode().unwrap(), decoder.decode().unwrap())
-        else {
-            panic!("not a frame");
-        };
-        let seq = i64::try_from(first + index).unwrap();
-        body.iter_mut().find(|(name, _)| *name == "seq").unwrap().1 = Value::Signed(seq);
-        let mut bytes = encode_value(&Value::Map(header)).unwrap();
-        bytes.extend(encode_value(&Value::Map(body)).unwrap());
-        bytes
-    };
-    lost.into_iter().enumerate().map(renumber).collect()
+fn late(lost: &[Vec<u8>], first: usize) -> Vec<Vec<u8>> {
+    (first..).zip(lost).map(|(seq, frame)| renumbered(frame, i64::try_from(seq).unwrap())).collect()
 }
 
 fn expected(members: &[Member]) -> BTreeSet<(String, String)> {
@@ -185,7 +171,7 @@ async fn what_a_lossy_relay_leaves_out_is_repaired_under_fire() {
     let (sent, lost, members) = traffic(&mut rng);
     assert!(lost.len() > COMMITS / 8, "{} lost", lost.len());
     let count = sent.len();
-    let late = late(lost, count + 1);
+    let late = late(&lost, count + 1);
     let last = count + late.len();
 
     let plc = Arc::new(Plc::start().await);

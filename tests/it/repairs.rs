@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::support::chain::{Program, RUN, SOON};
-use crate::support::scripted::{Op, create, delete, post, rev};
+use crate::support::scripted::{Op, create, delete, post, renumbered, rev};
 use crate::support::signed::{Answer, Plc, Signed};
 use crate::support::stage::{Frames, Stage, path, write};
 use crate::support::{Postgres, Signal, Standpipe, execute, query_rows, query_value, wait_until};
@@ -48,11 +48,9 @@ async fn what_was_lost_upstream_is_fetched_and_arriving_late_changes_nothing() {
     for frame in lost.into_iter().rev() {
         frames.push(|_, _| frame);
     }
-    // The relay numbers them as they come.
-    let frames = frames.0.into_iter().collect();
     plc.publish(&account);
     plc.serve(&account);
-    let mut stage = Stage::start(plc, renumbered(frames), &[]).await;
+    let mut stage = Stage::start(plc, renumbered_all(&frames.0), &[]).await;
     stage.send(1).await;
     stage.all_checked().await;
     assert_eq!(stage.texts().await, ["changes", "goes", "stays"]);
@@ -71,21 +69,8 @@ async fn what_was_lost_upstream_is_fetched_and_arriving_late_changes_nothing() {
 }
 
 /// The same frames with the numbers 1, 2, ... in their bodies too.
-fn renumbered(frames: Vec<(i64, Vec<u8>)>) -> Vec<(i64, Vec<u8>)> {
-    use shrike::cbor::{Decoder, encode_value};
-    let renumber = |(seq, frame): (i64, Vec<u8>)| {
-        let mut decoder = Decoder::new(&frame);
-        let (Value::Map(header), Value::Map(mut body)) =
-            (decoder.decode().unwrap(), decoder.decode().unwrap())
-        else {
-            panic!("not a frame");
-        };
-        body.iter_mut().find(|(name, _)| *name == "seq").unwrap().1 = Value::Signed(seq);
-        let mut bytes = encode_value(&Value::Map(header)).unwrap();
-        bytes.extend(encode_value(&Value::Map(body)).unwrap());
-        (seq, bytes)
-    };
-    frames.into_iter().map(renumber).collect()
+fn renumbered_all(frames: &[(i64, Vec<u8>)]) -> Vec<(i64, Vec<u8>)> {
+    frames.iter().map(|(seq, frame)| (*seq, renumbered(frame, *seq))).collect()
 }
 
 /// The delete was lost, and the create that it belongs to is still in a worker's hands: without a mark of the repair, it
@@ -116,7 +101,7 @@ async fn a_create_in_flight_whose_delete_was_lost_does_not_come_back() {
         plc.serve(&account);
         let mut stage = Stage::start(
             plc,
-            renumbered(frames.0),
+            renumbered_all(&frames.0),
             &[("TRANSACTION", transaction), ("PARALLEL_CONSUMERS", "1")],
         )
         .await;

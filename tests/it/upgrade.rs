@@ -309,7 +309,10 @@ fn previous() -> PathBuf {
     path
 }
 
-/// Appends the entries of the simulated network and returns how many there are.
+/// Entries that are appended at a time, so that one of the workers cannot take everything at once.
+const PORTION: usize = 200;
+
+/// Appends the entries of the simulated network, waits until they are acknowledged, and returns how many there are.
 async fn push(redis: &Redis, network: &NetworkOptions) -> u64 {
     let (config, _) = config::from_env([("COLLECTIONS", "*")], Role::Tool).unwrap();
     let mut pipe = redis::pipe();
@@ -324,9 +327,26 @@ async fn push(redis: &Redis, network: &NetworkOptions) -> u64 {
                 .ignore();
             count += 1;
         }
+        if pipe.len() >= PORTION {
+            let _: () = pipe.query_async(&mut redis.connection().await).await.unwrap();
+            pipe.clear();
+            drained(redis).await;
+        }
     }
-    let _: () = pipe.query_async(&mut redis.connection().await).await.unwrap();
+    if !pipe.is_empty() {
+        let _: () = pipe.query_async(&mut redis.connection().await).await.unwrap();
+        drained(redis).await;
+    }
     count
+}
+
+async fn drained(redis: &Redis) {
+    wait_for("everything to be acknowledged", RUN, async || match look(redis).await {
+        Ok(look) if look.is_drained() => Ok(()),
+        Ok(look) => Err(format!("{look:?}")),
+        Err(error) => Err(error.to_string()),
+    })
+    .await;
 }
 
 async fn becomes_ready(worker: &Program) {
@@ -365,12 +385,6 @@ async fn the_previous_release_and_this_one_share_a_group() {
         becomes_ready(&ours).await;
 
         let total = push(&redis, &network).await;
-        wait_for("everything to be acknowledged", RUN, async || match look(&redis).await {
-            Ok(look) if look.is_drained() => Ok(()),
-            Ok(look) => Err(format!("{look:?}")),
-            Err(error) => Err(error.to_string()),
-        })
-        .await;
         // Each entry was acknowledged by one of them, and each did its share.
         let (by_them, by_us) = wait_for("every entry to be counted", SOON, async || {
             let (by_them, by_us) = (theirs.entries().await as u64, ours.entries().await as u64);
@@ -382,7 +396,7 @@ async fn the_previous_release_and_this_one_share_a_group() {
         })
         .await;
         println!("TRANSACTION={transaction}: {by_them} entries by the previous release, {by_us} by this one");
-        assert!(by_them > total / 400 && by_us > total / 400, "one had it all: {by_them} and {by_us}");
+        assert!(by_them > total / 50 && by_us > total / 50, "one had it all: {by_them} and {by_us}");
         for worker in [&mut theirs, &mut ours] {
             worker.signal(Signal::Term);
             assert_eq!(worker.wait_exit(SOON).await, 0);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures_util::SinkExt as _;
 use shrike::car::{Block, write_all};
-use shrike::cbor::{Cid, Codec, Value, encode_value};
+use shrike::cbor::{Cid, Codec, Decoder, Value, encode_value};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -242,6 +242,19 @@ pub fn error(name: &str) -> Vec<u8> {
 pub fn frame(kind: &str, body: Vec<(&str, Value<'_>)>) -> Vec<u8> {
     let header = Value::Map(vec![("t", Value::Text(kind)), ("op", Value::Unsigned(1))]);
     let mut bytes = encode_value(&header).unwrap();
+    bytes.extend(encode_value(&Value::Map(body)).unwrap());
+    bytes
+}
+
+/// A frame with another number.
+pub fn renumbered(frame: &[u8], seq: i64) -> Vec<u8> {
+    let mut decoder = Decoder::new(frame);
+    let (Value::Map(header), Value::Map(mut body)) = (decoder.decode().unwrap(), decoder.decode().unwrap())
+    else {
+        panic!("not a frame");
+    };
+    body.iter_mut().find(|(name, _)| *name == "seq").unwrap().1 = Value::Signed(seq);
+    let mut bytes = encode_value(&Value::Map(header)).unwrap();
     bytes.extend(encode_value(&Value::Map(body)).unwrap());
     bytes
 }
