@@ -64,6 +64,8 @@ query "CREATE DATABASE standpipe OWNER standpipe ENCODING 'UTF8' TEMPLATE templa
 systemd-run --quiet --unit=relay /test/standpipe-lab simulate --listen 127.0.0.1:2470 --rate 200
 cat >>$settings <<'SETTINGS'
 RELAY_URL=ws://127.0.0.1:2470
+PLC_URL=http://127.0.0.1:2470
+ALLOW_PRIVATE_ADDRESSES=true
 REDIS_URL=redis://127.0.0.1:6379
 DATABASE_URL=postgres://standpipe:secret@127.0.0.1:5432/standpipe
 LOG_LEVEL=DEBUG

@@ -77,8 +77,7 @@ pub struct Version<'a> {
 }
 
 impl Version<'_> {
-    /// The time that replaces a missing or impossible `createdAt`, and after which no record is sorted: the time inside
-    /// the revision, else the stream entry's.
+    /// When it was written, as far as this version tells: the time inside the revision, else the stream entry's.
     #[must_use]
     pub fn time(&self) -> Micros {
         self.rev

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::io::IsTerminal as _;
 use std::iter::Peekable;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +21,7 @@ use crate::simulate::{self, Counters, NetworkOptions, RelayOptions, Source};
 use standpipe::config::{self, Config, ConfigError, Role};
 use standpipe::control::Control;
 use standpipe::http;
+use standpipe::metrics::VERIFIED;
 use standpipe::out;
 use standpipe::run::{self, Parts, Running};
 use standpipe::status::Status;
@@ -50,17 +52,28 @@ pub struct DemoOptions {
 
 /// The addresses of what the demonstration starts, and its token.
 struct Addresses {
-    relay: String,
+    /// Host and port of the simulated relay, which is also the directory of its accounts, and their server.
+    relay: SocketAddr,
     redis: String,
     database: String,
     token: String,
 }
 
+impl Addresses {
+    /// `RELAY_URL` and `PLC_URL`.
+    fn relay_and_directory(&self) -> (String, String) {
+        (format!("ws://{}", self.relay), format!("http://{}", self.relay))
+    }
+}
+
 /// The configuration. What the operator wants to try out, such as `BATCH_SIZE`, goes for the demonstration too; addresses
 /// do not.
 fn settings(addresses: &Addresses) -> Result<(Config, Vec<String>), ConfigError> {
+    let (relay, directory) = addresses.relay_and_directory();
     let ours = [
-        ("RELAY_URL", addresses.relay.as_str()),
+        ("RELAY_URL", relay.as_str()),
+        ("PLC_URL", &directory),
+        ("ALLOW_PRIVATE_ADDRESSES", "true"),
         ("REDIS_URL", &addresses.redis),
         ("DATABASE_URL", &addresses.database),
         ("HTTP_ADDR", "127.0.0.1:0"),
@@ -81,7 +94,7 @@ fn settings(addresses: &Addresses) -> Result<(Config, Vec<String>), ConfigError>
 /// A value of the environment cannot be used.
 pub fn preview() -> Result<(Config, Vec<String>), ConfigError> {
     settings(&Addresses {
-        relay: "ws://127.0.0.1:1".to_owned(),
+        relay: SocketAddr::from(([127, 0, 0, 1], 1)),
         redis: "redis://127.0.0.1:1".to_owned(),
         database: "postgresql://127.0.0.1:1/standpipe".to_owned(),
         token: "0".repeat(32),
@@ -94,6 +107,10 @@ impl DemoOptions {
             seed: self.seed,
             accounts: self.accounts,
             events: self.events.unwrap_or(0),
+            signed: true,
+            // One that is sent as fast as it goes is ahead of its consumer: what an account signed before a change would
+            // meet the key after it.
+            new_keys: self.rate().is_some(),
             ..NetworkOptions::default()
         }
     }
@@ -120,13 +137,14 @@ fn announce(
     postgres: &PrivatePostgres,
 ) -> Result<()> {
     let Some(address) = running.http else { return Ok(()) };
-    let Addresses { relay, redis: redis_url, database, token } = addresses;
+    let Addresses { redis: redis_url, database, token, .. } = addresses;
+    let (relay, directory) = addresses.relay_and_directory();
     out::line(format_args!(
         "dashboard on http://{address}/, its admin token is {token}; Ctrl-C stops it and audits the database"
     ))?;
     out::line(format_args!(
         "for the command line: export HTTP_ADDR={address} ADMIN_TOKEN={token} RELAY_URL={relay} \
-         REDIS_URL={redis_url} DATABASE_URL={database}"
+         PLC_URL={directory} ALLOW_PRIVATE_ADDRESSES=true REDIS_URL={redis_url} DATABASE_URL={database}"
     ))?;
     if let (Some(redis), Some(postgres)) = (redis.pid(), postgres.pid()) {
         out::line(format_args!(
@@ -136,7 +154,7 @@ fn announce(
     Ok(())
 }
 
-fn report(entries: u64, seconds: f64, cpu: f64, peak: u64) -> Result<()> {
+fn report(entries: u64, seconds: f64, (cpu, peak): (f64, u64), metrics: &str) -> Result<()> {
     out::line(format_args!(
         "{entries} events in {seconds:.1} s: {:.0} events/s through the whole chain; {:.2} s of CPU per 100,000 \
          events (simulated relay included) and at most {:.0} MiB of memory in this process",
@@ -144,6 +162,19 @@ fn report(entries: u64, seconds: f64, cpu: f64, peak: u64) -> Result<()> {
         cpu / entries as f64 * 100_000.0,
         peak as f64 / 1_048_576.0,
     ))?;
+    report_verified(metrics)
+}
+
+/// What came of the commits' verification, as Prometheus would read it.
+fn report_verified(metrics: &str) -> Result<()> {
+    let results = metrics.lines().filter_map(|line| {
+        let (result, count) = line.strip_prefix(VERIFIED)?.strip_prefix("{result=\"")?.split_once("\"} ")?;
+        (count != "0").then(|| format!("{count} {result}"))
+    });
+    let results: Vec<String> = results.collect();
+    if !results.is_empty() {
+        out::line(format_args!("commits verified: {}", results.join(", ")))?;
+    }
     Ok(())
 }
 
@@ -171,7 +202,13 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let database = postgres.create_database("standpipe").await?;
 
     let relay = TcpListener::bind("127.0.0.1:0").await?;
-    let relay_address = relay.local_addr()?;
+    // For this demonstration alone, and shown to the person who started it.
+    let addresses = Addresses {
+        relay: relay.local_addr()?,
+        redis: redis.url(),
+        database,
+        token: http::random_token().context("a token for the dashboard")?,
+    };
     let counters = Arc::new(Counters::default());
     let stop = CancellationToken::new();
     let network = options.network();
@@ -180,16 +217,10 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
     let mut serving = pin!(serving.fuse());
 
-    // For this demonstration alone, and shown to the person who started it.
-    let addresses = Addresses {
-        relay: format!("ws://{relay_address}"),
-        redis: redis.url(),
-        database,
-        token: http::random_token().context("a token for the dashboard")?,
-    };
     let (config, _) = settings(&addresses)?;
     let store = Store::new(&config)?;
     let began = Instant::now();
+    let rendered = metrics.clone();
     let mut running = run::start(config, Parts::All, metrics, control, &stop)?;
     announce(&addresses, &running, &redis, &postgres)?;
 
@@ -209,7 +240,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     };
     let seconds = began.elapsed().as_secs_f64();
     let entries = running.status.entries.load(Ordering::Relaxed);
-    let (cpu, peak) = own_usage();
+    let own_usage = own_usage();
     let status = Arc::clone(&running.status);
     // The relay stays until the reader has left it.
     let serve_on = async {
@@ -222,7 +253,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
         _ = tokio::signal::ctrl_c() => return Ok(false),
     };
     if finished {
-        report(entries, seconds, cpu, peak)?;
+        report(entries, seconds, own_usage, &rendered.render())?;
     } else {
         report_unfinished(&status, entries, seconds, last_seq.is_some())?;
     }
@@ -270,7 +301,7 @@ struct Sent {
 impl Sent {
     /// Also returns the number of the last frame, if there is one. A network that ends is gone through beforehand.
     fn new(network: &NetworkOptions) -> Result<(Self, Option<u64>)> {
-        let numbers = simulate::Network::new(network).filter_map(|frame| frame.seq);
+        let numbers = simulate::sequence_numbers(network);
         if network.events == 0 {
             return Ok((Self::counting(Box::new(jumps(numbers))), None));
         }

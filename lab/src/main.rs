@@ -66,6 +66,12 @@ struct Simulate {
     /// Filler bytes per commit, to imitate the size of real frames
     #[arg(long, default_value_t = 0, conflicts_with = "frames")]
     pad: usize,
+    /// Accounts have no keys: commits look signed, and are not. Several times faster
+    #[arg(long, conflicts_with_all = ["frames", "lies"])]
+    unsigned: bool,
+    /// Send one commit in so many wrong, or not at all, for somebody who verifies to notice
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "frames")]
+    lies: u32,
     /// Serve a recorded file instead: 4-byte big-endian length and message, repeated
     #[arg(long, value_name = "FILE")]
     frames: Option<PathBuf>,
@@ -200,13 +206,21 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
             pad: options.pad,
             deletions: options.deletions,
             spread: options.spread,
+            signed: !options.unsigned,
+            lies: options.lies,
             ..NetworkOptions::default()
         }),
     };
     let listener = TcpListener::bind(options.listen)
         .await
         .with_context(|| format!("cannot listen on {}", options.listen))?;
-    out::line(format_args!("simulated relay on ws://{}; Ctrl-C ends it", listener.local_addr()?))?;
+    let address = listener.local_addr()?;
+    out::line(format_args!("simulated relay on ws://{address}; Ctrl-C ends it"))?;
+    if let Source::Network(NetworkOptions { signed: true, .. }) = source {
+        out::line(format_args!(
+            "it knows its accounts' keys, too: PLC_URL=http://{address} ALLOW_PRIVATE_ADDRESSES=true"
+        ))?;
+    }
     let stop = CancellationToken::new();
     let counters = Arc::new(simulate::Counters::default());
     let serving = simulate::serve(

@@ -143,6 +143,22 @@ CREATE OR REPLACE FUNCTION standpipe.newer_status(
     END
 $$;
 
+-- Shows the statuses of accounts. Of those that are active, a repair that found nothing to fetch while they were not is due
+-- again, and so is one that is under way and may find nothing.
+CREATE OR REPLACE FUNCTION standpipe.show_statuses(dids text[], active boolean[], statuses text[]) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE users u SET account_active = o.active, account_status = o.status
+    FROM unnest(dids, active, statuses) AS o (did, active, status)
+    WHERE u.did = o.did AND u.did = ANY (dids);
+    UPDATE standpipe.repos r SET
+        state = 'queued', requests = r.requests + 1,
+        attempts = CASE r.state WHEN 'queued' THEN r.attempts ELSE 0 END,
+        retry_at = CASE r.state WHEN 'queued' THEN r.retry_at
+                                ELSE greatest(now(), r.updated_at + interval '1 minute') END
+    FROM unnest(dids, active) AS o (did, active)
+    WHERE r.did = o.did AND r.did = ANY (dids) AND o.active AND r.state IN ('gone', 'queued')
+$$;
+
 -- #account. subject: the status word or NULL; created_at: the event's time; body: true when the account is active.
 -- Status is a register: see standpipe.newer_status. A deletion is a second register, which only grows: records older
 -- than it are dead, whatever the status becomes later (80_purge.sql).
@@ -159,7 +175,7 @@ BEGIN
                                  a.status_seq, a.status_time, a.status_ms, a.status_sq);
     changed := FOUND;
     IF changed THEN
-        UPDATE users u SET account_active = (o.body = 'true'), account_status = o.subject WHERE u.did = o.repo;
+        PERFORM standpipe.show_statuses(ARRAY[o.repo], ARRAY[o.body = 'true'], ARRAY[o.subject]);
     END IF;
     IF o.subject = 'deleted' AND o.body = 'false' THEN
         -- Lets the functions for new records recognise the account. Sweeps never reach this one.

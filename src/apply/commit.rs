@@ -9,7 +9,9 @@ use serde_json::value::RawValue;
 use super::field::{MAX_NAME, MAX_URI, check_did, parse, reject, split_path};
 use super::json::{self, Text};
 use super::{Context, Mention, gate, put, python};
-use crate::event::{Body, Entry, Event, Json, Kind, Op, Reason, Reject, Rejected, Version, check_rev};
+use crate::event::{
+    Body, Entry, Event, Json, Kind, Op, Reason, Reject, Rejected, Version, check_rev, tid_time,
+};
 
 #[derive(Deserialize)]
 struct Commit<'a> {
@@ -103,7 +105,8 @@ fn interpret_op<'a>(
             format!("the URI is longer than {MAX_URI} characters"),
         ));
     }
-    let time = version.time();
+    // A record's key, where it is a TID, is the same however late the record arrives; the revision of a repair is not.
+    let time = tid_time(rkey).map_or(version.time(), |named| named.min(version.time()));
     let mut out = Op {
         kind,
         delete: false,

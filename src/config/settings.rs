@@ -169,7 +169,7 @@ settings! {
         idle_timeout, or_off,
         "reconnect after this long without a frame from the relay; off disables";
     /// `VERIFY`.
-    verify: VerifyMode = verify "VERIFY" variable "off", VerifyMode::from_word, ToString::to_string,
+    verify: VerifyMode = verify "VERIFY" variable "on", VerifyMode::from_word, ToString::to_string,
         "check what the relay sends against the accounts' signatures: off, log (count), or on (withhold what is invalid)";
     /// `REPAIR_CONCURRENCY`.
     repair_concurrency: usize = repair_concurrency "REPAIR_CONCURRENCY" variable "4", whole(0..=64),

@@ -53,7 +53,7 @@ fn every_variable_changes_the_configuration() {
         "TRANSACTION" => "batch",
         "COLLECTIONS" => "*",
         "ON_FUTURE_CURSOR" => "live",
-        "VERIFY" => "on",
+        "VERIFY" => "log",
         "PLC_URL" => "http://localhost",
         "ALLOW_PRIVATE_ADDRESSES" => "yes",
         "AUTO_MIGRATE" | "NOTIFICATIONS" | "LEGACY_STATUS" => "no",

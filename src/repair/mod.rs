@@ -8,7 +8,7 @@
 
 mod difference;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tracing::{debug, info, warn};
@@ -19,6 +19,7 @@ use crate::directory::repository::FetchError;
 use crate::directory::{Directory, LookupError};
 use crate::event::EntryId;
 use crate::metrics;
+use crate::mutex::lock;
 use crate::origin::relay::decode::entries_of;
 use crate::store::repos::{Finished, Postponed, Queued};
 use crate::store::{Session, Store, StoreError};
@@ -44,6 +45,8 @@ const ROOM: Duration = Duration::from_millis(500);
 const APPLIED: Duration = Duration::from_mins(1);
 /// How often to look whether they have applied it.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often to report what was done.
+const REPORT: Duration = Duration::from_secs(10);
 /// While the pipelines are so far behind, nothing is repaired: the rows say little yet.
 const BEHIND_SECONDS: f64 = 30.0;
 
@@ -53,6 +56,30 @@ pub struct Repairer {
     redis: Redis,
     store: Store,
     directory: Directory,
+    done: Mutex<Done>,
+}
+
+/// What was done since it was last reported.
+#[derive(Default)]
+struct Done {
+    reported: Option<Instant>,
+    repositories: u64,
+    healed: u64,
+    deleted: u64,
+}
+
+impl Done {
+    /// Reports at most every ten seconds.
+    fn count(&mut self, finished: &Finished) {
+        self.repositories += 1;
+        self.healed += finished.healed;
+        self.deleted += finished.deleted;
+        if self.reported.is_none_or(|reported| reported.elapsed() >= REPORT) {
+            let Self { repositories, healed, deleted, .. } = *self;
+            info!(repositories, healed, deleted, "repositories compared with their accounts' servers");
+            *self = Self { reported: Some(Instant::now()), ..Self::default() };
+        }
+    }
 }
 
 /// Why a repair ended without a result.
@@ -88,7 +115,7 @@ impl Repairer {
     /// There is no authority for https:// to trust.
     pub fn new(config: Arc<Config>, redis: Redis, store: Store) -> anyhow::Result<Self> {
         let directory = Directory::new(&config)?;
-        Ok(Self { config, redis, store, directory })
+        Ok(Self { config, redis, store, directory, done: Mutex::default() })
     }
 
     /// Repairs the next repository in the queue; `false` if there is none whose turn it is.
@@ -139,8 +166,9 @@ impl Repairer {
             Outcome::Finished(finished) => {
                 session.finish_repo(queued, &finished).await?;
                 metrics::repaired(finished.state);
+                lock(&self.done).count(&finished);
                 let Finished { state, records, healed, deleted, refused, host, .. } = &finished;
-                info!(
+                debug!(
                     did,
                     reason = queued.reason,
                     host,

@@ -116,6 +116,8 @@ check 'what config.example.env says about quoting holds' example_with_quotes
 
 cat >> .env <<'EOF'
 RELAY_URL=ws://relay:2470
+PLC_URL=http://relay:2470
+ALLOW_PRIVATE_ADDRESSES=true
 POSTGRES_PASSWORD='ab$cd'
 ADMIN_TOKEN=scenario-scenario-scenario
 CLAIM_IDLE=10s
@@ -300,6 +302,8 @@ awk '/docker-compose.takeover.yml/ { on = 1 }
      on && shown && /^[^ ]/ { exit }' docs/migrating.md > docker-compose.takeover.yml
 cat > .env <<'EOF'
 RELAY_URL=ws://relay:2470
+PLC_URL=http://relay:2470
+ALLOW_PRIVATE_ADDRESSES=true
 REDIS_URL=redis://redis:6379
 DATABASE_URL=postgres://app:p%23w%24d@db:5432/social
 REDIS_CURSOR_KEY=firehose:python_cursor

@@ -205,6 +205,7 @@ impl Servers {
             ("COLLECTIONS", "*"),
             ("HTTP_ADDR", "off"),
             ("CONSUMER_ID", "recorded"),
+            ("VERIFY", "off"),
         ];
         variables.extend(relay.map(|relay| ("RELAY_URL", relay.url.as_str())));
         variables.extend_from_slice(settings);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::support::chain::{Program, RUN, SOON};
-use crate::support::scripted::{Op, create, delete, post, renumbered, rev};
+use crate::support::scripted::{self, Op, create, delete, post, renumbered, rev};
 use crate::support::signed::{Answer, Plc, Signed};
 use crate::support::stage::{Frames, Stage, path, write};
 use crate::support::{Postgres, Signal, Standpipe, execute, query_rows, query_value, wait_until};
@@ -66,6 +66,35 @@ async fn what_was_lost_upstream_is_fetched_and_arriving_late_changes_nothing() {
         format!("at://{}/app.bsky.feed.like/lost", account.did)
     );
     audited(&stage).await;
+}
+
+/// While the account is not active, its server shows nothing; when it is again, the repair is made up for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_could_not_be_fetched_is_when_the_account_is_active_again() {
+    for transaction in ["event", "batch"] {
+        let plc = Plc::start().await;
+        let mut account = Signed::new(1);
+        let mut frames = Frames::default();
+        frames.commit(&mut account, &[write("first")]);
+        account.commit(10, &rev(10), &[write("lost")]);
+        frames.push(|seq, _| account.commit(seq, &rev(20), &[write("reveals")]));
+        frames.push(|seq, _| scripted::account(seq, &account.did, Some("deactivated")));
+        frames.push(|seq, _| scripted::account(seq, &account.did, None));
+        plc.publish(&account);
+        plc.answer(&account.did, Answer::error(400, "RepoDeactivated"));
+        let mut stage = Stage::start(plc, frames.0, &[("TRANSACTION", transaction)]).await;
+        stage.send(1).await;
+        stage.all_checked().await;
+        stage.send(2).await;
+        stage.repo_is(&account.did, "gone").await;
+        stage.plc.serve(&account);
+        stage.send(1).await;
+        // A minute is too long to wait for it.
+        let sooner = "UPDATE standpipe.repos SET retry_at = now() WHERE state = 'queued' RETURNING did";
+        assert_eq!(query_rows(&stage.chain.database, sooner).await.len(), 1, "{transaction}");
+        stage.repo_is(&account.did, "synced").await;
+        assert_eq!(stage.texts().await, ["first", "lost", "reveals"], "{transaction}");
+    }
 }
 
 /// The same frames with the numbers 1, 2, ... in their bodies too.

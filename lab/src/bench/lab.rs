@@ -131,6 +131,7 @@ impl Lab {
             ("REDIS_URL", self.redis.url()),
             ("HTTP_ADDR", format!("127.0.0.1:{}", free_port()?)),
             ("CONSUMER_ID", "bench".to_owned()),
+            ("VERIFY", "off".to_owned()),
         ];
         variables.extend(addresses.map(|(name, value)| (name.to_owned(), value)));
         for (name, value) in special {

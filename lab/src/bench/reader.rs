@@ -1,7 +1,7 @@
 //! `standpipe reader`: frames of real size from a local websocket into Redis.
 //!
 //! The frames are encoded beforehand, so that the relay, which is this process, has nothing left but to write them to the
-//! socket; its cost is reported next to the figures.
+//! socket; its cost is reported next to the figures. Each round reads them twice, with `VERIFY=off` and with `VERIFY=on`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -51,6 +51,23 @@ pub struct ReaderFigures {
     pub redis_cpu_us_per_frame: Stat,
     /// The most memory that the reader had resident, in bytes.
     pub peak_memory_bytes: Stat,
+    /// The same with `VERIFY=on`, the lookup of each account's key included.
+    pub verified: VerifiedFigures,
+}
+
+/// What verification costs.
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifiedFigures {
+    /// With everything on this machine: the relay, the reader, Redis.
+    pub frames_per_second: Stat,
+    /// Of the reader.
+    pub cpu_us_per_frame: Stat,
+    /// Of the reader, more than without.
+    pub more_cpu_us_per_frame: Stat,
+    /// Of Redis, more than without.
+    pub more_redis_cpu_us_per_frame: Stat,
+    /// The most memory that the reader had resident, in bytes.
+    pub peak_memory_bytes: Stat,
 }
 
 /// One round.
@@ -73,13 +90,20 @@ pub async fn measure(lab: &mut Lab, options: &BenchOptions) -> Result<ReaderFigu
     let count = frames.len() as f64;
     let last = frames.iter().filter_map(|frame| frame.seq).max().context("there are no frames")?;
     let frames: Arc<[Frame]> = Arc::from(frames);
+    let network = network(options);
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {
-        let round = round(lab, &frames, last).await?;
-        out::note(format_args!("  reader, round {number}: {:.0} frames/s", count / round.seconds));
-        rounds.push(round);
+        let (off, on) =
+            (round(lab, &frames, last, None).await?, round(lab, &frames, last, Some(&network)).await?);
+        out::note(format_args!(
+            "  reader, round {number}: {:.0} frames/s, verified {:.0}",
+            count / off.seconds,
+            count / on.seconds
+        ));
+        rounds.push((off, on));
     }
-    let each = |of: &dyn Fn(&Round) -> f64| rounds.iter().map(of).collect::<Stat>();
+    let each = |of: &dyn Fn(&Round) -> f64| rounds.iter().map(|(off, _)| of(off)).collect::<Stat>();
+    let verified = |of: &dyn Fn(&Round, &Round) -> f64| rounds.iter().map(|(off, on)| of(off, on)).collect();
     Ok(ReaderFigures {
         frames: frames.len() as u64,
         frame_bytes: bytes as f64 / count,
@@ -89,15 +113,29 @@ pub async fn measure(lab: &mut Lab, options: &BenchOptions) -> Result<ReaderFigu
         relay_cpu_us_per_frame: each(&|round| round.relay_cpu / count * 1e6),
         redis_cpu_us_per_frame: each(&|round| round.redis_cpu / count * 1e6),
         peak_memory_bytes: each(&|round| round.peak_memory),
+        verified: VerifiedFigures {
+            frames_per_second: verified(&|_, on| count / on.seconds),
+            cpu_us_per_frame: verified(&|_, on| on.cpu / count * 1e6),
+            more_cpu_us_per_frame: verified(&|off, on| (on.cpu - off.cpu) / count * 1e6),
+            more_redis_cpu_us_per_frame: verified(&|off, on| (on.redis_cpu - off.redis_cpu) / count * 1e6),
+            peak_memory_bytes: verified(&|_, on| on.peak_memory),
+        },
     })
+}
+
+/// Accounts sign, and keep their keys: a frame that was recorded before a change would not fit the key after it.
+fn network(options: &BenchOptions) -> NetworkOptions {
+    NetworkOptions {
+        events: options.events.min(MOST_FRAMES),
+        signed: true,
+        new_keys: false,
+        ..stream::network(options.seed, options.accounts)
+    }
 }
 
 /// Frames that are as large as real ones on average.
 fn frames(options: &BenchOptions) -> Vec<Frame> {
-    let network = NetworkOptions {
-        events: options.events.min(MOST_FRAMES),
-        ..stream::network(options.seed, options.accounts)
-    };
+    let network = network(options);
     let mean = |pad: usize| {
         let frames = Network::new(&NetworkOptions { pad, ..network.clone() });
         let sizes: Vec<usize> = frames.take(SAMPLE).map(|frame| frame.bytes.len()).collect();
@@ -109,7 +147,36 @@ fn frames(options: &BenchOptions) -> Vec<Frame> {
     Network::new(&NetworkOptions { pad, ..network }).collect()
 }
 
-async fn round(lab: &mut Lab, frames: &Arc<[Frame]>, last: u64) -> Result<Round> {
+/// The directory of the network's accounts, for as long as the value lives.
+async fn directory(network: &NetworkOptions) -> Result<(String, AbortOnDropHandle<Result<()>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let relay = RelayOptions { source: Source::Network(network.clone()), rate: None };
+    let serving = simulate::serve(listener, relay, Arc::default(), CancellationToken::new());
+    Ok((url, AbortOnDropHandle::new(tokio::spawn(serving))))
+}
+
+/// Waits until the cursor is at the last frame.
+async fn until_read(lab: &Lab, program: &mut Program, last: u64) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let cursor = Stream::over(lab.streams.connection(), lab.keys.clone()).cursor().await?.position;
+        if cursor.is_some_and(|cursor| cursor.unsigned_abs() >= last) {
+            return Ok(());
+        }
+        program.ensure_running()?;
+        ensure!(began.elapsed() < STUCK * 10, "the reader stands still:\n{}", program.said());
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Reads all frames; verifies them if there is a network whose keys to verify them with.
+async fn round(
+    lab: &mut Lab,
+    frames: &Arc<[Frame]>,
+    last: u64,
+    verified: Option<&NetworkOptions>,
+) -> Result<Round> {
     lab.streams.clear().await?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
@@ -122,11 +189,21 @@ async fn round(lab: &mut Lab, frames: &Arc<[Frame]>, last: u64) -> Result<Round>
         Arc::clone(&counters),
         stop.clone(),
     )));
-    let variables = lab.variables(&[
-        ("RELAY_URL", &format!("ws://{address}")),
+    let directory = match verified {
+        Some(network) => Some(directory(network).await?),
+        None => None,
+    };
+    let url = directory.as_ref().map_or("", |(url, _)| url);
+    let relay_url = format!("ws://{address}");
+    let mut special = vec![
+        ("RELAY_URL", relay_url.as_str()),
         // Beyond any mark: it is the reader that is measured, not how it waits.
         ("REDIS_MAX_STREAM_LEN", "100000000"),
-    ])?;
+    ];
+    if directory.is_some() {
+        special.extend([("VERIFY", "on"), ("PLC_URL", url), ("ALLOW_PRIVATE_ADDRESSES", "true")]);
+    }
+    let variables = lab.variables(&special)?;
     let own_cpu = || machine::cpu(std::process::id()).map_or(0.0, |cpu| cpu.own);
     let (relay_before, redis_before) = (own_cpu(), lab.redis_cpu());
     let mut program = Program::start("reader", &variables, lab.folder().path())?;
@@ -138,15 +215,7 @@ async fn round(lab: &mut Lab, frames: &Arc<[Frame]>, last: u64) -> Result<Round>
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let began = Instant::now();
-    loop {
-        let cursor = Stream::over(connection.clone(), lab.keys.clone()).cursor().await?.position;
-        if cursor.is_some_and(|cursor| cursor.unsigned_abs() >= last) {
-            break;
-        }
-        program.ensure_running()?;
-        ensure!(began.elapsed() < STUCK * 10, "the reader stands still:\n{}", program.said());
-        tokio::time::sleep(LOOK).await;
-    }
+    until_read(lab, &mut program, last).await?;
     let round = Round {
         seconds: began.elapsed().as_secs_f64(),
         cpu: program.cpu(),
@@ -157,6 +226,8 @@ async fn round(lab: &mut Lab, frames: &Arc<[Frame]>, last: u64) -> Result<Round>
     // All but those of collections that nobody asked for.
     let length: usize = redis::cmd("XLEN").arg(&lab.keys.stream).query_async(&mut connection).await?;
     ensure!(length * 10 >= frames.len() * 9, "{} frames became {length} entries", frames.len());
+    let dead: u64 = redis::cmd("XLEN").arg(&lab.keys.dead).query_async(&mut connection).await?;
+    ensure!(dead == 0, "{dead} commits did not hold");
     program.stop().await?;
     stop.cancel();
     serving.await.context("the simulated relay")??;

@@ -362,7 +362,19 @@ impl fmt::Display for ReaderFigures {
             self.relay_cpu_us_per_frame.median,
             self.redis_cpu_us_per_frame.median
         )?;
-        writeln!(f, "  memory                       {:.1} MiB", self.peak_memory_bytes.median / MEBI)
+        writeln!(f, "  memory                       {:.1} MiB", self.peak_memory_bytes.median / MEBI)?;
+        let verified = &self.verified;
+        writeln!(
+            f,
+            "  with VERIFY=on               {:.0} frames/s; CPU per frame ours {:.1} us ({:.1} more, \
+             or {:.2} of a core at 2,000 frames/s), Redis {:.1} us more; memory {:.1} MiB",
+            verified.frames_per_second.median,
+            verified.cpu_us_per_frame.median,
+            verified.more_cpu_us_per_frame.median,
+            verified.more_cpu_us_per_frame.median * 2000.0 / 1e6,
+            verified.more_redis_cpu_us_per_frame.median,
+            verified.peak_memory_bytes.median / MEBI
+        )
     }
 }
 

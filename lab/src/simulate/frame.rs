@@ -6,8 +6,10 @@ use shrike::car::{BlockRef, CarError, Writer};
 use shrike::cbor::{Cid, Codec, Encoder};
 
 use super::accounts::{Accounts, tid};
+use super::lie::Lie;
 use super::pool::Rkey;
 use super::record::{self, Draft, infallible_vec, time_text};
+use super::repository::{Change, Proof, Repositories, commit_object};
 
 /// One message of the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,129 +88,206 @@ pub(super) fn future_cursor() -> Bytes {
     })
 }
 
-/// The bytes of an event. `pad` bytes of filler go into a commit's blocks.
-pub(super) fn encode(planned: &Planned, accounts: &Accounts, pad: usize) -> Frame {
+/// What an event is written down with.
+pub(super) struct Paper<'a> {
+    pub(super) accounts: &'a Accounts,
+    /// The repositories of a network that signs; in one that does not, signatures and trees only look like real ones.
+    pub(super) repositories: Option<&'a mut Repositories>,
+    /// What is wrong with a commit, on purpose.
+    pub(super) lie: Option<Lie>,
+    /// Bytes of filler in a commit's blocks.
+    pub(super) pad: usize,
+}
+
+/// The bytes of an event.
+pub(super) fn encode(planned: &Planned, paper: &mut Paper<'_>) -> Frame {
     let time = time_text(planned.micros);
     let seq = planned.seq;
     let bytes = match &planned.what {
-        What::Identity { account, handle } => infallible(|out| {
-            let mut cbor = header(out, "#identity")?;
-            cbor.encode_map_header(if handle.is_some() { 4 } else { 3 })?;
-            did_seq_time(&mut cbor, &accounts.did(*account), seq, &time)?;
-            if let Some(handle) = handle {
-                cbor.encode_text("handle")?;
-                cbor.encode_text(handle)?;
-            }
-            Ok(())
-        }),
-        What::Account { account, active, status } => infallible(|out| {
-            let mut cbor = header(out, "#account")?;
-            cbor.encode_map_header(if status.is_some() { 5 } else { 4 })?;
-            did_seq_time(&mut cbor, &accounts.did(*account), seq, &time)?;
-            cbor.encode_text("active")?;
-            cbor.encode_bool(*active)?;
-            if let Some(status) = status {
-                cbor.encode_text("status")?;
-                cbor.encode_text(status)?;
-            }
-            Ok(())
-        }),
-        What::Sync { account, rev } => infallible(|out| {
-            let did = accounts.did(*account);
-            let rev = tid(*rev);
-            let node = block(|out| node(out, &[]));
-            let commit = block(|out| signed_commit(out, &did, &rev, &node.1, seq));
-            let mut car = Vec::with_capacity(512);
-            Writer::new(&mut car, &[commit.1])?
-                .write_block_ref(BlockRef { cid: commit.1, data: &commit.0 })?;
-            let mut cbor = header(out, "#sync")?;
-            cbor.encode_map_header(5)?;
-            cbor.encode_text("did")?;
-            cbor.encode_text(&did)?;
-            cbor.encode_text("rev")?;
-            cbor.encode_text(&rev)?;
-            cbor.encode_text("seq")?;
-            cbor.encode_u64(seq)?;
-            cbor.encode_text("time")?;
-            cbor.encode_text(&time)?;
-            cbor.encode_text("blocks")?;
-            cbor.encode_bytes(&car)?;
-            Ok(())
-        }),
+        What::Identity { account, handle } => {
+            let did = paper.accounts.did(*account);
+            infallible(|out| identity(out, (&did, seq, &time), handle.as_deref()))
+        }
+        What::Account { account, active, status } => {
+            let did = paper.accounts.did(*account);
+            infallible(|out| account_status(out, (&did, seq, &time), *active, *status))
+        }
+        What::Sync { account, rev } => {
+            let did = paper.accounts.did(*account);
+            let rev_text = tid(*rev);
+            let commit = match &mut paper.repositories {
+                Some(repositories) => repositories.renew(*account, &did, *rev),
+                None => imitation(&did, &rev_text, &[], seq).commit,
+            };
+            infallible(|out| sync(out, (&did, seq, &time), &rev_text, &commit))
+        }
         What::Commit { account, rev, since, operations } => {
-            let did = accounts.did(*account);
-            let commit = Commit { did: &did, rev: &tid(*rev), since: *since, seq, time: &time };
-            let done: Vec<Done> =
-                operations.iter().map(|it| Done::of(it, planned.micros, accounts)).collect();
-            infallible(|out| commit.encode(&done, pad, out))
+            let did = paper.accounts.did(*account);
+            let mut changes = changes(operations, planned.micros, paper.accounts);
+            let proof = match &mut paper.repositories {
+                Some(repositories) => repositories.commit(*account, &did, *rev, &mut changes),
+                None => imitation(&did, &tid(*rev), &changes, seq),
+            };
+            let mut commit = Commit {
+                did,
+                rev: tid(*rev),
+                since: *since,
+                seq,
+                time: &time,
+                is_signed: paper.repositories.is_some(),
+                changes,
+                proof,
+                actions: operations.iter().map(Operation::action).collect(),
+            };
+            if let Some(lie) = paper.lie {
+                lie.tell(&mut commit);
+            }
+            infallible(|out| commit.encode(paper.pad, out))
         }
     };
     Frame { seq: Some(seq), bytes }
 }
 
-/// An operation with its record encoded.
-struct Done {
-    action: &'static str,
-    path: String,
-    record: Option<(Vec<u8>, Cid)>,
+/// Whose event it is, its number and its time.
+type Whose<'a> = (&'a str, u64, &'a str);
+
+fn identity(out: &mut Vec<u8>, (did, seq, time): Whose<'_>, handle: Option<&str>) -> Result<(), CarError> {
+    let mut cbor = header(out, "#identity")?;
+    cbor.encode_map_header(if handle.is_some() { 4 } else { 3 })?;
+    did_seq_time(&mut cbor, did, seq, time)?;
+    if let Some(handle) = handle {
+        cbor.encode_text("handle")?;
+        cbor.encode_text(handle)?;
+    }
+    Ok(())
 }
 
-impl Done {
-    fn of(operation: &Operation, micros: i64, accounts: &Accounts) -> Done {
+fn account_status(
+    out: &mut Vec<u8>,
+    (did, seq, time): Whose<'_>,
+    active: bool,
+    status: Option<&str>,
+) -> Result<(), CarError> {
+    let mut cbor = header(out, "#account")?;
+    cbor.encode_map_header(if status.is_some() { 5 } else { 4 })?;
+    did_seq_time(&mut cbor, did, seq, time)?;
+    cbor.encode_text("active")?;
+    cbor.encode_bool(active)?;
+    if let Some(status) = status {
+        cbor.encode_text("status")?;
+        cbor.encode_text(status)?;
+    }
+    Ok(())
+}
+
+fn sync(
+    out: &mut Vec<u8>,
+    (did, seq, time): Whose<'_>,
+    rev: &str,
+    commit: &(Vec<u8>, Cid),
+) -> Result<(), CarError> {
+    let mut car = Vec::with_capacity(512);
+    Writer::new(&mut car, &[commit.1])?.write_block_ref(BlockRef { cid: commit.1, data: &commit.0 })?;
+    let mut cbor = header(out, "#sync")?;
+    cbor.encode_map_header(5)?;
+    cbor.encode_text("did")?;
+    cbor.encode_text(did)?;
+    cbor.encode_text("rev")?;
+    cbor.encode_text(rev)?;
+    cbor.encode_text("seq")?;
+    cbor.encode_u64(seq)?;
+    cbor.encode_text("time")?;
+    cbor.encode_text(time)?;
+    cbor.encode_text("blocks")?;
+    cbor.encode_bytes(&car)?;
+    Ok(())
+}
+
+/// What happens to the repository's records.
+pub(super) fn changes(operations: &[Operation], micros: i64, accounts: &Accounts) -> Vec<Change> {
+    let record = |content: &Content| match content {
+        Content::Block(bytes, cid) => (bytes.clone(), *cid),
+        Content::Draft(draft, chance) => record::encode(draft, *chance, micros, accounts),
+    };
+    let change = |operation: &Operation| {
         let rkey = match operation.rkey {
             Rkey::Tid(bits) => tid(bits),
             Rkey::Own => "self".to_owned(),
         };
-        let record = |content: &Content| match content {
-            Content::Block(bytes, cid) => (bytes.clone(), *cid),
-            Content::Draft(draft, chance) => record::encode(draft, *chance, micros, accounts),
+        let record = match &operation.action {
+            Action::Create(content) | Action::Update(content) => Some(record(content)),
+            Action::Delete => None,
         };
-        let (action, record) = match &operation.action {
-            Action::Create(content) => ("create", Some(record(content))),
-            Action::Update(content) => ("update", Some(record(content))),
-            Action::Delete => ("delete", None),
-        };
-        Done { action, path: format!("{}/{rkey}", operation.collection), record }
+        Change { path: format!("{}/{rkey}", operation.collection), record, prev: None }
+    };
+    operations.iter().map(change).collect()
+}
+
+impl Operation {
+    fn action(&self) -> &'static str {
+        match self.action {
+            Action::Create(_) => "create",
+            Action::Update(_) => "update",
+            Action::Delete => "delete",
+        }
     }
 }
 
-struct Commit<'a> {
-    did: &'a str,
-    rev: &'a str,
-    since: u64,
+/// A commit before it is encoded.
+pub(super) struct Commit<'a> {
+    pub(super) did: String,
+    pub(super) rev: String,
+    /// 0 at the first.
+    pub(super) since: u64,
     seq: u64,
     time: &'a str,
+    is_signed: bool,
+    pub(super) changes: Vec<Change>,
+    pub(super) proof: Proof,
+    /// What a network that does not sign calls its operations.
+    actions: Vec<&'static str>,
 }
 
 impl Commit<'_> {
-    fn encode(&self, operations: &[Done], pad: usize, out: &mut Vec<u8>) -> Result<(), CarError> {
-        let node = block(|out| node(out, operations));
-        let commit = block(|out| signed_commit(out, self.did, self.rev, &node.1, self.seq));
-        let car = car(&commit, &node, operations, pad, self.seq)?;
+    fn action(&self, place: usize) -> &'static str {
+        match &self.changes[place] {
+            _ if !self.is_signed => self.actions[place],
+            Change { record: None, .. } => "delete",
+            // The simulated account forgets what it has, and creates some of it again.
+            Change { prev: Some(_), .. } => "update",
+            Change { prev: None, .. } => "create",
+        }
+    }
 
+    fn encode(&self, pad: usize, out: &mut Vec<u8>) -> Result<(), CarError> {
+        let car = car(&self.proof, &self.changes, pad, self.seq)?;
         out.reserve(car.len() + 512);
         let mut cbor = header(out, "#commit")?;
-        cbor.encode_map_header(11)?;
+        cbor.encode_map_header(if self.proof.prev_data.is_some() { 12 } else { 11 })?;
         cbor.encode_text("ops")?;
-        cbor.encode_array_header(operations.len() as u64)?;
-        for operation in operations {
-            cbor.encode_map_header(3)?;
+        cbor.encode_array_header(self.changes.len() as u64)?;
+        for (place, change) in self.changes.iter().enumerate() {
+            cbor.encode_map_header(if change.prev.is_some() { 4 } else { 3 })?;
             cbor.encode_text("cid")?;
-            match &operation.record {
+            match &change.record {
                 Some((_, cid)) => cbor.encode_cid(cid)?,
                 None => cbor.encode_null()?,
             }
             cbor.encode_text("path")?;
-            cbor.encode_text(&operation.path)?;
+            cbor.encode_text(&change.path)?;
+            if let Some(prev) = &change.prev {
+                cbor.encode_text("prev")?;
+                cbor.encode_cid(prev)?;
+            }
             cbor.encode_text("action")?;
-            cbor.encode_text(operation.action)?;
+            cbor.encode_text(self.action(place))?;
         }
         cbor.encode_text("rev")?;
-        cbor.encode_text(self.rev)?;
+        cbor.encode_text(&self.rev)?;
         cbor.encode_text("seq")?;
         cbor.encode_u64(self.seq)?;
         cbor.encode_text("repo")?;
-        cbor.encode_text(self.did)?;
+        cbor.encode_text(&self.did)?;
         cbor.encode_text("time")?;
         cbor.encode_text(self.time)?;
         cbor.encode_text("blobs")?;
@@ -221,33 +300,30 @@ impl Commit<'_> {
         cbor.encode_text("blocks")?;
         cbor.encode_bytes(&car)?;
         cbor.encode_text("commit")?;
-        cbor.encode_cid(&commit.1)?;
+        cbor.encode_cid(&self.proof.commit.1)?;
         cbor.encode_text("rebase")?;
         cbor.encode_bool(false)?;
         cbor.encode_text("tooBig")?;
         cbor.encode_bool(false)?;
+        if let Some(prev_data) = &self.proof.prev_data {
+            cbor.encode_text("prevData")?;
+            cbor.encode_cid(prev_data)?;
+        }
         Ok(())
     }
 }
 
-fn car(
-    commit: &(Vec<u8>, Cid),
-    node: &(Vec<u8>, Cid),
-    operations: &[Done],
-    pad: usize,
-    seq: u64,
-) -> Result<Vec<u8>, CarError> {
+fn car(proof: &Proof, changes: &[Change], pad: usize, seq: u64) -> Result<Vec<u8>, CarError> {
     /// Tree nodes of real frames are about as long.
     const FILLER: usize = 700;
-    let records = || operations.iter().filter_map(|operation| operation.record.as_ref());
-    let size =
-        400 + commit.0.len() + node.0.len() + records().map(|(data, _)| data.len() + 40).sum::<usize>();
+    let blocks = || {
+        let records = changes.iter().filter_map(|change| change.record.as_ref());
+        std::iter::once(&proof.commit).chain(&proof.nodes).chain(records)
+    };
+    let size = 400 + blocks().map(|(data, _)| data.len() + 40).sum::<usize>();
     let mut out = Vec::with_capacity(size + pad + pad / 8);
-    let mut writer = Writer::new(&mut out, &[commit.1])?;
-    for (data, cid) in [commit, node] {
-        writer.write_block_ref(BlockRef { cid: *cid, data })?;
-    }
-    for (data, cid) in records() {
+    let mut writer = Writer::new(&mut out, &[proof.commit.1])?;
+    for (data, cid) in blocks() {
         writer.write_block_ref(BlockRef { cid: *cid, data })?;
     }
     let mut rest = pad.min(1_000_000);
@@ -263,33 +339,20 @@ fn car(
     Ok(out)
 }
 
-/// The signed root of a repository. The signature is fake, but has the right size.
-fn signed_commit(out: &mut Vec<u8>, did: &str, rev: &str, data: &Cid, chance: u64) -> Result<(), CarError> {
+/// What a network that does not sign shows instead of a proof: a signature and a node of the right size, with the
+/// commit's records and nothing else in it.
+fn imitation(did: &str, rev: &str, changes: &[Change], chance: u64) -> Proof {
+    let node = block(|out| node(out, changes));
     let mut sig = [0; 64];
     fastrand::Rng::with_seed(chance).fill(&mut sig);
-    let mut cbor = Encoder::new(out);
-    cbor.encode_map_header(6)?;
-    cbor.encode_text("did")?;
-    cbor.encode_text(did)?;
-    cbor.encode_text("rev")?;
-    cbor.encode_text(rev)?;
-    cbor.encode_text("sig")?;
-    cbor.encode_bytes(&sig)?;
-    cbor.encode_text("data")?;
-    cbor.encode_cid(data)?;
-    cbor.encode_text("prev")?;
-    cbor.encode_null()?;
-    cbor.encode_text("version")?;
-    cbor.encode_u64(3)?;
-    Ok(())
+    let commit = block(|out| commit_object(out, did, rev, &node.1, Some(&sig)));
+    Proof { commit, nodes: vec![node], prev_data: None }
 }
 
-/// A node of a repository's tree that holds the commit's records and nothing else: it has the form of the real one,
-/// not its place in a tree.
-fn node(out: &mut Vec<u8>, operations: &[Done]) -> Result<(), CarError> {
-    let mut entries: Vec<(&str, &Cid)> = operations
+fn node(out: &mut Vec<u8>, changes: &[Change]) -> Result<(), CarError> {
+    let mut entries: Vec<(&str, &Cid)> = changes
         .iter()
-        .filter_map(|operation| operation.record.as_ref().map(|(_, cid)| (operation.path.as_str(), cid)))
+        .filter_map(|change| change.record.as_ref().map(|(_, cid)| (change.path.as_str(), cid)))
         .collect();
     entries.sort_unstable();
     let mut cbor = Encoder::new(out);
@@ -335,7 +398,7 @@ fn did_seq_time(cbor: &mut Encoder<&mut Vec<u8>>, did: &str, seq: u64, time: &st
     Ok(())
 }
 
-fn block(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> (Vec<u8>, Cid) {
+pub(super) fn block(write: impl FnOnce(&mut Vec<u8>) -> Result<(), CarError>) -> (Vec<u8>, Cid) {
     let bytes = infallible_vec(write);
     let cid = Cid::compute(Codec::Drisl, &bytes);
     (bytes, cid)

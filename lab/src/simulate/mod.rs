@@ -10,25 +10,34 @@
 //! - `posts`, `pool`: what there is to be liked, answered, deleted; bounded
 //! - `record`: what is written in the records
 //! - `frame`: how events become CBOR and CAR bytes
+//! - `repository`, `key`: the accounts' trees and signatures, if the network signs
+//! - `lie`: what the relay gets wrong on purpose
 //! - `recording`: frames from a file instead
-//! - `serve`: the websocket server
+//! - `serve`: the relay
+//! - `server`: the directory of accounts and their server, for those who verify
 
 mod accounts;
 mod chance;
 mod frame;
+mod key;
+mod lie;
 mod network;
 mod pool;
 mod posts;
 mod record;
 mod recording;
+mod repository;
 mod serve;
+mod server;
 
 pub use frame::Frame;
+pub use lie::Lie;
 pub use network::Network;
 pub use recording::read_frames;
 pub use serve::{Counters, RelayOptions, Source, serve};
 
 /// What the simulated network does. Everything follows from these numbers: same options, same bytes.
+#[expect(clippy::struct_excessive_bools, reason = "independent of each other, and named where they are set")]
 #[derive(Clone, Debug)]
 pub struct NetworkOptions {
     /// Where all chance comes from.
@@ -49,6 +58,18 @@ pub struct NetworkOptions {
     pub spread: bool,
     /// Whether the clock jumps now and then, by up to six hours in either direction.
     pub clock_jumps: bool,
+    /// Whether the accounts have keys, sign their commits, and prove what has changed.
+    pub signed: bool,
+    /// Whether accounts that sign change their keys now and then.
+    pub new_keys: bool,
+    /// One commit in so many is sent wrong, or not at all; 0 is none. Needs `signed`.
+    pub lies: u32,
+}
+
+/// The sequence numbers of a network's events, without what they say: far faster than its frames.
+pub fn sequence_numbers(options: &NetworkOptions) -> impl Iterator<Item = u64> + use<> {
+    let mut network = Network::unwritten(options);
+    std::iter::from_fn(move || network.step()).map(|planned| planned.seq)
 }
 
 impl Default for NetworkOptions {
@@ -63,9 +84,14 @@ impl Default for NetworkOptions {
             deletions: false,
             spread: false,
             clock_jumps: false,
+            signed: false,
+            new_keys: true,
+            lies: 0,
         }
     }
 }
 
+#[cfg(test)]
+mod signed_tests;
 #[cfg(test)]
 mod tests;

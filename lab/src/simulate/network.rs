@@ -3,20 +3,25 @@
 //! State and bytes are kept apart: [`Network::step`] lets the next event happen, and [`frame::encode`] writes it down. A
 //! consumer that resumes far along skips by stepping alone. Only records whose CID others may quote (posts, feed
 //! generators) are encoded in a step. All chance of the state comes from one generator, and a record's own from a
-//! number that the step drew, so that the state does not depend on what was written down.
+//! number that the step drew, so that the state does not depend on what was written down. Of a network that signs, the
+//! repositories follow what was written or skipped.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::NetworkOptions;
 use super::accounts::{Account, Accounts, Status, StrongRef};
 use super::chance::{skewed, young};
-use super::frame::{self, Action, Content, Frame, Operation, Planned, What};
+use super::frame::{self, Action, Content, Frame, Operation, Paper, Planned, What};
+use super::key::Published;
+use super::lie::{Lie, Lies};
 use super::pool::{Live, Pool, Rkey};
 use super::posts::{HOT, Post, Posts};
 use super::record::{
     self, BLOCK, Draft, FOLLOW, GENERATOR, LABELER, LIKE, LIST, LIST_BLOCK, LIST_ITEM, POST, POSTGATE,
     PROFILE, REPOST, Reply, STARTER_PACK, THING, THREADGATE,
 };
+use super::repository::Repositories;
 
 /// Frames per new account, which takes three itself.
 const FRAMES_PER_ACCOUNT: u64 = 33;
@@ -30,6 +35,7 @@ const CLOCK_JUMP: i64 = 6 * 3600 * 1_000_000;
 const FREE_HANDLES: usize = 1000;
 
 /// The frames of a simulated network, in order; an iterator that ends after `events` frames, or never.
+#[expect(clippy::struct_excessive_bools, reason = "the options of a network")]
 pub struct Network {
     rng: fastrand::Rng,
     accounts: Accounts,
@@ -39,6 +45,13 @@ pub struct Network {
     pad: usize,
     deletions: bool,
     clock_jumps: bool,
+    signed: bool,
+    new_keys: bool,
+
+    repositories: Option<Repositories>,
+    lies: Option<Lies>,
+    /// Where changes of keys are made known.
+    published: Option<Arc<Published>>,
 
     happened: u64,
     seq: u64,
@@ -66,6 +79,8 @@ pub struct Network {
 enum Beginning {
     Account(u32),
     Profile(u32),
+    /// The account's repository as it is, after something has changed around it.
+    Sync(u32),
 }
 
 /// How a search for a cursor stands.
@@ -82,11 +97,26 @@ impl Iterator for Network {
     type Item = Frame;
 
     fn next(&mut self) -> Option<Frame> {
-        let planned = match self.ahead.take() {
-            Some(planned) => planned,
-            None => self.step()?,
-        };
-        Some(frame::encode(&planned, &self.accounts, self.pad))
+        loop {
+            let planned = match self.ahead.take() {
+                Some(planned) => planned,
+                None => self.step()?,
+            };
+            let lie = self.lies.as_ref().and_then(|lies| lies.about(&planned));
+            let frame = frame::encode(
+                &planned,
+                &mut Paper {
+                    accounts: &self.accounts,
+                    repositories: self.repositories.as_mut(),
+                    lie,
+                    pad: self.pad,
+                },
+            );
+            self.forget_deleted(&planned);
+            if lie != Some(Lie::Dropped) {
+                return Some(frame);
+            }
+        }
     }
 }
 
@@ -94,6 +124,26 @@ impl Network {
     /// The network before its first frame.
     #[must_use]
     pub fn new(options: &NetworkOptions) -> Self {
+        Network {
+            repositories: options.signed.then(|| Repositories::new(options.seed, false)),
+            lies: Lies::new(options),
+            ..Self::unwritten(options)
+        }
+    }
+
+    /// The network before its first frame, with its repositories as a server keeps them.
+    pub(super) fn with_records(options: &NetworkOptions) -> Self {
+        Network { repositories: Some(Repositories::new(options.seed, true)), ..Self::unwritten(options) }
+    }
+
+    /// Makes changes of keys known there.
+    pub(super) fn publishing(mut self, published: Arc<Published>) -> Self {
+        self.published = Some(published);
+        self
+    }
+
+    /// The network before its first event, of which nothing is written down.
+    pub(super) fn unwritten(options: &NetworkOptions) -> Self {
         let most_accounts = options.accounts.max(1);
         let mut accounts = Accounts::new(options.seed);
         if options.spread {
@@ -110,6 +160,11 @@ impl Network {
             pad: options.pad,
             deletions: options.deletions,
             clock_jumps: options.clock_jumps,
+            signed: options.signed,
+            new_keys: options.signed && options.new_keys,
+            repositories: None,
+            lies: None,
+            published: None,
             happened: 0,
             seq: 0,
             micros: options.start.as_microsecond(),
@@ -150,14 +205,41 @@ impl Network {
                     self.ahead = Some(planned);
                     return Seek::Found;
                 }
-                Some(_) => {}
+                Some(planned) => self.skip(&planned),
             }
         }
         Seek::Further
     }
 
+    /// What the repositories keep of an event that is not written down.
+    fn skip(&mut self, planned: &Planned) {
+        let Some(repositories) = &mut self.repositories else { return };
+        match &planned.what {
+            What::Commit { account, rev, operations, .. } => {
+                let mut changes = frame::changes(operations, planned.micros, &self.accounts);
+                repositories.change(*account, *rev, &mut changes);
+            }
+            What::Sync { account, rev } => repositories.change(*account, *rev, &mut []),
+            What::Identity { .. } | What::Account { .. } => {}
+        }
+        self.forget_deleted(planned);
+    }
+
+    fn forget_deleted(&mut self, planned: &Planned) {
+        if let (Some(repositories), What::Account { account, status, .. }) =
+            (&mut self.repositories, &planned.what)
+            && *status == Status::Deleted.name()
+        {
+            repositories.delete(*account);
+        }
+    }
+
+    pub(super) fn repositories(&mut self) -> Option<(&mut Repositories, &Accounts)> {
+        Some((self.repositories.as_mut()?, &self.accounts))
+    }
+
     /// Lets the next event happen.
-    fn step(&mut self) -> Option<Planned> {
+    pub(super) fn step(&mut self) -> Option<Planned> {
         if self.events != 0 && self.happened == self.events {
             return None;
         }
@@ -170,6 +252,7 @@ impl Network {
         let what = match self.beginnings.pop_front() {
             Some(Beginning::Account(account)) => What::Account { account, active: true, status: None },
             Some(Beginning::Profile(account)) => self.profile(account),
+            Some(Beginning::Sync(account)) => self.renewal(account),
             None if self.somebody_is_new() => self.arrival(),
             None => self.something(),
         };
@@ -207,7 +290,7 @@ impl Network {
             964..967 => self.status_change(),
             967..987 => self.other(),
             987..997 => self.several(),
-            _ => Some(self.sync()),
+            _ => self.sync(),
         };
         what.unwrap_or_else(|| {
             // Nobody found anything to do it to; a post is always possible.
@@ -564,12 +647,28 @@ impl Network {
     /// An identity event that says nothing new, or less than was known.
     fn identity_again(&mut self) -> What {
         let account = self.somebody();
+        if self.new_keys && self.accounts.get(account).rev > 0 && self.one_in(3) {
+            return self.new_key(account);
+        }
         let handle = match self.rng.u32(0..100) {
             0..25 => None,
             25..40 => Some("handle.invalid".to_owned()),
             _ => Some(self.accounts.handle(account)),
         };
         What::Identity { account, handle }
+    }
+
+    /// The account signs with another key from now on. Like a real server, this one sends the repository under a new
+    /// revision afterwards.
+    fn new_key(&mut self, account: u32) -> What {
+        if let Some(repositories) = &mut self.repositories {
+            repositories.change_key(account);
+            if let Some(published) = &self.published {
+                published.changed(account, repositories.changes_of_key(account));
+            }
+        }
+        self.beginnings.push_back(Beginning::Sync(account));
+        What::Identity { account, handle: Some(self.accounts.handle(account)) }
     }
 
     fn status_change(&mut self) -> Option<What> {
@@ -586,6 +685,9 @@ impl Network {
             let at = self.rng.usize(0..self.away.len());
             let account = self.away.swap_remove(at);
             self.accounts.get_mut(account).status = Status::Active;
+            if self.signed && self.accounts.get(account).rev > 0 {
+                self.beginnings.push_back(Beginning::Sync(account));
+            }
             return Some(What::Account { account, active: true, status: None });
         }
         if too_many {
@@ -608,9 +710,17 @@ impl Network {
         Some(What::Account { account, active: false, status: status.name() })
     }
 
-    fn sync(&mut self) -> What {
+    fn sync(&mut self) -> Option<What> {
         let account = self.somebody();
-        What::Sync { account, rev: self.accounts.get(account).rev }
+        let rev = self.accounts.get(account).rev;
+        (!self.signed || rev > 0).then_some(What::Sync { account, rev })
+    }
+
+    /// The repository as it is, under a new revision.
+    fn renewal(&mut self, account: u32) -> What {
+        let rev = self.accounts.next_tid(account, self.micros);
+        self.accounts.get_mut(account).rev = rev;
+        What::Sync { account, rev }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The websocket server.
+//! The relay: a websocket server, and HTTP for those who verify what it sends.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -6,25 +6,32 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{Response, StatusCode, header};
+use axum::routing::get;
+use axum::serve::ListenerExt as _;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::error::Error as WsError;
-use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
-use tokio_tungstenite::tungstenite::http::StatusCode;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::NetworkOptions;
 use super::frame::{Frame, future_cursor};
 use super::network::{Network, Seek};
 use super::recording::is_error;
+use super::server::{self, Server};
 
-const PATH: &str = "/xrpc/com.atproto.sync.subscribeRepos";
 /// Frames between two flushes, so that the kernel is not called for each.
 const BATCH: u64 = 64;
 /// Frames skipped between two looks at the other tasks.
@@ -32,7 +39,6 @@ const SKIP: u64 = 4096;
 /// A cursor beyond this is in the future of an endless network, too: somebody who asks for it would wait minutes.
 const ENDLESS: u64 = 200_000_000;
 const PING: Duration = Duration::from_secs(10);
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long a client may take to answer a close.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -66,6 +72,18 @@ pub struct Counters {
     pub frames_sent: AtomicU64,
     /// The highest sequence number among them.
     pub last_seq_sent: AtomicU64,
+    /// Whole repositories that were asked for.
+    pub repositories_sent: AtomicU64,
+}
+
+/// What all connections share.
+pub(super) struct Shared {
+    options: RelayOptions,
+    pub(super) counters: Arc<Counters>,
+    /// What is known about the accounts, if they sign.
+    pub(super) server: Option<Server>,
+    consumers: TaskTracker,
+    shutdown: CancellationToken,
 }
 
 /// Serves the stream to every consumer that connects, until `shutdown`; then closes all connections and returns.
@@ -79,8 +97,11 @@ pub struct Counters {
 /// come that far already: otherwise nobody would ever get past a recorded error. After an error frame the connection
 /// is closed.
 ///
+/// If the network signs, the same address also answers as the directory of its accounts (`/did:plc:...`) and as their
+/// server (getRepo, getRepoStatus, listRepos).
+///
 /// # Errors
-/// Never after it has begun to listen; a connection's troubles are its own.
+/// The listener fails.
 pub async fn serve(
     listener: TcpListener,
     options: RelayOptions,
@@ -89,31 +110,33 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr().context("the simulated relay's listener has no address")?;
     tracing::debug!(%address, "simulated relay listens");
-    let options = Arc::new(options);
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
-                    let connection = connection(stream, options.clone(), counters.clone(), shutdown.clone());
-                    connections.spawn(async move {
-                        if let Err(error) = connection.await {
-                            tracing::debug!(%peer, %error, "a consumer of the simulated relay is gone");
-                        }
-                    });
-                }
-                Err(error) => {
-                    // Out of file descriptors, or the client was gone already: neither is helped by trying at once.
-                    tracing::debug!(%error, "the simulated relay could not accept a connection");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            },
-            // Only so that the set does not grow for ever.
-            Some(_) = connections.join_next() => {}
+    let server = match &options.source {
+        Source::Network(network) => Server::new(network, Arc::clone(&counters)),
+        Source::Recording(_) => None,
+    };
+    let consumers = TaskTracker::new();
+    let shared = Arc::new(Shared {
+        options,
+        counters,
+        server,
+        consumers: consumers.clone(),
+        shutdown: shutdown.clone(),
+    });
+    let router = Router::new()
+        .route("/xrpc/com.atproto.sync.subscribeRepos", get(subscribe))
+        .route("/xrpc/com.atproto.sync.getRepo", get(server::repository))
+        .route("/xrpc/com.atproto.sync.getRepoStatus", get(server::repository_status))
+        .route("/xrpc/com.atproto.sync.listRepos", get(server::repositories))
+        .route("/{did}", get(server::document))
+        .with_state(shared);
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a consumer of the simulated relay is gone");
         }
-    }
-    while connections.join_next().await.is_some() {}
+    });
+    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?;
+    consumers.close();
+    consumers.wait().await;
     Ok(())
 }
 
@@ -134,30 +157,61 @@ impl Drop for Connected {
     }
 }
 
-type Sink = SplitSink<WebSocketStream<TcpStream>, Message>;
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+type Sink = SplitSink<Socket, Message>;
 
-async fn connection(
-    stream: TcpStream,
-    options: Arc<RelayOptions>,
-    counters: Arc<Counters>,
-    shutdown: CancellationToken,
-) -> Result<(), WsError> {
-    let mut cursor = None;
-    let handshake = handshake(stream, &mut cursor);
-    let socket = tokio::select! {
-        () = shutdown.cancelled() => return Ok(()),
-        done = timeout(HANDSHAKE, handshake) => match done {
-            Ok(socket) => socket?,
-            Err(_) => return Ok(()),
-        },
+/// Answers a request for the stream, and sends it from then on.
+async fn subscribe(State(shared): State<Arc<Shared>>, mut request: Request) -> Response<Body> {
+    let refuse = |reason: &str| {
+        let mut refusal = Response::new(Body::from(format!("{reason}\n")));
+        *refusal.status_mut() = StatusCode::BAD_REQUEST;
+        refusal
     };
-    let _connected = Connected::new(counters.clone());
+    let query = request.uri().query().unwrap_or_default();
+    let given = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "cursor");
+    let cursor = match given.map(|(_, number)| number.parse()) {
+        None => None,
+        Some(Ok(number)) => Some(number),
+        Some(Err(_)) => return refuse("cursor must be a number"),
+    };
+    let key = request.headers().get(header::SEC_WEBSOCKET_KEY).map(|key| derive_accept_key(key.as_bytes()));
+    let (Some(key), Some(upgrade)) = (key, request.extensions_mut().remove::<OnUpgrade>()) else {
+        return refuse("this is a websocket");
+    };
+    let consumers = shared.consumers.clone();
+    consumers.spawn(async move {
+        let connected = async { Ok(consume(upgrade.await?, &shared, cursor).await?) };
+        let ended: anyhow::Result<()> = connected.await;
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a consumer of the simulated relay is gone");
+        }
+    });
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, header::HeaderValue::from_static("websocket"));
+    if let Ok(key) = key.try_into() {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, key);
+    }
+    response
+}
+
+async fn consume(upgraded: Upgraded, shared: &Shared, cursor: Option<u64>) -> Result<(), WsError> {
+    let config = WebSocketConfig::default()
+        // Consumers say next to nothing.
+        .read_buffer_size(4096)
+        .max_message_size(Some(64 * 1024))
+        .max_frame_size(Some(64 * 1024))
+        .write_buffer_size(256 * 1024);
+    let socket = Socket::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+    let _connected = Connected::new(Arc::clone(&shared.counters));
     let (mut sink, mut stream) = socket.split();
     {
         let mut leaving = pin!(drain(&mut stream));
-        let mut sending = pin!(send(&mut sink, &options, cursor, &counters));
+        let mut sending = pin!(send(&mut sink, shared, cursor));
         tokio::select! {
-            () = shutdown.cancelled() => {}
+            () = shared.shutdown.cancelled() => {}
             () = &mut leaving => return Ok(()),
             sent = &mut sending => sent?,
         }
@@ -171,52 +225,14 @@ async fn connection(
 }
 
 /// Reads until the client is gone, which answers its pings too. What it says does not matter.
-async fn drain(stream: &mut SplitStream<WebSocketStream<TcpStream>>) {
+async fn drain(stream: &mut SplitStream<Socket>) {
     while let Some(Ok(_)) = stream.next().await {}
 }
 
-async fn handshake(
-    stream: TcpStream,
-    cursor: &mut Option<u64>,
-) -> Result<WebSocketStream<TcpStream>, WsError> {
-    stream.set_nodelay(true)?;
-    let config = WebSocketConfig::default()
-        // Consumers say next to nothing.
-        .read_buffer_size(4096)
-        .max_message_size(Some(64 * 1024))
-        .max_frame_size(Some(64 * 1024))
-        .write_buffer_size(256 * 1024);
-    #[expect(clippy::result_large_err, reason = "the websocket library's callback returns a whole response")]
-    let judge = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
-        let refuse = |status: StatusCode, reason: &str| {
-            let mut refusal = ErrorResponse::new(Some(format!("{reason}\n")));
-            *refusal.status_mut() = status;
-            Err(refusal)
-        };
-        if request.uri().path() != PATH {
-            return refuse(StatusCode::NOT_FOUND, "not found");
-        }
-        let query = request.uri().query().unwrap_or_default();
-        let given = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "cursor");
-        if let Some((_, number)) = given {
-            match number.parse() {
-                Ok(number) => *cursor = Some(number),
-                Err(_) => return refuse(StatusCode::BAD_REQUEST, "cursor must be a number"),
-            }
-        }
-        Ok(response)
-    };
-    tokio_tungstenite::accept_hdr_async_with_config(stream, judge, Some(config)).await
-}
-
 /// Sends what there is to send and then pings; returns only when the relay has to close the connection.
-async fn send(
-    sink: &mut Sink,
-    options: &RelayOptions,
-    cursor: Option<u64>,
-    counters: &Counters,
-) -> Result<(), WsError> {
-    let Some(mut frames) = Frames::from(&options.source, cursor).await else {
+async fn send(sink: &mut Sink, shared: &Shared, cursor: Option<u64>) -> Result<(), WsError> {
+    let Shared { options, counters, .. } = shared;
+    let Some(mut frames) = Frames::from(shared, cursor).await else {
         return sink.send(Message::Binary(future_cursor())).await;
     };
     let rate = options.rate.filter(|&rate| rate > 0);
@@ -281,10 +297,14 @@ enum Frames {
 
 impl Frames {
     /// None when the cursor is in the future.
-    async fn from(source: &Source, cursor: Option<u64>) -> Option<Frames> {
-        match source {
+    async fn from(shared: &Shared, cursor: Option<u64>) -> Option<Frames> {
+        match &shared.options.source {
             Source::Network(options) => {
-                let mut network = Box::new(Network::new(options));
+                let mut network = Network::new(options);
+                if let Some(server) = &shared.server {
+                    network = network.publishing(Arc::clone(&server.published));
+                }
+                let mut network = Box::new(network);
                 let Some(cursor) = cursor else {
                     return Some(Frames::Network(network));
                 };

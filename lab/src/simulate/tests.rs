@@ -23,7 +23,7 @@ fn frames(options: &NetworkOptions) -> Vec<Frame> {
 }
 
 /// A frame's `t` and body.
-fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
+pub(super) fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
     let mut decoder = Decoder::new(frame);
     let Value::Map(header) = decoder.decode().unwrap() else { panic!("the header is not a map") };
     let Value::Map(body) = decoder.decode().unwrap() else { panic!("the body is not a map") };
@@ -32,7 +32,7 @@ fn parts(frame: &[u8]) -> (String, BTreeMap<&str, Value<'_>>) {
     (kind.unwrap_or_default(), body.into_iter().collect())
 }
 
-fn text<'a>(value: &Value<'a>) -> &'a str {
+pub(super) fn text<'a>(value: &Value<'a>) -> &'a str {
     match value {
         Value::Text(text) => text,
         other => panic!("{other:?} is not a text"),

@@ -41,6 +41,7 @@ async fn a_small_run_reports_every_figure() {
         "/reader/frames_per_second/median",
         "/reader/frames_per_cpu_second/median",
         "/reader/peak_memory_bytes/median",
+        "/reader/verified/more_cpu_us_per_frame/median",
     ] {
         positive(path);
     }

@@ -171,9 +171,13 @@ pub async fn redis_command<T: redis::FromRedisValue>(redis: &Redis, words: &[&st
 pub struct Variables(Vec<(String, String)>);
 
 impl Variables {
-    /// What every test needs: an HTTP port of its own, every collection, a stable name.
+    /// What every test needs: an HTTP port of its own, every collection, a stable name. Most networks of tests do not sign.
     pub fn new() -> Self {
-        Self(Vec::new()).with("HTTP_ADDR", "127.0.0.1:0").with("COLLECTIONS", "*").with("CONSUMER_ID", "test")
+        Self(Vec::new())
+            .with("HTTP_ADDR", "127.0.0.1:0")
+            .with("COLLECTIONS", "*")
+            .with("CONSUMER_ID", "test")
+            .with("VERIFY", "off")
     }
 
     /// Sets a variable, replacing its previous value.

@@ -64,6 +64,19 @@ impl Tables {
         &self.0[table]
     }
 
+    /// What the tables say, without which commit said it, since a repair says it again; and without the counters of what
+    /// nothing refers to, since a repair does not know what once did.
+    #[must_use]
+    pub fn without_versions(mut self) -> Self {
+        self.rows_mut("post_aggregations").retain(|_, row| {
+            row.iter().any(|(column, count)| column.ends_with("_count") && count.as_i64() != Some(0))
+        });
+        for row in self.0.values_mut().flat_map(BTreeMap::values_mut) {
+            row.retain(|column, _| !matches!(&**column, "commit_rev" | "commit_seq"));
+        }
+        self
+    }
+
     pub fn rows_mut(&mut self, table: &str) -> &mut Rows {
         self.0.get_mut(table).unwrap()
     }
@@ -511,7 +524,7 @@ fn writes(event: &Event) -> Vec<Write<'_>> {
                     if is_gate && post.is_some_and(|post| post.replace('\0', "") != its_post) {
                         None
                     } else {
-                        Some(checked(op, collection, &event.version)?)
+                        Some(checked(op, (collection, rkey), &event.version)?)
                     }
                 }
                 _ => return None,
@@ -526,7 +539,7 @@ fn is_record_key(rkey: &str) -> bool {
 }
 
 /// The contents of an operation; `None` if something that its row needs is missing or impossible.
-fn checked(op: &Op, collection: &str, version: &Version) -> Option<Put> {
+fn checked(op: &Op, (collection, rkey): (&str, &str), version: &Version) -> Option<Put> {
     let Value::Object(record) = without_nul(&op.record) else { return None };
     let good = match collection {
         "app.bsky.feed.post" => op.cid.is_some() && is_post(&record),
@@ -587,6 +600,7 @@ fn checked(op: &Op, collection: &str, version: &Version) -> Option<Put> {
         Some(rev) => tid_micros(rev).unwrap(),
         None => i64::try_from(version.id.0).unwrap() * 1000,
     };
+    let committed = tid_micros(rkey).map_or(committed, |named| named.min(committed));
     let dated = match collection {
         "com.atproto.label.label" if !or_null(&record, "cts").is_null() => "cts",
         _ => "createdAt",
