@@ -474,13 +474,17 @@ async fn the_python_readers_entries_give_the_same_rows(way: Way) {
         }
     }
     leave_out(&mut expected, GONE);
-    // If a record has no usable date, its row gets the time of the revision; without a revision it gets the
-    // stream entry's, and nothing is sorted after that. A date in the future is kept, except in `sort_at`.
-    let entry_time = model::timestamp(ENTRY_MS * 1000);
+    // If a record has no usable date, its row gets the time of its key or of the revision, whichever is earlier; without
+    // these it gets the stream entry's, and nothing is sorted after that. A date in the future is kept, except in `sort_at`.
+    let time_of = |uri: &str| {
+        let key = uri.rsplit('/').next().and_then(model::tid_micros).unwrap_or(i64::MAX);
+        model::timestamp(key.min(ENTRY_MS * 1000))
+    };
     let live = live(&events);
     let mut undated = Vec::new();
     for (uri, record) in &live {
         let dated = record["createdAt"].as_str().and_then(model::micros_of).is_some();
+        let entry_time = time_of(uri);
         for rows in expected.0.values_mut() {
             let Some(row) = rows.get_mut(uri).filter(|row| row.contains_key("created_at")) else { continue };
             if !dated {

@@ -77,6 +77,20 @@ impl Tables {
         self
     }
 
+    /// Takes over the dates of `other` where these are the ones that were found.
+    pub fn accept_dates(&mut self, other: &Tables, found: &Tables) {
+        for (table, rows) in &mut self.0 {
+            for (key, row) in rows {
+                for (column, cell) in row.iter_mut().filter(|(column, _)| matches!(**column, "created_at" | "sort_at")) {
+                    let cell_of = |tables: &Tables| Some(tables.rows(table).get(key)?.get(column)?.clone());
+                    if let Some(theirs) = cell_of(other).filter(|theirs| cell_of(found).as_ref() == Some(theirs)) {
+                        *cell = theirs;
+                    }
+                }
+            }
+        }
+    }
+
     pub fn rows_mut(&mut self, table: &str) -> &mut Rows {
         self.0.get_mut(table).unwrap()
     }
@@ -408,13 +422,27 @@ struct Put {
 /// # Panics
 /// If the versions of the events contradict each other, so that there is no newest one and no correct result.
 pub fn expected<'a>(events: impl IntoIterator<Item = &'a Event>) -> Tables {
+    expected_with(events, Dates::Key)
+}
+
+/// What the date of a record without a usable one comes from, and after which date none is sorted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dates {
+    /// The record's key or its commit, whichever is earlier.
+    Key,
+    /// Its commit: the rule of release 0.1.
+    Commit,
+}
+
+/// The same with this rule for dates.
+pub fn expected_with<'a>(events: impl IntoIterator<Item = &'a Event>, dates: Dates) -> Tables {
     let events: Vec<&Event> = events.into_iter().collect();
     let mut tables = Tables(TABLES.iter().map(|(name, _)| (*name, Rows::new())).collect());
 
     // Every record's newest write.
     let mut records: BTreeMap<String, Vec<Write<'_>>> = BTreeMap::new();
     for event in &events {
-        for write in writes(event) {
+        for write in writes(event, dates) {
             records.entry(write.uri.clone()).or_default().push(write);
         }
     }
@@ -503,7 +531,7 @@ fn about(event: &Event) -> &str {
     }
 }
 
-fn writes(event: &Event) -> Vec<Write<'_>> {
+fn writes(event: &Event, dates: Dates) -> Vec<Write<'_>> {
     let Kind::Commit { repo, ops } = &event.kind else { return Vec::new() };
     // The last one on a path wins, good or bad: the reader drops the others before they are judged.
     let last: HashMap<&str, &Op> = ops.iter().map(|op| (op.path.as_str(), op)).collect();
@@ -524,7 +552,7 @@ fn writes(event: &Event) -> Vec<Write<'_>> {
                     if is_gate && post.is_some_and(|post| post.replace('\0', "") != its_post) {
                         None
                     } else {
-                        Some(checked(op, (collection, rkey), &event.version)?)
+                        Some(checked(op, (collection, rkey), &event.version, dates)?)
                     }
                 }
                 _ => return None,
@@ -539,7 +567,7 @@ fn is_record_key(rkey: &str) -> bool {
 }
 
 /// The contents of an operation; `None` if something that its row needs is missing or impossible.
-fn checked(op: &Op, (collection, rkey): (&str, &str), version: &Version) -> Option<Put> {
+fn checked(op: &Op, (collection, rkey): (&str, &str), version: &Version, dates: Dates) -> Option<Put> {
     let Value::Object(record) = without_nul(&op.record) else { return None };
     let good = match collection {
         "app.bsky.feed.post" => op.cid.is_some() && is_post(&record),
@@ -600,7 +628,8 @@ fn checked(op: &Op, (collection, rkey): (&str, &str), version: &Version) -> Opti
         Some(rev) => tid_micros(rev).unwrap(),
         None => i64::try_from(version.id.0).unwrap() * 1000,
     };
-    let committed = tid_micros(rkey).map_or(committed, |named| named.min(committed));
+    let key = tid_micros(rkey).filter(|_| dates == Dates::Key);
+    let committed = key.map_or(committed, |key| key.min(committed));
     let dated = match collection {
         "com.atproto.label.label" if !or_null(&record, "cts").is_null() => "cts",
         _ => "createdAt",
