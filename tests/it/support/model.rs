@@ -77,6 +77,17 @@ impl Tables {
         self
     }
 
+    /// What the repositories say, without what only events tell: handles and statuses.
+    #[must_use]
+    pub fn of_repositories(mut self) -> Self {
+        let users = self.rows_mut("users");
+        for row in users.values_mut() {
+            row.retain(|column, _| *column != "handle" && !column.starts_with("account_"));
+        }
+        users.retain(|_, row| row.values().any(|value| !value.is_null()));
+        self
+    }
+
     pub fn rows_mut(&mut self, table: &str) -> &mut Rows {
         self.0.get_mut(table).unwrap()
     }
