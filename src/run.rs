@@ -23,6 +23,7 @@ use crate::status::{Settings, State, Status};
 use crate::store::Store;
 use crate::stream::Redis;
 use crate::tasks::acknowledged::Acknowledged;
+use crate::tasks::backfill::Lister;
 use crate::tasks::janitor::Janitor;
 use crate::tasks::legacy::LegacyKeys;
 use crate::tasks::prepare::Prepare;
@@ -229,6 +230,10 @@ impl Running {
         for _ in 0..self.config.repairers() {
             let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));
             self.help(Repairs::new(config, redis.clone(), store.clone(), control, Arc::clone(&repairer)));
+        }
+        if let Some(what) = self.config.backfill.clone() {
+            let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));
+            self.help(Lister::new(config, store.clone(), control, what));
         }
         self.help(Purge { store: store.clone(), control });
         self.help(Acknowledged::new(redis.clone(), store.clone(), Arc::clone(&self.status)));

@@ -8,6 +8,7 @@ use clap::builder::PossibleValuesParser;
 use standpipe::config::Config;
 use standpipe::out;
 use standpipe::report::table::{age, columns, grouped};
+use standpipe::store::backfills::Progress;
 use standpipe::store::repos::{self, Repo};
 use standpipe::store::{Session, Store, StoreError};
 use standpipe::time::now_ms;
@@ -70,6 +71,9 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             let counts = repos::counts(client).await?;
+            for backfill in session.backfills().await? {
+                out::line(progress(&backfill))?;
+            }
             out::raw(&page(&found, &counts))?;
         }
         Action::Add { dids } => {
@@ -93,6 +97,22 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A backfill, and how long it will take at the rate of the last minute.
+fn progress(backfill: &Progress) -> String {
+    let Progress { what, listed, is_listed, left, last_minute, .. } = backfill;
+    let (listed_text, left_text) = (grouped(*listed), grouped(*left));
+    let rest = match (*left, *last_minute) {
+        (0, _) if *is_listed => "complete".to_owned(),
+        (left, 0) => format!("{left} to compare"),
+        (left, done) => {
+            let minutes = left as f64 / done as f64;
+            format!("{left_text} to compare, {} a minute, about {} left", grouped(done), age(minutes * 60.0))
+        }
+    };
+    let more = if *is_listed { "" } else { " so far" };
+    format!("backfill {what}: {listed_text} listed{more}; {rest}")
 }
 
 fn page(found: &[Repo], counts: &[(String, i64)]) -> String {

@@ -65,7 +65,7 @@ impl fmt::Display for Collections {
 }
 
 /// The NSID syntax of the AT Protocol: at least two domain segments, then a name of letters and digits.
-fn is_nsid(text: &str) -> bool {
+pub(super) fn is_nsid(text: &str) -> bool {
     let segments: Vec<_> = text.split('.').collect();
     let Some((name, domain)) = segments.split_last() else {
         return false;

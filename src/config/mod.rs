@@ -31,7 +31,7 @@ pub use read::{ConfigError, Problem, from_env};
 pub use settings::{Config, VARIABLES, Variable};
 pub use unit::MemoryMark;
 pub use url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
-pub use words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
+pub use words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// The role of a process: it decides which variables are required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

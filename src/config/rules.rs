@@ -66,6 +66,11 @@ pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
             "PARALLEL_CONSUMERS is {parallel_consumers} and DB_POOL_SIZE only {db_pool_size}: \
              pipelines will wait for connections"
         ));
+    } else if config.backfill.is_some() && config.repair_concurrency == 0 {
+        warnings.push(
+            "BACKFILL has no effect with REPAIR_CONCURRENCY=0: accounts are queued and not fetched"
+                .to_owned(),
+        );
     } else if config.repair_concurrency > 0 && config.repairers() == 0 {
         warnings.push(format!(
             "DB_POOL_SIZE is {db_pool_size}, which leaves no connection for repairs: repositories to repair stay queued; \

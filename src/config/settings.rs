@@ -15,7 +15,7 @@ use super::unit::{
     tombstone_retention, whole, yes_or_no,
 };
 use super::url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
-use super::words::{LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
+use super::words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// One environment variable that this program reads.
 #[derive(Clone, Copy, Debug)]
@@ -175,6 +175,9 @@ settings! {
     repair_concurrency: usize = repair_concurrency "REPAIR_CONCURRENCY" variable "4", whole(0..=64),
         ToString::to_string,
         "how many repositories the worker repairs at a time; 0 repairs none, and they stay queued";
+    /// `BACKFILL`; `None` when there is none.
+    backfill: Option<Backfill> = backfill "BACKFILL" variable "", optional(Backfill::parse), or(""),
+        "fetch whole repositories: seen (accounts in the tables), all (that the relay lists), or collection:NSID";
     /// `PLC_URL`.
     plc_url: PlcUrl = plc_url "PLC_URL" secret "https://plc.directory", PlcUrl::parse, ToString::to_string,
         "where accounts with a did:plc are looked up";

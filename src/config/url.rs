@@ -52,6 +52,19 @@ impl RelayUrl {
         self.0.as_str()
     }
 
+    /// Where it answers HTTP requests, without a `/` at the end.
+    #[must_use]
+    pub fn http(&self) -> String {
+        let scheme = if self.is_tls() { "https" } else { "http" };
+        format!("{scheme}://{}", self.relay())
+    }
+
+    /// The host.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        self.0.host_str().unwrap_or_default()
+    }
+
     /// The relay's name, `host` or `host:port`: sequence numbers are meaningful only together with it. The scheme's
     /// default port is left out.
     #[must_use]

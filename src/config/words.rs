@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::collections::is_nsid;
 use super::read::Wrong;
 
 /// An enumeration whose values are words; the first spelling of each is the one printed.
@@ -104,6 +105,41 @@ words! {
         Event = "event",
         /// A batch shares one, or a few; events that fail together are applied one by one.
         Batch = "batch",
+    }
+}
+
+/// `BACKFILL`: the accounts whose whole repositories are fetched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backfill {
+    /// Those that the tables name.
+    Seen,
+    /// Those that the relay lists.
+    All,
+    /// Those that the relay lists as having records in a collection.
+    Collection(String),
+}
+
+impl Backfill {
+    pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
+        match text.strip_prefix("collection:") {
+            Some(nsid) if is_nsid(nsid) => Ok(Self::Collection(nsid.to_owned())),
+            None if text.eq_ignore_ascii_case("seen") => Ok(Self::Seen),
+            None if text.eq_ignore_ascii_case("all") => Ok(Self::All),
+            _ => Err(Wrong::new(
+                "is not a known value",
+                "write seen, all, or collection: with a name such as collection:app.bsky.feed.post",
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Backfill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Seen => f.write_str("seen"),
+            Self::All => f.write_str("all"),
+            Self::Collection(nsid) => write!(f, "collection:{nsid}"),
+        }
     }
 }
 

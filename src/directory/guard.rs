@@ -14,8 +14,8 @@ use tower_service::Service;
 /// What may be asked besides public addresses.
 #[derive(Clone, Debug)]
 pub(super) struct Guard {
-    /// The host that the operator named.
-    pub(super) trusted: Arc<str>,
+    /// The hosts that the operator named.
+    pub(super) trusted: Arc<[String]>,
     /// Everything.
     pub(super) private: bool,
 }
@@ -28,7 +28,7 @@ impl Guard {
     }
 
     fn trusts(&self, host: &str) -> bool {
-        self.private || self.trusted.eq_ignore_ascii_case(host)
+        self.private || self.trusted.iter().any(|trusted| trusted.eq_ignore_ascii_case(host))
     }
 }
 
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn an_address_instead_of_a_name_is_checked_too() {
-        let guard = Guard { trusted: "plc.internal".into(), private: false };
+        let guard = Guard { trusted: ["plc.internal".to_owned()].into(), private: false };
         for (host, allowed) in [
             ("127.0.0.1", false),
             ("[::1]", false),

@@ -54,12 +54,12 @@ pub struct Http {
 }
 
 impl Http {
-    /// A client that also asks `trusted`, wherever it is: the operator named it.
+    /// A client that also asks `trusted`, wherever they are: the operator named them.
     ///
     /// # Errors
     ///
     /// There is no authority to trust.
-    pub(super) fn new(config: &Config, trusted: &str) -> anyhow::Result<Self> {
+    pub(super) fn new(config: &Config, trusted: [String; 2]) -> anyhow::Result<Self> {
         let guard = Guard { trusted: trusted.into(), private: config.allow_private_addresses };
         let mut connector = HttpConnector::new_with_resolver(guard.clone());
         connector.enforce_http(false);

@@ -7,6 +7,7 @@
 mod guard;
 mod handle;
 pub mod http;
+mod listing;
 pub mod repository;
 pub mod tls;
 
@@ -75,7 +76,7 @@ impl Directory {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let plc = config.plc_url.expose().trim_end_matches('/').to_owned();
         Ok(Self {
-            http: Http::new(config, &config.plc_url.host())?,
+            http: Http::new(config, [config.plc_url.host(), config.relay_url.host().to_owned()])?,
             plc,
             private: config.allow_private_addresses,
             slots: Semaphore::new(SLOTS),

@@ -4,9 +4,13 @@
 //! The entries carry the repository's revision. Whatever arrives before, during or after the repair is older or newer than
 //! that, and the registers decide: nothing has to be held back.
 //!
+//! What a backfill queued is applied here instead.
+//!
 //! - `difference`: the operations that turn the rows into the repository
+//! - `here`: applying them without the stream
 
 mod difference;
+mod here;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -277,7 +281,7 @@ impl Repairer {
         session.complete_repo(did, rev).await?;
         crash::at(Point::AfterComplete);
         // Now nothing older can come any more.
-        let Some(refused) = self.append_until_equal(session, did, repository).await? else {
+        let Some(refused) = self.write_until_equal(session, queued, repository).await? else {
             let message = "the pipelines have not applied it in time; it will be compared again".to_owned();
             return Ok(Outcome::failed(host, message));
         };
@@ -293,14 +297,15 @@ impl Repairer {
         }))
     }
 
-    /// Appends the difference until there is none: what was appended can be lost with Redis's last second. Returns how many
-    /// changes have no effect, however often they are applied; `None` if they are not applied in time.
-    async fn append_until_equal(
+    /// Appends the difference, or applies it, until there is none: what was appended can be lost with Redis's last second.
+    /// Returns how many changes have no effect, however often they are applied; `None` if they are not applied in time.
+    async fn write_until_equal(
         &self,
         session: &Session,
-        did: &str,
+        queued: &Queued,
         repository: &Repository<'_>,
     ) -> Result<Option<usize>, RepairError> {
+        let did = &queued.did;
         let mut stream = self.redis.connect().await?;
         let mut before: Vec<Difference> = Vec::new();
         loop {
@@ -315,12 +320,13 @@ impl Repairer {
             }
             let rev = &repository.commit.rev;
             let (entries, _) = entries_of(did, rev, &difference.ops(), &repository.archive);
-            let last = self.append(&mut stream, entries).await?;
-            crash::at(Point::AfterRepair);
-            if let Some(last) = last
-                && !acknowledged(&mut stream, last).await?
-            {
-                return Ok(None);
+            if queued.is_backfill {
+                self.apply_here(session, entries).await?;
+            } else if let Some(last) = self.append(&mut stream, entries).await? {
+                crash::at(Point::AfterRepair);
+                if !acknowledged(&mut stream, last).await? {
+                    return Ok(None);
+                }
             }
             before.push(difference);
             if before.len() > 2 {

@@ -2,6 +2,7 @@
 
 pub mod acknowledged;
 pub mod audit;
+pub mod backfills;
 mod batch;
 mod bulk;
 mod call;

@@ -8,6 +8,9 @@ use tokio_postgres::Client;
 
 use super::{Session, StoreError};
 
+/// The class of what a backfill queues: the last.
+const BACKFILL: i16 = 2;
+
 /// A queued repository, taken by this session.
 #[derive(Clone, Debug)]
 pub struct Queued {
@@ -21,6 +24,8 @@ pub struct Queued {
     pub attempts: u32,
     /// A tree that would delete much, and was not believed yet.
     pub doubted: Option<String>,
+    /// Whether it is queued by a backfill, and nothing more pressing.
+    pub is_backfill: bool,
     /// How often it was asked for.
     requests: i64,
 }
@@ -103,7 +108,7 @@ pub struct OwnRow {
     pub rev: Option<String>,
 }
 
-/// Queues a repository. Class 0 comes before class 1.
+/// Queues a repository. Class 0 comes before class 1, and that before a backfill's.
 ///
 /// # Errors
 ///
@@ -179,6 +184,7 @@ impl Session {
                     attempts: attempts.try_into().unwrap_or(0),
                     doubted: row.get(3),
                     requests: row.get(4),
+                    is_backfill: row.get::<_, i16>(5) == BACKFILL,
                 }));
             }
             self.release_repo(&did).await?;

@@ -230,6 +230,28 @@ impl Stream {
         self.append_own(("", ""), "commit", entries, max_length).await
     }
 
+    /// The place of an entry that would be appended now: the id of the last one, and the number of the reader's last event. An
+    /// empty stream gives the present time.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn place(&mut self) -> RedisResult<(EntryId, String)> {
+        type Answers = (Vec<(String, redis::Value)>, (u64, u64), Option<String>);
+        let Self { connection, keys } = self;
+        let (last, (seconds, micros), seq): Answers = redis::pipe()
+            .cmd("XREVRANGE")
+            .arg(&keys.stream)
+            .arg(&["+", "-", "COUNT", "1"])
+            .cmd("TIME")
+            .get(&keys.cursor)
+            .query_async(connection)
+            .await?;
+        let now = EntryId { ms: seconds * 1000 + micros / 1000, seq: 0 };
+        let last = last.first().and_then(|(id, _)| id.parse().ok()).unwrap_or(now);
+        Ok((last.max(now), seq.unwrap_or_default()))
+    }
+
     /// Some of the accounts whose handle is to be looked up, each with a mark of what asked for it; and where to continue, 0
     /// at the end.
     ///

@@ -6,10 +6,12 @@
 //! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when PostgreSQL has gone back in time
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `repairs`: repositories that differ from what arrived
+//! - `backfill`: the accounts whose whole repositories are to be fetched
 //! - `legacy`: the keys of the old application's pages
 //! - `progress`: the progress line in the log
 
 pub mod acknowledged;
+pub mod backfill;
 pub mod janitor;
 pub mod legacy;
 pub mod prepare;

@@ -51,7 +51,9 @@ pub struct NetworkOptions {
     /// Filler bytes per commit, in CAR blocks of their own that no operation refers to. Real frames carry about 5,000
     /// bytes of tree nodes; at most 1,000,000 are used.
     pub pad: usize,
-    /// Whether accounts are also deleted for good, rarely.
+    /// Whether accounts go away now and then, and come back.
+    pub departures: bool,
+    /// Whether accounts are also deleted for good, rarely. Needs `departures`.
     pub deletions: bool,
     /// Whether all accounts are there from the beginning, each as busy as the others: hardly two events in a row are
     /// from the same one.
@@ -81,6 +83,7 @@ impl Default for NetworkOptions {
             // 2026-01-01T00:00:00Z
             start: jiff::Timestamp::constant(1_767_225_600, 0),
             pad: 0,
+            departures: true,
             deletions: false,
             spread: false,
             clock_jumps: false,

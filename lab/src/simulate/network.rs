@@ -43,6 +43,7 @@ pub struct Network {
     spread: bool,
     events: u64,
     pad: usize,
+    departures: bool,
     deletions: bool,
     clock_jumps: bool,
     signed: bool,
@@ -158,6 +159,7 @@ impl Network {
             spread: options.spread,
             events: options.events,
             pad: options.pad,
+            departures: options.departures,
             deletions: options.deletions,
             clock_jumps: options.clock_jumps,
             signed: options.signed,
@@ -690,7 +692,7 @@ impl Network {
             }
             return Some(What::Account { account, active: true, status: None });
         }
-        if too_many {
+        if too_many || !self.departures {
             return None;
         }
         let account = self.somebody();

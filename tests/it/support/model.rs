@@ -81,14 +81,29 @@ impl Tables {
     pub fn accept_dates(&mut self, other: &Tables, found: &Tables) {
         for (table, rows) in &mut self.0 {
             for (key, row) in rows {
-                for (column, cell) in row.iter_mut().filter(|(column, _)| matches!(**column, "created_at" | "sort_at")) {
+                for (column, cell) in
+                    row.iter_mut().filter(|(column, _)| matches!(**column, "created_at" | "sort_at"))
+                {
                     let cell_of = |tables: &Tables| Some(tables.rows(table).get(key)?.get(column)?.clone());
-                    if let Some(theirs) = cell_of(other).filter(|theirs| cell_of(found).as_ref() == Some(theirs)) {
+                    if let Some(theirs) =
+                        cell_of(other).filter(|theirs| cell_of(found).as_ref() == Some(theirs))
+                    {
                         *cell = theirs;
                     }
                 }
             }
         }
+    }
+
+    /// What the repositories say, without what only events tell: handles and statuses.
+    #[must_use]
+    pub fn of_repositories(mut self) -> Self {
+        let users = self.rows_mut("users");
+        for row in users.values_mut() {
+            row.retain(|column, _| *column != "handle" && !column.starts_with("account_"));
+        }
+        users.retain(|_, row| row.values().any(|value| !value.is_null()));
+        self
     }
 
     pub fn rows_mut(&mut self, table: &str) -> &mut Rows {

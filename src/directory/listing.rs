@@ -1,0 +1,85 @@
+//! The accounts that a relay lists (`com.atproto.sync.listRepos`, `listReposByCollection`).
+
+use serde::Deserialize;
+
+use super::http::HttpError;
+use super::{Directory, LookupError, host_of};
+use crate::config::Backfill;
+
+/// Accounts asked for at a time: as many as a relay gives.
+const PAGE: usize = 1000;
+/// The largest page that is read.
+const MAX_PAGE: usize = 4 * 1024 * 1024;
+/// Time limit of one page.
+const TIME_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
+/// The longest cursor and account that are kept.
+const MAX_TEXT: usize = 2048;
+
+/// A part of the list.
+#[derive(Debug)]
+pub struct Page {
+    /// The accounts that have something to show.
+    pub dids: Vec<String>,
+    /// Where to continue; `None` at the end.
+    pub cursor: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Listed {
+    cursor: Option<String>,
+    repos: Vec<Repo>,
+}
+
+#[derive(Deserialize)]
+struct Repo {
+    did: String,
+    active: Option<bool>,
+}
+
+impl Directory {
+    /// Some of the accounts that `relay` lists, from a cursor on.
+    ///
+    /// # Errors
+    ///
+    /// [`LookupError`].
+    pub async fn listed(
+        &self,
+        relay: &str,
+        what: &Backfill,
+        cursor: Option<&str>,
+    ) -> Result<Page, LookupError> {
+        let host = host_of(relay);
+        self.wait_is_over(&host)?;
+        let (method, collection) = match what {
+            Backfill::Collection(nsid) => ("com.atproto.sync.listReposByCollection", Some(nsid.as_str())),
+            Backfill::All | Backfill::Seen => ("com.atproto.sync.listRepos", None),
+        };
+        let query = url::form_urlencoded::Serializer::new(format!("limit={PAGE}"))
+            .extend_pairs(collection.map(|nsid| ("collection", nsid)))
+            .extend_pairs(cursor.map(|cursor| ("cursor", cursor)))
+            .finish();
+        let url = format!("{relay}/xrpc/{method}?{query}");
+        let away = |reason: String| LookupError::Away(format!("{host}: {reason}"));
+        let asked = tokio::time::timeout(TIME_LIMIT, self.http.get(&url, MAX_PAGE)).await;
+        let answer = match asked {
+            Err(_) => return Err(away(format!("no answer within {} s", TIME_LIMIT.as_secs()))),
+            Ok(Err(HttpError::Refused(reason) | HttpError::Failed(reason))) => return Err(away(reason)),
+            Ok(Ok(answer)) => answer,
+        };
+        if answer.status != 200 {
+            if matches!(answer.status, 429 | 503) {
+                self.close(&host, &answer);
+            }
+            return Err(away(format!("HTTP {} to {method}", answer.status)));
+        }
+        let Listed { cursor: next, repos } = serde_json::from_slice(&answer.body)
+            .map_err(|error| away(format!("the answer to {method} cannot be read: {error}")))?;
+        let next = next.filter(|next| !next.is_empty());
+        if next.as_ref().is_some_and(|next| next.len() > MAX_TEXT || Some(next.as_str()) == cursor) {
+            return Err(away(format!("the cursor that {method} returned cannot be used")));
+        }
+        let active = repos.into_iter().filter(|repo| repo.active != Some(false));
+        let dids = active.map(|repo| repo.did).filter(|did| did.starts_with("did:") && did.len() <= MAX_TEXT);
+        Ok(Page { dids: dids.collect(), cursor: next })
+    }
+}
