@@ -6,6 +6,6 @@ WITH new AS (
     ON CONFLICT (did) DO NOTHING RETURNING 1
 )
 UPDATE standpipe.backfills b SET
-    cursor = $4, done_at = CASE WHEN $4 IS NULL THEN now() END,
+    cursor = $4::text, done_at = CASE WHEN $4::text IS NULL THEN now() END,
     listed = b.listed + (SELECT count(*) FROM new)
-WHERE b.what = $2 AND b.cursor IS NOT DISTINCT FROM $3
+WHERE b.what = $2::text AND b.cursor IS NOT DISTINCT FROM $3::text

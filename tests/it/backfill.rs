@@ -54,6 +54,7 @@ async fn an_empty_database_gets_what_the_network_has_while_events_go_on() {
         .query_async(&mut redis)
         .await
         .unwrap();
+    assert_eq!(Standpipe::run(&["migrate"], &variables, RUN).await.code, 0);
     let mut program = Program::start("run", &variables).await;
     for kill in 1..=kills {
         wait_for("some accounts to be compared", RUN, async || {
