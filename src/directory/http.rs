@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::guard::Guard;
-use super::repository::{LARGE, SLOWEST, SPEED};
+use super::repository::{LARGE, LONGEST, SLOWEST, SPEED};
 use super::tls;
 use crate::config::Config;
 
@@ -128,8 +128,12 @@ impl Http {
         let mut body = answer.into_body();
         let mut bytes = BytesMut::new();
         let mut turn = None;
-        let mut since = (Instant::now(), 0);
+        let began = Instant::now();
+        let mut since = (began, 0);
         loop {
+            if began.elapsed() > LONGEST {
+                return Err(HttpError::Failed(format!("not complete within {} s", LONGEST.as_secs())));
+            }
             let frame = tokio::time::timeout(SPEED, body.frame());
             let Some(frame) =
                 frame.await.map_err(|_| HttpError::Failed(format!("nothing within {SPEED:?}")))?

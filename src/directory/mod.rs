@@ -207,7 +207,26 @@ impl Directory {
     }
 }
 
+/// Host and port of a URL, in the one form under which the host's limits are kept.
 fn host_of(url: &str) -> String {
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    rest.split('/').next().unwrap_or_default().rsplit('@').next().unwrap_or_default().to_owned()
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit('@').next().unwrap_or_default().to_ascii_lowercase();
+    let default = if scheme.eq_ignore_ascii_case("http") { ":80" } else { ":443" };
+    host.strip_suffix(default).map_or_else(|| host.trim_end_matches('.').to_owned(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::host_of;
+
+    #[test]
+    fn a_host_has_one_name_however_its_url_is_written() {
+        for url in ["https://pds.example", "https://PDS.example:443/x", "HTTPS://u@pds.example?x", "https://pds.example./#x"] {
+            assert_eq!(host_of(url), "pds.example", "{url}");
+        }
+        assert_eq!(host_of("http://localhost:80/"), "localhost");
+        assert_eq!(host_of("http://localhost:2470/x"), "localhost:2470");
+        assert_eq!(host_of("https://pds.example:8443"), "pds.example:8443");
+    }
 }

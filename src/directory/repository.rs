@@ -18,6 +18,8 @@ pub const MAX_REPOSITORY: usize = 64 * 1024 * 1024;
 pub(super) const LARGE: usize = 8 * 1024 * 1024;
 /// A transfer that is slower than this, in bytes per second, is given up.
 pub(super) const SLOWEST: u64 = 10 * 1024;
+/// So is one that takes longer than this, however fast it is.
+pub(super) const LONGEST: Duration = Duration::from_mins(15);
 /// The speed is looked at this often.
 pub(super) const SPEED: Duration = Duration::from_secs(10);
 /// Repositories fetched from one host at a time.

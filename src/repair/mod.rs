@@ -12,10 +12,12 @@
 mod difference;
 mod here;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tracing::{debug, info, warn};
+use futures_util::FutureExt as _;
+use tracing::{debug, error, info, warn};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
@@ -149,11 +151,19 @@ impl Repairer {
                 return Err(error.into());
             }
         }
-        let done = self.repair(&session, &queued).await;
-        if done.is_err() {
-            // The connection's end also gives the repository back.
-            session.discard();
-            return done.map(|()| true);
+        match AssertUnwindSafe(self.repair(&session, &queued)).catch_unwind().await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                // The connection's end also gives the repository back.
+                session.discard();
+                return Err(error);
+            }
+            Err(_) => {
+                error!(did = queued.did, "a repair made the program panic: it is tried again in an hour");
+                let message = "it made the program panic: see the log".to_owned();
+                let later = Postponed { pause: LONGEST_PAUSE, message, tried: true, ..Postponed::default() };
+                session.postpone_repo(&queued.did, &later).await?;
+            }
         }
         session.release_repo(&queued.did).await?;
         Ok(true)
@@ -212,6 +222,7 @@ impl Repairer {
 
     async fn attempt(&self, session: &Session, queued: &Queued) -> Result<Outcome, RepairError> {
         let did = &queued.did;
+        crash::panic_over("repair", did);
         let gone = |message| Finished { state: "gone", message: Some(message), ..Finished::default() };
         // The key as it is now, not as it was remembered.
         let Document { key, server, .. } = match self.directory.document(did).await {

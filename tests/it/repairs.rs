@@ -2,6 +2,7 @@
 //! the server answers.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use crate::support::chain::{Program, RUN, SOON};
 use crate::support::scripted::{self, Op, create, delete, post, renumbered, rev};
@@ -10,6 +11,7 @@ use crate::support::stage::{Frames, Stage, path, write};
 use crate::support::{Postgres, Signal, Standpipe, execute, query_rows, query_value, wait_until};
 use shrike::cbor::Value;
 use standpipe::crash::Point;
+use standpipe_lab::bench::machine;
 
 fn like(key: &str, subject: &str) -> Op {
     let subject = Value::Map(vec![
@@ -95,6 +97,76 @@ async fn what_could_not_be_fetched_is_when_the_account_is_active_again() {
         stage.repo_is(&account.did, "synced").await;
         assert_eq!(stage.texts().await, ["first", "lost", "reveals"], "{transaction}");
     }
+}
+
+/// One repository that makes the program panic costs the others nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repair_that_panics_is_reported_and_harms_no_other() {
+    let plc = Plc::start().await;
+    let mut accounts = [Signed::new(1), Signed::new(2)];
+    let mut frames = Frames::default();
+    for account in &mut accounts {
+        frames.commit(account, &[write("first")]);
+        account.commit(10, &rev(10), &[write("lost")]);
+        frames.push(|seq, _| account.commit(seq, &rev(20), &[write("reveals")]));
+        plc.publish(account);
+        plc.serve(account);
+    }
+    let panics = format!("repair:{}", accounts[0].did);
+    let mut stage = Stage::start(plc, frames.0, &[("STANDPIPE_PANIC_OVER", &panics)]).await;
+    stage.send(1).await;
+    stage.all_checked().await;
+    stage.send(3).await;
+    stage.repo_is(&accounts[1].did, "synced").await;
+    let sql = format!("SELECT message FROM standpipe.repos WHERE did = '{}' AND attempts = 1", accounts[0].did);
+    wait_until("the panic to be noted", RUN, async || {
+        query_rows(&stage.chain.database, &sql).await.first().is_some_and(|row| {
+            row[0].as_deref() == Some("it made the program panic: see the log")
+        })
+    })
+    .await;
+    assert!(stage.program.is_running());
+    assert!(stage.program.output().contains("a repair made the program panic"));
+}
+
+/// A repository whose two branches take turns, and `#sync` after `#sync`: each shows something new to repair, and the server
+/// is asked once a minute. Others notice nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_and_a_flood_of_syncs_cost_one_fetch_a_minute() {
+    let plc = Plc::start().await;
+    let (mut one, mut other) = (Signed::new(1), Signed::new(2));
+    let mut frames = Frames::default();
+    frames.commit(&mut one, &[write("common")]);
+    frames.commit(&mut other, &[write("other")]);
+    let mut branch = one.clone();
+    for number in 0..200 {
+        frames.commit(&mut one, &[write(&format!("one-{number}"))]);
+        frames.commit(&mut branch, &[write(&format!("two-{number}"))]);
+    }
+    for _ in 0..1500 {
+        frames.push(|seq, rev| one.sync(seq, rev));
+        frames.push(|seq, rev| branch.sync(seq, rev));
+    }
+    frames.commit(&mut other, &[write("after")]);
+    for account in [&one, &other] {
+        plc.publish(account);
+        plc.serve(account);
+    }
+    let count = frames.0.len();
+    let mut stage = Stage::start(plc, frames.0, &[]).await;
+    stage.send(2).await;
+    stage.all_checked().await;
+    let began = Instant::now();
+    stage.send(count - 2).await;
+    wait_until("the account to be fetched", RUN, async || stage.plc.fetches() > 0).await;
+    let after = "SELECT count(*) FROM posts WHERE text = 'after'";
+    assert_eq!(query_value(&stage.chain.database, after).await, "1");
+    let minutes = began.elapsed().as_secs() / 60;
+    assert!(stage.plc.fetches() <= 1 + minutes, "{} fetches in {minutes} minutes", stage.plc.fetches());
+    let queue = "SELECT count(*) || ' ' || max(requests) FROM standpipe.repos";
+    println!("{} frames, {} fetches, queue {}", count, stage.plc.fetches(), query_value(&stage.chain.database, queue).await);
+    let peak = machine::peak_memory(stage.program.pid()).unwrap();
+    assert!(peak < 96 << 20, "{} MiB", peak >> 20);
 }
 
 /// The same frames with the numbers 1, 2, ... in their bodies too.
