@@ -222,7 +222,12 @@ mod tests {
 
     #[test]
     fn a_host_has_one_name_however_its_url_is_written() {
-        for url in ["https://pds.example", "https://PDS.example:443/x", "HTTPS://u@pds.example?x", "https://pds.example./#x"] {
+        for url in [
+            "https://pds.example",
+            "https://PDS.example:443/x",
+            "HTTPS://u@pds.example?x",
+            "https://pds.example./#x",
+        ] {
             assert_eq!(host_of(url), "pds.example", "{url}");
         }
         assert_eq!(host_of("http://localhost:80/"), "localhost");

@@ -118,11 +118,13 @@ async fn a_repair_that_panics_is_reported_and_harms_no_other() {
     stage.all_checked().await;
     stage.send(3).await;
     stage.repo_is(&accounts[1].did, "synced").await;
-    let sql = format!("SELECT message FROM standpipe.repos WHERE did = '{}' AND attempts = 1", accounts[0].did);
+    let sql =
+        format!("SELECT message FROM standpipe.repos WHERE did = '{}' AND attempts = 1", accounts[0].did);
     wait_until("the panic to be noted", RUN, async || {
-        query_rows(&stage.chain.database, &sql).await.first().is_some_and(|row| {
-            row[0].as_deref() == Some("it made the program panic: see the log")
-        })
+        query_rows(&stage.chain.database, &sql)
+            .await
+            .first()
+            .is_some_and(|row| row[0].as_deref() == Some("it made the program panic: see the log"))
     })
     .await;
     assert!(stage.program.is_running());
@@ -164,7 +166,12 @@ async fn a_fork_and_a_flood_of_syncs_cost_one_fetch_a_minute() {
     let minutes = began.elapsed().as_secs() / 60;
     assert!(stage.plc.fetches() <= 1 + minutes, "{} fetches in {minutes} minutes", stage.plc.fetches());
     let queue = "SELECT count(*) || ' ' || max(requests) FROM standpipe.repos";
-    println!("{} frames, {} fetches, queue {}", count, stage.plc.fetches(), query_value(&stage.chain.database, queue).await);
+    println!(
+        "{} frames, {} fetches, queue {}",
+        count,
+        stage.plc.fetches(),
+        query_value(&stage.chain.database, queue).await
+    );
     let peak = machine::peak_memory(stage.program.pid()).unwrap();
     assert!(peak < 96 << 20, "{} MiB", peak >> 20);
 }
