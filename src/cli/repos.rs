@@ -99,20 +99,21 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A backfill, and how long it will take at the rate of the last minute.
+/// A backfill, and how long it will take at its average rate.
 fn progress(backfill: &Progress) -> String {
-    let Progress { what, listed, is_listed, left, last_minute, .. } = backfill;
-    let (listed_text, left_text) = (grouped(*listed), grouped(*left));
-    let rest = match (*left, *last_minute) {
-        (0, _) if *is_listed => "complete".to_owned(),
-        (left, 0) => format!("{left} to compare"),
-        (left, done) => {
-            let minutes = left as f64 / done as f64;
-            format!("{left_text} to compare, {} a minute, about {} left", grouped(done), age(minutes * 60.0))
-        }
+    let Progress { what, listed, is_listed, left, .. } = backfill;
+    let per_minute = backfill.per_minute();
+    let mut rest = if *left == 0 && *is_listed {
+        "complete".to_owned()
+    } else {
+        format!("{} to compare", grouped(*left))
     };
+    if *left > 0 && per_minute > 0.0 {
+        let seconds = *left as f64 / per_minute * 60.0;
+        rest = format!("{rest}, {per_minute:.0} a minute, about {} left", age(seconds));
+    }
     let more = if *is_listed { "" } else { " so far" };
-    format!("backfill {what}: {listed_text} listed{more}; {rest}")
+    format!("backfill {what}: {} listed{more}; {rest}", grouped(*listed))
 }
 
 fn page(found: &[Repo], counts: &[(String, i64)]) -> String {

@@ -22,12 +22,18 @@ pub struct Progress {
     pub listed: u64,
     /// Whether the list is complete.
     pub is_listed: bool,
-    /// When it began, in seconds since 1970.
-    pub started_at: i64,
     /// Repositories of all backfills that are still to be compared.
     pub left: u64,
-    /// Those that were compared within the last minute.
-    pub last_minute: u64,
+    /// How long ago it began, in seconds.
+    seconds: f64,
+}
+
+impl Progress {
+    /// Repositories compared in a minute, on average since it began.
+    #[must_use]
+    pub fn per_minute(&self) -> f64 {
+        self.listed.saturating_sub(self.left) as f64 * 60.0 / self.seconds.max(1.0)
+    }
 }
 
 impl Session {
@@ -95,9 +101,8 @@ impl Session {
             what: row.get(0),
             listed: number(row, 1),
             is_listed: row.get(2),
-            started_at: row.get(3),
+            seconds: row.get(3),
             left: number(row, 4),
-            last_minute: number(row, 5),
         };
         Ok(rows.iter().map(progress).collect())
     }

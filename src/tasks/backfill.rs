@@ -69,7 +69,7 @@ impl Lister {
                 listed = now.listed,
                 complete = now.is_listed,
                 left = now.left,
-                last_minute = now.last_minute,
+                per_minute = format_args!("{:.0}", now.per_minute()),
                 "backfill"
             );
         } else if was_left && now.is_listed {
