@@ -153,8 +153,7 @@ LANGUAGE sql AS $$
     UPDATE standpipe.repos r SET
         state = 'queued', requests = r.requests + 1,
         attempts = CASE r.state WHEN 'queued' THEN r.attempts ELSE 0 END,
-        retry_at = CASE r.state WHEN 'queued' THEN r.retry_at
-                                ELSE greatest(now(), r.updated_at + interval '1 minute') END
+        retry_at = CASE r.state WHEN 'queued' THEN r.retry_at ELSE greatest(now(), r.retry_at) END
     FROM unnest(dids, active) AS o (did, active)
     WHERE r.did = o.did AND r.did = ANY (dids) AND o.active AND r.state IN ('gone', 'queued')
 $$;

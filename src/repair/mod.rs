@@ -238,7 +238,13 @@ impl Repairer {
         let car = match self.directory.repository(did, &server).await {
             Ok(car) => car,
             Err(FetchError::Gone(message)) => {
-                return Ok(Outcome::Finished(Finished { host, ..gone(message) }));
+                // Unless the account has moved in the meantime: its old server says the same.
+                return Ok(match self.directory.document(did).await {
+                    Ok(document) if document.server.as_ref() != Some(&server) => {
+                        Outcome::failed(host, format!("{message}: the account has moved"))
+                    }
+                    _ => Outcome::Finished(Finished { host, ..gone(message) }),
+                });
             }
             Err(FetchError::Refused(message)) => return Ok(Outcome::failed(host, message)),
             Err(FetchError::Busy { reason: message, wait: pause }) => {

@@ -26,6 +26,7 @@ mod epochs;
 mod frozen;
 mod healing;
 mod layers;
+mod lost;
 mod monitoring;
 mod origins;
 mod output;

@@ -72,6 +72,11 @@ impl Published {
         published.get(&account).copied().unwrap_or(0)
     }
 
+    /// Whether the account is on the second server by now: every second change of its key is a move.
+    pub(super) fn has_moved(&self, account: u32) -> bool {
+        self.changes(account) / 2 % 2 == 1
+    }
+
     pub(super) fn changed(&self, account: u32, changes: u32) {
         let mut published = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let known = published.entry(account).or_default();

@@ -109,6 +109,7 @@ fn other_record() -> (Vec<u8>, shrike::cbor::Cid) {
 /// nothing any more.
 pub(super) struct Lies {
     one_in: u32,
+    drops: u32,
     seed: u64,
     /// Each account's last commit, if it stays active; none known of an endless network.
     last: Option<HashMap<u32, u64>>,
@@ -116,8 +117,9 @@ pub(super) struct Lies {
 
 impl Lies {
     pub(super) fn new(options: &NetworkOptions) -> Option<Self> {
-        (options.lies > 0).then(|| Self {
+        (options.lies > 0 || options.drops > 0).then(|| Self {
             one_in: options.lies,
+            drops: options.drops,
             seed: options.seed,
             last: (options.events > 0).then(|| last_commits(options)),
         })
@@ -132,13 +134,16 @@ impl Lies {
             return None;
         }
         let chance = mix(mix(self.seed) ^ planned.seq);
-        if !chance.is_multiple_of(self.one_in.into()) {
+        // Nobody who sees the second commit of an account for the first time knows how much there was before.
+        if self.drops > 0 && since > 0 && (chance >> 16).is_multiple_of(self.drops.into()) {
+            return Some(Lie::Dropped);
+        }
+        if self.one_in == 0 || !chance.is_multiple_of(self.one_in.into()) {
             return None;
         }
         let kind = usize::try_from((chance >> 32) % (2 * Lie::ALL.len() as u64)).unwrap_or(0);
         match Lie::ALL.get(kind) {
             Some(lie) => Some(*lie),
-            // Nobody who sees the second commit of an account for the first time knows how much there was before.
             None if since == 0 => Some(Lie::Signature),
             None => Some(Lie::Dropped),
         }

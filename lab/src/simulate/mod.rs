@@ -62,10 +62,26 @@ pub struct NetworkOptions {
     pub clock_jumps: bool,
     /// Whether the accounts have keys, sign their commits, and prove what has changed.
     pub signed: bool,
-    /// Whether accounts that sign change their keys now and then.
+    /// Whether accounts that sign change their keys now and then, and at every second change their server.
     pub new_keys: bool,
     /// One commit in so many is sent wrong, or not at all; 0 is none. Needs `signed`.
     pub lies: u32,
+    /// One commit in so many is not sent; 0 is none. Needs `signed`.
+    pub drops: u32,
+    /// What of that is sent after all, behind the last event. Nothing of an endless network.
+    pub late: Late,
+}
+
+/// Which commits arrive after everything else, with new numbers, because they were not sent in their place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Late {
+    /// None.
+    #[default]
+    Nothing,
+    /// Those that only create records.
+    Creates,
+    /// All of them.
+    Everything,
 }
 
 /// The sequence numbers of a network's events, without what they say: far faster than its frames.
@@ -90,6 +106,8 @@ impl Default for NetworkOptions {
             signed: false,
             new_keys: true,
             lies: 0,
+            drops: 0,
+            late: Late::Nothing,
         }
     }
 }

@@ -9,7 +9,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::NetworkOptions;
 use super::accounts::{Account, Accounts, Status, StrongRef};
 use super::chance::{skewed, young};
 use super::frame::{self, Action, Content, Frame, Operation, Paper, Planned, What};
@@ -22,6 +21,7 @@ use super::record::{
     PROFILE, REPOST, Reply, STARTER_PACK, THING, THREADGATE,
 };
 use super::repository::Repositories;
+use super::{Late, NetworkOptions};
 
 /// Frames per new account, which takes three itself.
 const FRAMES_PER_ACCOUNT: u64 = 33;
@@ -53,6 +53,12 @@ pub struct Network {
     lies: Option<Lies>,
     /// Where changes of keys are made known.
     published: Option<Arc<Published>>,
+    /// With what to begin again in the end, for what was not sent.
+    restart: Option<Box<NetworkOptions>>,
+    /// Which of that is sent.
+    late: Late,
+    /// After having begun again: the number of the last frame.
+    again: Option<u64>,
 
     happened: u64,
     seq: u64,
@@ -99,11 +105,11 @@ impl Iterator for Network {
 
     fn next(&mut self) -> Option<Frame> {
         loop {
-            let planned = match self.ahead.take() {
-                Some(planned) => planned,
-                None => self.step()?,
+            let planned = self.planned()?;
+            let lie = match self.again {
+                None => self.lie_about(&planned),
+                Some(_) => None,
             };
-            let lie = self.lies.as_ref().and_then(|lies| lies.about(&planned));
             let frame = frame::encode(
                 &planned,
                 &mut Paper {
@@ -128,6 +134,7 @@ impl Network {
         Network {
             repositories: options.signed.then(|| Repositories::new(options.seed, false)),
             lies: Lies::new(options),
+            restart: (options.late != Late::Nothing && options.events > 0).then(|| Box::new(options.clone())),
             ..Self::unwritten(options)
         }
     }
@@ -167,6 +174,9 @@ impl Network {
             repositories: None,
             lies: None,
             published: None,
+            restart: None,
+            late: options.late,
+            again: None,
             happened: 0,
             seq: 0,
             micros: options.start.as_microsecond(),
@@ -201,7 +211,7 @@ impl Network {
     /// Like [`Network::seek`], but gives up after this many frames and can then be called again.
     pub(super) fn seek_some(&mut self, cursor: u64, frames: u64) -> Seek {
         for _ in 0..frames {
-            match self.ahead.take().or_else(|| self.step()) {
+            match self.planned() {
                 None => return Seek::End,
                 Some(planned) if planned.seq >= cursor => {
                     self.ahead = Some(planned);
@@ -211,6 +221,39 @@ impl Network {
             }
         }
         Seek::Further
+    }
+
+    fn lie_about(&self, planned: &Planned) -> Option<Lie> {
+        self.lies.as_ref().and_then(|lies| lies.about(planned))
+    }
+
+    /// The next event to be sent or left out; in the end, those that were left out.
+    fn planned(&mut self) -> Option<Planned> {
+        if let Some(planned) = self.ahead.take() {
+            return Some(planned);
+        }
+        loop {
+            let Some(mut planned) = self.step() else {
+                let options = self.restart.take()?;
+                // Numbers of their own, whichever they are.
+                let last = if self.late == Late::Creates { self.seq } else { 2 * self.seq };
+                *self = Network { again: Some(last), restart: None, ..Network::new(&options) };
+                continue;
+            };
+            let Some(last) = self.again else { return Some(planned) };
+            let is_late = match (self.late, &planned.what) {
+                (Late::Creates, What::Commit { operations, .. }) => {
+                    operations.iter().all(|operation| matches!(operation.action, Action::Create(_)))
+                }
+                (late, _) => late == Late::Everything,
+            };
+            if is_late && self.lie_about(&planned) == Some(Lie::Dropped) {
+                planned.seq = last + 1;
+                self.again = Some(planned.seq);
+                return Some(planned);
+            }
+            self.skip(&planned);
+        }
     }
 
     /// What the repositories keep of an event that is not written down.

@@ -98,7 +98,7 @@ pub(super) struct Shared {
 /// is closed.
 ///
 /// If the network signs, the same address also answers as the directory of its accounts (`/did:plc:...`) and as their
-/// server (getRepo, getRepoStatus, listRepos).
+/// server (getRepo, getRepoStatus, listRepos). Accounts that move do so to a server at another port of the same address.
 ///
 /// # Errors
 /// The listener fails.
@@ -110,8 +110,9 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr().context("the simulated relay's listener has no address")?;
     tracing::debug!(%address, "simulated relay listens");
+    let second = TcpListener::bind((address.ip(), 0)).await.context("no port for the second server")?;
     let server = match &options.source {
-        Source::Network(network) => Server::new(network, Arc::clone(&counters)),
+        Source::Network(network) => Server::new(network, Arc::clone(&counters), second.local_addr()?.port()),
         Source::Recording(_) => None,
     };
     let consumers = TaskTracker::new();
@@ -134,7 +135,10 @@ pub async fn serve(
             tracing::debug!(%error, "a consumer of the simulated relay is gone");
         }
     });
-    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?;
+    let serving =
+        axum::serve(listener, router.clone()).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    let serving_second = axum::serve(second, router).with_graceful_shutdown(shutdown.cancelled_owned());
+    tokio::try_join!(serving.into_future(), serving_second.into_future())?;
     consumers.close();
     consumers.wait().await;
     Ok(())

@@ -1,4 +1,5 @@
-//! The directory of did:plc and the accounts' server, both at the relay's own address.
+//! The directory of did:plc and the accounts' server, both at the relay's own address; and a second server, at another port,
+//! to which accounts move and from which they return.
 //!
 //! They show the network as far as any consumer has been sent it. Repositories are made when somebody first asks for one,
 //! from a second copy of the network that then follows.
@@ -27,6 +28,8 @@ pub(super) struct Server {
     accounts: HashMap<String, u32>,
     pub(super) published: Arc<Published>,
     counters: Arc<Counters>,
+    /// The port of the second server.
+    second: u16,
     /// The network with its repositories, as far as it has followed.
     network: Mutex<Network>,
 }
@@ -36,7 +39,7 @@ struct Refusal(StatusCode, &'static str);
 
 impl Server {
     /// None if the accounts have no keys.
-    pub(super) fn new(options: &NetworkOptions, counters: Arc<Counters>) -> Option<Self> {
+    pub(super) fn new(options: &NetworkOptions, counters: Arc<Counters>, second: u16) -> Option<Self> {
         if !options.signed {
             return None;
         }
@@ -44,12 +47,18 @@ impl Server {
         let accounts = (0..options.accounts.max(1)).map(|number| (names.did(number), number)).collect();
         let published = Arc::new(Published::default());
         let network = Network::with_records(options).publishing(Arc::clone(&published));
-        Some(Self { seed: options.seed, accounts, published, counters, network: Mutex::new(network) })
+        Some(Self { seed: options.seed, accounts, published, counters, second, network: Mutex::new(network) })
     }
 
-    /// The account's document; its server is the one that was asked.
-    fn document(&self, did: &str, host: &str) -> Option<Value> {
+    /// The account's document; its server is the one that was asked, or the second one on the same host.
+    fn document(&self, did: &str, asked: &str) -> Option<Value> {
         let account = *self.accounts.get(did)?;
+        let host = match self.published.has_moved(account) {
+            false => asked.to_owned(),
+            true => {
+                format!("{}:{}", asked.rsplit_once(':').map_or(asked, |(host, _)| host), self.second)
+            }
+        };
         let key = Key::of(self.seed, account, self.published.changes(account));
         Some(json!({
             "id": did,
@@ -76,9 +85,19 @@ impl Server {
         look(&mut network)
     }
 
-    fn repository(&self, did: &str) -> Result<Vec<u8>, Refusal> {
+    /// Whether the server at this host is not the account's, or no longer.
+    fn is_elsewhere(&self, account: u32, asked: &str) -> bool {
+        let is_second = asked.ends_with(&format!(":{}", self.second));
+        is_second != self.published.has_moved(account)
+    }
+
+    fn repository(&self, did: &str, asked: &str) -> Result<Vec<u8>, Refusal> {
         let not_found = Refusal(StatusCode::BAD_REQUEST, "RepoNotFound");
         let Some(account) = self.accounts.get(did) else { return Err(not_found) };
+        if self.is_elsewhere(*account, asked) {
+            // What a server says of an account that has left.
+            return Err(Refusal(StatusCode::BAD_REQUEST, "RepoDeactivated"));
+        }
         self.now(|network| {
             let Some((repositories, accounts)) = network.repositories() else { return Err(not_found) };
             match status(accounts, *account) {
@@ -159,22 +178,30 @@ async fn ask<T: Send + 'static>(
     asked.ok().flatten().ok_or(Refusal(StatusCode::NOT_FOUND, "NotFound"))
 }
 
+/// The host that was asked.
+fn host(headers: &HeaderMap) -> &str {
+    headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+}
+
 pub(super) async fn document(
     State(shared): Served,
     Path(did): Path<String>,
     headers: HeaderMap,
 ) -> Response<Body> {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    match shared.server.as_ref().and_then(|server| server.document(&did, host)) {
+    match shared.server.as_ref().and_then(|server| server.document(&did, host(&headers))) {
         Some(document) => answer(StatusCode::OK, &document),
         None => refuse(Refusal(StatusCode::NOT_FOUND, "NotFound")),
     }
 }
 
-pub(super) async fn repository(State(shared): Served, Query(query): Parameters) -> Response<Body> {
+pub(super) async fn repository(
+    State(shared): Served,
+    Query(query): Parameters,
+    headers: HeaderMap,
+) -> Response<Body> {
     shared.counters.repositories_sent.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let did = query.get("did").cloned().unwrap_or_default();
-    match ask(shared, move |server| server.repository(&did)).await.flatten() {
+    match ask(shared, move |server| server.repository(&did, host(&headers))).await.flatten() {
         Ok(archive) => {
             let mut response = Response::new(Body::from(archive));
             let car = header::HeaderValue::from_static("application/vnd.ipld.car");

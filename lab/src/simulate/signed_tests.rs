@@ -151,10 +151,16 @@ async fn the_server_shows_each_repository_as_its_last_commit_left_it() {
     served.counters.last_seq_sent.store(u64::MAX - 1, Ordering::Relaxed);
     let status = served.get(&format!("/xrpc/com.atproto.sync.getRepoStatus?did={first}")).await;
     assert_eq!(status["rev"].as_str(), Some(heads[first].0.as_str()));
+    let mut moved = 0;
     for (did, (rev, data)) in &heads {
         let document = served.directory.document(did).await.unwrap();
-        assert_eq!(document.server.as_ref(), Some(&served.url));
-        match served.directory.repository(did, &served.url).await {
+        let server = document.server.unwrap();
+        if server != served.url {
+            moved += 1;
+            let left = served.directory.repository(did, &served.url).await;
+            assert!(matches!(left, Err(FetchError::Gone(reason)) if reason.contains("RepoDeactivated")));
+        }
+        match served.directory.repository(did, &server).await {
             Ok(archive) => {
                 assert!(!inactive.contains(did), "{did}");
                 let repository = Repository::read(&archive, did, &document.key.unwrap()).unwrap();
@@ -164,6 +170,7 @@ async fn the_server_shows_each_repository_as_its_last_commit_left_it() {
             Err(other) => panic!("{did}: {other:?}"),
         }
     }
+    assert!(moved > 0, "nobody has moved");
     let mut listed = BTreeMap::new();
     let mut cursor = "0".to_owned();
     loop {
@@ -213,4 +220,35 @@ fn every_lie_is_told_and_each_account_ends_with_the_truth() {
     // Those that only a key or a head shows: signature, signer, since.
     assert!(faults[&None] > 50);
     assert!(last.values().all(|is_true| *is_true));
+}
+
+/// What was not sent comes in the end, as it would have come in its place.
+#[test]
+fn what_was_dropped_can_come_late() {
+    let honest = options(4000);
+    let drops = NetworkOptions { drops: 5, ..honest.clone() };
+    // All that follows the number is the same.
+    let content = |frame: &Frame| {
+        let (kind, mut body) = tests::parts(&frame.bytes);
+        body.remove("seq");
+        format!("{kind} {body:?}")
+    };
+    let told: Vec<Frame> = Network::new(&drops).collect();
+    let told_content: BTreeSet<String> = told.iter().map(content).collect();
+    let missing: Vec<String> = Network::new(&honest)
+        .map(|frame| content(&frame))
+        .filter(|content| !told_content.contains(content))
+        .collect();
+    assert!(missing.len() > 500, "{}", missing.len());
+    let late = NetworkOptions { late: Late::Everything, ..drops.clone() };
+    let after: Vec<Frame> = Network::new(&late).skip(told.len()).collect();
+    assert_eq!(after.iter().map(content).collect::<Vec<_>>(), missing);
+    assert!(after.is_sorted_by(|one, other| one.seq < other.seq) && after[0].seq > told.last().unwrap().seq);
+    let mut resumed = Network::new(&late);
+    assert!(resumed.seek(after[77].seq.unwrap()));
+    assert!(resumed.collect::<Vec<_>>() == after[77..]);
+    let creates = NetworkOptions { late: Late::Creates, ..drops };
+    let creates: Vec<String> = Network::new(&creates).skip(told.len()).map(|frame| content(&frame)).collect();
+    assert!(creates.len() > 300 && creates.len() < missing.len(), "{}", creates.len());
+    assert!(creates.iter().all(|content| missing.contains(content) && !content.contains("\"delete\"")));
 }
