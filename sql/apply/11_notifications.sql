@@ -5,7 +5,19 @@
 -- They belong to the record's repository, whose lock the caller has: no two transactions write the same one. Their keys
 -- are the record's URI with a suffix, so that those of a removed row are known without a search.
 --
--- Where standpipe.notifications is off, the table belongs to somebody else.
+-- standpipe.notifications says which there are. off: the table belongs to somebody else. A number of seconds: none of what
+-- was older than that when it arrived, so that nobody is told of what a repair or a backfill finds. on, or unset: all.
+
+-- Whether what arrived at this time, in milliseconds, and has this date causes notifications.
+CREATE OR REPLACE FUNCTION standpipe.notifies(arrived bigint, dated timestamp) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT CASE coalesce(current_setting('standpipe.notifications', true), '')
+        WHEN '' THEN true
+        WHEN 'on' THEN true
+        WHEN 'off' THEN false
+        ELSE dated >= timestamp 'epoch' + interval '1 second'
+            * (arrived / 1000 - current_setting('standpipe.notifications')::bigint)
+    END
+$$;
 
 -- replaces: an older version of the record may have left a notification under this key.
 CREATE OR REPLACE FUNCTION standpipe.notify(
@@ -14,7 +26,7 @@ CREATE OR REPLACE FUNCTION standpipe.notify(
 BEGIN
     INSERT INTO notifications AS n (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
     SELECT o.uri || '#notification' || ending, recipient, o.repo, why, about, o.cid, o.sort_at
-    WHERE current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
+    WHERE standpipe.notifies(o.ms, o.sort_at)
       AND recipient LIKE 'did:%' AND recipient <> o.repo
       -- A value too long for the columns is not a reason to lose the record.
       AND length(recipient) <= 255 AND length(o.uri) + length(ending) <= 499
@@ -35,7 +47,7 @@ LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO notifications (uri, recipient_did, author_did, reason, reason_subject, cid, created_at)
     SELECT o.uri || '#notification', recipient, o.repo, why, about, o.cid, o.sort_at
-    WHERE current_setting('standpipe.notifications', true) IS DISTINCT FROM 'off'
+    WHERE standpipe.notifies(o.ms, o.sort_at)
       AND recipient LIKE 'did:%' AND recipient <> o.repo AND length(recipient) <= 255 AND length(o.uri) <= 499
       AND (about IS NULL OR length(about) <= 512);
 END $$;

@@ -14,3 +14,12 @@ BEGIN
     END IF;
     RETURN coalesce(timestamp 'epoch' + ms * interval '1 millisecond', otherwise);
 END $$;
+
+-- The date by which a row is sorted: the earliest of its own, of the time in its key, if that is a TID, and of when it was
+-- committed.
+CREATE OR REPLACE FUNCTION standpipe.sorted_at(
+    uri text, created_at timestamp, rev text, ms bigint, otherwise timestamp
+) RETURNS timestamp LANGUAGE sql IMMUTABLE AS $$
+    SELECT least(created_at, standpipe.committed_at(rev, ms, otherwise),
+                 standpipe.committed_at(split_part(uri, '/', 5), NULL, NULL))
+$$;

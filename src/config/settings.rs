@@ -11,8 +11,8 @@ use super::read::Reading;
 use super::text::{any, consumer_id, key, optional, or, unless};
 use super::unit::MemoryMark;
 use super::unit::{
-    claim_idle, drain_timeout, duration, http_addr, idle_timeout, or_off, size, size_from, statement_timeout,
-    tombstone_retention, whole, yes_or_no,
+    claim_idle, drain_timeout, duration, http_addr, idle_timeout, notify_within, or_off, size, size_from,
+    statement_timeout, tombstone_retention, whole, yes_or_no,
 };
 use super::url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
 use super::words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
@@ -195,6 +195,9 @@ settings! {
     /// `NOTIFICATIONS`.
     notifications: bool = notifications "NOTIFICATIONS" variable "true", yes_or_no, ToString::to_string,
         "keep the table notifications; false leaves it alone";
+    /// `NOTIFY_WITHIN`; `None` when it is off.
+    notify_within: Option<Duration> = notify_within "NOTIFY_WITHIN" variable "7d", notify_within, or_off,
+        "nobody is notified of records that were older than this when they arrived, as in a backfill; off: of all";
     /// `LEGACY_STATUS`; `None` for auto.
     legacy_status: Option<bool> = legacy_status "LEGACY_STATUS" variable "auto",
         unless("auto", yes_or_no), or("auto"),

@@ -65,7 +65,9 @@ fn every_variable_changes_the_configuration() {
         }
         "LOG_LEVEL" => "warn",
         "LOG_FORMAT" => "JSON",
-        "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => "77m",
+        "NOTIFY_WITHIN" | "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => {
+            "77m"
+        }
         "REPAIR_CONCURRENCY" => "7",
         "BACKFILL" => "collection:app.bsky.feed.post",
         "MAX_ATTEMPTS" | "REDIS_MAX_STREAM_LEN" | "PARALLEL_CONSUMERS" | "BATCH_SIZE" | "DB_POOL_SIZE" => {

@@ -131,6 +131,19 @@ pub(super) fn statement_timeout(text: &str) -> Result<Duration, Wrong> {
     }
 }
 
+pub(super) fn notify_within(text: &str) -> Result<Option<Duration>, Wrong> {
+    if text.eq_ignore_ascii_case("off") {
+        return Ok(None);
+    }
+    match parse_duration(text)? {
+        within if within < Duration::from_mins(1) => Err(Wrong::new(
+            "is so short that a moment of waiting would cost notifications",
+            "write 7d, or off; NOTIFICATIONS=false writes none at all",
+        )),
+        within => Ok(Some(within)),
+    }
+}
+
 pub(super) fn idle_timeout(text: &str) -> Result<Option<Duration>, Wrong> {
     if text.eq_ignore_ascii_case("off") {
         return Ok(None);

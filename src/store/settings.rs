@@ -63,7 +63,12 @@ pub fn of(config: &Config, url: &DatabaseUrl) -> String {
     }
     set("statement_timeout", &format!("{}ms", config.db_statement_timeout.as_millis()));
     // Only the flushing transaction decides on this at its end: see `Session::flush`.
-    set("standpipe.notifications", if config.notifications { "on" } else { "off" });
+    let notifications = match (config.notifications, config.notify_within) {
+        (false, _) => "off".to_owned(),
+        (true, None) => "on".to_owned(),
+        (true, Some(within)) => within.as_secs().to_string(),
+    };
+    set("standpipe.notifications", &notifications);
     match url.schema() {
         Some(schema) => set("search_path", &format!("\"{}\"", schema.replace('"', "\"\""))),
         // A role named standpipe has our own schema first on its default search path ("$user", public), but the

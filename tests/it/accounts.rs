@@ -292,7 +292,8 @@ async fn account_deletion_removes_only_older_records_in_any_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_rewritten_while_the_purge_waits_for_its_lock_is_kept() {
     let database = Postgres::shared().await.fresh_database().await;
-    let (config, _) = from_env([("DATABASE_URL", database.as_str())], Role::Worker).unwrap();
+    let (config, _) =
+        from_env([("DATABASE_URL", database.as_str()), ("NOTIFY_WITHIN", "off")], Role::Worker).unwrap();
     let store = Store::new(&config).unwrap();
     migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
     let rows = format!(

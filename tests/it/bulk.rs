@@ -12,7 +12,8 @@ use crate::support::{Postgres, Redis, connect, execute, query_value, wait_until}
 
 async fn migrated() -> (String, Store) {
     let url = Postgres::shared().await.fresh_database().await;
-    let (config, _) = from_env([("DATABASE_URL", url.as_str())], Role::Worker).unwrap();
+    let (config, _) =
+        from_env([("DATABASE_URL", url.as_str()), ("NOTIFY_WITHIN", "off")], Role::Worker).unwrap();
     let store = Store::new(&config).unwrap();
     migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
     (url, store)

@@ -320,6 +320,7 @@ async fn random_faults_lose_nothing_and_count_nothing_twice() {
         ("DATABASE_URL", proxies[1].url_through(&database)),
         ("HTTP_ADDR", "off".to_owned()),
         ("COLLECTIONS", "*".to_owned()),
+        ("NOTIFY_WITHIN", "off".to_owned()),
         ("CLAIM_IDLE", "10s".to_owned()),
         ("PARALLEL_CONSUMERS", "3".to_owned()),
         ("BATCH_SIZE", "100".to_owned()),

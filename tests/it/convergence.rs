@@ -60,7 +60,8 @@ impl Database {
 
     /// A database that the store reaches through a different URL than the test.
     async fn migrated_through(through: &str, url: String) -> Self {
-        let (config, _) = from_env([("DATABASE_URL", through)], Role::Worker).unwrap();
+        let (config, _) =
+            from_env([("DATABASE_URL", through), ("NOTIFY_WITHIN", "off")], Role::Worker).unwrap();
         let store = Store::new(&config).unwrap();
         migrate::migrate(store.session().await.unwrap().client_mut()).await.unwrap();
         let (client, auditor) = (connect(&url).await, connect(&url).await.into());

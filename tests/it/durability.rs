@@ -89,7 +89,8 @@ async fn the_flush_moves_the_wal_flush_position_past_the_batch() {
     let mut number = 0;
     for setting in ["on", "off", "local", "remote_write", "remote_apply"] {
         let url = format!("{database}?options=-c%20synchronous_commit%3D{setting}");
-        let (config, _) = from_env([("DATABASE_URL", url.as_str())], Role::Worker).unwrap();
+        let (config, _) =
+            from_env([("DATABASE_URL", url.as_str()), ("NOTIFY_WITHIN", "off")], Role::Worker).unwrap();
         let store = Store::new(&config).unwrap();
         let mut session = store.session().await.unwrap();
         migrate::migrate(session.client_mut()).await.unwrap();

@@ -222,6 +222,7 @@ async fn what_a_lossy_relay_leaves_out_is_repaired_under_fire() {
         ("DATABASE_URL", database.clone()),
         ("PLC_URL", plc.url()),
         ("VERIFY", "on".to_owned()),
+        ("NOTIFY_WITHIN", "off".to_owned()),
         ("ALLOW_PRIVATE_ADDRESSES", "yes".to_owned()),
         ("COLLECTIONS", "*".to_owned()),
         ("HTTP_ADDR", "off".to_owned()),

@@ -2,7 +2,7 @@
 //! repairs: in the end the tables are what the network says. What arrives late changes nothing.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use standpipe_lab::servers::PostgresOptions;
 use standpipe_lab::simulate::{self, Counters, Late, Network, NetworkOptions, RelayOptions, Source};
@@ -187,6 +187,8 @@ async fn a_fifth_of_all_commits_is_lost_and_the_tables_are_what_the_network_says
         arrived.elapsed().as_secs_f64(),
         house.numbers().await
     );
+    // On a machine as busy as one that runs all tests, a minute says little.
+    assert!(!long || arrived.elapsed() < Duration::from_mins(1), "{:?}", arrived.elapsed());
     purged(&house.database).await;
     let expected = expected.await.unwrap().without_versions();
     house.is(&expected, "after the repairs").await;

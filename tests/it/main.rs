@@ -28,6 +28,7 @@ mod healing;
 mod layers;
 mod lost;
 mod monitoring;
+mod notified;
 mod origins;
 mod output;
 mod packaging;

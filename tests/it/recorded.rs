@@ -206,6 +206,7 @@ impl Servers {
             ("HTTP_ADDR", "off"),
             ("CONSUMER_ID", "recorded"),
             ("VERIFY", "off"),
+            ("NOTIFY_WITHIN", "off"),
         ];
         variables.extend(relay.map(|relay| ("RELAY_URL", relay.url.as_str())));
         variables.extend_from_slice(settings);

@@ -235,7 +235,7 @@ fn post(repo: &str, rkey: &str, parent: &str) -> Value {
 }
 
 fn store(database: &str) -> Store {
-    let (config, _) = from_env([("DATABASE_URL", database)], Role::Worker).unwrap();
+    let (config, _) = from_env([("DATABASE_URL", database), ("NOTIFY_WITHIN", "off")], Role::Worker).unwrap();
     Store::new(&config).unwrap()
 }
 

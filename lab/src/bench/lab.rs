@@ -27,6 +27,7 @@ const OURS: &[&str] = &[
     "COLLECTIONS",
     "TRANSACTION",
     "NOTIFICATIONS",
+    "NOTIFY_WITHIN",
     "AUTO_MIGRATE",
 ];
 
@@ -95,6 +96,8 @@ impl Lab {
             ("REDIS_URL".to_owned(), redis.url()),
             ("DATABASE_URL".to_owned(), postgres.url("postgres")),
             ("COLLECTIONS".to_owned(), "*".to_owned()),
+            // What is made up happened long ago.
+            ("NOTIFY_WITHIN".to_owned(), "off".to_owned()),
         ]);
         let (config, _) = config::from_env(variables, Role::Worker)?;
         Ok(Self {
@@ -132,6 +135,7 @@ impl Lab {
             ("HTTP_ADDR", format!("127.0.0.1:{}", free_port()?)),
             ("CONSUMER_ID", "bench".to_owned()),
             ("VERIFY", "off".to_owned()),
+            ("NOTIFY_WITHIN", "off".to_owned()),
         ];
         variables.extend(addresses.map(|(name, value)| (name.to_owned(), value)));
         for (name, value) in special {

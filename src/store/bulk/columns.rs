@@ -140,6 +140,7 @@ columns! {
         about: Option<Cow<'e, str>>,
         cid: Option<&'e str>,
         created_at: Micros,
+        arrived: i64,
     }
 }
 
@@ -387,7 +388,8 @@ impl<'e> Tables<'e> {
             && about.as_deref().is_none_or(|about| fits(about, MAX_NOTIFICATION))
         {
             let cid = op.cid.as_deref();
-            self.notifications.push(uri, recipient, &event.repo, reason, about, cid, op.sort_at);
+            let (_, _, ms, _) = version(event);
+            self.notifications.push(uri, recipient, &event.repo, reason, about, cid, op.sort_at, ms);
         }
     }
 }

@@ -178,6 +178,8 @@ impl Variables {
             .with("COLLECTIONS", "*")
             .with("CONSUMER_ID", "test")
             .with("VERIFY", "off")
+            // What is made up happened long ago.
+            .with("NOTIFY_WITHIN", "off")
     }
 
     /// Sets a variable, replacing its previous value.
