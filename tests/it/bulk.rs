@@ -206,3 +206,53 @@ async fn a_refused_record_harms_nothing_else_in_its_batch() {
     assert_eq!(query_value(&url, "SELECT count(*) FROM likes").await, "999");
     assert_eq!(query_value(&url, "SELECT sum(like_count) FROM post_aggregations").await, "999");
 }
+
+/// One operation per commit, and many commits at once: neither way of writing notifies of what was old when it arrived. Of
+/// several deliveries the first counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn neither_mode_notifies_of_what_was_old_when_it_arrived() {
+    const DAY: u64 = 24 * 3600 * 1000;
+    // `rev` is of 2026, as is what these records say of themselves.
+    let made = 1_767_225_600_000;
+    let follow =
+        |key: &str| create(&format!("app.bsky.graph.follow/{key}"), json!({"subject": "did:plc:author"}));
+    let reply = |key: &str| {
+        let reference = json!({"uri": ROOT, "cid": "bafy"});
+        create(
+            &format!("app.bsky.feed.post/{key}"),
+            json!({"text": "", "reply": {"root": reference, "parent": reference}}),
+        )
+    };
+    let late = |number: u64, days: u64, op: Json| {
+        let repo = format!("did:plc:fan{number}");
+        let entry = entry(number, &repo, &[op]);
+        Entry { id: EntryId { ms: made + days * DAY, seq: number }, ..entry }
+    };
+    let again = |days: u64| Entry {
+        id: EntryId { ms: made + days * DAY, seq: 0 },
+        ..late(6, 0, like("twice", ROOT))
+    };
+    for mode in [TransactionMode::Event, TransactionMode::Batch] {
+        let (url, _) = migrated().await;
+        let (config, _) =
+            from_env([("DATABASE_URL", url.as_str()), ("NOTIFY_WITHIN", "7d")], Role::Worker).unwrap();
+        let store = Store::new(&config).unwrap();
+        let entries = [
+            late(1, 6, like("young", ROOT)),
+            late(2, 8, like("old", ROOT)),
+            late(3, 6, follow("young")),
+            late(4, 8, follow("old")),
+            late(5, 6, reply("young")),
+            late(7, 8, reply("old")),
+            again(9),
+        ];
+        apply(&store, mode, &entries).await;
+        let told = "SELECT string_agg(split_part(split_part(uri, '/', 5), '#', 1), ' ' ORDER BY uri) FROM notifications";
+        assert_eq!(query_value(&url, told).await, "young young young", "{mode:?}");
+        apply(&store, mode, &[again(2)]).await;
+        assert_eq!(query_value(&url, told).await, "young young young twice", "{mode:?}");
+        apply(&store, mode, &[again(10)]).await;
+        assert_eq!(query_value(&url, told).await, "young young young twice", "{mode:?}");
+        assert_eq!(query_value(&url, "SELECT count(*) FROM likes").await, "3");
+    }
+}
