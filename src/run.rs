@@ -24,6 +24,7 @@ use crate::store::Store;
 use crate::stream::Redis;
 use crate::tasks::acknowledged::Acknowledged;
 use crate::tasks::backfill::Lister;
+use crate::tasks::gaps::Gaps;
 use crate::tasks::janitor::Janitor;
 use crate::tasks::legacy::LegacyKeys;
 use crate::tasks::prepare::Prepare;
@@ -235,6 +236,8 @@ impl Running {
             let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));
             self.help(Lister::new(config, store.clone(), control, what));
         }
+        let config = Arc::clone(&self.config);
+        self.help(Gaps::new(config, redis.clone(), store.clone(), Arc::clone(&control)));
         self.help(Purge { store: store.clone(), control });
         self.help(Acknowledged::new(redis.clone(), store.clone(), Arc::clone(&self.status)));
     }

@@ -213,7 +213,7 @@ pub async fn demo(options: DemoOptions, metrics: PrometheusHandle, control: Cont
     let stop = CancellationToken::new();
     let network = options.network();
     let (mut sent, last_seq) = Sent::new(&network)?;
-    let relay_options = RelayOptions { source: Source::Network(network), rate: options.rate() };
+    let relay_options = RelayOptions { source: Source::Network(network), rate: options.rate(), oldest: 0 };
     let serving = simulate::serve(relay, relay_options, Arc::clone(&counters), stop.clone());
     let mut serving = pin!(serving.fuse());
 

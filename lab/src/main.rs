@@ -225,7 +225,7 @@ async fn simulate(options: Simulate) -> Result<ExitCode> {
     let counters = Arc::new(simulate::Counters::default());
     let serving = simulate::serve(
         listener,
-        RelayOptions { source, rate: options.rate },
+        RelayOptions { source, rate: options.rate, oldest: 0 },
         Arc::clone(&counters),
         stop.clone(),
     );

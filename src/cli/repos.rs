@@ -102,6 +102,10 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
 /// A backfill, and how long it will take at its average rate.
 fn progress(backfill: &Progress) -> String {
     let Progress { what, listed, is_listed, left, .. } = backfill;
+    if what.starts_with("gap ") {
+        let more = if *is_listed { "" } else { ", and the relay's list is not at its end" };
+        return format!("after {what}: {} accounts queued that may lack something{more}", grouped(*listed));
+    }
     let per_minute = backfill.per_minute();
     let mut rest = if *left == 0 && *is_listed {
         "complete".to_owned()

@@ -14,14 +14,29 @@ const MAX_PAGE: usize = 4 * 1024 * 1024;
 const TIME_LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 /// The longest cursor and account that are kept.
 const MAX_TEXT: usize = 2048;
+/// The longest status that is kept.
+const MAX_STATUS: usize = 64;
 
 /// A part of the list.
 #[derive(Debug)]
 pub struct Page {
-    /// The accounts that have something to show.
-    pub dids: Vec<String>,
+    /// Its accounts.
+    pub accounts: Vec<Account>,
     /// Where to continue; `None` at the end.
     pub cursor: Option<String>,
+}
+
+/// An account on the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// Who it is.
+    pub did: String,
+    /// The last revision that the relay knows of; empty if it does not say.
+    pub rev: String,
+    /// Whether it has something to show.
+    pub active: bool,
+    /// What is to be said of it, such as `deactivated`.
+    pub status: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -33,7 +48,10 @@ struct Listed {
 #[derive(Deserialize)]
 struct Repo {
     did: String,
+    #[serde(default)]
+    rev: String,
     active: Option<bool>,
+    status: Option<String>,
 }
 
 impl Directory {
@@ -78,8 +96,14 @@ impl Directory {
         if next.as_ref().is_some_and(|next| next.len() > MAX_TEXT || Some(next.as_str()) == cursor) {
             return Err(away(format!("the cursor that {method} returned cannot be used")));
         }
-        let active = repos.into_iter().filter(|repo| repo.active != Some(false));
-        let dids = active.map(|repo| repo.did).filter(|did| did.starts_with("did:") && did.len() <= MAX_TEXT);
-        Ok(Page { dids: dids.collect(), cursor: next })
+        let repos =
+            repos.into_iter().filter(|repo| repo.did.starts_with("did:") && repo.did.len() <= MAX_TEXT);
+        let account = |Repo { did, rev, active, status }: Repo| Account {
+            did,
+            rev,
+            active: active != Some(false),
+            status: status.filter(|status| status.len() <= MAX_STATUS),
+        };
+        Ok(Page { accounts: repos.map(account).collect(), cursor: next })
     }
 }

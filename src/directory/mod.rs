@@ -7,7 +7,7 @@
 mod guard;
 mod handle;
 pub mod http;
-mod listing;
+pub mod listing;
 pub mod repository;
 pub mod tls;
 

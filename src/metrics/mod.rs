@@ -127,7 +127,7 @@ pub fn missed(class: &'static str, by: u64) {
 /// The results that [`VERIFIED`] is counted by, besides the names of faults.
 pub const RESULTS: [&str; 5] = ["valid", "no_previous_tree", "unchecked", "proved_later", "disproved"];
 /// The reasons that [`REPAIRS_REQUESTED`] is counted by, besides the names of faults.
-pub const REPAIR_REASONS: [&str; 3] = ["chain", "sync", "no_key"];
+pub const REPAIR_REASONS: [&str; 4] = ["chain", "sync", "gap", "no_key"];
 /// The results that [`LOOKUPS`] is counted by.
 pub const LOOKUP_RESULTS: [&str; 3] = ["found", "none", "away"];
 

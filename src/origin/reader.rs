@@ -26,7 +26,7 @@ use crate::config::{Config, OnFutureCursor, VerifyMode};
 use crate::directory::Directory;
 use crate::metrics;
 use crate::status::{State, Status};
-use crate::stream::append::{AppendError, CursorError};
+use crate::stream::append::{AppendError, Cursor, CursorError};
 use crate::stream::gap::Gap;
 use crate::stream::lease::{self, Lease};
 use crate::stream::{Redis, Stream, StreamError};
@@ -312,7 +312,7 @@ impl Reader {
 
         let (sender, arrived) = mpsc::channel(4096);
         let (settle, mut settled) = watch::channel(None);
-        let (verified, receiver) = self.verified(arrived).await?;
+        let (verified, receiver) = self.verified(arrived, &cursor).await?;
         let ended = {
             let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
             let appender = Appender {
@@ -365,6 +365,7 @@ impl Reader {
     async fn verified(
         &self,
         arrived: mpsc::Receiver<Item>,
+        cursor: &Cursor,
     ) -> Result<(BoxFuture<'static, Result<(), End>>, mpsc::Receiver<Item>), End> {
         let Some(directory) = self.directory.clone() else {
             return Ok((std::future::ready(Ok(())).boxed(), arrived));
@@ -376,6 +377,7 @@ impl Reader {
             self.redis.connect().await?,
             Arc::clone(&directory),
             Arc::clone(&recent),
+            cursor,
         );
         let checker = Checker::new(self.redis.connect().await?, Arc::clone(&directory), recent);
         let handles = Handles::new(self.redis.connect().await?, directory, self.config.max_stream_len);

@@ -28,9 +28,9 @@ use crate::metrics;
 use crate::mutex::lock;
 use crate::stream::Stream;
 use crate::stream::accounts::{Repair, Unchecked};
-use crate::stream::append::NewLetter;
+use crate::stream::append::{Cursor, NewLetter};
 use crate::time::now_ms;
-use crate::verify::known::{Head, Known, KnownKey, Step};
+use crate::verify::known::{Generation, Head, Known, KnownKey, Step};
 use crate::verify::{self, Fault, Invalid, Key, SignedCommit, Sound};
 
 /// Items that are checked together.
@@ -118,6 +118,9 @@ pub(super) struct Verifier {
     stream: Stream,
     directory: Arc<Directory>,
     recent: Arc<Mutex<Recent>>,
+    generation: Generation,
+    /// Up to here, everything was appended before.
+    high: Option<i64>,
 }
 
 impl Verifier {
@@ -127,8 +130,9 @@ impl Verifier {
         stream: Stream,
         directory: Arc<Directory>,
         recent: Arc<Mutex<Recent>>,
+        cursor: &Cursor,
     ) -> Self {
-        Self { mode, stream, directory, recent }
+        Self { mode, stream, directory, recent, generation: cursor.generation, high: cursor.high }
     }
 
     /// Queue -> queue, until the first is closed and empty.
@@ -193,7 +197,13 @@ impl Verifier {
     }
 
     /// Decides what becomes of an arrival, in the order of the relay.
-    fn settle(&self, arrival: &mut Arrival, checked: Option<Checked>) {
+    fn settle(&mut self, arrival: &mut Arrival, checked: Option<Checked>) {
+        if let Some(gap) = arrival.gap.as_ref().filter(|gap| gap.is_wide()) {
+            // It had been read once, and was to be read again: the heads know of more than the tables.
+            let lossy = gap.after.zip(self.high).is_some_and(|(after, high)| after < high);
+            self.generation = self.generation.next(lossy);
+            arrival.accounts.generation = Some(self.generation);
+        }
         let frame = arrival.frame.take();
         let Some(Checked { did, finding, looked_up }) = checked else { return };
         let mut recent = lock(&self.recent);
@@ -219,15 +229,15 @@ impl Verifier {
                 }
                 let follows =
                     |head: &Head| head.is_followed_by(link.since.as_deref(), link.prev_data.as_ref());
-                let step = known.advance(head_of(&sound), follows);
-                if step == Step::Gap {
+                let step = known.advance(head_of(&sound), self.generation, follows);
+                if step == Step::Missing {
                     *arrival.missed.entry("broken_chain").or_default() += 1;
                 }
                 note(arrival, &did, &sound, proven, step, "chain");
             }
             Finding::Sync(Outcome::Sound { sound, proven }) => {
                 let new = head_of(&sound);
-                let step = known.advance(new, |head| head.data == new.data);
+                let step = known.advance(new, self.generation, |head| head.data == new.data);
                 note(arrival, &did, &sound, proven, step, "sync");
             }
         }
@@ -276,7 +286,12 @@ fn note(arrival: &mut Arrival, did: &str, sound: &Sound, proven: bool, step: Ste
         (true, true) => "valid",
         (true, false) => "no_previous_tree",
     });
-    if step == Step::Gap {
+    let reason = match step {
+        Step::Missing => Some(reason),
+        Step::AfterGap => Some("gap"),
+        Step::Repeat | Step::Next => None,
+    };
+    if let Some(reason) = reason {
         // A revision that is not proven must not be what a repair waits for.
         request(arrival, did, if proven { &sound.commit.rev } else { "" }, reason);
     }

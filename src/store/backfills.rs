@@ -1,5 +1,6 @@
 //! `standpipe.backfills`: how far each backfill has listed its accounts.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use super::{Session, StoreError};
@@ -74,6 +75,37 @@ impl Session {
         next: Option<&str>,
     ) -> Result<(), StoreError> {
         let queue = include_str!("../../sql/repair/backfill_queue.sql");
+        self.in_time(self.client.execute(queue, &[&dids, &what, &from, &next])).await?;
+        Ok(())
+    }
+
+    /// Whether accounts are active, and their status; of those that are here.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn statuses(
+        &self,
+        dids: &[&str],
+    ) -> Result<HashMap<String, (bool, Option<String>)>, StoreError> {
+        let look = include_str!("../../sql/repair/gap_statuses.sql");
+        let rows = self.in_time(self.client.query(look, &[&dids])).await?;
+        Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+    }
+
+    /// Queues accounts that may lack something since a gap, and continues the list at `next` (`None`: it is complete).
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn queue_after_gap(
+        &self,
+        what: &str,
+        dids: &[&str],
+        from: Option<&str>,
+        next: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let queue = include_str!("../../sql/repair/gap_queue.sql");
         self.in_time(self.client.execute(queue, &[&dids, &what, &from, &next])).await?;
         Ok(())
     }

@@ -11,14 +11,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Keys, Stream};
 use crate::event::EntryId;
-use crate::verify::known::{Known, KnownKey, field};
+use crate::verify::known::{Generation, Known, KnownKey, field};
 
 /// The number of hashes that heads and keys are spread over, so that each stays in Redis's compact form.
 const BUCKETS: u32 = 1 << 17;
 /// Without a memory limit in Redis, so many accounts are remembered: about 460 MB.
 const ACCOUNTS: u64 = 5_000_000;
-/// The size of one in Redis: 91.5 bytes measured with five million of them, more with fewer (Redis 7.0).
-const ACCOUNT_BYTES: u64 = 92;
+/// The size of one in Redis: 92.5 bytes measured with five million of them, more with fewer (Redis 7.0).
+const ACCOUNT_BYTES: u64 = 93;
 /// Maximum commits to check, and repositories to repair.
 pub(super) const MAX_WAITING: u64 = 1_000_000;
 /// Buckets emptied at a time.
@@ -47,7 +47,7 @@ impl Unchecked {
 /// Why a repository has to be repaired.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Repair {
-    /// `chain`, `sync`, `no_key` or the name of a [`crate::verify::Fault`].
+    /// `chain`, `sync`, `gap`, `no_key` or the name of a [`crate::verify::Fault`].
     pub reason: String,
     /// The proven revision that revealed it; empty if it is not proven.
     pub rev: String,
@@ -66,6 +66,8 @@ pub struct Changes {
     pub repairs: Vec<(String, Repair)>,
     /// Accounts whose handle is to be looked up, with the position that asks for it.
     pub handles: Vec<(String, i64)>,
+    /// A new generation of heads.
+    pub generation: Option<Generation>,
 }
 
 impl Changes {
@@ -75,11 +77,14 @@ impl Changes {
         self.unchecked.append(&mut other.unchecked);
         self.repairs.append(&mut other.repairs);
         self.handles.append(&mut other.handles);
+        self.generation = other.generation.take().or(self.generation);
     }
 
     /// Adds their keys and arguments to an append.
     pub(super) fn add_to(&self, invocation: &mut redis::ScriptInvocation<'_>, keys: &Keys) {
         invocation.key(&keys.heads).key(&keys.unchecked).key(&keys.repairs).key(&keys.handles);
+        let generation = self.generation.map(|Generation { current, lossy }| format!("{current} {lossy}"));
+        invocation.arg(generation.unwrap_or_default());
         invocation.arg(MAX_WAITING).arg(self.known.len());
         for (did, known) in &self.known {
             let field = field(did);
@@ -142,6 +147,22 @@ impl Stream {
         Ok(dids.iter().copied().zip(found.into_iter().map(known)).collect())
     }
 
+    /// The gaps that there have been, and the newest revision that was ever appended; empty for none.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn generation(&mut self) -> RedisResult<(Generation, String)> {
+        let Self { connection, keys } = self;
+        let (current, lossy, newest): (Option<u64>, Option<u64>, Option<String>) = redis::cmd("HMGET")
+            .arg(&keys.epoch)
+            .arg(&["generation", "lossy", "rev"])
+            .query_async(connection)
+            .await?;
+        let generation = Generation { current: current.unwrap_or(0), lossy: lossy.unwrap_or(0) };
+        Ok((generation, newest.unwrap_or_default()))
+    }
+
     /// Some of the commits to check, and where to continue; 0 at the end.
     ///
     /// # Errors
@@ -170,12 +191,13 @@ impl Stream {
         let Self { connection, keys } = self;
         let field = field(did);
         // Only the key's part.
-        let known = Known { head: None, key }.to_bytes();
+        let known = Known { key, ..Known::default() }.to_bytes();
         SCRIPT
             .key(&keys.unchecked)
             .key(&keys.repairs)
             .key(&keys.heads)
             .key(bucket(keys, &field))
+            .key(&keys.missed)
             .arg(did)
             .arg(unchecked.to_bytes())
             .arg(field)
@@ -227,7 +249,22 @@ impl Stream {
         entries: &[String],
         max_length: u64,
     ) -> RedisResult<Option<EntryId>> {
-        self.append_own(("", ""), "commit", entries, max_length).await
+        self.append_own(("", ""), ("commit", ""), entries, max_length).await
+    }
+
+    /// Appends what a relay's list says of accounts, as it was when the reader had read everything up to `seq`. Returns whether
+    /// there was room.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or refuses.
+    pub async fn append_statuses(
+        &mut self,
+        entries: &[String],
+        seq: &str,
+        max_length: u64,
+    ) -> RedisResult<bool> {
+        Ok(self.append_own(("", ""), ("account", seq), entries, max_length).await?.is_some())
     }
 
     /// The place of an entry that would be appended now: the id of the last one, and the number of the reader's last event. An
@@ -274,14 +311,14 @@ impl Stream {
         entry: Option<String>,
         max_length: u64,
     ) -> RedisResult<bool> {
-        let last = self.append_own(wanted, "identity", entry.as_slice(), max_length).await?;
+        let last = self.append_own(wanted, ("identity", ""), entry.as_slice(), max_length).await?;
         Ok(last.is_some() || entry.is_none())
     }
 
     async fn append_own(
         &mut self,
         done: (&str, &str),
-        event_type: &str,
+        (event_type, seq): (&str, &str),
         entries: &[String],
         max_length: u64,
     ) -> RedisResult<Option<EntryId>> {
@@ -296,6 +333,7 @@ impl Stream {
             .arg(max_length)
             .arg(done.0)
             .arg(done.1)
+            .arg(seq)
             .arg(event_type)
             .arg(entries)
             .invoke_async(connection)

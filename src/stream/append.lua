@@ -6,8 +6,8 @@
 -- ARGV: the cursor that we believe in ('' for none), the new cursor, the relay's name, our lease, the lease's life in
 --       milliseconds, the epoch, the newest revision of these entries ('' for none), the dead letters' budget in bytes and
 --       that of one account in letters, the number of entries; then type, data, seq for each entry; the number of dead
---       letters, and for each its account, its key, the number of its names and values, and these; the most
---       commits to check and repositories to repair; the number of accounts that something is now known about, and for
+--       letters, and for each its account, its key, the number of its names and values, and these; the generation of
+--       heads that begins here and the last lossy one, with a space between ('' if none begins); the most commits to check and repositories to repair; the number of accounts that something is now known about, and for
 --       each its field and what is known; the number of accounts with a commit to check, and for each its DID and the
 --       commit ('' for none any more); the number of repositories to repair, and for each its DID and the reason as JSON; the
 --       number of accounts whose handle is to be looked up, and for each its DID and the position that asks for it; then
@@ -20,7 +20,8 @@
 -- the cursor is where we left it, and whether the stream exists. If any of these fails, Redis lost something
 -- or somebody else reads the relay, and continuing from memory would leave a hole below a valid cursor.
 --
--- The hash `epoch` holds the epoch (`id`), our last entry (`last`) and the newest revision that we ever appended (`rev`);
+-- The hash `epoch` holds the epoch (`id`), our last entry (`last`), the newest revision that we ever appended (`rev`), the
+-- highest cursor of the epoch (`high`), and the generation of heads with the last lossy one (see known.rs);
 -- the list `epochs` holds, for each epoch, the entry from which it is in force and the newest revision before it.
 if redis.call('GET', KEYS[5]) ~= ARGV[4] then
     return redis.error_reply('LEASELOST another reader holds the lease, or Redis lost it')
@@ -51,6 +52,9 @@ for i = 11, 10 + 3 * count, 3 do
 end
 redis.call('SET', KEYS[2], ARGV[2])
 redis.call('SET', KEYS[3], ARGV[3])
+if began or tonumber(redis.call('HGET', KEYS[9], 'high') or '0') < tonumber(ARGV[2]) then
+    redis.call('HSET', KEYS[9], 'high', ARGV[2])
+end
 local function stream()
     local info = {}
     local list = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -128,9 +132,13 @@ for _ = 1, letters do
 end
 
 -- What verification remembers; see accounts.rs.
-local most = tonumber(ARGV[at])
-local accounts = tonumber(ARGV[at + 1])
-at = at + 2
+if ARGV[at] ~= '' then
+    local current, lossy = string.match(ARGV[at], '^(%d+) (%d+)$')
+    redis.call('HSET', KEYS[9], 'generation', current, 'lossy', lossy)
+end
+local most = tonumber(ARGV[at + 1])
+local accounts = tonumber(ARGV[at + 2])
+at = at + 3
 local new = 0
 for i = 1, accounts do
     new = new + redis.call('HSET', KEYS[20 + i], ARGV[at], ARGV[at + 1])

@@ -9,6 +9,7 @@ use super::accounts::Changes;
 use super::gap::Gap;
 use super::{Stream, dead_letters, lease};
 use crate::event::Reject;
+use crate::verify::known::Generation;
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append.lua")));
 
@@ -94,6 +95,10 @@ pub struct Cursor {
     pub next_epoch: u64,
     /// Whether `acked` belongs to the current numbering.
     pub is_current: bool,
+    /// The highest position that there ever was in the epoch.
+    pub high: Option<i64>,
+    /// That of the heads.
+    pub generation: Generation,
 }
 
 /// Why the cursor cannot be read.
@@ -151,9 +156,9 @@ impl Stream {
     /// Redis cannot be reached, or the cursor holds something else than a number.
     pub async fn cursor(&mut self) -> Result<Cursor, CursorError> {
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("open.lua")));
-        type Answers = (Vec<u8>, String, String, String, u64);
+        type Answers = (Vec<u8>, String, String, String, u64, String, u64, u64);
         let Self { connection, keys } = self;
-        let (cursor, relay, acked, epoch, next_epoch): Answers = SCRIPT
+        let (cursor, relay, acked, epoch, next_epoch, high, current, lossy): Answers = SCRIPT
             .key(&keys.stream)
             .key(&keys.cursor)
             .key(&keys.relay)
@@ -169,6 +174,8 @@ impl Stream {
             epoch: epoch.parse().ok(),
             next_epoch,
             is_current: false,
+            high: high.parse().ok(),
+            generation: Generation { current, lossy },
         })
     }
 

@@ -2,12 +2,12 @@
 --
 -- KEYS: stream, cursor, watch, epoch, a hash of what is to be done.
 -- ARGV: the length at which there is no room; a field of the hash and the value that it must have, '' for none: it is done
---       then, and removed; the entries' type; then the data of each.
+--       then, and removed; the number of the entries, '' for the reader's last; their type; then the data of each.
 -- Returns the last entry's id; '' if none was appended, because there are none, no room, no stream, or something else to
 -- be done by now.
 --
--- Their number is that of the last event that the reader appended: a reader that is set back to it reads everything after
--- it again.
+-- Mostly, their number is that of the last event that the reader appended: a reader that is set back to it reads everything
+-- after it again.
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then
     return ''
 end
@@ -16,7 +16,7 @@ if ARGV[2] ~= '' then
         return ''
     end
 end
-if #ARGV == 4 then
+if #ARGV == 5 then
     redis.call('HDEL', KEYS[5], ARGV[2])
     return ''
 end
@@ -27,10 +27,13 @@ for i = 1, #info, 2 do
         before = info[i + 1]
     end
 end
-local seq = redis.call('GET', KEYS[2]) or ''
+local seq = ARGV[4]
+if seq == '' then
+    seq = redis.call('GET', KEYS[2]) or ''
+end
 local last
-for i = 5, #ARGV do
-    last = redis.call('XADD', KEYS[1], '*', 'type', ARGV[4], 'data', ARGV[i], 'seq', seq)
+for i = 6, #ARGV do
+    last = redis.call('XADD', KEYS[1], '*', 'type', ARGV[5], 'data', ARGV[i], 'seq', seq)
 end
 -- After the first write, which Redis refuses when its memory is full.
 if ARGV[2] ~= '' then
@@ -41,6 +44,6 @@ if redis.call('HGET', KEYS[4], 'last') == before then
     redis.call('HSET', KEYS[4], 'last', last)
 end
 if redis.call('HEXISTS', KEYS[3], 'appended') == 1 then
-    redis.call('HINCRBY', KEYS[3], 'appended', #ARGV - 4)
+    redis.call('HINCRBY', KEYS[3], 'appended', #ARGV - 5)
 end
 return last

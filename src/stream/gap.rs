@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Stream;
 
+/// The events of a gap that is not just a few.
+const WIDE: u64 = 100;
+
 /// A range of events that never arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gap {
@@ -26,6 +29,12 @@ impl Gap {
     #[must_use]
     pub fn new(reason: impl Into<String>, after: Option<i64>) -> Self {
         Self { time: jiff::Timestamp::now().to_string(), reason: reason.into(), after, until: None }
+    }
+
+    /// Whether it is so wide that many accounts may lack something. What they lack is repaired after everything else.
+    #[must_use]
+    pub fn is_wide(&self) -> bool {
+        self.size().is_none_or(|size| size > WIDE)
     }
 
     /// The number of positions that it spans, if both ends are known and belong to the same numbering.

@@ -138,6 +138,7 @@ impl Stream {
             .key(&keys.watch)
             .key(&keys.missed)
             .key(&keys.gaps)
+            .key(&keys.epoch)
             .arg(found.noted_ms)
             .arg(&found.server)
             .arg(from)

@@ -1,7 +1,8 @@
 -- The state a reader needs before it starts.
 --
 -- KEYS: stream, cursor, relay, acked, epoch, epochs (see append.lua for both).
--- Returns {cursor, relay, acked, epoch, the earliest time at which a new one can begin, in milliseconds}; '' for none.
+-- Returns {cursor, relay, acked, epoch, the earliest time at which a new one can begin, in milliseconds, the highest cursor of
+-- the epoch, the generation of heads, the last lossy one}; '' for none.
 --
 -- If another program's reader has appended since ours did, records from which entry on: its entries name no epoch and
 -- have no revisions, and are placed after everything that ours had appended (src/event/epoch.rs).
@@ -33,4 +34,6 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 -- If the clock was set back, ids continue from the last one.
 return {redis.call('GET', KEYS[2]) or '', redis.call('GET', KEYS[3]) or '', redis.call('GET', KEYS[4]) or '',
-        redis.call('HGET', KEYS[5], 'id') or '', string.format('%d', math.max(now, ms + 1))}
+        redis.call('HGET', KEYS[5], 'id') or '', string.format('%d', math.max(now, ms + 1)),
+        redis.call('HGET', KEYS[5], 'high') or '', redis.call('HGET', KEYS[5], 'generation') or '0',
+        redis.call('HGET', KEYS[5], 'lossy') or '0'}

@@ -1,6 +1,6 @@
 -- Sends the reader back for events that PostgreSQL has lost.
 --
--- KEYS: noted, cursor, acked, relay, watch (see janitor.lua), missed, gaps.
+-- KEYS: noted, cursor, acked, relay, watch (see janitor.lua), missed, gaps, epoch (see append.lua).
 -- ARGV: when PostgreSQL noted something last and which server that was, as the caller read it here; the position to go back
 --       to; when PostgreSQL says that it noted something last, which server it is now; now, in milliseconds; a gap as JSON,
 --       or ''.
@@ -23,6 +23,9 @@ if cursor and redis.call('EXISTS', KEYS[4]) == 1 then
         redis.call('SET', KEYS[3], ARGV[3])
     end
     redis.call('HSET', KEYS[5], 'due', 1)
+    -- What was repaired since is lost as well, and what is read again does not ask for it: every account known by now is
+    -- compared.
+    redis.call('HSET', KEYS[8], 'lossy', redis.call('HINCRBY', KEYS[8], 'generation', 1))
     redis.call('HDEL', KEYS[5], 'back_ms', 'pause', 'back_to')
 end
 if ARGV[7] ~= '' then

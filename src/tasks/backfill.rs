@@ -49,7 +49,8 @@ impl Lister {
         }
         let directory = self.directory.get_or_try_init(async || Directory::new(&self.config)).await?;
         let page = directory.listed(&self.config.relay_url.http(), &self.what, cursor).await?;
-        Ok((page.dids, page.cursor))
+        let active = page.accounts.into_iter().filter(|account| account.active);
+        Ok((active.map(|account| account.did).collect(), page.cursor))
     }
 
     /// Logs how far it is, while anything is left.

@@ -7,11 +7,13 @@
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `repairs`: repositories that differ from what arrived
 //! - `backfill`: the accounts whose whole repositories are to be fetched
+//! - `gaps`: the accounts that may lack something since a gap
 //! - `legacy`: the keys of the old application's pages
 //! - `progress`: the progress line in the log
 
 pub mod acknowledged;
 pub mod backfill;
+pub mod gaps;
 pub mod janitor;
 pub mod legacy;
 pub mod prepare;

@@ -44,7 +44,10 @@ impl Task for Requests {
         if !found.is_empty() {
             let session = self.store.session().await?;
             for (did, repair, text) in found {
-                if let Err(error) = repos::queue(session.client(), &did, 0, &repair.reason, &repair.rev).await
+                // After a gap they are many: what is known to be wrong comes first.
+                let class = i16::from(repair.reason == "gap");
+                if let Err(error) =
+                    repos::queue(session.client(), &did, class, &repair.reason, &repair.rev).await
                 {
                     session.discard();
                     return Err(error.into());

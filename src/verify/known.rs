@@ -1,4 +1,4 @@
-//! What is remembered about an account between its commits: its head, and its key. Kept in Redis, 24 or 63 bytes each:
+//! What is remembered about an account between its commits: its head, and its key. Kept in Redis, 25 or 64 bytes each:
 //! small enough for Redis to store hundreds of them in one listpack.
 
 use shrike::cbor::Cid;
@@ -71,11 +71,43 @@ impl KnownKey {
     }
 }
 
+/// The gaps that there have been. Each begins a generation of heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Generation {
+    /// Their number.
+    pub current: u64,
+    /// The last of them that may have taken with it what was in the stream already: a head says what was appended, not
+    /// what was applied.
+    pub lossy: u64,
+}
+
+impl Generation {
+    /// After a gap.
+    #[must_use]
+    pub fn next(self, lossy: bool) -> Self {
+        let current = self.current + 1;
+        Self { current, lossy: if lossy { current } else { self.lossy } }
+    }
+
+    /// How many gaps came after a head. Of a head, only the last bits are kept.
+    fn age(self, head: u8) -> u64 {
+        u64::from((self.current as u8).wrapping_sub(head))
+    }
+
+    /// Whether what leads to a head may have been lost after it was appended.
+    #[must_use]
+    pub fn may_lack(self, head: u8) -> bool {
+        self.age(head) > self.current.saturating_sub(self.lossy)
+    }
+}
+
 /// All that is remembered about an account.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Known {
     /// `None` before its first verified commit.
     pub head: Option<Head>,
+    /// The generation of the head.
+    pub generation: u8,
     /// `None` before it was looked up, and after the account said that its document has changed.
     pub key: Option<KnownKey>,
 }
@@ -88,28 +120,35 @@ pub enum Step {
     /// The next one, or the first.
     Next,
     /// Newer, and something between the two is missing.
-    Gap,
+    Missing,
+    /// Newer, and since the head there was a gap that is to blame for what may be missing.
+    AfterGap,
 }
 
 impl Known {
     /// Makes a commit the head, unless it is a repeat. `continues` says whether it is the next one after a head.
-    pub fn advance(&mut self, new: Head, continues: impl FnOnce(&Head) -> bool) -> Step {
+    pub fn advance(&mut self, new: Head, now: Generation, continues: impl FnOnce(&Head) -> bool) -> Step {
         let step = match &self.head {
             Some(head) if new.rev <= head.rev => return Step::Repeat,
-            Some(head) if !continues(head) => Step::Gap,
-            _ => Step::Next,
+            Some(_) if now.may_lack(self.generation) => Step::AfterGap,
+            Some(head) if continues(head) => Step::Next,
+            Some(_) if now.age(self.generation) > 0 => Step::AfterGap,
+            Some(_) => Step::Missing,
+            None => Step::Next,
         };
         self.head = Some(new);
+        self.generation = now.current as u8;
         step
     }
 
     /// As kept in Redis.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(63);
+        let mut bytes = Vec::with_capacity(64);
         let head = self.head.unwrap_or(Head { rev: 0, data: [0; 16] });
         bytes.extend_from_slice(&head.rev.to_be_bytes());
         bytes.extend_from_slice(&head.data);
+        bytes.push(self.generation);
         if let Some(key) = &self.key {
             bytes.extend_from_slice(&key.bytes);
             bytes.extend_from_slice(&key.looked_up.to_be_bytes());
@@ -122,13 +161,14 @@ impl Known {
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let Some((rev, rest)) = bytes.split_first_chunk::<8>() else { return Self::default() };
         let Some((data, rest)) = rest.split_first_chunk::<16>() else { return Self::default() };
+        let Some((generation, rest)) = rest.split_first() else { return Self::default() };
         let rev = u64::from_be_bytes(*rev);
         let head = (rev != 0).then_some(Head { rev, data: *data });
         let key = rest.split_first_chunk::<35>().and_then(|(bytes, rest)| {
             let looked_up = u32::from_be_bytes(rest.try_into().ok()?);
             Some(KnownKey { bytes: *bytes, looked_up })
         });
-        Self { head, key }
+        Self { head, generation: *generation, key }
     }
 }
 
@@ -164,17 +204,44 @@ mod tests {
         assert_eq!(known_key.key(), Some(key));
         for known in [
             Known::default(),
-            Known { head: Some(head), key: None },
-            Known { head: None, key: Some(known_key) },
-            Known { head: Some(head), key: Some(known_key) },
+            Known { head: Some(head), generation: 255, key: None },
+            Known { head: None, generation: 0, key: Some(known_key) },
+            Known { head: Some(head), generation: 1, key: Some(known_key) },
         ] {
             assert_eq!(Known::from_bytes(&known.to_bytes()), known);
             // Redis keeps longer values out of its compact lists.
-            assert!(known.to_bytes().len() < 64);
+            assert!(known.to_bytes().len() <= 64);
         }
-        for strange in [&[][..], &[1; 7], &[1; 23]] {
+        for strange in [&[][..], &[1; 7], &[1; 24]] {
             assert_eq!(Known::from_bytes(strange), Known::default());
         }
+    }
+
+    #[test]
+    fn a_gap_is_to_blame_for_what_is_missing_after_it() {
+        let head = |rev| Head { rev, data: [7; 16] };
+        let advanced = |now: Generation, continues| {
+            let mut known = Known { head: Some(head(1)), generation: 3, key: None };
+            let step = known.advance(head(2), now, |_| continues);
+            assert_eq!((known.head, known.generation), (Some(head(2)), now.current as u8));
+            step
+        };
+        let before = Generation { current: 3, lossy: 0 };
+        assert_eq!(advanced(before, true), Step::Next);
+        assert_eq!(advanced(before, false), Step::Missing);
+        // Events that never arrived show in the chain; what was lost after it was appended does not.
+        let (outage, loss) = (before.next(false), before.next(true));
+        assert_eq!(advanced(outage, true), Step::Next);
+        assert_eq!(advanced(outage, false), Step::AfterGap);
+        for lost in [loss, loss.next(false), outage.next(true)] {
+            assert_eq!(advanced(lost, true), Step::AfterGap, "{lost:?}");
+        }
+        // The loss was before the head.
+        assert_eq!(advanced(Generation { current: 3, lossy: 3 }, true), Step::Next);
+        assert_eq!(advanced(Generation { current: 256 + 4, lossy: 256 + 4 }, true), Step::AfterGap);
+        let mut known = Known { head: Some(head(2)), ..Known::default() };
+        assert_eq!(known.advance(head(2), loss, |_| true), Step::Repeat);
+        assert_eq!(known.generation, 0);
     }
 
     #[test]

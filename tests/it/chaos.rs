@@ -303,7 +303,7 @@ async fn random_faults_lose_nothing_and_count_nothing_twice() {
     let rate = u32::try_from((5 * total).div_ceil(4 * seconds)).unwrap();
     let serving = tokio::spawn(simulate::serve(
         listener,
-        RelayOptions { source: Source::Network(lying.clone()), rate: Some(rate) },
+        RelayOptions { source: Source::Network(lying.clone()), rate: Some(rate), oldest: 0 },
         Arc::default(),
         stop.clone(),
     ));

@@ -26,9 +26,14 @@ struct Relay {
 
 impl Relay {
     async fn start(port: u16, network: &NetworkOptions, rate: Option<u32>) -> Self {
+        Self::with_window(port, network, rate, 0).await
+    }
+
+    /// One that has nothing before `oldest` any more.
+    async fn with_window(port: u16, network: &NetworkOptions, rate: Option<u32>, oldest: u64) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         let stop = CancellationToken::new();
-        let options = RelayOptions { source: Source::Network(network.clone()), rate };
+        let options = RelayOptions { source: Source::Network(network.clone()), rate, oldest };
         let serving =
             tokio::spawn(simulate::serve(listener, options, Arc::<Counters>::default(), stop.clone()));
         Self { stop, serving }
@@ -291,4 +296,148 @@ async fn a_worker_that_stands_still_during_a_repair_does_not_bring_back_what_was
         let audit = Standpipe::run(&["audit"], &stage.variables, RUN).await;
         assert_eq!(audit.code, 0, "{}{}", audit.stdout, audit.stderr);
     }
+}
+
+/// The environment of a test's gap, and the relay's port.
+async fn gap_house() -> (House, u16) {
+    let (redis, postgres) = (Redis::start().await, Postgres::start().await);
+    let database = postgres.fresh_database().await;
+    let port = free_port().unwrap();
+    let variables = Variables::new()
+        .with("RELAY_URL", format!("ws://127.0.0.1:{port}"))
+        .with("PLC_URL", format!("http://127.0.0.1:{port}"))
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &database)
+        .with("VERIFY", "on")
+        .with("ALLOW_PRIVATE_ADDRESSES", "true");
+    (House { redis, postgres, database, variables, daemons: [None, None] }, port)
+}
+
+/// A network, and the numbers of its events.
+fn gap_network(events: u64, departures: bool) -> (NetworkOptions, Vec<u64>) {
+    let network = NetworkOptions {
+        seed: 31,
+        accounts: 60,
+        events,
+        signed: true,
+        departures,
+        new_keys: false,
+        ..NetworkOptions::default()
+    };
+    let numbers = simulate::sequence_numbers(&network).collect();
+    (network, numbers)
+}
+
+impl House {
+    /// Reads and applies the first events, from a relay that then ends.
+    async fn reads(&self, port: u16, network: &NetworkOptions, events: u64) {
+        let network = NetworkOptions { events, ..network.clone() };
+        let relay = Relay::start(port, &network, None).await;
+        let mut program = chain::Program::start("run", &self.variables).await;
+        self.cursor_is(simulate::sequence_numbers(&network).last().unwrap()).await;
+        wait_until("everything to be checked", RUN, async || {
+            let left: u64 = chain::redis_command(&self.redis, &["HLEN", "firehose:events:unchecked"]).await;
+            left == 0
+        })
+        .await;
+        program.signal(Signal::Term);
+        assert_eq!(program.wait_exit(RUN).await, 0);
+        relay.stop().await;
+    }
+
+    /// Waits until the relay's list has been compared since the last gap.
+    async fn compared(&self) {
+        wait_until("the list to be compared", RUN, async || {
+            let generation: Option<String> =
+                chain::redis_command(&self.redis, &["HGET", "firehose:cursor:epoch", "generation"]).await;
+            let Some(generation) = generation else { return false };
+            let sql =
+                format!("SELECT count(done_at) FROM standpipe.backfills WHERE what = 'gap {generation}'");
+            query_value(&self.database, &sql).await == "1"
+        })
+        .await;
+    }
+}
+
+/// The relay no longer has a range of events. Accounts that lack something are repaired, whether they go on writing or not;
+/// those that the gap spared are left alone. If others had removed events that were read and never applied, heads are ahead of
+/// the tables, and every account is compared.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_missing_since_a_gap_is_repaired_even_of_accounts_that_say_no_more() {
+    let (network, numbers) = gap_network(2250, false);
+    let expected = {
+        let network = network.clone();
+        tokio::task::spawn_blocking(move || model::expected(&traffic::events(&network)).without_versions())
+    };
+    let expected = expected.await.unwrap();
+    for trimmed in [false, true] {
+        let (house, port) = gap_house().await;
+        house.reads(port, &network, 2000).await;
+        if trimmed {
+            // Read, and never applied.
+            let relay = Relay::start(port, &NetworkOptions { events: 2100, ..network.clone() }, None).await;
+            let mut reader = chain::Program::start("reader", &house.variables).await;
+            wait_until("everything to be read", RUN, async || {
+                let cursor: Option<u64> = chain::redis_command(&house.redis, &["GET", chain::CURSOR]).await;
+                cursor == Some(numbers[2099])
+            })
+            .await;
+            reader.signal(Signal::Kill);
+            reader.wait_exit(SOON).await;
+            let gone: u64 =
+                chain::redis_command(&house.redis, &["XTRIM", chain::STREAM, "MAXLEN", "0"]).await;
+            assert!(gone > 90, "{gone}");
+            relay.stop().await;
+        }
+        let relay = Relay::with_window(port, &network, None, numbers[2220]).await;
+        let mut program = chain::Program::start("run", &house.variables).await;
+        house.cursor_is(numbers[2249]).await;
+        house.compared().await;
+        house.repaired().await;
+        house.is(&expected, &format!("trimmed: {trimmed}")).await;
+        let queued = "SELECT count(*) || ' ' || count(*) FILTER (WHERE reason <> 'gap' OR class <> 1)
+                      FROM standpipe.repos";
+        let queued = query_value(&house.database, queued).await;
+        println!("{} accounts, trimmed: {trimmed}, queued and otherwise: {queued}", network.accounts);
+        let list = Standpipe::run(&["repos", "list"], &house.variables, RUN).await;
+        assert!(list.stdout.contains("after gap 1: "), "{}", list.stdout);
+        let (count, others) = queued.split_once(' ').unwrap();
+        assert_eq!(others, "0");
+        let count: u32 = count.parse().unwrap();
+        assert!(
+            if trimmed { count == network.accounts } else { (10..network.accounts).contains(&count) },
+            "{count}"
+        );
+        program.signal(Signal::Term);
+        assert_eq!(program.wait_exit(RUN).await, 0, "{}", program.output());
+        relay.stop().await;
+    }
+}
+
+/// Accounts that went away or came back during a gap are shown or hidden as the relay says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_status_of_accounts_that_changed_during_a_gap_is_learned() {
+    let (network, numbers) = gap_network(4000, true);
+    let statuses = |tables: &model::Tables| {
+        let active = tables.values("users", "account_active");
+        active.into_iter().filter(|(_, active)| *active == serde_json::json!(false)).collect::<Vec<_>>()
+    };
+    let model_of = |events: u64| {
+        let network = NetworkOptions { events, ..network.clone() };
+        tokio::task::spawn_blocking(move || model::expected(&traffic::events(&network)))
+    };
+    let (before, after) = (model_of(2000).await.unwrap(), model_of(4000).await.unwrap());
+    assert_ne!(statuses(&before), statuses(&after), "no account's status changes in the gap");
+    let (house, port) = gap_house().await;
+    house.reads(port, &network, 2000).await;
+    let relay = Relay::with_window(port, &network, None, numbers[3999]).await;
+    let mut program = chain::Program::start("run", &house.variables).await;
+    house.cursor_is(numbers[3999]).await;
+    house.compared().await;
+    house.cursor_is(numbers[3999]).await;
+    let found = model::read(&connect(&house.database).await).await;
+    assert_eq!(statuses(&found), statuses(&after));
+    program.signal(Signal::Term);
+    assert_eq!(program.wait_exit(RUN).await, 0, "{}", program.output());
+    relay.stop().await;
 }

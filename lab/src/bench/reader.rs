@@ -151,7 +151,7 @@ fn frames(options: &BenchOptions) -> Vec<Frame> {
 async fn directory(network: &NetworkOptions) -> Result<(String, AbortOnDropHandle<Result<()>>)> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
-    let relay = RelayOptions { source: Source::Network(network.clone()), rate: None };
+    let relay = RelayOptions { source: Source::Network(network.clone()), rate: None, oldest: 0 };
     let serving = simulate::serve(listener, relay, Arc::default(), CancellationToken::new());
     Ok((url, AbortOnDropHandle::new(tokio::spawn(serving))))
 }
@@ -182,7 +182,7 @@ async fn round(
     let address = listener.local_addr()?;
     let counters = Arc::new(Counters::default());
     let stop = CancellationToken::new();
-    let relay = RelayOptions { source: Source::Recording(Arc::clone(frames)), rate: None };
+    let relay = RelayOptions { source: Source::Recording(Arc::clone(frames)), rate: None, oldest: 0 };
     let serving = AbortOnDropHandle::new(tokio::spawn(simulate::serve(
         listener,
         relay,

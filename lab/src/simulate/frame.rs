@@ -88,6 +88,24 @@ pub(super) fn future_cursor() -> Bytes {
     })
 }
 
+/// What a relay says to a consumer whose cursor is older than everything that it still has.
+pub(super) fn outdated_cursor() -> Bytes {
+    infallible(|out| {
+        let mut cbor = Encoder::new(out);
+        cbor.encode_map_header(2)?;
+        cbor.encode_text("t")?;
+        cbor.encode_text("#info")?;
+        cbor.encode_text("op")?;
+        cbor.encode_i64(1)?;
+        cbor.encode_map_header(2)?;
+        cbor.encode_text("name")?;
+        cbor.encode_text("OutdatedCursor")?;
+        cbor.encode_text("message")?;
+        cbor.encode_text("Requested cursor exceeded limit. Possibly missing events.")?;
+        Ok(())
+    })
+}
+
 /// What an event is written down with.
 pub(super) struct Paper<'a> {
     pub(super) accounts: &'a Accounts,

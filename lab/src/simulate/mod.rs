@@ -51,7 +51,7 @@ pub struct NetworkOptions {
     /// Filler bytes per commit, in CAR blocks of their own that no operation refers to. Real frames carry about 5,000
     /// bytes of tree nodes; at most 1,000,000 are used.
     pub pad: usize,
-    /// Whether accounts go away now and then, and come back.
+    /// Whether accounts go away now and then and come back, or their servers have trouble.
     pub departures: bool,
     /// Whether accounts are also deleted for good, rarely. Needs `departures`.
     pub deletions: bool,

@@ -720,7 +720,7 @@ impl Network {
         let away = self.away.len() as u32;
         let too_many = (away + self.deleted + 1) * 4 > self.accounts.len();
         let dice = self.rng.u32(0..100);
-        if dice >= 95 {
+        if dice >= 95 && self.departures {
             // Its server has trouble; the account is active all the same.
             let account = self.somebody();
             let status = if self.rng.bool() { "throttled" } else { "desynchronized" };

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::NetworkOptions;
-use super::frame::{Frame, future_cursor};
+use super::frame::{Frame, future_cursor, outdated_cursor};
 use super::network::{Network, Seek};
 use super::recording::is_error;
 use super::server::{self, Server};
@@ -59,6 +59,8 @@ pub struct RelayOptions {
     /// Frames per second and connection; None or 0 is as fast as the consumer takes them. A consumer that falls
     /// behind is sent the backlog as fast as it takes it, as by a real relay.
     pub rate: Option<u32>,
+    /// The number of the oldest frame that it still has, as far as consumers with a cursor are concerned; 0 has all.
+    pub oldest: u64,
 }
 
 /// What the relay has done so far, of all connections together.
@@ -89,9 +91,10 @@ pub(super) struct Shared {
 /// Serves the stream to every consumer that connects, until `shutdown`; then closes all connections and returns.
 ///
 /// A consumer is sent the frames whose `seq` is at least its `cursor`, without one every frame: this relay's window is
-/// everything. Each connection has its own network, which is why one that resumes sees the same frames again. A cursor
-/// beyond the last frame is answered with the error `FutureCursor`, one that is not a number with HTTP 400, another path
-/// with HTTP 404. After the last frame the connection stays open.
+/// everything, unless `oldest` says otherwise. Each connection has its own network, which is why one that resumes sees the
+/// same frames again. A cursor before `oldest` is answered with `OutdatedCursor`, one beyond the last frame with the error
+/// `FutureCursor`, one that is not a number with HTTP 400, another path with HTTP 404. After the last frame the connection
+/// stays open.
 ///
 /// Frames of a recording that have no number are sent in their place, unless the consumer's cursor shows that it has
 /// come that far already: otherwise nobody would ever get past a recorded error. After an error frame the connection
@@ -236,9 +239,13 @@ async fn drain(stream: &mut SplitStream<Socket>) {
 /// Sends what there is to send and then pings; returns only when the relay has to close the connection.
 async fn send(sink: &mut Sink, shared: &Shared, cursor: Option<u64>) -> Result<(), WsError> {
     let Shared { options, counters, .. } = shared;
-    let Some(mut frames) = Frames::from(shared, cursor).await else {
+    let is_outdated = cursor.is_some_and(|cursor| cursor < options.oldest);
+    let Some(mut frames) = Frames::from(shared, cursor.map(|cursor| cursor.max(options.oldest))).await else {
         return sink.send(Message::Binary(future_cursor())).await;
     };
+    if is_outdated {
+        sink.send(Message::Binary(outdated_cursor())).await?;
+    }
     let rate = options.rate.filter(|&rate| rate > 0);
     let started = Instant::now();
     let mut sent: u64 = 0;

@@ -58,7 +58,7 @@ impl Served {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let counters = Arc::new(Counters::default());
         let stop = CancellationToken::new();
-        let relay = RelayOptions { source: Source::Network(network.clone()), rate: None };
+        let relay = RelayOptions { source: Source::Network(network.clone()), rate: None, oldest: 0 };
         tokio::spawn(serve(listener, relay, Arc::clone(&counters), stop.clone()));
         _ = rustls::crypto::ring::default_provider().install_default();
         let variables = [("PLC_URL", url.as_str()), ("ALLOW_PRIVATE_ADDRESSES", "true")];

@@ -242,8 +242,12 @@ impl Relay {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(Counters::default());
         let shutdown = CancellationToken::new();
-        let task =
-            tokio::spawn(serve(listener, RelayOptions { source, rate }, counters.clone(), shutdown.clone()));
+        let task = tokio::spawn(serve(
+            listener,
+            RelayOptions { source, rate, oldest: 0 },
+            counters.clone(),
+            shutdown.clone(),
+        ));
         Relay { address, counters, shutdown, task }
     }
 

@@ -49,8 +49,6 @@ pub struct Relay {
     connection: Option<Subscription>,
     /// The position before an unusable frame, and how often that frame was seen.
     bad_frame: Option<(Option<i64>, u32)>,
-    /// The position for which the relay reported that it no longer has the events after it.
-    outdated: Option<i64>,
     /// When a message from the relay was last logged, and how many were suppressed since.
     info: Option<(Instant, u64)>,
     /// Whether a connection has been logged since the last event.
@@ -157,7 +155,6 @@ impl Relay {
             tls,
             connection: None,
             bad_frame: None,
-            outdated: None,
             info: None,
             announced: false,
         })
@@ -285,21 +282,17 @@ impl Relay {
         Ok(Some(arrival))
     }
 
-    /// The gap that the relay reports, counted once however often it is repeated.
+    /// The gap that the relay reports, once however often it says so. If the next event is not appended, it is reported again on
+    /// the next connection.
     fn outdated_cursor(&mut self, message: &str) -> Result<(), OriginError> {
-        let before = self.outdated;
         let connection = connected(&mut self.connection)?;
         let from = connection.from;
-        if std::mem::replace(&mut connection.outdated, true)
-            || from == Some(0)
-            || (from.is_some() && before == from)
-        {
+        if std::mem::replace(&mut connection.outdated, true) || from == Some(0) {
             return Ok(());
         }
         let reason =
             format!("the relay no longer has the requested events (OutdatedCursor): {}", shorten(message));
         connection.gap.get_or_insert(Gap::new(reason, from));
-        self.outdated = from;
         Ok(())
     }
 

@@ -55,7 +55,7 @@ impl Relay {
         let address = listener.local_addr().unwrap();
         let counters = Arc::new(Counters::default());
         let stop = CancellationToken::new();
-        let options = RelayOptions { source: Source::Network(network.clone()), rate };
+        let options = RelayOptions { source: Source::Network(network.clone()), rate, oldest: 0 };
         tokio::spawn(simulate::serve(listener, options, Arc::clone(&counters), stop.clone()));
         let frames = network.clone();
         let last_seq =
@@ -83,7 +83,7 @@ pub async fn serve(source: Source, rate: Option<u32>) -> (String, DropGuard) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}", listener.local_addr().unwrap());
     let stop = CancellationToken::new();
-    let options = RelayOptions { source, rate };
+    let options = RelayOptions { source, rate, oldest: 0 };
     tokio::spawn(simulate::serve(listener, options, Arc::new(Counters::default()), stop.clone()));
     (url, stop.drop_guard())
 }

@@ -77,6 +77,12 @@ impl Tables {
         self
     }
 
+    /// A column of a table, by the rows' keys.
+    pub fn values(&self, table: &'static str, column: &str) -> BTreeMap<String, Value> {
+        let rows = self.rows(table).iter();
+        rows.map(|(key, row)| (key.clone(), row.get(column).cloned().unwrap_or_default())).collect()
+    }
+
     /// Takes over the dates of `other` where these are the ones that were found.
     pub fn accept_dates(&mut self, other: &Tables, found: &Tables) {
         for (table, rows) in &mut self.0 {
