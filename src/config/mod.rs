@@ -82,7 +82,7 @@ impl Config {
     /// those that the pipelines and the tasks need come first.
     #[must_use]
     pub fn repairers(&self) -> usize {
-        self.repair_concurrency.min(self.db_pool_size.saturating_sub(self.parallel_consumers + 2))
+        (2 * self.repair_concurrency).min(self.db_pool_size.saturating_sub(self.parallel_consumers + 2))
     }
 
     /// The key with the name of the relay that the cursor belongs to.

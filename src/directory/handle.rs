@@ -35,7 +35,9 @@ impl Directory {
         let answer = match asked {
             Ok(Ok(answer)) => answer,
             Ok(Err(HttpError::Refused(_))) => return Ok(None),
-            Ok(Err(HttpError::Failed(reason))) => return Err(LookupError::Away(format!("{host}: {reason}"))),
+            Ok(Err(HttpError::Failed(reason) | HttpError::Slow(reason))) => {
+                return Err(LookupError::Away(format!("{host}: {reason}")));
+            }
             Err(_) => return Err(LookupError::Away(format!("{host}: no answer within {TIME_LIMIT:?}"))),
         };
         match answer.status {

@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::guard::Guard;
-use super::repository::{LARGE, LONGEST, SLOWEST, SPEED};
+use super::repository::{LARGE, LONGEST, SLOWEST, SLOWEST_LARGE, SPEED};
 use super::tls;
 use crate::config::Config;
 
@@ -45,6 +45,9 @@ pub enum HttpError {
     /// The host cannot be reached, or ended the connection.
     #[error("{0}")]
     Failed(String),
+    /// It takes too long.
+    #[error("{0}")]
+    Slow(String),
 }
 
 /// A client.
@@ -121,7 +124,7 @@ impl Http {
         max_bytes: usize,
         large: &Semaphore,
     ) -> Result<Answer, HttpError> {
-        let slow = |_| HttpError::Failed(format!("no answer within {SPEED:?}"));
+        let slow = |_| HttpError::Slow(format!("no answer within {SPEED:?}"));
         let answer = tokio::time::timeout(SPEED, self.ask(url, None)).await.map_err(slow)??;
         let status = answer.status().as_u16();
         let retry_after = retry_after(answer.headers());
@@ -132,11 +135,11 @@ impl Http {
         let mut since = (began, 0);
         loop {
             if began.elapsed() > LONGEST {
-                return Err(HttpError::Failed(format!("not complete within {} s", LONGEST.as_secs())));
+                return Err(HttpError::Slow(format!("not complete within {} s", LONGEST.as_secs())));
             }
             let frame = tokio::time::timeout(SPEED, body.frame());
             let Some(frame) =
-                frame.await.map_err(|_| HttpError::Failed(format!("nothing within {SPEED:?}")))?
+                frame.await.map_err(|_| HttpError::Slow(format!("nothing within {SPEED:?}")))?
             else {
                 break;
             };
@@ -153,8 +156,10 @@ impl Http {
             let elapsed = since.0.elapsed();
             if elapsed >= SPEED {
                 let speed = (bytes.len() - since.1) as u64 / elapsed.as_secs().max(1);
-                if speed < SLOWEST {
-                    return Err(HttpError::Failed(format!("{speed} bytes per second are too slow")));
+                // Others wait for the turn.
+                let slowest = if turn.is_some() { SLOWEST_LARGE } else { SLOWEST };
+                if speed < slowest {
+                    return Err(HttpError::Slow(format!("{speed} bytes per second are too slow")));
                 }
                 since = (Instant::now(), bytes.len());
             }

@@ -2,7 +2,6 @@
 
 use serde::Deserialize;
 
-use super::http::HttpError;
 use super::{Directory, LookupError, host_of};
 use crate::config::Backfill;
 
@@ -81,7 +80,7 @@ impl Directory {
         let asked = tokio::time::timeout(TIME_LIMIT, self.http.get(&url, MAX_PAGE)).await;
         let answer = match asked {
             Err(_) => return Err(away(format!("no answer within {} s", TIME_LIMIT.as_secs()))),
-            Ok(Err(HttpError::Refused(reason) | HttpError::Failed(reason))) => return Err(away(reason)),
+            Ok(Err(error)) => return Err(away(error.to_string())),
             Ok(Ok(answer)) => answer,
         };
         if answer.status != 200 {

@@ -32,6 +32,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(5);
 const MAX_DOCUMENT: usize = 256 * 1024;
 /// How long a host is left alone that answers 429 or 503 without saying for how long.
 const BACK_OFF: Duration = Duration::from_secs(10);
+/// How long a directory is left alone that has not answered in time.
+const HUNG: Duration = Duration::from_secs(5);
 /// Upper bound for a host's Retry-After.
 const MAX_BACK_OFF: Duration = Duration::from_mins(10);
 /// How long a document counts as just looked up, and how many are kept.
@@ -51,6 +53,15 @@ pub enum LookupError {
     Away(String),
 }
 
+/// What is remembered about a host.
+#[derive(Clone, Copy, Default)]
+struct Closed {
+    /// When it may be asked again.
+    until: Option<Instant>,
+    /// How often in a row it has hung.
+    hung: u32,
+}
+
 /// Looks up DID documents.
 pub struct Directory {
     http: Http,
@@ -58,8 +69,8 @@ pub struct Directory {
     /// Whether did:web may name a host of this network, for development.
     private: bool,
     slots: Semaphore,
-    /// When a host may be asked again.
-    closed: Mutex<HashMap<String, Instant>>,
+    /// Hosts that are to be left alone, and those that hung when they were last asked.
+    closed: Mutex<HashMap<String, Closed>>,
     /// Documents that were just looked up.
     recent: Mutex<HashMap<String, (Instant, Document)>>,
     hosts: repository::Hosts,
@@ -93,7 +104,16 @@ impl Directory {
     ///
     /// [`LookupError`]; each is counted.
     pub async fn document(&self, did: &str) -> Result<Document, LookupError> {
-        let looked_up = self.look_up(did).await;
+        self.document_within(did, TIME_LIMIT).await
+    }
+
+    /// The document of `did`, if it comes within this time.
+    ///
+    /// # Errors
+    ///
+    /// [`LookupError`]; each is counted.
+    pub async fn document_within(&self, did: &str, limit: Duration) -> Result<Document, LookupError> {
+        let looked_up = self.look_up(did, limit).await;
         metrics::lookup(match &looked_up {
             Ok(_) => "found",
             Err(LookupError::None(_)) => "none",
@@ -123,21 +143,25 @@ impl Directory {
         lock(&self.recent).remove(did);
     }
 
-    async fn look_up(&self, did: &str) -> Result<Document, LookupError> {
+    async fn look_up(&self, did: &str, limit: Duration) -> Result<Document, LookupError> {
         let url = self.url(did)?;
         let host = host_of(&url);
         self.wait_is_over(&host)?;
         let Ok(_slot) = self.slots.acquire().await else {
             return Err(LookupError::Away("the program is stopping".to_owned()));
         };
-        let asked = tokio::time::timeout(TIME_LIMIT, self.http.get(&url, MAX_DOCUMENT)).await;
+        let asked = tokio::time::timeout(limit, self.http.get(&url, MAX_DOCUMENT)).await;
         let away = |reason: String| LookupError::Away(format!("{host}: {reason}"));
         let answer = match asked {
-            Err(_) => return Err(away(format!("no answer within {} s", TIME_LIMIT.as_secs()))),
+            Err(_) => {
+                // Or each of thousands of lookups would wait as long.
+                self.leave_alone(&host, HUNG);
+                return Err(away(format!("no answer within {} s", limit.as_secs())));
+            }
             Ok(Err(HttpError::Refused(reason))) => {
                 return Err(LookupError::None(format!("{host}: {reason}")));
             }
-            Ok(Err(HttpError::Failed(reason))) => return Err(away(reason)),
+            Ok(Err(error)) => return Err(away(error.to_string())),
             Ok(Ok(answer)) => answer,
         };
         match answer.status {
@@ -190,20 +214,50 @@ impl Directory {
 
     /// How long the host still has to be left alone.
     fn wait(&self, host: &str) -> Option<Duration> {
-        let left = lock(&self.closed).get(host)?.saturating_duration_since(Instant::now());
+        let left = lock(&self.closed).get(host)?.until?.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }
 
     fn close(&self, host: &str, answer: &Answer) {
-        let wait = answer.retry_after.unwrap_or(BACK_OFF).min(MAX_BACK_OFF);
+        self.leave_alone(host, answer.retry_after.unwrap_or(BACK_OFF).min(MAX_BACK_OFF));
+    }
+
+    fn leave_alone(&self, host: &str, wait: Duration) {
         let mut closed = lock(&self.closed);
-        if closed.len() >= MAX_HOSTS {
-            let now = Instant::now();
-            closed.retain(|_, until| *until > now);
+        let Closed { until, hung } = closed.get(host).copied().unwrap_or_default();
+        let until = until.max(Some(Instant::now() + wait));
+        insert(&mut closed, host, Closed { until, hung });
+    }
+
+    /// A server was too slow for a repository: the next one waits, and longer each time.
+    pub fn hung(&self, server: &str) {
+        let host = host_of(server);
+        let now = Instant::now();
+        let mut closed = lock(&self.closed);
+        let Closed { until, hung } = closed.get(&host).copied().unwrap_or_default();
+        // Else this is one of several requests that hung together.
+        if until.is_none_or(|until| until <= now) {
+            let wait = BACK_OFF.saturating_mul(1 << hung.min(10)).min(MAX_BACK_OFF);
+            insert(&mut closed, &host, Closed { until: Some(now + wait), hung: hung + 1 });
         }
-        if closed.len() < MAX_HOSTS {
-            closed.insert(host.to_owned(), Instant::now() + wait);
+    }
+
+    /// The host does what is asked.
+    fn answers(&self, host: &str) {
+        let mut closed = lock(&self.closed);
+        if closed.get(host).is_some_and(|closed| closed.until <= Some(Instant::now())) {
+            closed.remove(host);
         }
+    }
+}
+
+fn insert(closed: &mut HashMap<String, Closed>, host: &str, what: Closed) {
+    if closed.len() >= MAX_HOSTS {
+        let now = Some(Instant::now());
+        closed.retain(|_, closed| closed.until > now);
+    }
+    if closed.len() < MAX_HOSTS {
+        closed.insert(host.to_owned(), what);
     }
 }
 

@@ -18,6 +18,8 @@ pub const MAX_REPOSITORY: usize = 64 * 1024 * 1024;
 pub(super) const LARGE: usize = 8 * 1024 * 1024;
 /// A transfer that is slower than this, in bytes per second, is given up.
 pub(super) const SLOWEST: u64 = 10 * 1024;
+/// The same while others wait for this one to end.
+pub(super) const SLOWEST_LARGE: u64 = 256 * 1024;
 /// So is one that takes longer than this, however fast it is.
 pub(super) const LONGEST: Duration = Duration::from_mins(15);
 /// The speed is looked at this often.
@@ -100,13 +102,18 @@ impl Directory {
             return Err(FetchError::Busy { reason, wait: Duration::from_secs(1) });
         };
         let url = format!("{server}/xrpc/com.atproto.sync.getRepo?did={did}");
-        let answer =
-            self.http.download(&url, MAX_REPOSITORY, &self.large).await.map_err(|error| match error {
-                HttpError::Refused(reason) => FetchError::Refused(format!("{host}: {reason}")),
-                HttpError::Failed(reason) => {
-                    FetchError::Away { reason: format!("{host}: {reason}"), retry_after: None }
+        let answer = self.http.download(&url, MAX_REPOSITORY, &self.large).await.map_err(|error| {
+            let reason = format!("{host}: {error}");
+            match error {
+                HttpError::Refused(_) => FetchError::Refused(reason),
+                HttpError::Failed(_) => FetchError::Away { reason, retry_after: None },
+                HttpError::Slow(_) => {
+                    self.hung(server);
+                    FetchError::Away { reason, retry_after: self.wait(&host) }
                 }
-            })?;
+            }
+        })?;
+        self.answers(&host);
         match answer.status {
             200 => Ok(answer.body),
             400 | 404 => {

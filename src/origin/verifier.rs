@@ -386,10 +386,10 @@ async fn judge(
         return (Outcome::Invalid(foreign(&sound)), None);
     }
     // The account may have a new key, and not have said so.
-    let key: Option<Key> = match tokio::time::timeout(SECOND_LOOK, directory.document(claim.did)).await {
-        Ok(Ok(document)) => document.key,
+    let key: Option<Key> = match directory.document_within(claim.did, SECOND_LOOK).await {
+        Ok(document) => document.key,
         // Not the key that we know, and no other one to be had: withheld, and repaired when there is.
-        Ok(Err(LookupError::None(_) | LookupError::Away(_))) | Err(_) => None,
+        Err(LookupError::None(_) | LookupError::Away(_)) => None,
     };
     let Some(key) = key else { return (Outcome::Invalid(foreign(&sound)), None) };
     let looked_up = KnownKey::new(&key, now_ms());

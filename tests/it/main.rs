@@ -25,6 +25,7 @@ mod durability;
 mod epochs;
 mod frozen;
 mod healing;
+mod hosts;
 mod layers;
 mod lost;
 mod monitoring;

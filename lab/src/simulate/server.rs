@@ -53,11 +53,10 @@ impl Server {
     /// The account's document; its server is the one that was asked, or the second one on the same host.
     fn document(&self, did: &str, asked: &str) -> Option<Value> {
         let account = *self.accounts.get(did)?;
-        let host = match self.published.has_moved(account) {
-            false => asked.to_owned(),
-            true => {
-                format!("{}:{}", asked.rsplit_once(':').map_or(asked, |(host, _)| host), self.second)
-            }
+        let host = if self.published.has_moved(account) {
+            format!("{}:{}", asked.rsplit_once(':').map_or(asked, |(host, _)| host), self.second)
+        } else {
+            asked.to_owned()
         };
         let key = Key::of(self.seed, account, self.published.changes(account));
         Some(json!({

@@ -205,6 +205,17 @@ impl Signed {
         write_all(&[root], &blocks).unwrap()
     }
 
+    /// The same without every second record: signed, and not whole.
+    pub fn repository_with_half(&self) -> Vec<u8> {
+        let (_, data, nodes) = self.tree();
+        let (root, commit) = self.object(self.rev.as_deref().unwrap(), data);
+        let mut blocks = vec![Block { cid: root, data: commit }];
+        blocks.extend(nodes.into_iter().map(|(cid, data)| Block { cid, data }));
+        let records = self.records.values().step_by(2);
+        blocks.extend(records.map(|cid| Block { cid: *cid, data: self.blocks[cid].clone() }));
+        write_all(&[root], &blocks).unwrap()
+    }
+
     fn object(&self, rev: &str, data: Cid) -> (Cid, Vec<u8>) {
         let mut fields = vec![
             ("did", Value::Text(&self.did)),
