@@ -18,7 +18,7 @@ use standpipe_lab::bench::machine;
 
 /// What a server does with every request.
 #[derive(Clone, Copy, Debug)]
-enum Behaviour {
+pub enum Behaviour {
     /// Says that it is asked too much.
     Busy,
     /// Never answers.
@@ -29,14 +29,14 @@ enum Behaviour {
     Floods,
 }
 
-struct Server {
-    url: String,
+pub struct Server {
+    pub url: String,
     requests: Arc<AtomicU64>,
     _serving: AbortOnDropHandle<()>,
 }
 
 impl Server {
-    async fn start(behaviour: Behaviour) -> Self {
+    pub async fn start(behaviour: Behaviour) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(AtomicU64::new(0));
@@ -87,7 +87,7 @@ async fn answer(mut stream: TcpStream, behaviour: Behaviour, requests: &AtomicU6
 }
 
 /// Queues the repositories of accounts whose DIDs match, as repairs.
-async fn queue(database: &str, dids: &[&Signed]) {
+pub async fn queue(database: &str, dids: &[&Signed]) {
     let dids: Vec<String> = dids.iter().map(|account| format!("('{}')", account.did)).collect();
     let sql = format!(
         "INSERT INTO standpipe.repos AS r (did, state, class, reason)

@@ -26,6 +26,7 @@ mod epochs;
 mod frozen;
 mod healing;
 mod hosts;
+mod latency;
 mod layers;
 mod lost;
 mod monitoring;

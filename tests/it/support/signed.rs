@@ -245,6 +245,7 @@ struct Shared {
     repositories: Mutex<HashMap<String, Answer>>,
     handles: Mutex<HashMap<String, String>>,
     away: AtomicBool,
+    hangs: AtomicBool,
     requests: AtomicU64,
     fetches: AtomicU64,
 }
@@ -319,6 +320,11 @@ impl Plc {
         self.shared.away.store(away, Ordering::SeqCst);
     }
 
+    /// Whether it accepts requests and never answers them.
+    pub fn set_hangs(&self, hangs: bool) {
+        self.shared.hangs.store(hangs, Ordering::SeqCst);
+    }
+
     /// How often it was asked.
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::SeqCst)
@@ -333,6 +339,9 @@ impl Drop for Plc {
 
 async fn document(State(shared): State<Arc<Shared>>, Path(did): Path<String>) -> (StatusCode, String) {
     shared.requests.fetch_add(1, Ordering::SeqCst);
+    if shared.hangs.load(Ordering::SeqCst) {
+        std::future::pending::<()>().await;
+    }
     if shared.away.load(Ordering::SeqCst) {
         return (StatusCode::BAD_GATEWAY, String::new());
     }

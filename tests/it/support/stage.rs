@@ -23,6 +23,16 @@ pub struct Stage {
 
 impl Stage {
     pub async fn start(plc: Plc, frames: Vec<(i64, Vec<u8>)>, settings: &[(&'static str, &str)]) -> Self {
+        Self::start_on(Postgres::shared().await.fresh_database().await, plc, frames, settings).await
+    }
+
+    /// The same with this database.
+    pub async fn start_on(
+        database: String,
+        plc: Plc,
+        frames: Vec<(i64, Vec<u8>)>,
+        settings: &[(&'static str, &str)],
+    ) -> Self {
         let (allowed, gate) = watch::channel(0);
         let frames = Arc::new(frames);
         let relay = ScriptedRelay::start(move |mut connection| {
@@ -41,7 +51,6 @@ impl Stage {
             }
         })
         .await;
-        let database = Postgres::shared().await.fresh_database().await;
         let chain = Chain::with_database(&network(1), None, database).await;
         let mut variables: Variables = chain
             .variables()

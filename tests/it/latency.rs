@@ -1,0 +1,134 @@
+//! What is checked and repaired in the background does not delay live events: from the relay's send to the commit, with a directory
+//! that hangs from the start, and with bad servers in the queue.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use standpipe_lab::servers::PostgresOptions;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::hosts::{Behaviour, Server, queue};
+use crate::support::signed::{Plc, Signed};
+use crate::support::stage::{Frames, Stage, write};
+use crate::support::{Postgres, query_rows, query_value, wait_until};
+
+/// The time between two events.
+const BEAT: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Calm,
+    DirectoryHangs,
+    BadServers,
+}
+
+fn micros() -> i64 {
+    i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
+    let long = std::env::var_os("STANDPIPE_LONG").is_some();
+    let (rounds, events) = if long { (5, 1000) } else { (1, 200) };
+    let plc = Plc::start().await;
+    let mut frames = Frames::default();
+    let mut bad = Vec::new();
+    let servers = [
+        Server::start(Behaviour::Hangs).await,
+        Server::start(Behaviour::Trickles).await,
+        Server::start(Behaviour::Floods).await,
+    ];
+    for number in 0..30 {
+        let mut account = Signed::new(900 + number);
+        frames.commit(&mut account, &[write("bad")]);
+        plc.put(&account.did, account.document(&servers[number as usize % 3].url));
+        bad.push(account);
+    }
+    // Each phase has accounts that nobody has seen before: their keys are unknown.
+    let phases: Vec<Phase> =
+        (0..rounds).flat_map(|_| [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers]).collect();
+    for (number, _) in phases.iter().enumerate() {
+        let first = u32::try_from(number).unwrap() * 50;
+        let mut accounts: Vec<Signed> = (first..first + 50).map(Signed::new).collect();
+        for event in 0..events {
+            let seq = frames.0.len() + 1;
+            frames.commit(&mut accounts[event % 50], &[write(&seq.to_string())]);
+        }
+        for account in &accounts {
+            plc.publish(account);
+        }
+    }
+    let settings = vec![("track_commit_timestamp".to_owned(), "on".to_owned())];
+    let postgres = Postgres::start_with(PostgresOptions { settings, ..Postgres::options() }).await;
+    let database = postgres.fresh_database().await;
+    let mut stage = Stage::start_on(database.clone(), plc, frames.0, &[]).await;
+    stage.send(bad.len()).await;
+    stage.all_checked().await;
+    let bad: Vec<&Signed> = bad.iter().collect();
+
+    let mut sent: HashMap<String, (i64, usize)> = HashMap::new();
+    let mut seq = bad.len();
+    for (number, phase) in phases.iter().enumerate() {
+        stage.plc.set_hangs(*phase == Phase::DirectoryHangs);
+        if *phase == Phase::BadServers {
+            queue(&database, &bad).await;
+        }
+        let mut beat = tokio::time::interval(BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        for _ in 0..events {
+            beat.tick().await;
+            seq += 1;
+            sent.insert(seq.to_string(), (micros(), number));
+            stage.allow(1);
+        }
+        let all =
+            format!("SELECT count(*) FROM posts WHERE text <> 'bad' HAVING count(*) = {}", seq - bad.len());
+        wait_until("the phase's events to be applied", crate::support::chain::RUN, async || {
+            !query_rows(&database, &all).await.is_empty()
+        })
+        .await;
+        if *phase == Phase::DirectoryHangs {
+            assert!(stage.unchecked().await > 0, "the directory did not hang");
+        }
+        stage.plc.set_hangs(false);
+        let returned = Instant::now();
+        stage.all_checked().await;
+        let checked = returned.elapsed();
+        println!("{phase:?}: everything is checked {checked:.1?} later");
+        assert!(checked < Duration::from_mins(1));
+    }
+    assert_eq!(stage.verified("signature").await, 0.0, "something was withheld");
+    assert!(
+        query_value(&database, "SELECT max(attempts) FROM standpipe.repos").await != "0",
+        "no bad server was asked"
+    );
+
+    let committed =
+        "SELECT text, (extract(epoch FROM pg_xact_commit_timestamp(xmin)) * 1000000)::bigint FROM posts
+                     WHERE text <> 'bad'";
+    let mut waits: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    for row in query_rows(&database, committed).await {
+        let (at, number) = sent[row[0].as_deref().unwrap()];
+        let committed: i64 = row[1].as_ref().unwrap().parse().unwrap();
+        waits.entry(number).or_default().push((committed - at) as f64 / 1000.0);
+    }
+    let mut figures: BTreeMap<Phase, Vec<(f64, f64)>> = BTreeMap::new();
+    for (number, mut waits) in waits {
+        waits.sort_by(f64::total_cmp);
+        let at = |share: usize| waits[(waits.len() - 1) * share / 100];
+        figures.entry(phases[number]).or_default().push((at(50), at(99)));
+    }
+    let median = |phase: Phase, which: fn(&(f64, f64)) -> f64| {
+        let mut all: Vec<f64> = figures[&phase].iter().map(which).collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    for phase in [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers] {
+        let (p50, p99) = (median(phase, |both| both.0), median(phase, |both| both.1));
+        println!("{phase:?}: p50 {p50:.1} ms, p99 {p99:.1} ms; {:.1?}", figures[&phase]);
+        let calm = median(Phase::Calm, |both| both.1);
+        // A short run on a busy machine shows only what waits for seconds.
+        let most = if long { calm * 1.2 } else { calm + 1000.0 };
+        assert!(p99 <= most, "{phase:?}: {p99:.1} ms");
+    }
+}
