@@ -105,4 +105,21 @@ mod tests {
         assert_eq!(parse("2026-11-21T04:17:51-00:00"), None);
         assert_eq!(parse("ü026-11-21T04:17:51Zaaaaaaaaa"), None);
     }
+    #[test]
+    fn the_official_vectors_hold() {
+        let lines = |vectors: &'static str| {
+            vectors.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect::<Vec<_>>()
+        };
+        let valid = lines(include_str!("../../tests/fixtures/interop/syntax/datetime_syntax_valid.txt"));
+        let invalid = lines(include_str!("../../tests/fixtures/interop/syntax/datetime_syntax_invalid.txt"));
+        let impossible =
+            lines(include_str!("../../tests/fixtures/interop/syntax/datetime_parse_invalid.txt"));
+        assert!(valid.len() > 20 && invalid.len() > 20 && impossible.len() > 5);
+        for text in valid {
+            assert!(parse(text).is_some(), "{text}");
+        }
+        for text in invalid.into_iter().chain(impossible) {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
 }

@@ -65,13 +65,17 @@ pub(super) fn reject(error: &serde_json::Error) -> Reject {
 }
 
 /// The record paths of <https://atproto.com/specs/repository>: an NSID and a record key.
+/// The longest record key (<https://atproto.com/specs/record-key>).
+const MAX_RKEY: usize = 512;
+
 pub(super) fn split_path(path: &str) -> Result<(&str, &str), Reject> {
     let key = |c: u8| c.is_ascii_alphanumeric() || b"._:~-".contains(&c);
     match path.split_once('/') {
         Some((collection, rkey))
             if collection.contains('.')
                 && collection.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'.' || c == b'-')
-                && !rkey.is_empty()
+                && (1..=MAX_RKEY).contains(&rkey.len())
+                && !matches!(rkey, "." | "..")
                 && rkey.bytes().all(key) =>
         {
             Ok((collection, rkey))
@@ -89,6 +93,7 @@ pub(super) fn check_did(did: &str) -> Result<(), Reject> {
             !method.is_empty()
                 && method.bytes().all(|c| c.is_ascii_lowercase())
                 && !id.is_empty()
+                && !id.ends_with([':', '%'])
                 && id.bytes().all(|c| c.is_ascii_alphanumeric() || b"._:%-".contains(&c))
         });
     if ok {
@@ -127,5 +132,37 @@ impl<'a> StrongRef<'a> {
             return Err(Reject::new(Reason::InvalidField, "the CID is longer than 255 characters"));
         }
         Ok((self.uri, cid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(vectors: &str) -> impl Iterator<Item = &str> {
+        vectors.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
+    }
+
+    #[test]
+    fn the_official_vectors_for_dids_and_record_keys_hold() {
+        let valid = include_str!("../../tests/fixtures/interop/syntax/did_syntax_valid.txt");
+        let invalid = include_str!("../../tests/fixtures/interop/syntax/did_syntax_invalid.txt");
+        // Longer ones are valid, and do not fit into the tables.
+        for did in lines(valid).filter(|did| did.len() <= MAX_NAME) {
+            assert!(check_did(did).is_ok(), "{did}");
+        }
+        for did in lines(invalid) {
+            assert!(check_did(did).is_err(), "{did}");
+        }
+        let valid = include_str!("../../tests/fixtures/interop/syntax/recordkey_syntax_valid.txt");
+        let invalid = include_str!("../../tests/fixtures/interop/syntax/recordkey_syntax_invalid.txt");
+        let path = |key: &str| format!("app.bsky.feed.post/{key}");
+        for key in lines(valid) {
+            assert!(split_path(&path(key)).is_ok(), "{key}");
+        }
+        for key in lines(invalid) {
+            assert!(split_path(&path(key)).is_err(), "{key}");
+        }
+        assert!(lines(valid).count() > 5 && lines(invalid).count() > 5);
     }
 }

@@ -16,10 +16,6 @@ impl Directory {
     pub async fn handle(&self, did: &str) -> Result<Option<String>, LookupError> {
         let document = self.recent_document(did).await?;
         let Some(handle) = document.handle.map(|handle| handle.to_ascii_lowercase()) else { return Ok(None) };
-        let plain = handle.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.'));
-        if handle.len() > 253 || !handle.contains('.') || !plain {
-            return Ok(None);
-        }
         // Names for development exist in no public directory: the account's server answers for them.
         let server = document.server.filter(|_| self.private && handle.rsplit('.').next() == Some("test"));
         let url = match server {

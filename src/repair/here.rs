@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{RepairError, Repairer};
 use crate::apply::{Context, interpret};
 use crate::config::TransactionMode;
-use crate::event::{Entry, Event};
+use crate::event::{Entry, EntryId, Event};
 use crate::store::{Fate, Session};
 
 /// Entries of up to 200 operations that are applied at a time.
@@ -14,19 +14,18 @@ const PART: usize = 8;
 const AGAIN: Duration = Duration::from_millis(50);
 
 impl Repairer {
-    /// Applies entries with the place of one that would be appended now. What cannot be applied is left: the next comparison
-    /// finds it again.
+    /// Applies entries with the place of one that would have been appended then. What cannot be applied is left: the next
+    /// comparison finds it again.
     pub(super) async fn apply_here(
         &self,
         session: &Session,
         entries: Vec<String>,
+        (id, seq): &(EntryId, String),
     ) -> Result<(), RepairError> {
-        let mut stream = self.redis.connect().await?;
-        let (id, seq) = stream.place().await?;
-        let epochs = stream.epochs().await?;
+        let epochs = self.redis.connect().await?.epochs().await?;
         let entries: Vec<Entry> = entries
             .into_iter()
-            .map(|data| Entry { id, event_type: "commit".to_owned(), data, seq: seq.clone() })
+            .map(|data| Entry { id: *id, event_type: "commit".to_owned(), data, seq: seq.clone() })
             .collect();
         for part in entries.chunks(PART) {
             let mut events: Vec<Event<'_>> =

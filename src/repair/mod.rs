@@ -109,6 +109,9 @@ pub enum RepairError {
     Redis(#[from] StreamError),
 }
 
+/// Where the reader was: the id of the last entry, and the number of the last event.
+type Place = (EntryId, String);
+
 /// A repository, not read yet.
 struct Fetched {
     key: Key,
@@ -240,6 +243,13 @@ impl Repairer {
 
     async fn attempt(&self, session: &Session, queued: &Queued) -> Result<Outcome, RepairError> {
         crash::panic_over("repair", &queued.did);
+        let statuses = session.statuses(&[&queued.did]).await?;
+        if statuses.get(&queued.did).is_some_and(|(_, status)| status.as_deref() == Some("deleted")) {
+            let message = Some("the account is deleted".to_owned());
+            return Ok(Outcome::Finished(Finished { state: "gone", message, ..Finished::default() }));
+        }
+        // Whatever is read from now on is newer than the repository, above all that the account is deleted.
+        let place = self.redis.connect().await?.place().await?;
         let (fetched, _slot) = self.fetch_in_turn(&queued.did).await;
         let Fetched { key, car, host } = match fetched {
             Ok(fetched) => fetched,
@@ -259,7 +269,7 @@ impl Repairer {
         if let Err(message) = check_rev(&rev, now_ms()) {
             return Ok(Outcome::failed(host, message));
         }
-        self.compare(session, queued, &repository, host).await
+        self.compare(session, queued, &repository, &place, host).await
     }
 
     /// Fetches a repository when there is a slot for it, and keeps the slot for what is done with it.
@@ -330,6 +340,7 @@ impl Repairer {
         session: &Session,
         queued: &Queued,
         repository: &Repository<'_>,
+        place: &Place,
         host: Option<String>,
     ) -> Result<Outcome, RepairError> {
         let (did, rev, data) = (&queued.did, &repository.commit.rev, repository.commit.data.to_string());
@@ -350,7 +361,7 @@ impl Repairer {
         session.complete_repo(did, rev).await?;
         crash::at(Point::AfterComplete);
         // Now nothing older can come any more.
-        let Some(refused) = self.write_until_equal(session, queued, repository).await? else {
+        let Some(refused) = self.write_until_equal(session, queued, repository, place).await? else {
             let message = "the pipelines have not applied it in time; it will be compared again".to_owned();
             return Ok(Outcome::failed(host, message));
         };
@@ -373,6 +384,7 @@ impl Repairer {
         session: &Session,
         queued: &Queued,
         repository: &Repository<'_>,
+        place: &Place,
     ) -> Result<Option<usize>, RepairError> {
         let did = &queued.did;
         let mut stream = self.redis.connect().await?;
@@ -390,8 +402,8 @@ impl Repairer {
             let rev = &repository.commit.rev;
             let (entries, _) = entries_of(did, rev, &difference.ops(), &repository.archive);
             if queued.is_backfill {
-                self.apply_here(session, entries).await?;
-            } else if let Some(last) = self.append(&mut stream, entries).await? {
+                self.apply_here(session, entries, place).await?;
+            } else if let Some(last) = self.append(&mut stream, entries, &place.1).await? {
                 crash::at(Point::AfterRepair);
                 if !acknowledged(&mut stream, last).await? {
                     return Ok(None);
@@ -409,6 +421,7 @@ impl Repairer {
         &self,
         stream: &mut Stream,
         entries: Vec<String>,
+        seq: &str,
     ) -> Result<Option<EntryId>, RepairError> {
         let mut last = None;
         let mut part = Vec::new();
@@ -419,7 +432,7 @@ impl Repairer {
             part.push(entry);
             if bytes >= APPEND_BYTES || entries.peek().is_none() {
                 last = loop {
-                    if let Some(id) = stream.append_repair(&part, self.config.max_stream_len).await? {
+                    if let Some(id) = stream.append_repair(&part, seq, self.config.max_stream_len).await? {
                         break Some(id);
                     }
                     tokio::time::sleep(ROOM).await;

@@ -86,7 +86,42 @@ impl Document {
                 .and_then(|service| service.endpoint.as_str())
                 .filter(|server| server.len() <= MAX_SERVER)
                 .map(str::to_owned),
-            handle: handle.filter(|handle| handle.len() <= MAX_HANDLE).map(str::to_owned),
+            handle: handle.filter(|handle| is_handle(handle)).map(str::to_owned),
         })
+    }
+}
+
+/// Whether this is a handle (<https://atproto.com/specs/handle>): a domain name whose last part begins with a letter.
+#[must_use]
+pub fn is_handle(text: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    text.len() <= MAX_HANDLE
+        && text.split('.').all(is_label)
+        && text.rsplit_once('.').is_some_and(|(_, last)| last.starts_with(|c: char| c.is_ascii_alphabetic()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_official_vectors_for_handles_hold() {
+        let lines = |vectors: &'static str| {
+            vectors.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect::<Vec<_>>()
+        };
+        let valid = lines(include_str!("../../tests/fixtures/interop/syntax/handle_syntax_valid.txt"));
+        let invalid = lines(include_str!("../../tests/fixtures/interop/syntax/handle_syntax_invalid.txt"));
+        assert!(valid.len() > 20 && invalid.len() > 20);
+        for handle in valid {
+            assert!(is_handle(handle), "{handle}");
+        }
+        for handle in invalid {
+            assert!(!is_handle(handle), "{handle}");
+        }
     }
 }

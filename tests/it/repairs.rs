@@ -99,6 +99,49 @@ async fn what_could_not_be_fetched_is_when_the_account_is_active_again() {
     }
 }
 
+/// Its server shows the repository, then the account is deleted, then the repair writes: nothing comes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repair_that_began_before_a_deletion_brings_nothing_back() {
+    for (class, transaction) in [(0, "event"), (0, "batch"), (2, "event")] {
+        let plc = Plc::start().await;
+        let mut account = Signed::new(1);
+        let mut frames = Frames::default();
+        frames.commit(&mut account, &[write("first")]);
+        account.commit(10, &rev(10), &[write("lost")]);
+        frames.push(|seq, _| account.commit(seq, &rev(20), &[write("second")]));
+        frames.push(|seq, _| scripted::account(seq, &account.did, Some("deleted")));
+        plc.publish(&account);
+        plc.serve(&account);
+        plc.hold(true);
+        let settings = [("TRANSACTION", transaction)];
+        let mut stage = Stage::start(plc, frames.0, &settings).await;
+        stage.send(1).await;
+        stage.all_checked().await;
+        if class == 2 {
+            // A backfill writes by itself.
+            let backfill = format!(
+                "INSERT INTO standpipe.repos (did, state, class, reason) VALUES ('{}', 'queued', 2, 'backfill')",
+                account.did
+            );
+            execute(&stage.chain.database, &backfill).await;
+        } else {
+            stage.send(1).await;
+        }
+        wait_until("the repository to be fetched", RUN, async || stage.plc.fetches() == 1).await;
+        stage.send(if class == 2 { 2 } else { 1 }).await;
+        let rows = "SELECT count(*) FROM posts";
+        wait_until("the account to be purged", RUN, async || {
+            query_value(&stage.chain.database, rows).await == "0"
+        })
+        .await;
+        stage.plc.hold(false);
+        // The commit asked for another repair, by which time there is nothing to repair.
+        stage.repo_is(&account.did, if class == 2 { "gone" } else { "synced" }).await;
+        assert_eq!(query_value(&stage.chain.database, rows).await, "0", "{class} {transaction}");
+        audited(&stage).await;
+    }
+}
+
 /// One repository that makes the program panic costs the others nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_that_panics_is_reported_and_harms_no_other() {

@@ -248,6 +248,8 @@ struct Shared {
     hangs: AtomicBool,
     requests: AtomicU64,
     fetches: AtomicU64,
+    /// Whether answers with repositories wait.
+    held: tokio::sync::watch::Sender<bool>,
 }
 
 /// What the server answers to a request for a repository.
@@ -306,6 +308,11 @@ impl Plc {
         self.shared.handles.lock().unwrap().insert(handle.to_owned(), did.to_owned());
     }
 
+    /// Whether answers with repositories, made before, wait.
+    pub fn hold(&self, on: bool) {
+        self.shared.held.send_replace(on);
+    }
+
     /// How often it was asked for a repository.
     pub fn fetches(&self) -> u64 {
         self.shared.fetches.load(Ordering::SeqCst)
@@ -358,6 +365,8 @@ async fn repository(
     shared.fetches.fetch_add(1, Ordering::SeqCst);
     let answer = shared.repositories.lock().unwrap().get(&query["did"]).cloned();
     let answer = answer.unwrap_or_else(|| Answer::error(400, "RepoNotFound"));
+    let mut held = shared.held.subscribe();
+    held.wait_for(|held| !held).await.unwrap();
     let mut response = Response::builder().status(answer.status);
     if let Some(seconds) = answer.retry_after {
         response = response.header("retry-after", seconds);
