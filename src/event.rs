@@ -132,6 +132,12 @@ pub fn tid_bits(tid: &str) -> Option<u64> {
     Some(bits)
 }
 
+/// The TID of a number.
+#[must_use]
+pub fn tid_text(bits: u64) -> String {
+    (0..13).rev().map(|digit| char::from(TID_ALPHABET[(bits >> (5 * digit) & 31) as usize])).collect()
+}
+
 /// JSON text that PostgreSQL's `jsonb` accepts: valid, and without U+0000.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Json<'a>(pub Cow<'a, str>);
@@ -325,6 +331,7 @@ mod tests {
         // 3n2samfdihk2n is a revision of the recorded server, written at 2026-11-21T04:17:48.73xZ.
         let time = tid_time("3n2samfdihk2n").unwrap();
         assert_eq!(time.0 / 1_000_000, 1_795_234_668);
+        assert_eq!(tid_text(tid_bits("3n2samfdihk2n").unwrap()), "3n2samfdihk2n");
         assert_eq!(tid_time("too short"), None);
         assert_eq!(tid_time("zzzzzzzzzzzzz"), None);
         assert_eq!(tid_time("3n2samfdihk2!"), None);

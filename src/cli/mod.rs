@@ -59,7 +59,7 @@ pub enum Command {
         #[command(subcommand)]
         action: dead_letters::Action,
     },
-    /// List, queue or retry repositories that are compared with their accounts' servers and repaired
+    /// List, show, queue or retry repositories that are compared with their accounts' servers and repaired
     Repos {
         #[command(subcommand)]
         action: repos::Action,

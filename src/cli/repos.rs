@@ -5,12 +5,15 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Subcommand;
 use clap::builder::PossibleValuesParser;
+use serde::Serialize;
 use standpipe::config::Config;
+use standpipe::event::tid_text;
 use standpipe::out;
 use standpipe::report::table::{age, columns, grouped};
 use standpipe::store::backfills::Progress;
-use standpipe::store::repos::{self, Repo};
+use standpipe::store::repos::{self, Comparison, Repo};
 use standpipe::store::{Session, Store, StoreError};
+use standpipe::stream::Redis;
 use standpipe::time::now_ms;
 
 use super::{EX_USAGE, unavailable};
@@ -33,6 +36,15 @@ pub enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Show how much is known to be there of some accounts: unseen, proven (every commit since the first one seen), or whole
+    Show {
+        /// The accounts
+        #[arg(required = true, value_name = "DID")]
+        dids: Vec<String>,
+        /// One JSON object per line
+        #[arg(long)]
+        json: bool,
+    },
     /// Queue repositories: compare each with the tables, and repair what differs
     Add {
         /// The accounts
@@ -50,7 +62,7 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    match act(&session, action).await {
+    match act(config, &session, action).await {
         Err(error) if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_missing_table) => {
             anyhow::bail!("the database has no queue of repositories yet: run standpipe migrate")
         }
@@ -58,8 +70,16 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
     }
 }
 
-async fn act(session: &Session, action: Action) -> Result<ExitCode> {
+async fn act(config: &Config, session: &Session, action: Action) -> Result<ExitCode> {
     let client = session.client();
+    let named = match &action {
+        Action::Show { dids, .. } | Action::Add { dids } => dids.as_slice(),
+        Action::List { .. } | Action::Retry => &[],
+    };
+    if let Some(bad) = named.iter().find(|did| !did.starts_with("did:")) {
+        out::note(format_args!("standpipe: {bad} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz"));
+        return Ok(ExitCode::from(EX_USAGE));
+    }
     match action {
         Action::List { state, limit, json } => {
             let found = repos::list(client, state.as_deref().unwrap_or_default(), limit.into()).await?;
@@ -76,13 +96,8 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
             }
             out::raw(&page(&found, &counts))?;
         }
+        Action::Show { dids, json } => return show(config, client, &dids, json).await,
         Action::Add { dids } => {
-            if let Some(bad) = dids.iter().find(|did| !did.starts_with("did:")) {
-                out::note(format_args!(
-                    "standpipe: {bad} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz"
-                ));
-                return Ok(ExitCode::from(EX_USAGE));
-            }
             for did in &dids {
                 repos::queue(client, did, 1, "asked for", "").await?;
             }
@@ -96,6 +111,70 @@ async fn act(session: &Session, action: Action) -> Result<ExitCode> {
             out::line(format_args!("{} queued", given_up.len()))?;
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An account, and how much of it is known to be there.
+#[derive(Serialize)]
+struct Shown {
+    did: String,
+    state: &'static str,
+    /// Its newest verified commit in the stream.
+    newest: Option<String>,
+    #[serde(flatten)]
+    comparison: Comparison,
+}
+
+async fn show(
+    config: &Config,
+    client: &tokio_postgres::Client,
+    dids: &[String],
+    json: bool,
+) -> Result<ExitCode> {
+    let mut stream = match Redis::open(config)?.connect().await {
+        Ok(stream) => stream,
+        Err(error) => return Ok(unavailable("Redis", &error)),
+    };
+    let all: Vec<&str> = dids.iter().map(String::as_str).collect();
+    let known = stream.known(&all).await?;
+    let mut shown = Vec::new();
+    for did in dids {
+        let comparison = repos::comparison(client, did).await?;
+        let head = known.get(did.as_str()).and_then(|known| known.head);
+        let state = match (&comparison.compared, head) {
+            _ if comparison.queue.as_deref() == Some("queued") => "to be compared",
+            (Some(_), _) => "whole",
+            (None, Some(_)) => "proven",
+            (None, None) => "unseen",
+        };
+        shown.push(Shown {
+            did: did.clone(),
+            state,
+            newest: head.map(|head| tid_text(head.rev)),
+            comparison,
+        });
+    }
+    if json {
+        for one in &shown {
+            out::line(out::safe_json(&serde_json::to_string(one)?))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let text =
+        |text: &Option<String>| text.as_deref().map_or("-".to_owned(), |text| out::safe(text, out::LINE));
+    let rows = shown.iter().map(|Shown { did, state, newest, comparison }| {
+        let Comparison { compared, queue, reason, message } = comparison;
+        let note: Vec<&str> =
+            [queue, reason, message].into_iter().filter_map(|part| part.as_deref()).collect();
+        [
+            out::safe(did, out::LINE),
+            (*state).to_owned(),
+            text(compared),
+            text(newest),
+            out::safe(&note.join(": "), out::LINE),
+        ]
+    });
+    out::raw(&columns(["ACCOUNT", "STATE", "COMPARED AT", "NEWEST COMMIT", "NOTE"], rows))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
+use super::recent::Recent;
 use super::rounds::{Reached, Rounds};
-use super::verifier::Recent;
 use crate::directory::{Directory, LookupError};
 use crate::metrics;
 use crate::mutex::lock;

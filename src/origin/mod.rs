@@ -6,6 +6,7 @@
 //! - `plan`: where a session starts
 //! - `verifier`: whether what arrives is what its account signed
 //! - `checker`: signatures that could not be checked on arrival
+//! - `recent`: what both know about the accounts that arrived last
 //! - `handles`: looking up the handles that relays do not send
 //! - `rounds`: how often the last two do that
 //! - `append`: queue -> stream, and the marks at which the reader slows down
@@ -15,6 +16,7 @@ mod checker;
 mod handles;
 mod plan;
 pub mod reader;
+mod recent;
 pub mod relay;
 mod rounds;
 mod verifier;

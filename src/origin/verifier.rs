@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use super::Arrival;
 use super::append::Item;
 use super::reader::End;
+use super::recent::Recent;
 use super::relay::decode::{Claimed, claim};
 use crate::config::VerifyMode;
 use crate::crash;
@@ -39,37 +40,8 @@ const CHUNK: usize = 64;
 const FRESH: Duration = Duration::from_mins(1);
 /// How long a commit may wait for its account's key to be looked up again. Everything behind it waits, too.
 const SECOND_LOOK: Duration = Duration::from_secs(2);
-/// Accounts kept in memory: more than can be on their way to the stream, so that what Redis does not know yet is here.
-const RECENT: usize = 32 * 1024;
 /// Paths named in the dead letter of a withheld commit.
 const PATHS: usize = 20;
-
-/// What is known about accounts, the most recent ones in memory.
-#[derive(Default)]
-pub(super) struct Recent {
-    new: HashMap<String, Known>,
-    old: HashMap<String, Known>,
-}
-
-impl Recent {
-    fn get(&self, did: &str) -> Option<Known> {
-        self.new.get(did).or_else(|| self.old.get(did)).copied()
-    }
-
-    fn set(&mut self, did: &str, known: Known) {
-        if self.new.len() >= RECENT {
-            self.old = std::mem::take(&mut self.new);
-        }
-        self.new.insert(did.to_owned(), known);
-    }
-
-    /// Notes a key that was looked up.
-    pub(super) fn set_key(&mut self, did: &str, key: Option<KnownKey>) {
-        if let Some(known) = self.get(did) {
-            self.set(did, Known { key, ..known });
-        }
-    }
-}
 
 /// A commit's outcome.
 #[derive(Debug)]

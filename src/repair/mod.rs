@@ -7,24 +7,23 @@
 //! What a backfill queued is applied here instead.
 //!
 //! - `difference`: the operations that turn the rows into the repository
+//! - `fetch`: fetching a repository, so that slow servers do not hold up the others
 //! - `here`: applying them without the stream
 
 mod difference;
+mod fetch;
 mod here;
 
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures_util::FutureExt as _;
-use tokio::sync::{Semaphore, SemaphorePermit};
 use tracing::{debug, error, info, warn};
 
 use crate::config::Config;
 use crate::crash::{self, Point};
-use crate::directory::repository::FetchError;
-use crate::directory::{Directory, LookupError};
+use crate::directory::Directory;
 use crate::event::EntryId;
 use crate::metrics;
 use crate::mutex::lock;
@@ -33,9 +32,9 @@ use crate::store::repos::{Finished, Postponed, Queued};
 use crate::store::{Session, Store, StoreError};
 use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
-use crate::verify::document::Document;
-use crate::verify::{Key, Repository, check_rev};
+use crate::verify::{Repository, check_rev};
 use difference::Difference;
+use fetch::{Fetched, Slots};
 
 /// The pause after the first failure; doubled by each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
@@ -55,10 +54,6 @@ const APPLIED: Duration = Duration::from_mins(1);
 const LOOK: Duration = Duration::from_millis(100);
 /// How often to report what was done.
 const REPORT: Duration = Duration::from_secs(10);
-/// A transfer that takes longer than this counts as slow.
-const QUICK: Duration = Duration::from_secs(1);
-/// How long to wait while there is no slot for a slow one.
-const SLOW: Duration = Duration::from_secs(5);
 /// While the pipelines are so far behind, nothing is repaired: the rows say little yet.
 const BEHIND_SECONDS: f64 = 30.0;
 
@@ -68,10 +63,7 @@ pub struct Repairer {
     redis: Redis,
     store: Store,
     directory: Directory,
-    /// `REPAIR_CONCURRENCY` repositories at a time.
-    quick: Semaphore,
-    /// As many again whose servers turned out to be slow: they must not hold up the others.
-    slow: Semaphore,
+    slots: Slots,
     done: Mutex<Done>,
 }
 
@@ -112,13 +104,6 @@ pub enum RepairError {
 /// Where the reader was: the id of the last entry, and the number of the last event.
 type Place = (EntryId, String);
 
-/// A repository, not read yet.
-struct Fetched {
-    key: Key,
-    car: Bytes,
-    host: String,
-}
-
 /// What came of a repair.
 enum Outcome {
     Finished(Finished),
@@ -141,8 +126,8 @@ impl Repairer {
     /// There is no authority for https:// to trust.
     pub fn new(config: Arc<Config>, redis: Redis, store: Store) -> anyhow::Result<Self> {
         let directory = Directory::new(&config)?;
-        let slots = || Semaphore::new(config.repair_concurrency);
-        Ok(Self { quick: slots(), slow: slots(), config, redis, store, directory, done: Mutex::default() })
+        let slots = Slots::new(config.repair_concurrency);
+        Ok(Self { slots, config, redis, store, directory, done: Mutex::default() })
     }
 
     /// Repairs the next repository in the queue; `false` if there is none whose turn it is.
@@ -270,68 +255,6 @@ impl Repairer {
             return Ok(Outcome::failed(host, message));
         }
         self.compare(session, queued, &repository, &place, host).await
-    }
-
-    /// Fetches a repository when there is a slot for it, and keeps the slot for what is done with it.
-    async fn fetch_in_turn(&self, did: &str) -> (Result<Fetched, Outcome>, Option<SemaphorePermit<'_>>) {
-        let quick = self.quick.acquire().await.ok();
-        let server = OnceLock::new();
-        let mut fetch = std::pin::pin!(self.fetch(did, &server));
-        if let Ok(fetched) = tokio::time::timeout(QUICK, &mut fetch).await {
-            return (fetched, quick);
-        }
-        let Ok(_slow) = self.slow.try_acquire() else {
-            let host: Option<String> = server.get().cloned();
-            if let Some(host) = &host {
-                self.directory.hung(host);
-            }
-            let message = "its server is slow, and the slots for slow ones are taken".to_owned();
-            let busy = Postponed { pause: SLOW, host, message, ..Postponed::default() };
-            return (Err(Outcome::Postponed(busy)), quick);
-        };
-        drop(quick);
-        let fetched = fetch.await;
-        (fetched, self.quick.acquire().await.ok())
-    }
-
-    /// `known`: the server, as soon as it is known.
-    async fn fetch(&self, did: &str, known: &OnceLock<String>) -> Result<Fetched, Outcome> {
-        let gone = |host, message| {
-            let message = Some(message);
-            Outcome::Finished(Finished { state: "gone", host, message, ..Finished::default() })
-        };
-        // The key as it is now, not as it was remembered.
-        let Document { key, server, .. } = match self.directory.document(did).await {
-            Ok(document) => document,
-            Err(LookupError::None(message)) => return Err(gone(None, message)),
-            Err(LookupError::Away(message)) => return Err(Outcome::failed(None, message)),
-        };
-        let (Some(key), Some(server)) = (key, server) else {
-            return Err(gone(None, "its document names no key or no server".to_owned()));
-        };
-        let host = known.get_or_init(|| server.clone()).clone();
-        let refused = match self.directory.repository(did, &server).await {
-            Ok(car) => return Ok(Fetched { key, car, host }),
-            Err(refused) => refused,
-        };
-        let host = Some(host);
-        Err(match refused {
-            // Unless the account has moved in the meantime: its old server says the same.
-            FetchError::Gone(message) => match self.directory.document(did).await {
-                Ok(document) if document.server.as_ref() != Some(&server) => {
-                    Outcome::failed(host, format!("{message}: the account has moved"))
-                }
-                _ => gone(host, message),
-            },
-            FetchError::Refused(message) => Outcome::failed(host, message),
-            FetchError::Busy { reason: message, wait: pause } => {
-                Outcome::Postponed(Postponed { pause, host, message, ..Postponed::default() })
-            }
-            FetchError::Away { reason: message, retry_after } => {
-                let pause = retry_after.unwrap_or_default();
-                Outcome::Postponed(Postponed { pause, host, message, tried: true, ..Postponed::default() })
-            }
-        })
     }
 
     /// Compares a repository with the rows, and appends the difference.

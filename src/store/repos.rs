@@ -95,6 +95,19 @@ pub struct Repo {
     pub updated_at: i64,
 }
 
+/// What the database knows about an account.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Comparison {
+    /// The revision of its repository when it was last compared; `None` if it never was.
+    pub compared: Option<String>,
+    /// Its state in the queue, if it ever was in it.
+    pub queue: Option<String>,
+    /// Why it was queued.
+    pub reason: Option<String>,
+    /// What came of it, in words.
+    pub message: Option<String>,
+}
+
 /// A row of an account's record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnRow {
@@ -156,6 +169,16 @@ pub async fn list(client: &Client, state: &str, limit: i64) -> Result<Vec<Repo>,
 pub async fn counts(client: &Client) -> Result<Vec<(String, i64)>, StoreError> {
     let rows = client.query(include_str!("../../sql/repair/counts.sql"), &[]).await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// What is known about an account.
+///
+/// # Errors
+///
+/// The server cannot be reached or refuses.
+pub async fn comparison(client: &Client, did: &str) -> Result<Comparison, StoreError> {
+    let row = client.query_one(include_str!("../../sql/repair/show.sql"), &[&did]).await?;
+    Ok(Comparison { compared: row.get(0), queue: row.get(1), reason: row.get(2), message: row.get(3) })
 }
 
 impl Session {

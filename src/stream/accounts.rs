@@ -147,22 +147,6 @@ impl Stream {
         Ok(dids.iter().copied().zip(found.into_iter().map(known)).collect())
     }
 
-    /// The gaps that there have been, and the newest revision that was ever appended; empty for none.
-    ///
-    /// # Errors
-    ///
-    /// Redis cannot be reached.
-    pub async fn generation(&mut self) -> RedisResult<(Generation, String)> {
-        let Self { connection, keys } = self;
-        let (current, lossy, newest): (Option<u64>, Option<u64>, Option<String>) = redis::cmd("HMGET")
-            .arg(&keys.epoch)
-            .arg(&["generation", "lossy", "rev"])
-            .query_async(connection)
-            .await?;
-        let generation = Generation { current: current.unwrap_or(0), lossy: lossy.unwrap_or(0) };
-        Ok((generation, newest.unwrap_or_default()))
-    }
-
     /// Some of the commits to check, and where to continue; 0 at the end.
     ///
     /// # Errors

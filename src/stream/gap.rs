@@ -7,6 +7,7 @@ use redis::RedisResult;
 use serde::{Deserialize, Serialize};
 
 use super::Stream;
+use crate::verify::known::Generation;
 
 /// The events of a gap that is not just a few.
 const WIDE: u64 = 100;
@@ -89,5 +90,21 @@ impl Stream {
         let gaps = by_reason.remove("gap").unwrap_or(0);
         let last_gap = last.first().and_then(|text| serde_json::from_str(text).ok());
         Ok(Missed { gaps, last_gap, by_reason })
+    }
+
+    /// The gaps that there have been, and the newest revision that was ever appended; empty for none.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn generation(&mut self) -> RedisResult<(Generation, String)> {
+        let Self { connection, keys } = self;
+        let (current, lossy, newest): (Option<u64>, Option<u64>, Option<String>) = redis::cmd("HMGET")
+            .arg(&keys.epoch)
+            .arg(&["generation", "lossy", "rev"])
+            .query_async(connection)
+            .await?;
+        let generation = Generation { current: current.unwrap_or(0), lossy: lossy.unwrap_or(0) };
+        Ok((generation, newest.unwrap_or_default()))
     }
 }

@@ -20,6 +20,7 @@ pub const COMMANDS: &[(&str, &[&str])] = &[
     ("hexists", &["$watch", "field"]),
     ("hget", &["$watch", "field"]),
     ("hgetall", &["$watch"]),
+    ("hmget", &["$watch", "field"]),
     ("hincrby", &["$watch", "field", "0"]),
     ("hlen", &["$watch"]),
     ("hscan", &["$watch", "0"]),

@@ -50,7 +50,8 @@ impl Task for Gaps {
         self.control.pipelines_go().await;
         let mut stream = self.redis.reuse(&mut self.stream).await?;
         let (now, newest) = stream.generation().await?;
-        if now.current == 0 {
+        // Without a head, nothing was ever verified.
+        if now.current == 0 || stream.verification_backlog().await?.accounts == 0 {
             self.stream = Some(stream);
             return Ok(ROUND);
         }

@@ -484,6 +484,15 @@ async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
     assert!(list.starts_with("1 gone, 2 synced\n"), "{list}");
     let line = list.lines().find(|line| line.starts_with(&unknown.did)).unwrap();
     assert_eq!(line.split_whitespace().collect::<Vec<_>>()[1..4], ["synced", "asked", "for"], "{list}");
+    let unseen = Signed::new(11).did;
+    let shown = run(&["repos", "show", &known.did, &unknown.did, &none, &unseen]).await.stdout;
+    let state = |did: &str| {
+        let line = shown.lines().find(|line| line.starts_with(did)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    let states = [&known.did, &unknown.did, &none, &unseen].map(|did| state(did));
+    assert_eq!(states, ["whole", "whole", "unseen", "unseen"], "{shown}");
+    assert!(shown.contains(&rev(1)) && shown.contains(&rev(5)), "{shown}");
     let json = run(&["repos", "list", "--json", "--state", "gone"]).await.stdout;
     let gone: serde_json::Value = serde_json::from_str(json.trim()).unwrap();
     assert_eq!(gone["did"], none.as_str());
