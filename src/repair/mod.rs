@@ -52,6 +52,8 @@ const ROOM: Duration = Duration::from_millis(500);
 const APPLIED: Duration = Duration::from_mins(1);
 /// How often to look whether they have applied it.
 const LOOK: Duration = Duration::from_millis(100);
+/// After this time, and then after twice as long each time, the rows are compared meanwhile.
+const COMPARE: Duration = Duration::from_secs(1);
 /// How often to report what was done.
 const REPORT: Duration = Duration::from_secs(10);
 /// While the pipelines are so far behind, nothing is repaired: the rows say little yet.
@@ -328,7 +330,7 @@ impl Repairer {
                 self.apply_here(session, entries, place).await?;
             } else if let Some(last) = self.append(&mut stream, entries, &place.1).await? {
                 crash::at(Point::AfterRepair);
-                if !acknowledged(&mut stream, last).await? {
+                if !self.applied(session, did, repository, &mut stream, last).await? {
                     return Ok(None);
                 }
             }
@@ -366,17 +368,33 @@ impl Repairer {
         }
         Ok(last)
     }
-}
 
-/// Waits until everything up to an entry is acknowledged, but not for long.
-async fn acknowledged(stream: &mut Stream, last: EntryId) -> Result<bool, RepairError> {
-    let asked = Instant::now();
-    while asked.elapsed() < APPLIED {
-        let look = stream.look().await?;
-        if look.oldest_unacknowledged().is_none_or(|oldest| oldest > last) {
-            return Ok(true);
+    /// Waits until what was appended is applied, but not for long. Everything up to the last entry is acknowledged by then; or the
+    /// rows are as they should be, and what is not acknowledged is something else, in the hands of a worker that stands still.
+    async fn applied(
+        &self,
+        session: &Session,
+        did: &str,
+        repository: &Repository<'_>,
+        stream: &mut Stream,
+        last: EntryId,
+    ) -> Result<bool, RepairError> {
+        let asked = Instant::now();
+        let mut compare = COMPARE;
+        while asked.elapsed() < APPLIED {
+            let look = stream.look().await?;
+            if look.oldest_unacknowledged().is_none_or(|oldest| oldest > last) {
+                return Ok(true);
+            }
+            if asked.elapsed() > compare {
+                compare *= 2;
+                let rows = session.own_rows(did).await?;
+                if Difference::new(repository, rows, &self.config.collections).is_empty() {
+                    return Ok(true);
+                }
+            }
+            tokio::time::sleep(LOOK).await;
         }
-        tokio::time::sleep(LOOK).await;
+        Ok(false)
     }
-    Ok(false)
 }

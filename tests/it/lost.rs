@@ -270,10 +270,11 @@ async fn a_worker_that_stands_still_during_a_repair_does_not_bring_back_what_was
         let mut quick =
             chain::Program::start("worker", &stage.variables.clone().with("CONSUMER_ID", "quick")).await;
         stage.allow(1);
-        wait_until("the account to be repaired", RUN, async || {
-            !query_rows(&stage.chain.database, "SELECT FROM standpipe.repos WHERE state = 'synced'")
-                .await
-                .is_empty()
+        wait_for("the account to be repaired", RUN, async || {
+            let sql = "SELECT state, reason, message, attempts, retry_at - now() FROM standpipe.repos";
+            let found = query_rows(&stage.chain.database, sql).await;
+            let is_synced = found.first().is_some_and(|row| row[0].as_deref() == Some("synced"));
+            if is_synced { Ok(()) } else { Err(format!("{found:?} {:?}", stage.chain.look().await)) }
         })
         .await;
         assert_eq!(
