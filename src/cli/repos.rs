@@ -96,7 +96,7 @@ async fn act(config: &Config, session: &Session, action: Action) -> Result<ExitC
             }
             out::raw(&page(&found, &counts))?;
         }
-        Action::Show { dids, json } => return show(config, client, &dids, json).await,
+        Action::Show { dids, json } => return show(config, session, &dids, json).await,
         Action::Add { dids } => {
             for did in &dids {
                 repos::queue(client, did, 1, "asked for", "").await?;
@@ -125,12 +125,7 @@ struct Shown {
     comparison: Comparison,
 }
 
-async fn show(
-    config: &Config,
-    client: &tokio_postgres::Client,
-    dids: &[String],
-    json: bool,
-) -> Result<ExitCode> {
+async fn show(config: &Config, session: &Session, dids: &[String], json: bool) -> Result<ExitCode> {
     let mut stream = match Redis::open(config)?.connect().await {
         Ok(stream) => stream,
         Err(error) => return Ok(unavailable("Redis", &error)),
@@ -139,7 +134,7 @@ async fn show(
     let known = stream.known(&all).await?;
     let mut shown = Vec::new();
     for did in dids {
-        let comparison = repos::comparison(client, did).await?;
+        let comparison = repos::comparison(session.client(), did).await?;
         let head = known.get(did.as_str()).and_then(|known| known.head);
         let state = match (&comparison.compared, head) {
             _ if comparison.queue.as_deref() == Some("queued") => "to be compared",
