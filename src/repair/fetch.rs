@@ -15,7 +15,9 @@ use crate::verify::document::Document;
 
 /// A transfer that takes longer than this counts as slow.
 const QUICK: Duration = Duration::from_secs(1);
-/// How long to wait while there is no slot for a slow one.
+/// While the slots for slow ones are taken, it keeps its slot for so much longer.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// How long to wait before it is tried again.
 const SLOW: Duration = Duration::from_secs(5);
 
 /// How many repositories are fetched and compared at a time.
@@ -52,7 +54,11 @@ impl Repairer {
         if let Ok(fetched) = tokio::time::timeout(QUICK, &mut fetch).await {
             return (fetched, quick);
         }
-        let Ok(_slow) = self.slots.slow.try_acquire() else {
+        let slow = tokio::select! {
+            fetched = &mut fetch => return (fetched, quick),
+            slow = tokio::time::timeout(PATIENCE, self.slots.slow.acquire()) => slow,
+        };
+        let Ok(_slow) = slow else {
             let host: Option<String> = server.get().cloned();
             if let Some(host) = &host {
                 self.directory.hung(host);

@@ -33,13 +33,15 @@ pub struct Gaps {
     control: Arc<Control>,
     directory: OnceCell<Directory>,
     stream: Option<Stream>,
+    /// The last gap after which everything has been compared.
+    compared: u64,
 }
 
 impl Gaps {
     /// The task.
     #[must_use]
     pub fn new(config: Arc<Config>, redis: Redis, store: Store, control: Arc<Control>) -> Self {
-        Self { config, redis, store, control, directory: OnceCell::new(), stream: None }
+        Self { config, redis, store, control, directory: OnceCell::new(), stream: None, compared: 0 }
     }
 }
 
@@ -51,13 +53,14 @@ impl Task for Gaps {
         let mut stream = self.redis.reuse(&mut self.stream).await?;
         let (now, newest) = stream.generation().await?;
         // Without a head, nothing was ever verified.
-        if now.current == 0 || stream.verification_backlog().await?.accounts == 0 {
+        if now.current == self.compared || stream.verification_backlog().await?.accounts == 0 {
             self.stream = Some(stream);
             return Ok(ROUND);
         }
         let what = format!("gap {}", now.current);
         let Position { cursor, done } = self.store.session().await?.backfill(&what).await?;
         if done.is_some() {
+            self.compared = now.current;
             self.stream = Some(stream);
             return Ok(ROUND);
         }
