@@ -136,6 +136,13 @@ async fn a_repair_that_began_before_a_deletion_brings_nothing_back() {
         .await;
         stage.plc.hold(false);
         // The commit asked for another repair, by which time there is nothing to repair.
+        let again = "SELECT FROM standpipe.repos WHERE state = 'synced' OR retry_at > now()";
+        wait_until("the first repair to be over", RUN, async || {
+            !query_rows(&stage.chain.database, again).await.is_empty()
+        })
+        .await;
+        execute(&stage.chain.database, "UPDATE standpipe.repos SET retry_at = now() WHERE state = 'queued'")
+            .await;
         stage.repo_is(&account.did, if class == 2 { "gone" } else { "synced" }).await;
         assert_eq!(query_value(&stage.chain.database, rows).await, "0", "{class} {transaction}");
         audited(&stage).await;
