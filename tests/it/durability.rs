@@ -184,7 +184,7 @@ async fn killing_a_server_process_between_commit_and_flush_loses_nothing() {
 
     gate.hold(Hold::default());
     chain.ends_like_an_undisturbed_run().await;
-    assert!(worker.metric_with("standpipe_retries_total", "reconnect").await > 0.0);
+    worker.metric_with_rises("standpipe_retries_total", "reconnect", 0.0).await;
     assert!(worker.is_running());
 }
 
@@ -269,15 +269,11 @@ async fn a_commit_whose_answer_was_lost_is_safely_applied_again() {
         assert!(!chain.look().await.is_finished(chain.relay.last_seq), "the run was over after {lost} times");
     }
     wait_until("the cuts to have happened", SOON, async || gate.cuts() >= TIMES).await;
-    assert!(program.metric_with("standpipe_retries_total", "reconnect").await >= 1.0);
+    program.metric_with_rises("standpipe_retries_total", "reconnect", 0.0).await;
     let stale = program.metric_with("standpipe_operations_total", "stale").await;
     chain.ends_like_an_undisturbed_run().await;
     // Events whose commit was not answered were applied again and met their own rows.
-    let met = program.metric_with("standpipe_operations_total", "stale").await;
-    assert!(
-        met > stale,
-        "nothing was applied a second time: {stale} stale operations before, {met} at the end"
-    );
+    program.metric_with_rises("standpipe_operations_total", "stale", stale).await;
     assert!(program.is_running());
 }
 

@@ -214,7 +214,9 @@ async fn servers_that_lie_hang_or_flood_cost_the_others_little() {
         })
         .await;
     }
-    assert_eq!(hostile[0].requests.load(Ordering::SeqCst), 1, "it was asked again before its Retry-After");
+    // Two can be under way before the first answer.
+    let asked = hostile[0].requests.load(Ordering::SeqCst);
+    assert!(asked <= 2, "it was asked {asked} times before its Retry-After");
     for server in &hostile {
         assert!(server.requests.load(Ordering::SeqCst) > 0, "{} was never asked", server.url);
     }

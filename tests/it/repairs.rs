@@ -376,7 +376,7 @@ async fn a_server_that_lies_or_refuses_deletes_nothing() {
     .await;
     assert_eq!(stage.plc.fetches(), asked, "the host was asked before its Retry-After");
     assert_eq!(stage.texts().await, texts);
-    assert_eq!(stage.program.metric_with("standpipe_repairs_total", "gone").await, 1.0);
+    stage.program.metric_with_is("standpipe_repairs_total", "gone", 1.0).await;
 }
 
 /// A repository that would delete most of an account's rows is believed at the second look.
@@ -397,7 +397,7 @@ async fn a_large_share_of_deletes_needs_a_second_look() {
     stage.repo_is(&account.did, "synced").await;
     assert_eq!(stage.texts().await, ["new"]);
     assert_eq!(stage.plc.fetches(), 2);
-    assert_eq!(stage.program.metric_with("standpipe_repairs_total", "postponed").await, 1.0);
+    stage.program.metric_with_is("standpipe_repairs_total", "postponed", 1.0).await;
 }
 
 /// The process dies at each step of a repair; the next one finishes it.

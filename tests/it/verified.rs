@@ -122,7 +122,7 @@ async fn nothing_of_a_tampered_commit_reaches_the_tables() {
         assert_eq!(fields["reason"], "unproven");
         assert!(fields["op"].contains("evi"), "{fields:?}");
     }
-    assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "withheld").await, count as f64);
+    stage.program.metric_with_is("standpipe_relay_missed_total", "withheld", count as f64).await;
     // The commits that were withheld are no part of the chain: nothing is missing.
     assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "broken_chain").await, 0.0);
 }
@@ -170,8 +170,8 @@ async fn a_commit_lost_upstream_is_noticed_at_its_accounts_next() {
     assert_eq!(stage.texts().await, ["one", "one", "one", "three", "two", "two"]);
     let expected = [(lost.did.clone(), "chain".to_owned()), (told.did.clone(), "sync".to_owned())];
     assert_eq!(stage.repairs().await, BTreeMap::from(expected));
-    assert_eq!(stage.program.metric_with("standpipe_relay_missed_total", "broken_chain").await, 1.0);
-    assert_eq!(stage.program.metric_with("standpipe_repairs_requested_total", "sync").await, 1.0);
+    stage.program.metric_with_is("standpipe_relay_missed_total", "broken_chain", 1.0).await;
+    stage.program.metric_with_is("standpipe_repairs_requested_total", "sync", 1.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

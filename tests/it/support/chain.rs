@@ -253,8 +253,13 @@ impl Program {
 
     /// Waits until a metric has this value: an effect may be visible in the servers before it is counted.
     pub async fn metric_is(&self, name: &str, value: f64) {
-        wait_for(&format!("{name} to be {value}"), SOON, async || {
-            let now = self.metric(name).await;
+        self.metric_with_is(name, "", value).await;
+    }
+
+    /// The same for the samples whose labels contain this text.
+    pub async fn metric_with_is(&self, name: &str, labels: &str, value: f64) {
+        wait_for(&format!("{name} {labels} to be {value}"), SOON, async || {
+            let now = self.metric_with(name, labels).await;
             if (now - value).abs() < f64::EPSILON { Ok(()) } else { Err(format!("it is {now}")) }
         })
         .await;
@@ -277,8 +282,13 @@ impl Program {
 
     /// Waits until a metric is above this value.
     pub async fn metric_rises(&self, name: &str, above: f64) {
-        wait_for(&format!("{name} above {above}"), SOON, async || {
-            let now = self.metric(name).await;
+        self.metric_with_rises(name, "", above).await;
+    }
+
+    /// The same for the samples whose labels contain this text.
+    pub async fn metric_with_rises(&self, name: &str, labels: &str, above: f64) {
+        wait_for(&format!("{name} {labels} above {above}"), SOON, async || {
+            let now = self.metric_with(name, labels).await;
             if now > above { Ok(()) } else { Err(format!("it is {now}")) }
         })
         .await;
