@@ -1,6 +1,7 @@
 //! The common vocabulary: an event is the content of one stream entry, as operations on the database. Pure data;
 //! nothing here knows Redis or PostgreSQL.
 
+mod did;
 mod entry;
 mod epoch;
 mod kind;
@@ -10,6 +11,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+pub use did::{MAX_DID, is_did};
 pub use entry::Entry;
 pub use epoch::{Epochs, Start};
 pub use kind::Kind;

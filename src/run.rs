@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
+use crate::config::{Config, WantedDids};
 use crate::control::Control;
 use crate::http::{self, Server};
 use crate::origin::Reader;
@@ -32,6 +32,7 @@ use crate::tasks::progress::Progress;
 use crate::tasks::purge::Purge;
 use crate::tasks::repairs::{Repairs, Requests};
 use crate::tasks::tombstones::Tombstones;
+use crate::tasks::tracked::Tracked;
 use crate::tasks::{self, Task};
 
 /// Which parts this process runs.
@@ -226,6 +227,9 @@ impl Running {
             retention: self.config.tombstone_retention,
             control: Arc::clone(&control),
         });
+        if self.config.wanted_dids == Some(WantedDids::Tracked) {
+            self.help(Tracked::new(redis.clone(), store.clone()));
+        }
         self.help(Requests::new(redis.clone(), store.clone()));
         let repairer = Arc::default();
         for _ in 0..self.config.repairers() {

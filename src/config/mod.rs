@@ -11,7 +11,7 @@
 //! - `settings`: one entry per variable
 //! - `read`: parses all values, and collects all problems
 //! - `rules`: combinations that are refused or cause a warning
-//! - `url`, `database_url`, `collections`, `unit`, `words`, `text`: the types of values
+//! - `url`, `database_url`, `collections`, `wanted`, `unit`, `words`, `text`: the types of values
 
 mod collections;
 mod database_url;
@@ -23,6 +23,7 @@ mod tests;
 mod text;
 mod unit;
 mod url;
+mod wanted;
 mod words;
 
 pub use collections::Collections;
@@ -31,6 +32,7 @@ pub use read::{ConfigError, Problem, from_env};
 pub use settings::{Config, VARIABLES, Variable};
 pub use unit::MemoryMark;
 pub use url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+pub use wanted::WantedDids;
 pub use words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// The role of a process: it decides which variables are required.

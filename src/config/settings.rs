@@ -15,6 +15,7 @@ use super::unit::{
     statement_timeout, tombstone_retention, whole, yes_or_no,
 };
 use super::url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+use super::wanted::WantedDids;
 use super::words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
 /// One environment variable that this program reads.
@@ -151,6 +152,9 @@ settings! {
     collections: Collections = collections "COLLECTIONS" variable "app.bsky.*,chat.bsky.*,com.atproto.*",
         Collections::parse, ToString::to_string,
         "the collections that the reader keeps, separated by commas; * keeps all";
+    /// `WANTED_DIDS`; `None` when all are.
+    wanted_dids: Option<WantedDids> = wanted_dids "WANTED_DIDS" variable "", optional(WantedDids::parse), or(""),
+        "keep only these accounts: DIDs, separated by commas, or tracked for those in standpipe.repos";
     /// `CLAIM_IDLE`.
     claim_idle: Duration = claim_idle "CLAIM_IDLE" variable "60s", claim_idle, duration,
         "how long an entry must be untouched before another pipeline takes it over, 10s or more";

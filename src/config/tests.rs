@@ -52,6 +52,7 @@ fn every_variable_changes_the_configuration() {
         "REDIS_MEMORY_MARK" => "64MiB",
         "TRANSACTION" => "batch",
         "COLLECTIONS" => "*",
+        "WANTED_DIDS" => "tracked",
         "ON_FUTURE_CURSOR" => "live",
         "VERIFY" => "log",
         "PLC_URL" => "http://localhost",

@@ -7,8 +7,9 @@ use super::{
     DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, HANDLES, LAG_KNOWN,
     LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
     PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS,
-    RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, RETRIES,
-    SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
+    RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS,
+    REPAIRS_REQUESTED, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED,
+    UNCHECKED, VERIFIED, WAITING,
 };
 
 /// Describes all metrics to the recorder.
@@ -74,6 +75,7 @@ fn describe_reader() {
     describe_counter!(RELAY_FRAMES, "Frames from the relay, by type");
     describe_counter!(RELAY_BAD_FRAMES, "Frames that broke the protocol; each costs the connection");
     describe_counter!(RELAY_BAD_RECORDS, "Records left out because they could not be decoded");
+    describe_counter!(RELAY_UNWANTED, "Events of accounts that WANTED_DIDS does not name");
     describe_counter!(
         RELAY_MISSED,
         "What is missing from the tables because events of the relay could not be used, by reason"

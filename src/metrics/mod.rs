@@ -73,6 +73,8 @@ pub const RELAY_FRAMES: &str = "standpipe_relay_frames_total";
 pub const RELAY_BAD_FRAMES: &str = "standpipe_relay_undecodable_frames_total";
 /// Records that could not be decoded.
 pub const RELAY_BAD_RECORDS: &str = "standpipe_relay_undecodable_records_total";
+/// Events of accounts that are not wanted.
+pub const RELAY_UNWANTED: &str = "standpipe_relay_unwanted_events_total";
 /// Missing data because events from the relay could not be used, by reason.
 pub const RELAY_MISSED: &str = "standpipe_relay_missed_total";
 /// Connections to the relay.

@@ -9,6 +9,7 @@
 //! - `recent`: what both know about the accounts that arrived last
 //! - `handles`: looking up the handles that relays do not send
 //! - `rounds`: how often the last two do that
+//! - `wanted`: leaves out accounts that are not wanted
 //! - `append`: queue -> stream, and the marks at which the reader slows down
 
 mod append;
@@ -20,6 +21,7 @@ mod recent;
 pub mod relay;
 mod rounds;
 mod verifier;
+mod wanted;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -66,6 +68,8 @@ pub trait Origin: Send {
 pub struct Arrival {
     /// Positions grow by one or more; an earlier one is a repeat.
     pub position: i64,
+    /// The account that it belongs to; empty if none does.
+    pub did: String,
     /// The entries for the stream, in order. `data` is a JSON object that ends with its brace; `seq` is a position.
     pub entries: Vec<NewEntry>,
     /// Dead letters: what can never be applied.

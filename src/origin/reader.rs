@@ -21,6 +21,7 @@ use super::handles::Handles;
 use super::plan::{Plan, Restart};
 use super::rounds;
 use super::verifier::Verifier;
+use super::wanted::{CHUNK, Filter};
 use super::{Origin, OriginError};
 use crate::config::{Config, OnFutureCursor, VerifyMode};
 use crate::directory::Directory;
@@ -64,6 +65,11 @@ pub(super) enum End {
     /// Operator action needed.
     #[error("{0}")]
     Operator(String),
+    /// It is not known which accounts are wanted.
+    #[error(
+        "no worker has listed the accounts of standpipe.repos in Redis (WANTED_DIDS=tracked); one with the same setting does"
+    )]
+    Untracked,
 }
 
 impl End {
@@ -132,6 +138,9 @@ impl Reader {
                 }
             });
             let Err(end) = ended else { continue };
+            if stop.is_cancelled() && matches!(end, End::Untracked) {
+                break;
+            }
             if began.elapsed() > Duration::from_secs(30) {
                 delays.reset();
             }
@@ -191,7 +200,9 @@ impl Reader {
         let reason = end.to_string();
         self.enter(match end {
             End::Redis(_) | End::Append(_) => State::WaitingForRedis { reason: reason.clone() },
-            End::Operator(_) | End::Origin(OriginError::Operator(_) | OriginError::Future(_)) => {
+            End::Operator(_)
+            | End::Untracked
+            | End::Origin(OriginError::Operator(_) | OriginError::Future(_)) => {
                 State::Halted { reason: reason.clone() }
             }
             End::Origin(_) => State::WaitingForRelay { reason: reason.clone() },
@@ -294,6 +305,10 @@ impl Reader {
         if !memory.leased {
             return Ok(());
         }
+        let filter = match &self.config.wanted_dids {
+            Some(wanted) => Some(Filter::new(wanted.clone(), self.redis.connect().await?, stop).await?),
+            None => None,
+        };
         let mut cursor = stream.cursor().await?;
         let plan = Plan::new(origin.name(), &mut cursor, &mut memory.acked, memory.restart.as_ref());
         if let (None, Some(position)) = (cursor.position, memory.acked) {
@@ -312,6 +327,7 @@ impl Reader {
 
         let (sender, arrived) = mpsc::channel(4096);
         let (settle, mut settled) = watch::channel(None);
+        let (filtered, arrived) = filtered(filter, arrived);
         let (verified, receiver) = self.verified(arrived, &cursor).await?;
         let ended = {
             let arrivals = Self::arrivals(origin, sender, &mut settled, &plan, stop);
@@ -323,7 +339,7 @@ impl Reader {
                 run_id: None,
                 stop,
             };
-            let stream = both(verified, appender.run(receiver, settle));
+            let stream = both(filtered, both(verified, appender.run(receiver, settle)));
             tokio::pin!(arrivals, stream);
             // An error of the stream ends the session at once; after one of the origin, queued items are still
             // appended.
@@ -445,15 +461,25 @@ impl Reader {
     }
 }
 
-/// Runs both until the appender ends, or the verification fails. What has been verified is still appended.
+/// Leaves out what is not wanted: the work, and the queue of what is.
+fn filtered(
+    filter: Option<Filter>,
+    arrived: mpsc::Receiver<Item>,
+) -> (BoxFuture<'static, Result<(), End>>, mpsc::Receiver<Item>) {
+    let Some(filter) = filter else { return (std::future::ready(Ok(())).boxed(), arrived) };
+    let (to, queue) = mpsc::channel(CHUNK);
+    (filter.run(arrived, to).boxed(), queue)
+}
+
+/// Runs both until the appender ends, or the other one fails. What it has passed on is still appended.
 async fn both(
-    verified: impl Future<Output = Result<(), End>>,
+    before: impl Future<Output = Result<(), End>>,
     appended: impl Future<Output = Result<(), End>>,
 ) -> Result<(), End> {
     tokio::pin!(appended);
     tokio::select! {
         ended = &mut appended => ended,
-        ended = verified => {
+        ended = before => {
             ended?;
             appended.await
         }

@@ -21,17 +21,18 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt as _;
 use tracing::{debug, error, info, warn};
 
-use crate::config::Config;
+use crate::config::{Config, WantedDids};
 use crate::crash::{self, Point};
 use crate::directory::Directory;
 use crate::event::EntryId;
 use crate::metrics;
 use crate::mutex::lock;
 use crate::origin::relay::decode::entries_of;
-use crate::store::repos::{Finished, Postponed, Queued};
+use crate::store::repos::{self, Finished, Postponed, Queued};
 use crate::store::{Session, Store, StoreError};
 use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
+use crate::verify::known::{Generation, Head};
 use crate::verify::{Repository, check_rev};
 use difference::Difference;
 use fetch::{Fetched, Slots};
@@ -105,6 +106,13 @@ pub enum RepairError {
 
 /// Where the reader was: the id of the last entry, and the number of the last event.
 type Place = (EntryId, String);
+
+/// How things were before a repository was fetched.
+struct Since {
+    place: Place,
+    generation: Generation,
+    head: Option<Head>,
+}
 
 /// What came of a repair.
 enum Outcome {
@@ -235,8 +243,8 @@ impl Repairer {
             let message = Some("the account is deleted".to_owned());
             return Ok(Outcome::Finished(Finished { state: "gone", message, ..Finished::default() }));
         }
-        // Whatever is read from now on is newer than the repository, above all that the account is deleted.
-        let place = self.redis.connect().await?.place().await?;
+        let mut stream = self.redis.connect().await?;
+        let since = self.begin(&mut stream, &queued.did).await?;
         let (fetched, _slot) = self.fetch_in_turn(&queued.did).await;
         let Fetched { key, car, host } = match fetched {
             Ok(fetched) => fetched,
@@ -256,7 +264,27 @@ impl Repairer {
         if let Err(message) = check_rev(&rev, now_ms()) {
             return Ok(Outcome::failed(host, message));
         }
-        self.compare(session, queued, &repository, &place, host).await
+        let outcome = self.compare(session, queued, &repository, &since.place, host).await?;
+        if matches!(outcome, Outcome::Finished(Finished { state: "synced", .. })) {
+            let head = Head::new(&rev, &repository.commit.data);
+            let now = stream.adopt_head(&queued.did, head, since.generation).await?;
+            if since.head.is_none() && now.rev > head.rev {
+                // Nobody has compared that one with this.
+                repos::queue(session.client(), &queued.did, 1, "chain", "").await?;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// What has to be known before the repository is fetched. From here on, the reader keeps what its account writes.
+    async fn begin(&self, stream: &mut Stream, did: &str) -> Result<Since, RepairError> {
+        if self.config.wanted_dids == Some(WantedDids::Tracked) {
+            stream.track(&[did.to_owned()]).await?;
+        }
+        let (generation, _) = stream.generation().await?;
+        let head = stream.known(&[did]).await?.get(did).and_then(|known| known.head);
+        // Whatever is read from now on is newer than the repository, above all that the account is deleted.
+        Ok(Since { place: stream.place().await?, generation, head })
     }
 
     /// Compares a repository with the rows, and appends the difference.

@@ -137,6 +137,41 @@ pub async fn queue(
     Ok(())
 }
 
+impl Session {
+    /// The tracked accounts after this one, some thousand of them: all that were ever queued.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn tracked_after(&self, did: &str) -> Result<Vec<String>, StoreError> {
+        let after = include_str!("../../sql/repair/tracked_after.sql");
+        let rows = self.in_time(self.client.query(after, &[&did])).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// How many accounts are tracked.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn tracked(&self) -> Result<u64, StoreError> {
+        let count = include_str!("../../sql/repair/tracked_count.sql");
+        let count: i64 = self.in_time(self.client.query_one(count, &[])).await?.get(0);
+        Ok(count.unsigned_abs())
+    }
+
+    /// Queues accounts that were not tracked for a while.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn queue_untracked(&self, dids: &[&str]) -> Result<(), StoreError> {
+        let again = include_str!("../../sql/repair/tracked_again.sql");
+        self.in_time(self.client.execute(again, &[&dids])).await?;
+        Ok(())
+    }
+}
+
 /// Repositories in a state, or in any if it is empty; those that changed last come first.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Keys, Stream};
 use crate::event::EntryId;
-use crate::verify::known::{Generation, Known, KnownKey, field};
+use crate::verify::known::{Generation, Head, Known, KnownKey, field};
 
 /// The number of hashes that heads and keys are spread over, so that each stays in Redis's compact form.
 const BUCKETS: u32 = 1 << 17;
@@ -326,6 +326,26 @@ impl Stream {
         Ok(last.parse().ok())
     }
 
+    /// Makes a repository's commit its account's head, unless the account has one. Returns the one that it has now.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or refuses.
+    pub async fn adopt_head(&mut self, did: &str, head: Head, generation: Generation) -> RedisResult<Head> {
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("adopt.lua")));
+        let Self { connection, keys } = self;
+        let field = field(did);
+        let known = Known { head: Some(head), generation: generation.current as u8, key: None };
+        let now: Vec<u8> = SCRIPT
+            .key(&keys.heads)
+            .key(bucket(keys, &field))
+            .arg(field)
+            .arg(known.to_bytes())
+            .invoke_async(connection)
+            .await?;
+        Ok(Known::from_bytes(&now).head.unwrap_or(head))
+    }
+
     /// How much there is to do.
     ///
     /// # Errors
@@ -355,7 +375,11 @@ impl Stream {
         // A quarter of the limit.
         let most = if max_memory == 0 { ACCOUNTS } else { max_memory / 4 / ACCOUNT_BYTES };
         let count: Option<u64> = redis::cmd("GET").arg(&keys.heads).query_async(connection).await?;
-        if count.unwrap_or(0) <= most {
+        let Some(count) = count else {
+            // From now on, repairs note heads, too.
+            return redis::cmd("SET").arg(&keys.heads).arg(0).arg("NX").query_async(connection).await;
+        };
+        if count <= most {
             return Ok(());
         }
         let mut invocation = SCRIPT.prepare_invoke();

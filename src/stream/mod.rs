@@ -13,6 +13,7 @@ pub mod legacy;
 pub mod noted;
 pub mod rights;
 pub mod server;
+pub mod wanted;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,6 +75,8 @@ pub struct Keys {
     pub repairs: String,
     /// Accounts whose handle is to be looked up.
     pub handles: String,
+    /// The accounts that are wanted, if not all are.
+    pub wanted: String,
     /// The consumer group.
     pub group: String,
 }
@@ -103,6 +106,7 @@ impl Keys {
             unchecked: format!("{}:unchecked", config.stream_key),
             repairs: format!("{}:repairs", config.stream_key),
             handles: format!("{}:handles", config.stream_key),
+            wanted: format!("{}:wanted", config.stream_key),
             group: config.consumer_group.clone(),
         }
     }
@@ -149,6 +153,7 @@ impl Keys {
             &self.unchecked,
             &self.repairs,
             &self.handles,
+            &self.wanted,
         ];
         named
             .into_iter()

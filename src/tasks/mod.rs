@@ -6,6 +6,7 @@
 //! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when PostgreSQL has gone back in time
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `repairs`: repositories that differ from what arrived
+//! - `tracked`: the accounts that the reader keeps, if not all are wanted
 //! - `backfill`: the accounts whose whole repositories are to be fetched
 //! - `gaps`: the accounts that may lack something since a gap
 //! - `legacy`: the keys of the old application's pages
@@ -23,6 +24,7 @@ pub mod repairs;
 mod schema;
 mod takeover;
 pub mod tombstones;
+pub mod tracked;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -50,3 +50,4 @@ mod upgrade;
 mod upstream;
 mod verified;
 mod verify;
+mod wanted;

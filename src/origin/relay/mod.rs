@@ -222,13 +222,14 @@ impl Relay {
             decode(frame, &self.config.collections).map_err(|error| error.to_string())
         };
         match decoded {
-            Ok(Message::Event { event_type, seq, entries, letters, missed, rev }) => {
+            Ok(Message::Event { event_type, seq, did, entries, letters, missed, rev }) => {
                 metrics::frame(event_type);
                 // A revision ahead of the clock is refused when it is applied, and must not set a time here.
                 let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
                 let frame = (self.config.verify != VerifyMode::Off).then(|| frame.clone());
                 self.place(Arrival {
                     position: seq,
+                    did,
                     entries,
                     letters,
                     missed,

@@ -52,6 +52,7 @@ impl ByHand {
             unchecked: key("unchecked"),
             repairs: key("repairs"),
             handles: key("handles"),
+            wanted: key("wanted"),
             group: GROUP.to_owned(),
         };
         let ours = Stream::over(redis.connection().await, keys.clone());

@@ -30,6 +30,8 @@ pub enum Message {
         event_type: &'static str,
         /// Its sequence number.
         seq: i64,
+        /// The account; empty for types of a newer protocol.
+        did: String,
         /// Entries for the stream.
         entries: Vec<NewEntry>,
         /// What of it can never be applied: records that cannot be decoded, are missing, or are not what their CID says.
@@ -110,6 +112,7 @@ pub fn decode(frame: &[u8], wanted: &Collections) -> Result<Message, FrameError>
         _ => Ok(integer(&body, "seq").map_or(Message::Unknown, |seq| Message::Event {
             event_type: "other",
             seq,
+            did: String::new(),
             entries: Vec::new(),
             letters: Vec::new(),
             missed: BTreeMap::new(),
@@ -123,6 +126,7 @@ fn event(event_type: &'static str, body: &Map<'_>, wanted: &Collections) -> Resu
     let mut missed = BTreeMap::new();
     let mut letters = Vec::new();
     let mut rev = String::new();
+    let did = did(body, if event_type == "commit" { "repo" } else { "did" })?.to_owned();
     let one = |data| vec![NewEntry { event_type, data, seq }];
     let entries = match event_type {
         "commit" => {
@@ -147,7 +151,7 @@ fn event(event_type: &'static str, body: &Map<'_>, wanted: &Collections) -> Resu
     for letter in &letters {
         *missed.entry(letter.reject.reason.name()).or_default() += 1;
     }
-    Ok(Message::Event { event_type, seq, entries, letters, missed, rev })
+    Ok(Message::Event { event_type, seq, did, entries, letters, missed, rev })
 }
 
 fn identity(body: &Map<'_>) -> Result<String, FrameError> {

@@ -1,0 +1,2 @@
+-- How many accounts are tracked.
+SELECT count(*) FROM standpipe.repos
