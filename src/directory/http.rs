@@ -123,6 +123,7 @@ impl Http {
         url: &str,
         max_bytes: usize,
         large: &Semaphore,
+        received: impl Fn(usize),
     ) -> Result<Answer, HttpError> {
         let slow = |_| HttpError::Slow(format!("no answer within {SPEED:?}"));
         let answer = tokio::time::timeout(SPEED, self.ask(url, None)).await.map_err(slow)??;
@@ -145,6 +146,7 @@ impl Http {
             };
             let frame = frame.map_err(|error| HttpError::Failed(error.to_string()))?;
             let Some(data) = frame.data_ref() else { continue };
+            received(data.len());
             if bytes.len() + data.len() > max_bytes {
                 return Err(too_large(max_bytes));
             }

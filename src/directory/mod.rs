@@ -4,6 +4,7 @@
 //! The creator of an account chooses the host that we contact. Requests are therefore small, limited in time and number,
 //! follow no redirects, and never go to internal addresses: [`guard`].
 
+mod budget;
 mod guard;
 mod handle;
 pub mod http;
@@ -74,6 +75,7 @@ pub struct Directory {
     /// Documents that were just looked up.
     recent: Mutex<HashMap<String, (Instant, Document)>>,
     hosts: repository::Hosts,
+    budgets: budget::Budgets,
     /// Held while a large repository is read.
     large: Semaphore,
 }
@@ -94,6 +96,7 @@ impl Directory {
             closed: Mutex::default(),
             recent: Mutex::default(),
             hosts: repository::Hosts::default(),
+            budgets: budget::Budgets::default(),
             large: Semaphore::new(1),
         })
     }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
-use super::http::HttpError;
+use super::http::{Answer, HttpError};
 use super::{Directory, host_of};
 use crate::mutex::lock;
 
@@ -80,12 +81,13 @@ struct Answered {
 }
 
 impl Directory {
-    /// The repository of `did`, from `server`. Returns the archive as it was sent.
+    /// The repository of `did`, from `server`. Returns the archive as it was sent. With `limited`, only so much is fetched from
+    /// one domain.
     ///
     /// # Errors
     ///
     /// [`FetchError`].
-    pub async fn repository(&self, did: &str, server: &str) -> Result<Bytes, FetchError> {
+    pub async fn repository(&self, did: &str, server: &str, limited: bool) -> Result<Bytes, FetchError> {
         let server = server.trim_end_matches('/');
         let may_be_asked = server.starts_with("https://") || (self.private && server.starts_with("http://"));
         if !may_be_asked {
@@ -96,13 +98,25 @@ impl Directory {
             let reason = format!("{host} asks us to wait {} s more", wait.as_secs() + 1);
             return Err(FetchError::Busy { reason, wait });
         }
+        if let Some(wait) = self.budgets.wait(&host, Instant::now()).filter(|_| limited) {
+            let reason = format!(
+                "{host}: much was fetched from its domain lately; the repositories of others come first"
+            );
+            return Err(FetchError::Busy { reason, wait });
+        }
         let slots = self.hosts.slots(&host);
         let Ok(_slot) = slots.try_acquire() else {
             let reason = format!("{host}: other repositories come first");
             return Err(FetchError::Busy { reason, wait: Duration::from_secs(1) });
         };
         let url = format!("{server}/xrpc/com.atproto.sync.getRepo?did={did}");
-        let answer = self.http.download(&url, MAX_REPOSITORY, &self.large).await.map_err(|error| {
+        let received = |bytes| {
+            if limited {
+                self.budgets.spend(&host, bytes, Instant::now());
+            }
+        };
+        let download = self.http.download(&url, MAX_REPOSITORY, &self.large, received);
+        let answer = download.await.map_err(|error| {
             let reason = format!("{host}: {error}");
             match error {
                 HttpError::Refused(_) => FetchError::Refused(reason),
@@ -114,6 +128,11 @@ impl Directory {
             }
         })?;
         self.answers(&host);
+        self.judge(&host, answer)
+    }
+
+    /// What a server's answer says.
+    fn judge(&self, host: &str, answer: Answer) -> Result<Bytes, FetchError> {
         match answer.status {
             200 => Ok(answer.body),
             400 | 404 => {
@@ -128,10 +147,10 @@ impl Directory {
             }
             status => {
                 if matches!(status, 429 | 503) {
-                    self.close(&host, &answer);
+                    self.close(host, &answer);
                 }
                 let reason = format!("{host}: HTTP {status}");
-                Err(FetchError::Away { reason, retry_after: self.wait(&host) })
+                Err(FetchError::Away { reason, retry_after: self.wait(host) })
             }
         }
     }

@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::{Outcome, Repairer};
 use crate::directory::LookupError;
 use crate::directory::repository::FetchError;
-use crate::store::repos::{Finished, Postponed};
+use crate::store::repos::{Finished, Postponed, Queued};
 use crate::verify::Key;
 use crate::verify::document::Document;
 
@@ -46,11 +46,11 @@ impl Repairer {
     /// Fetches a repository when there is a slot for it, and keeps the slot for what is done with it.
     pub(super) async fn fetch_in_turn(
         &self,
-        did: &str,
+        queued: &Queued,
     ) -> (Result<Fetched, Outcome>, Option<SemaphorePermit<'_>>) {
         let quick = self.slots.quick.acquire().await.ok();
         let server = OnceLock::new();
-        let mut fetch = std::pin::pin!(self.fetch(did, &server));
+        let mut fetch = std::pin::pin!(self.fetch(queued, &server));
         if let Ok(fetched) = tokio::time::timeout(QUICK, &mut fetch).await {
             return (fetched, quick);
         }
@@ -73,7 +73,8 @@ impl Repairer {
     }
 
     /// `known`: the server, as soon as it is known.
-    async fn fetch(&self, did: &str, known: &OnceLock<String>) -> Result<Fetched, Outcome> {
+    async fn fetch(&self, queued: &Queued, known: &OnceLock<String>) -> Result<Fetched, Outcome> {
+        let did = &queued.did;
         let gone = |host, message| {
             let message = Some(message);
             Outcome::Finished(Finished { state: "gone", host, message, ..Finished::default() })
@@ -88,7 +89,7 @@ impl Repairer {
             return Err(gone(None, "its document names no key or no server".to_owned()));
         };
         let host = known.get_or_init(|| server.clone()).clone();
-        let refused = match self.directory.repository(did, &server).await {
+        let refused = match self.directory.repository(did, &server, !queued.is_backfill).await {
             Ok(car) => return Ok(Fetched { key, car, host }),
             Err(refused) => refused,
         };

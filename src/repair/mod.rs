@@ -245,7 +245,7 @@ impl Repairer {
         }
         let mut stream = self.redis.connect().await?;
         let since = self.begin(&mut stream, &queued.did).await?;
-        let (fetched, _slot) = self.fetch_in_turn(&queued.did).await;
+        let (fetched, _slot) = self.fetch_in_turn(queued).await;
         let Fetched { key, car, host } = match fetched {
             Ok(fetched) => fetched,
             Err(outcome) => return Ok(outcome),

@@ -32,6 +32,8 @@ pub enum Behaviour {
 pub struct Server {
     pub url: String,
     requests: Arc<AtomicU64>,
+    /// Bytes that it has sent.
+    sent: Arc<AtomicU64>,
     _serving: AbortOnDropHandle<()>,
 }
 
@@ -40,21 +42,27 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&requests);
+        let sent: Arc<AtomicU64> = Arc::default();
+        let (count, bytes) = (Arc::clone(&requests), Arc::clone(&sent));
         let serving = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let count = Arc::clone(&count);
+                let (count, bytes) = (Arc::clone(&count), Arc::clone(&bytes));
                 tokio::spawn(async move {
                     // The client leaves when it has had enough.
-                    let _ = answer(stream, behaviour, &count).await;
+                    let _ = answer(stream, behaviour, &count, &bytes).await;
                 });
             }
         });
-        Self { url, requests, _serving: AbortOnDropHandle::new(serving) }
+        Self { url, requests, sent, _serving: AbortOnDropHandle::new(serving) }
     }
 }
 
-async fn answer(mut stream: TcpStream, behaviour: Behaviour, requests: &AtomicU64) -> std::io::Result<()> {
+async fn answer(
+    mut stream: TcpStream,
+    behaviour: Behaviour,
+    requests: &AtomicU64,
+    sent: &AtomicU64,
+) -> std::io::Result<()> {
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         request.push(stream.read_u8().await?);
@@ -79,6 +87,7 @@ async fn answer(mut stream: TcpStream, behaviour: Behaviour, requests: &AtomicU6
             let part = vec![0; 1 << 16];
             loop {
                 stream.write_all(&part).await?;
+                sent.fetch_add(part.len() as u64, Ordering::SeqCst);
             }
         }
     }
@@ -190,6 +199,7 @@ async fn servers_that_lie_hang_or_flood_cost_the_others_little() {
     let alone = synced(&database, &good).await;
     let all_bad: Vec<&Signed> = bad.iter().flat_map(|(_, accounts)| accounts).collect();
     // What a server would have to be newer than.
+    let flooded = Instant::now();
     queue(&database, &all_bad).await;
     let wanted = format!("UPDATE standpipe.repos SET wanted_rev = '{}' WHERE state = 'queued'", rev(1));
     execute(&database, &wanted).await;
@@ -217,6 +227,12 @@ async fn servers_that_lie_hang_or_flood_cost_the_others_little() {
     // Two can be under way before the first answer.
     let asked = hostile[0].requests.load(Ordering::SeqCst);
     assert!(asked <= 2, "it was asked {asked} times before its Retry-After");
+    // What is allowed at once, two transfers that were under way by then, what may stand in the sockets' buffers, and what is
+    // allowed each second.
+    let sent = hostile[3].sent.load(Ordering::SeqCst) >> 20;
+    let allowed = 64 + 2 * 64 + 16 + (6.4 * flooded.elapsed().as_secs_f64()) as u64;
+    println!("{sent} MiB of a flood, {allowed} at most");
+    assert!(sent <= allowed, "{sent} MiB of a flood");
     for server in &hostile {
         assert!(server.requests.load(Ordering::SeqCst) > 0, "{} was never asked", server.url);
     }

@@ -147,7 +147,7 @@ async fn the_server_shows_each_repository_as_its_last_commit_left_it() {
     assert!(!inactive.is_empty());
     // Nothing was sent yet, so there is nothing.
     let first = heads.keys().next().unwrap();
-    assert!(matches!(served.directory.repository(first, &served.url).await, Err(FetchError::Gone(_))));
+    assert!(matches!(served.directory.repository(first, &served.url, true).await, Err(FetchError::Gone(_))));
     served.counters.last_seq_sent.store(u64::MAX - 1, Ordering::Relaxed);
     let status = served.get(&format!("/xrpc/com.atproto.sync.getRepoStatus?did={first}")).await;
     assert_eq!(status["rev"].as_str(), Some(heads[first].0.as_str()));
@@ -157,10 +157,10 @@ async fn the_server_shows_each_repository_as_its_last_commit_left_it() {
         let server = document.server.unwrap();
         if server != served.url {
             moved += 1;
-            let left = served.directory.repository(did, &served.url).await;
+            let left = served.directory.repository(did, &served.url, true).await;
             assert!(matches!(left, Err(FetchError::Gone(reason)) if reason.contains("RepoDeactivated")));
         }
-        match served.directory.repository(did, &server).await {
+        match served.directory.repository(did, &server, true).await {
             Ok(archive) => {
                 assert!(!inactive.contains(did), "{did}");
                 let repository = Repository::read(&archive, did, &document.key.unwrap()).unwrap();
