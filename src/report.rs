@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
-use crate::status::{PipelineStatus, ReaderStatus, Settings, Status, TaskStatus};
+use crate::status::{PipelineStatus, ReaderStatus, Repositories, Settings, Status, TaskStatus};
 use crate::stream::accounts::Backlog;
 use crate::stream::gap::Missed;
 use crate::stream::group::ConsumerInfo;
@@ -83,6 +83,9 @@ pub struct ProcessReport {
     /// Connections to PostgreSQL.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolReport>,
+    /// The repositories that were ever queued, if this process has counted them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repositories: Option<Repositories>,
     /// The background tasks by name.
     pub tasks: BTreeMap<&'static str, TaskStatus>,
 }
@@ -146,6 +149,7 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
         pool,
+        repositories: lock(&status.repositories).clone(),
         tasks: lock(&status.tasks).clone(),
     }
 }

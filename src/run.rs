@@ -31,6 +31,7 @@ use crate::tasks::prepare::Prepare;
 use crate::tasks::progress::Progress;
 use crate::tasks::purge::Purge;
 use crate::tasks::repairs::{Repairs, Requests};
+use crate::tasks::standings::Standings;
 use crate::tasks::tombstones::Tombstones;
 use crate::tasks::tracked::Tracked;
 use crate::tasks::{self, Task};
@@ -231,6 +232,7 @@ impl Running {
             self.help(Tracked::new(redis.clone(), store.clone()));
         }
         self.help(Requests::new(redis.clone(), store.clone()));
+        self.help(Standings::new(store.clone(), Arc::clone(&self.status)));
         let repairer = Arc::default();
         for _ in 0..self.config.repairers() {
             let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));

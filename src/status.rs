@@ -146,6 +146,40 @@ pub struct TaskStatus {
     pub error: Option<String>,
 }
 
+/// The repositories that were ever queued.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Repositories {
+    /// Known to differ from what arrived.
+    pub to_repair: u64,
+    /// May lack something since a gap, or somebody asked for them.
+    pub after_gap: u64,
+    /// Queued by a backfill.
+    pub to_backfill: u64,
+    /// Compared.
+    pub synced: u64,
+    /// There is nothing to fetch.
+    pub gone: u64,
+    /// Given up.
+    pub error: u64,
+    /// How far each backfill is.
+    pub backfills: Vec<BackfillStatus>,
+}
+
+/// How far a backfill is.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct BackfillStatus {
+    /// The value of `BACKFILL`, or the gap.
+    pub what: String,
+    /// Accounts listed so far.
+    pub listed: u64,
+    /// Whether the list is complete.
+    pub is_listed: bool,
+    /// Repositories of all backfills that are still to be compared.
+    pub left: u64,
+    /// Repositories compared in a minute, on average since it began.
+    pub per_minute: f64,
+}
+
 /// The status of the whole process.
 #[derive(Debug, Default)]
 pub struct Status {
@@ -157,6 +191,8 @@ pub struct Status {
     pub stream: Mutex<Option<(Look, u64)>>,
     /// The background tasks by name.
     pub tasks: Mutex<BTreeMap<&'static str, TaskStatus>>,
+    /// The repositories that were ever queued; `None` before they were counted.
+    pub repositories: Mutex<Option<Repositories>>,
     /// The refill in progress, because PostgreSQL lost events.
     pub refill: Mutex<Option<Refill>>,
     /// Entries finished by all pipelines since the start.

@@ -1,15 +1,17 @@
 //! `standpipe repos`: repositories that are repaired, or were.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Subcommand;
 use clap::builder::PossibleValuesParser;
 use serde::Serialize;
 use standpipe::config::Config;
-use standpipe::event::tid_text;
+use standpipe::event::{is_did, tid_text};
 use standpipe::out;
-use standpipe::report::table::{age, columns, grouped};
+use standpipe::repair::{Repairer, Verdict};
+use standpipe::report::table::{self, age, columns, grouped};
 use standpipe::store::backfills::Progress;
 use standpipe::store::repos::{self, Comparison, Repo};
 use standpipe::store::{Session, Store, StoreError};
@@ -45,6 +47,15 @@ pub enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Compare repositories with the tables now, and change nothing; exits with 1 if anything differs
+    Verify {
+        /// The accounts
+        #[arg(required = true, value_name = "DID")]
+        dids: Vec<String>,
+        /// One JSON object per line
+        #[arg(long)]
+        json: bool,
+    },
     /// Queue repositories: compare each with the tables, and repair what differs
     Add {
         /// The accounts
@@ -62,7 +73,7 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
         Ok(session) => session,
         Err(error) => return Ok(unavailable("PostgreSQL", &error)),
     };
-    match act(config, &session, action).await {
+    match act(config, &store, &session, action).await {
         Err(error) if error.downcast_ref::<StoreError>().is_some_and(StoreError::is_missing_table) => {
             anyhow::bail!("the database has no queue of repositories yet: run standpipe migrate")
         }
@@ -70,13 +81,13 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
     }
 }
 
-async fn act(config: &Config, session: &Session, action: Action) -> Result<ExitCode> {
+async fn act(config: &Config, store: &Store, session: &Session, action: Action) -> Result<ExitCode> {
     let client = session.client();
     let named = match &action {
-        Action::Show { dids, .. } | Action::Add { dids } => dids.as_slice(),
+        Action::Show { dids, .. } | Action::Verify { dids, .. } | Action::Add { dids } => dids.as_slice(),
         Action::List { .. } | Action::Retry => &[],
     };
-    if let Some(bad) = named.iter().find(|did| !did.starts_with("did:")) {
+    if let Some(bad) = named.iter().find(|did| !is_did(did)) {
         out::note(format_args!("standpipe: {bad} is not a DID, such as did:plc:ewvi7nxzyoun6zhxrhs64oiz"));
         return Ok(ExitCode::from(EX_USAGE));
     }
@@ -92,11 +103,13 @@ async fn act(config: &Config, session: &Session, action: Action) -> Result<ExitC
             }
             let counts = repos::counts(client).await?;
             for backfill in session.backfills().await? {
-                out::line(progress(&backfill))?;
+                let Progress { what, listed, is_listed, left, .. } = &backfill;
+                out::line(table::backfill(what, *listed, *is_listed, *left, backfill.per_minute()))?;
             }
             out::raw(&page(&found, &counts))?;
         }
         Action::Show { dids, json } => return show(config, session, &dids, json).await,
+        Action::Verify { dids, json } => return verify(config, store, session, &dids, json).await,
         Action::Add { dids } => {
             for did in &dids {
                 repos::queue(client, did, 1, "asked for", "").await?;
@@ -112,6 +125,64 @@ async fn act(config: &Config, session: &Session, action: Action) -> Result<ExitC
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Paths that are shown of each account.
+const PATHS: usize = 20;
+
+async fn verify(
+    config: &Config,
+    store: &Store,
+    session: &Session,
+    dids: &[String],
+    json: bool,
+) -> Result<ExitCode> {
+    let repairer = Repairer::new(Arc::new(config.clone()), Redis::open(config)?, store.clone())?;
+    let mut all_equal = true;
+    for did in dids {
+        let found = repairer.verify(session, did).await?;
+        all_equal &= found.as_ref().is_ok_and(Verdict::is_equal);
+        if json {
+            let line = match &found {
+                Ok(verdict) => {
+                    serde_json::json!({ "did": did, "equal": verdict.is_equal(), "compared": verdict })
+                }
+                Err(reason) => serde_json::json!({ "did": did, "equal": null, "reason": reason }),
+            };
+            out::line(out::safe_json(&line.to_string()))?;
+            continue;
+        }
+        match found {
+            Ok(verdict) if verdict.is_equal() => {
+                let Verdict { rev, records, .. } = &verdict;
+                out::line(format_args!(
+                    "{did}: equal, {} records at revision {rev}",
+                    grouped(*records as u64)
+                ))?;
+            }
+            Ok(Verdict { rev, missing, surplus, .. }) => {
+                out::line(format_args!(
+                    "{did}: {} records of revision {rev} are missing or different, {} rows have no record",
+                    grouped(missing.len() as u64),
+                    grouped(surplus.len() as u64)
+                ))?;
+                let marked =
+                    missing.iter().map(|path| ('-', path)).chain(surplus.iter().map(|path| ('+', path)));
+                for (mark, path) in marked.take(PATHS) {
+                    out::line(format_args!("  {mark} {}", out::safe(path, out::LINE)))?;
+                }
+            }
+            Err(reason) => {
+                out::line(format_args!("{did}: cannot be compared: {}", out::safe(&reason, out::LINE)))?;
+            }
+        }
+    }
+    if !all_equal && !json {
+        out::note(
+            "What was written in the last seconds may be on its way: compare again, or repair with standpipe repos add",
+        );
+    }
+    Ok(if all_equal { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// An account, and how much of it is known to be there.
@@ -171,27 +242,6 @@ async fn show(config: &Config, session: &Session, dids: &[String], json: bool) -
     });
     out::raw(&columns(["ACCOUNT", "STATE", "COMPARED AT", "NEWEST COMMIT", "NOTE"], rows))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// A backfill, and how long it will take at its average rate.
-fn progress(backfill: &Progress) -> String {
-    let Progress { what, listed, is_listed, left, .. } = backfill;
-    if what.starts_with("gap ") {
-        let more = if *is_listed { "" } else { ", and the relay's list is not at its end" };
-        return format!("after {what}: {} accounts queued that may lack something{more}", grouped(*listed));
-    }
-    let per_minute = backfill.per_minute();
-    let mut rest = if *left == 0 && *is_listed {
-        "complete".to_owned()
-    } else {
-        format!("{} to compare", grouped(*left))
-    };
-    if *left > 0 && per_minute > 0.0 {
-        let seconds = *left as f64 / per_minute * 60.0;
-        rest = format!("{rest}, {per_minute:.0} a minute, about {} left", age(seconds));
-    }
-    let more = if *is_listed { "" } else { " so far" };
-    format!("backfill {what}: {} listed{more}; {rest}", grouped(*listed))
 }
 
 fn page(found: &[Repo], counts: &[(String, i64)]) -> String {

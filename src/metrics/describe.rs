@@ -8,8 +8,8 @@ use super::{
     LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
     PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS,
     RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS,
-    REPAIRS_REQUESTED, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS, TRIMMED,
-    UNCHECKED, VERIFIED, WAITING,
+    REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS,
+    TRIMMED, UNCHECKED, VERIFIED, WAITING,
 };
 
 /// Describes all metrics to the recorder.
@@ -102,6 +102,7 @@ fn describe_verification() {
     describe_counter!(VERIFIED, "Commits verified, by result");
     describe_counter!(REPAIRS_REQUESTED, "Repositories found to differ from what arrived, by reason");
     describe_counter!(REPAIRED, "Repairs of repositories that ended, by result");
+    describe_gauge!(REPOSITORIES, "Repositories that were ever queued, by what becomes of them");
     describe_counter!(HANDLES, "Lookups of handles that the relay did not send, by result");
     describe_counter!(LOOKUPS, "Lookups of DID documents, by result");
     describe_gauge!(ACCOUNTS, "Accounts whose newest commit is remembered for verification");

@@ -6,6 +6,7 @@ pub mod totals;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 pub use self::totals::{count, dead_letter, operations, retry};
+use crate::status::Repositories;
 use crate::stream::accounts::Backlog;
 use crate::stream::group::Ensured;
 use crate::stream::janitor::Look;
@@ -101,6 +102,10 @@ pub const UNCHECKED: &str = "standpipe_unchecked_accounts";
 pub const ACCOUNTS: &str = "standpipe_verified_accounts";
 /// Repositories that have to be repaired.
 pub const REPAIRS: &str = "standpipe_repairs_waiting";
+/// Repositories by state.
+pub const REPOSITORIES: &str = "standpipe_repositories";
+/// Their states.
+const REPOSITORY_STATES: [&str; 6] = ["to_repair", "after_gap", "to_backfill", "synced", "gone", "error"];
 /// Repairs that ended, by result.
 pub const REPAIRED: &str = "standpipe_repairs_total";
 /// Lookups of handles, by result.
@@ -169,6 +174,16 @@ pub fn verification_backlog(backlog: &Backlog) {
     metrics::gauge!(ACCOUNTS).set(backlog.accounts as f64);
     metrics::gauge!(UNCHECKED).set(backlog.unchecked as f64);
     metrics::gauge!(REPAIRS).set(backlog.repairs as f64);
+}
+
+/// Exports how many repositories are queued and how many are done.
+pub fn repositories(now: &Repositories) {
+    let Repositories { to_repair, after_gap, to_backfill, synced, gone, error, .. } = now;
+    for (state, count) in
+        REPOSITORY_STATES.into_iter().zip([to_repair, after_gap, to_backfill, synced, gone, error])
+    {
+        metrics::gauge!(REPOSITORIES, "state" => state).set(*count as f64);
+    }
 }
 
 /// Sets whether events that PostgreSQL lost are being read again.
@@ -270,6 +285,9 @@ fn zero() {
     }
     for gauge in [ACCOUNTS, UNCHECKED, REPAIRS] {
         metrics::gauge!(gauge).set(0.0);
+    }
+    for state in REPOSITORY_STATES {
+        metrics::gauge!(REPOSITORIES, "state" => state).set(0.0);
     }
     for part in ["reader", "pipelines"] {
         metrics::gauge!(PAUSED, "part" => part).set(0.0);

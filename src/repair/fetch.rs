@@ -19,6 +19,8 @@ const QUICK: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(4);
 /// How long to wait before it is tried again.
 const SLOW: Duration = Duration::from_secs(5);
+/// The same when the directory cannot be asked.
+const DIRECTORY: Duration = Duration::from_secs(10);
 
 /// How many repositories are fetched and compared at a time.
 pub(super) struct Slots {
@@ -50,7 +52,7 @@ impl Repairer {
     ) -> (Result<Fetched, Outcome>, Option<SemaphorePermit<'_>>) {
         let quick = self.slots.quick.acquire().await.ok();
         let server = OnceLock::new();
-        let mut fetch = std::pin::pin!(self.fetch(queued, &server));
+        let mut fetch = std::pin::pin!(self.fetch(&queued.did, !queued.is_backfill, &server));
         if let Ok(fetched) = tokio::time::timeout(QUICK, &mut fetch).await {
             return (fetched, quick);
         }
@@ -73,8 +75,12 @@ impl Repairer {
     }
 
     /// `known`: the server, as soon as it is known.
-    async fn fetch(&self, queued: &Queued, known: &OnceLock<String>) -> Result<Fetched, Outcome> {
-        let did = &queued.did;
+    pub(super) async fn fetch(
+        &self,
+        did: &str,
+        limited: bool,
+        known: &OnceLock<String>,
+    ) -> Result<Fetched, Outcome> {
         let gone = |host, message| {
             let message = Some(message);
             Outcome::Finished(Finished { state: "gone", host, message, ..Finished::default() })
@@ -83,13 +89,21 @@ impl Repairer {
         let Document { key, server, .. } = match self.directory.document(did).await {
             Ok(document) => document,
             Err(LookupError::None(message)) => return Err(gone(None, message)),
+            // That is no fault of the account's, or it would be given up for it.
+            Err(LookupError::Away(message)) if did.starts_with("did:plc:") => {
+                return Err(Outcome::Postponed(Postponed {
+                    pause: DIRECTORY,
+                    message,
+                    ..Postponed::default()
+                }));
+            }
             Err(LookupError::Away(message)) => return Err(Outcome::failed(None, message)),
         };
         let (Some(key), Some(server)) = (key, server) else {
             return Err(gone(None, "its document names no key or no server".to_owned()));
         };
         let host = known.get_or_init(|| server.clone()).clone();
-        let refused = match self.directory.repository(did, &server, !queued.is_backfill).await {
+        let refused = match self.directory.repository(did, &server, limited).await {
             Ok(car) => return Ok(Fetched { key, car, host }),
             Err(refused) => refused,
         };

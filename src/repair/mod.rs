@@ -9,10 +9,12 @@
 //! - `difference`: the operations that turn the rows into the repository
 //! - `fetch`: fetching a repository, so that slow servers do not hold up the others
 //! - `here`: applying them without the stream
+//! - `verify`: comparing only
 
 mod difference;
 mod fetch;
 mod here;
+mod verify;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
@@ -36,6 +38,7 @@ use crate::verify::known::{Generation, Head};
 use crate::verify::{Repository, check_rev};
 use difference::Difference;
 use fetch::{Fetched, Slots};
+pub use verify::Verdict;
 
 /// The pause after the first failure; doubled by each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);

@@ -56,6 +56,49 @@ fn verification(backlog: &Value) -> Option<String> {
     ))
 }
 
+/// The repositories that were ever queued, and the backfills; nothing if there are none.
+fn repositories(counted: &Value) -> Vec<(&'static str, String)> {
+    let parts: Vec<String> = [
+        ("to_repair", "to repair"),
+        ("after_gap", "to compare"),
+        ("to_backfill", "to backfill"),
+        ("synced", "synced"),
+        ("gone", "gone"),
+        ("error", "given up"),
+    ]
+    .into_iter()
+    .filter_map(|(name, words)| match number(&counted[name]) {
+        0 => None,
+        count => Some(format!("{} {words}", grouped(count))),
+    })
+    .collect();
+    let total = (!parts.is_empty()).then(|| ("repositories", parts.join(", ")));
+    let backfills = list(&counted["backfills"]).map(|one| {
+        let what = out::safe(text(&one["what"]).unwrap_or_default(), out::LINE);
+        let (listed, left) = (number(&one["listed"]), number(&one["left"]));
+        let is_listed = one["is_listed"] == Value::Bool(true);
+        ("", backfill(&what, listed, is_listed, left, one["per_minute"].as_f64().unwrap_or(0.0)))
+    });
+    total.into_iter().chain(backfills).collect()
+}
+
+/// How far a backfill is, and how long it will take at its average rate.
+#[must_use]
+pub fn backfill(what: &str, listed: u64, is_listed: bool, left: u64, per_minute: f64) -> String {
+    if what.starts_with("gap ") {
+        let more = if is_listed { "" } else { ", and the relay's list is not at its end" };
+        return format!("after {what}: {} accounts queued that may lack something{more}", grouped(listed));
+    }
+    let mut rest =
+        if left == 0 && is_listed { "complete".to_owned() } else { format!("{} to compare", grouped(left)) };
+    if left > 0 && per_minute > 0.0 {
+        let seconds = left as f64 / per_minute * 60.0;
+        rest = format!("{rest}, {per_minute:.0} a minute, about {} left", age(seconds));
+    }
+    let more = if is_listed { "" } else { " so far" };
+    format!("backfill {what}: {} listed{more}; {rest}", grouped(listed))
+}
+
 /// The page. `status` is the JSON of `/status`, a serialised [`super::Report`]; absent fields are left out.
 #[must_use]
 pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
@@ -71,6 +114,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
         lines.extend(missing(&status["missing"]).map(|line| ("missing", line)));
         lines.extend(verification(&status["verification"]).map(|line| ("verification", line)));
     }
+    lines.extend(repositories(&process["repositories"]));
     if let Some(reader) = process.get("reader") {
         lines.push(("reader", reader_line(reader, now_ms)));
     }

@@ -160,6 +160,17 @@ impl Session {
         Ok(count.unsigned_abs())
     }
 
+    /// How many repositories are queued as repairs, after a gap and by a backfill; and how many are synced, gone, and given up.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or refuses.
+    pub async fn standings(&self) -> Result<[u64; 6], StoreError> {
+        let count = include_str!("../../sql/repair/standings.sql");
+        let row = self.in_time(self.client.query_one(count, &[])).await?;
+        Ok(std::array::from_fn(|at| row.get::<_, i64>(at).unsigned_abs()))
+    }
+
     /// Queues accounts that were not tracked for a while.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `repairs`: repositories that differ from what arrived
 //! - `tracked`: the accounts that the reader keeps, if not all are wanted
+//! - `standings`: how many repositories are queued, and how many done
 //! - `backfill`: the accounts whose whole repositories are to be fetched
 //! - `gaps`: the accounts that may lack something since a gap
 //! - `legacy`: the keys of the old application's pages
@@ -22,6 +23,7 @@ pub mod progress;
 pub mod purge;
 pub mod repairs;
 mod schema;
+pub mod standings;
 mod takeover;
 pub mod tombstones;
 pub mod tracked;

@@ -1,13 +1,16 @@
 //! What is checked and repaired in the background does not delay live events: from the relay's send to the commit, with a directory
-//! that hangs from the start, and with bad servers in the queue.
+//! that hangs from the start, and with bad servers in the queue, and
+//! while one account floods the relay.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use standpipe_lab::bench::machine;
 use standpipe_lab::servers::PostgresOptions;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::hosts::{Behaviour, Server, queue};
+use crate::support::scripted::rev;
 use crate::support::signed::{Plc, Signed};
 use crate::support::stage::{Frames, Stage, write};
 use crate::support::{Postgres, query_rows, query_value, wait_until};
@@ -20,6 +23,8 @@ enum Phase {
     Calm,
     DirectoryHangs,
     BadServers,
+    /// One account sends a `#sync` after the other, of two trees in turn.
+    SyncFlood,
 }
 
 fn micros() -> i64 {
@@ -30,6 +35,9 @@ fn micros() -> i64 {
 async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
     let long = std::env::var_os("STANDPIPE_LONG").is_some();
     let (rounds, events) = if long { (5, 1000) } else { (1, 200) };
+    // 10,000 a second, or 1,000.
+    let flood = if long { 100 } else { 10 };
+    let events_of = |phase: Phase| if phase == Phase::SyncFlood { events.min(300) } else { events };
     let plc = Plc::start().await;
     let mut frames = Frames::default();
     let mut bad = Vec::new();
@@ -44,13 +52,27 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         plc.put(&account.did, account.document(&servers[number as usize % 3].url));
         bad.push(account);
     }
+    let mut flooding = Signed::new(800);
+    frames.commit(&mut flooding, &[write("bad")]);
+    let mut branch = flooding.clone();
+    branch.commit(0, &rev(2), &[write("bad-too")]);
+    plc.publish(&flooding);
+    plc.serve(&flooding);
+    let first = frames.0.len();
     // Each phase has accounts that nobody has seen before: their keys are unknown.
-    let phases: Vec<Phase> =
-        (0..rounds).flat_map(|_| [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers]).collect();
-    for (number, _) in phases.iter().enumerate() {
+    let phases: Vec<Phase> = (0..rounds)
+        .flat_map(|_| [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers, Phase::SyncFlood])
+        .collect();
+    for (number, phase) in phases.iter().enumerate() {
         let first = u32::try_from(number).unwrap() * 50;
         let mut accounts: Vec<Signed> = (first..first + 50).map(Signed::new).collect();
-        for event in 0..events {
+        for event in 0..events_of(*phase) {
+            if *phase == Phase::SyncFlood {
+                for number in 0..flood {
+                    let account = if number % 2 == 0 { &mut flooding } else { &mut branch };
+                    frames.push(|seq, rev| account.sync(seq, rev));
+                }
+            }
             let seq = frames.0.len() + 1;
             frames.commit(&mut accounts[event % 50], &[write(&seq.to_string())]);
         }
@@ -62,12 +84,13 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
     let postgres = Postgres::start_with(PostgresOptions { settings, ..Postgres::options() }).await;
     let database = postgres.fresh_database().await;
     let mut stage = Stage::start_on(database.clone(), plc, frames.0, &[]).await;
-    stage.send(bad.len()).await;
+    stage.send(first).await;
     stage.all_checked().await;
     let bad: Vec<&Signed> = bad.iter().collect();
 
     let mut sent: HashMap<String, (i64, usize)> = HashMap::new();
-    let mut seq = bad.len();
+    let mut seq = first;
+    let began = Instant::now();
     for (number, phase) in phases.iter().enumerate() {
         stage.plc.set_hangs(*phase == Phase::DirectoryHangs);
         if *phase == Phase::BadServers {
@@ -75,14 +98,15 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         }
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        for _ in 0..events {
+        for _ in 0..events_of(*phase) {
             beat.tick().await;
-            seq += 1;
+            let frames = if *phase == Phase::SyncFlood { flood + 1 } else { 1 };
+            seq += frames;
             sent.insert(seq.to_string(), (micros(), number));
-            stage.allow(1);
+            stage.allow(i64::try_from(frames).unwrap());
         }
         let all =
-            format!("SELECT count(*) FROM posts WHERE text <> 'bad' HAVING count(*) = {}", seq - bad.len());
+            format!("SELECT count(*) FROM posts WHERE text NOT LIKE 'bad%' HAVING count(*) = {}", sent.len());
         wait_until("the phase's events to be applied", crate::support::chain::RUN, async || {
             !query_rows(&database, &all).await.is_empty()
         })
@@ -103,9 +127,16 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         "no bad server was asked"
     );
 
+    // The flooding account's is the only one on this server.
+    let (fetches, pauses) = (stage.plc.fetches(), began.elapsed().as_secs() / 30);
+    let peak = machine::peak_memory(stage.program.pid()).unwrap() >> 20;
+    println!("the flooding account was fetched {fetches} times in {pauses} pauses; {peak} MiB at most");
+    assert!((1..=1 + pauses).contains(&fetches), "{fetches} fetches in {pauses} pauses");
+    assert!(peak < 256, "{peak} MiB");
+
     let committed =
         "SELECT text, (extract(epoch FROM pg_xact_commit_timestamp(xmin)) * 1000000)::bigint FROM posts
-                     WHERE text <> 'bad'";
+                     WHERE text NOT LIKE 'bad%'";
     let mut waits: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
     for row in query_rows(&database, committed).await {
         let (at, number) = sent[row[0].as_deref().unwrap()];
@@ -123,7 +154,7 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
     };
-    for phase in [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers] {
+    for phase in [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers, Phase::SyncFlood] {
         let (p50, p99) = (median(phase, |both| both.0), median(phase, |both| both.1));
         println!("{phase:?}: p50 {p50:.1} ms, p99 {p99:.1} ms; {:.1?}", figures[&phase]);
         let calm = median(Phase::Calm, |both| both.1);

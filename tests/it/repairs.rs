@@ -491,6 +491,24 @@ async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
     assert!(list.starts_with("1 gone, 2 synced\n"), "{list}");
     let line = list.lines().find(|line| line.starts_with(&unknown.did)).unwrap();
     assert_eq!(line.split_whitespace().collect::<Vec<_>>()[1..4], ["synced", "asked", "for"], "{list}");
+    stage.program.metric_with_is("standpipe_repositories", "synced", 2.0).await;
+    let http = stage.variables.clone().with("HTTP_ADDR", stage.program.http.to_string());
+    let status = Standpipe::run(&["status"], &http, SOON).await.stdout;
+    assert!(status.contains("2 synced, 1 gone"), "{status}");
+    let verify = async |did: &str| run(&["repos", "verify", did]).await;
+    let equal = verify(&unknown.did).await;
+    assert_eq!(equal.code, 0, "{}", equal.stdout);
+    assert!(equal.stdout.contains("equal, 1 records"), "{}", equal.stdout);
+    let uri = format!("at://{}/app.bsky.feed.post/", known.did);
+    execute(&stage.chain.database, &format!("UPDATE posts SET uri = '{uri}two' WHERE uri = '{uri}one'"))
+        .await;
+    let differs = verify(&known.did).await;
+    assert_eq!(differs.code, 1, "{}", differs.stdout);
+    for path in ["- app.bsky.feed.post/one", "+ app.bsky.feed.post/two"] {
+        assert!(differs.stdout.contains(path), "{path}: {}", differs.stdout);
+    }
+    let cannot = verify(&none).await;
+    assert!(cannot.code == 1 && cannot.stdout.contains("cannot be compared"), "{}", cannot.stdout);
     let unseen = Signed::new(11).did;
     let shown = run(&["repos", "show", &known.did, &unknown.did, &none, &unseen]).await.stdout;
     let state = |did: &str| {
@@ -504,6 +522,37 @@ async fn an_operator_can_queue_a_repository_and_see_what_came_of_it() {
     let gone: serde_json::Value = serde_json::from_str(json.trim()).unwrap();
     assert_eq!(gone["did"], none.as_str());
     assert!(gone["message"].as_str().unwrap().contains("does not know"), "{gone}");
+}
+
+/// A directory that is down is not the repositories' fault: none is given up, however long that lasts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_is_down_uses_up_no_attempts() {
+    let plc = Plc::start().await;
+    let mut account = Signed::new(1);
+    account.commit(0, &rev(1), &[write("one")]);
+    plc.publish(&account);
+    plc.serve(&account);
+    plc.set_away(true);
+    let stage = Stage::start(plc, Vec::new(), &[]).await;
+    assert_eq!(Standpipe::run(&["migrate"], &stage.variables, RUN).await.code, 0);
+    assert_eq!(Standpipe::run(&["repos", "add", &account.did], &stage.variables, SOON).await.code, 0);
+    let database = &stage.chain.database;
+    let sooner =
+        "UPDATE standpipe.repos SET retry_at = now(), message = NULL WHERE state = 'queued' RETURNING did";
+    for _ in 0..25 {
+        wait_until("it to be tried", RUN, async || {
+            query_value(database, "SELECT count(*) FROM standpipe.repos WHERE message IS NOT NULL").await
+                == "1"
+        })
+        .await;
+        assert_eq!(query_rows(database, sooner).await.len(), 1, "it was given up");
+    }
+    stage.plc.set_away(false);
+    wait_until("it to be repaired", RUN, async || {
+        execute(database, "UPDATE standpipe.repos SET retry_at = now() WHERE state = 'queued'").await;
+        stage.texts().await == ["one"]
+    })
+    .await;
 }
 
 /// Many repositories on one host take turns; waiting for it is not a failure.

@@ -13,6 +13,7 @@ use crate::event::Kind;
 use crate::health::{Facts, Level, health, words};
 use crate::http::Server;
 use crate::metrics::{self, totals};
+use crate::mutex::lock;
 use crate::stream::janitor::Look;
 
 /// This second's data for the page, and its point in the history.
@@ -48,6 +49,7 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
         "kinds": kinds(&sample, &rates),
         "retries": totals::retries().map(|(reason, count)| (reason, json!(count))).collect::<Value>(),
         "dead_letters": dead_letters(server),
+        "repositories": *lock(&server.status.repositories),
         "totals": counters(),
         "point": point,
     });
