@@ -17,6 +17,7 @@ use crate::config::{Config, WantedDids};
 use crate::control::Control;
 use crate::http::{self, Server};
 use crate::origin::Reader;
+use crate::origin::jetstream::Jetstream;
 use crate::origin::relay::Relay;
 use crate::pipeline::{Names, Pipeline, Shared};
 use crate::status::{Settings, State, Status};
@@ -282,10 +283,14 @@ impl Running {
 
     fn start_reader(&mut self) -> Result<()> {
         let status = || Arc::clone(&self.status);
-        let relay = Relay::new(Arc::clone(&self.config), status())?;
         let (config, redis) = (Arc::clone(&self.config), self.redis.clone());
         let reader = Reader::new(config, redis, status(), self.control.reader())?;
-        self.readers.spawn(reader.run(relay, self.stop_reader.clone()));
+        let (config, stop) = (Arc::clone(&self.config), self.stop_reader.clone());
+        if config.relay_url.is_jetstream() {
+            self.readers.spawn(reader.run(Jetstream::new(config, status())?, stop));
+        } else {
+            self.readers.spawn(reader.run(Relay::new(config, status())?, stop));
+        }
         Ok(())
     }
 

@@ -28,6 +28,17 @@ impl Collections {
         })
     }
 
+    /// The collections as patterns such as `app.bsky.*`; `None` if all are kept.
+    #[must_use]
+    pub fn patterns(&self) -> Option<Vec<String>> {
+        let pattern = |wanted: &Wanted| match wanted {
+            Wanted::All => None,
+            Wanted::Under(prefix) => Some(format!("{prefix}*")),
+            Wanted::Exactly(name) => Some(name.clone()),
+        };
+        self.0.iter().map(pattern).collect()
+    }
+
     pub(super) fn parse(text: &str) -> Result<Self, Wrong> {
         let right = "write names such as app.bsky.feed.post, app.bsky.* or *, separated by commas";
         let mut wanted = Vec::new();

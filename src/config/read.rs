@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fmt;
 
 use super::settings::{Parsed, Raw};
-use super::{CaFile, Config, DatabaseUrl, Role, VARIABLES, rules};
+use super::{CaFile, Config, DatabaseUrl, Role, VARIABLES, VerifyMode, rules};
 
 /// Everything that is wrong with the environment; displayed as one line per problem.
 #[derive(Debug, thiserror::Error)]
@@ -111,8 +111,11 @@ where
     }
     rules::refuse(&parsed, role, &mut read);
     match parsed.complete() {
-        Some(config) if read.problems.is_empty() => {
+        Some(mut config) if read.problems.is_empty() => {
             read.warnings.extend(rules::warnings(&config, role));
+            if config.relay_url.is_jetstream() {
+                config.verify = VerifyMode::Off;
+            }
             Ok((config, read.warnings))
         }
         _ => {

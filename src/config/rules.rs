@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::read::{Reading, shown};
 use super::settings::Parsed;
-use super::{Config, Role};
+use super::{Backfill, Config, RelayUrl, Role, VerifyMode};
 
 /// Reports unsafe combinations.
 pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
@@ -12,6 +12,14 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
         read.problem(
             "DATABASE_URL",
             "is not set, but required here; write postgres://user:password@host:5432/database".to_owned(),
+        );
+    }
+    let is_jetstream = parsed.relay_url.as_ref().is_some_and(RelayUrl::is_jetstream);
+    if is_jetstream && matches!(parsed.backfill, Some(Some(Backfill::All | Backfill::Collection(_)))) {
+        read.problem(
+            "BACKFILL",
+            "asks for a list of accounts, and RELAY_URL is a Jetstream, which has none; write seen, or the address of a relay"
+                .to_owned(),
         );
     }
     if let (Some(stream), Some(cursor)) = (&parsed.stream_key, &parsed.cursor_key) {
@@ -50,6 +58,12 @@ pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
     }
     if config.redis_ca.is_some() && !config.redis_url.is_tls() {
         warnings.push("REDIS_CA_FILE is set, and REDIS_URL does not use TLS: write rediss://".to_owned());
+    }
+    if config.relay_url.is_jetstream() && config.verify != VerifyMode::Off {
+        warnings.push(format!(
+            "VERIFY is {}, and RELAY_URL is a Jetstream, whose events carry no signatures: nothing is verified; write VERIFY=off",
+            config.verify
+        ));
     }
     if !role.has_pipelines() {
         return warnings;

@@ -88,7 +88,7 @@ settings! {
     /// `RELAY_URL`, with its path.
     relay_url: RelayUrl = relay_url "RELAY_URL" secret "wss://bsky.network",
         RelayUrl::parse, ToString::to_string,
-        "the relay to read from, ws:// or wss://; the path of subscribeRepos is added when there is none";
+        "the relay to read from, ws:// or wss://; the path of subscribeRepos is added when there is none; or a Jetstream, with /subscribe";
     /// `RELAY_CA_FILE`.
     relay_ca: Option<CaFile> = relay_ca_file "RELAY_CA_FILE" variable "", CaFile::parse, or(""),
         "a PEM file with the authorities that wss:// trusts; the system's when unset";

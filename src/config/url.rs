@@ -11,6 +11,18 @@ use super::read::Wrong;
 /// The path at which a relay serves its event stream (AT Protocol, `com.atproto.sync.subscribeRepos`).
 pub(super) const SUBSCRIBE_PATH: &str = "/xrpc/com.atproto.sync.subscribeRepos";
 
+/// What the URL of a Jetstream may not have, and why.
+const JETSTREAM_OPTIONS: &[(&str, &str)] = &[
+    ("wantedCollections", "comes from COLLECTIONS"),
+    ("wantedDids", "comes from WANTED_DIDS"),
+    ("requireHello", "is added where it is needed"),
+    ("compress", "is not supported"),
+];
+
+fn is_jetstream(url: &Url) -> bool {
+    url.path().trim_end_matches('/').ends_with("/subscribe")
+}
+
 /// The relay's WebSocket URL. `Display` and `Debug` hide what may be secret in it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RelayUrl(Url);
@@ -27,11 +39,12 @@ impl RelayUrl {
             let what = "has a cursor of its own, but the cursor is kept in Redis";
             return Err(Wrong::new(what, "remove the cursor from the URL"));
         }
-        if url.path().trim_end_matches('/').ends_with("/subscribe") {
-            return Err(Wrong::new(
-                "is the address of a Jetstream, which speaks JSON, not the protocol of a relay",
-                "write the address of a relay, such as wss://bsky.network",
-            ));
+        if is_jetstream(&url) {
+            for (name, what) in JETSTREAM_OPTIONS {
+                if url.query_pairs().any(|(given, _)| given == *name) {
+                    return Err(Wrong::new(format!("has {name}, which {what}"), "remove it from the URL"));
+                }
+            }
         }
         if url.path() == "/" {
             url.set_path(SUBSCRIBE_PATH);
@@ -56,7 +69,7 @@ impl RelayUrl {
     #[must_use]
     pub fn http(&self) -> String {
         let scheme = if self.is_tls() { "https" } else { "http" };
-        format!("{scheme}://{}", self.relay())
+        format!("{scheme}://{}", self.host_and_port())
     }
 
     /// The host.
@@ -65,10 +78,21 @@ impl RelayUrl {
         self.0.host_str().unwrap_or_default()
     }
 
-    /// The relay's name, `host` or `host:port`: sequence numbers are meaningful only together with it. The scheme's
-    /// default port is left out.
+    /// Whether it is a Jetstream, by its path.
+    #[must_use]
+    pub fn is_jetstream(&self) -> bool {
+        is_jetstream(&self.0)
+    }
+
+    /// The relay's name, `host` or `host:port`, and for a Jetstream `/subscribe` after it: sequence numbers are meaningful only
+    /// together with it. The scheme's default port is left out.
     #[must_use]
     pub fn relay(&self) -> String {
+        let path = if self.is_jetstream() { "/subscribe" } else { "" };
+        format!("{}{path}", self.host_and_port())
+    }
+
+    fn host_and_port(&self) -> String {
         let host = self.0.host_str().unwrap_or_default();
         match self.0.port() {
             Some(port) => format!("{host}:{port}"),

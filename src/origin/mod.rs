@@ -1,6 +1,8 @@
 //! The source of entries: an origin behind three verbs (`open`, `next`, `settled`), and the reader, which appends the
 //! origin's arrivals to the stream.
 //!
+//! - `connect`: the websocket of both
+//! - `jetstream`: the same events as JSON, from a Jetstream
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
 //! - `plan`: where a session starts
@@ -14,7 +16,9 @@
 
 mod append;
 mod checker;
+mod connect;
 mod handles;
+pub mod jetstream;
 mod plan;
 pub mod reader;
 mod recent;
@@ -27,6 +31,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use crate::stream::accounts::Changes;
 use crate::stream::append::{NewEntry, NewLetter};
@@ -112,5 +117,13 @@ impl OriginError {
     /// An error that is retried after the usual pause.
     pub fn away(reason: impl Into<String>) -> Self {
         Self::Away { reason: reason.into(), retry_after: None }
+    }
+}
+
+/// Resolves when so much time has passed.
+async fn sleep_until(since: Instant, limit: Duration) {
+    match since.checked_add(limit) {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }

@@ -12,7 +12,7 @@ use crate::status::{BackfillStatus, Repositories, Status};
 use crate::store::Store;
 
 /// How often. Counting a large table takes time, so it is done less often.
-const ROUND: Duration = Duration::from_secs(2);
+const ROUND: Duration = Duration::from_secs(5);
 /// The share of the time that may be spent on it is one in so many.
 const SHARE: u32 = 100;
 

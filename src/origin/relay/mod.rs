@@ -3,7 +3,6 @@
 //! A frame that cannot be used costs the connection, as the specification requires. A frame that keeps doing so is
 //! skipped, as a counted gap.
 
-pub mod connect;
 pub mod decode;
 mod sequence;
 
@@ -19,14 +18,14 @@ use tokio_tungstenite::tungstenite::error::CapacityError;
 use tokio_tungstenite::tungstenite::{Bytes, Error as WsError, Message as WsMessage};
 use tracing::{debug, info};
 
-use super::{Arrival, Origin, OriginError};
+use super::connect::{self, MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
+use super::{Arrival, Origin, OriginError, sleep_until};
 use crate::config::{Config, VerifyMode};
 use crate::event::check_rev;
 use crate::metrics;
 use crate::status::Status;
 use crate::stream::gap::Gap;
 use crate::time::now_ms;
-use connect::{MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
 use decode::{Message, decode};
 use sequence::{Place, QUIET, Sequence};
 
@@ -190,7 +189,7 @@ impl Relay {
                 }
                 Some(Ok(WsMessage::Text(_))) => {
                     return Err(OriginError::Operator(format!(
-                        "{name} sends text, which relays do not: is it a Jetstream? RELAY_URL must name a relay"
+                        "{name} sends text, which relays do not: is it a Jetstream? Then write its path, /subscribe, in RELAY_URL"
                     )));
                 }
                 Some(Ok(WsMessage::Close(reason))) => {
@@ -364,13 +363,6 @@ fn restarted(relay: &str, sequence: &Sequence) -> OriginError {
 /// Starts a gap at a skipped frame, unless there is one already.
 fn passed_over(gap: &mut Option<Gap>, after: Option<i64>, why: &str) {
     gap.get_or_insert(Gap::new(format!("skipped a frame that cannot be used: {why}"), after));
-}
-
-async fn sleep_until(since: Instant, limit: Duration) {
-    match since.checked_add(limit) {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// Text from a relay may be of any length.

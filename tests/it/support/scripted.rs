@@ -18,6 +18,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 pub struct Connection {
     /// The cursor that it asks for.
     pub cursor: Option<i64>,
+    /// The query of the URL.
+    pub query: String,
     pub socket: WebSocketStream<TcpStream>,
 }
 
@@ -25,6 +27,11 @@ impl Connection {
     /// Sends a frame; `false` when the consumer is gone.
     pub async fn send(&mut self, frame: &[u8]) -> bool {
         self.socket.send(Message::Binary(frame.to_vec().into())).await.is_ok()
+    }
+
+    /// Sends a text; `false` when the consumer is gone.
+    pub async fn send_text(&mut self, text: &str) -> bool {
+        self.socket.send(Message::text(text)).await.is_ok()
     }
 
     /// Sends those of these frames that come after the cursor.
@@ -81,7 +88,7 @@ impl ScriptedRelay {
                 count.fetch_add(1, Ordering::SeqCst);
                 let (script, ended) = (Arc::clone(&script), ended.clone());
                 tokio::spawn(async move {
-                    let mut cursor = None;
+                    let (mut cursor, mut asked) = (None, String::new());
                     #[expect(clippy::result_large_err, reason = "the library's own type")]
                     let look = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
                         let query = request.uri().query().unwrap_or_default();
@@ -89,11 +96,12 @@ impl ScriptedRelay {
                             .split('&')
                             .find_map(|part| part.strip_prefix("cursor="))
                             .map(|cursor| cursor.parse().unwrap());
+                        query.clone_into(&mut asked);
                         Ok(response)
                     };
                     let Ok(socket) = tokio_tungstenite::accept_hdr_async(stream, look).await else { return };
                     tokio::select! {
-                        () = script(Connection { cursor, socket }) => {}
+                        () = script(Connection { cursor, query: asked, socket }) => {}
                         () = ended.cancelled() => {}
                     }
                 });

@@ -1,4 +1,4 @@
-//! Opening the websocket to the relay, and explaining failures.
+//! Opening the websocket to a relay or a Jetstream, and explaining failures.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,7 +81,7 @@ fn answered(relay: &str, response: &Response<Option<Vec<u8>>>) -> Refused {
     });
     let status = response.status();
     let hint = match status {
-        StatusCode::NOT_FOUND => ": it does not serve com.atproto.sync.subscribeRepos",
+        StatusCode::NOT_FOUND => ": it does not serve this path",
         StatusCode::BAD_REQUEST => ": if it expects TLS, write wss:// in RELAY_URL",
         _ => "",
     };

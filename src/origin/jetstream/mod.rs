@@ -1,0 +1,254 @@
+//! A Jetstream (v1, <https://github.com/bluesky-social/jetstream>): the relay's events as JSON, one operation in each message, and
+//! without signatures. A position is a time in microseconds.
+
+pub mod decode;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result as AnyResult;
+use futures_util::{SinkExt as _, StreamExt as _};
+use serde_json::json;
+use tokio::time::Instant;
+use tokio_tungstenite::Connector;
+use tokio_tungstenite::tungstenite::Message as WsMessage;
+use tracing::{debug, info};
+
+use self::decode::{Message, decode};
+use super::connect::{self, MESSAGE_BYTES, Socket};
+use super::{Arrival, Origin, OriginError, sleep_until};
+use crate::config::{Config, WantedDids};
+use crate::event::check_rev;
+use crate::metrics;
+use crate::status::Status;
+use crate::stream::gap::Gap;
+use crate::time::now_ms;
+
+/// Events are numbered by the clock of the server, and several servers may stand behind one name: what comes this long before the
+/// position is read again. It is applied already, and changes nothing.
+const MARGIN_MICROS: i64 = 5_000_000;
+/// The next event after a position that the server still has comes within this time; see [`Jetstream::gap`].
+const NEXT_MICROS: i64 = 60_000_000;
+/// After this time, a connection counts as steady, even without events.
+const STEADY: Duration = Duration::from_secs(10);
+/// Time for the goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// The most accounts that are named in the URL. The list of more is sent once the connection is open.
+const IN_URL: usize = 50;
+/// The most collections and accounts that a Jetstream accepts. Beyond that, everything is asked for, and left out here.
+const MAX_COLLECTIONS: usize = 100;
+const MAX_DIDS: usize = 10_000;
+
+/// The configured Jetstream.
+pub struct Jetstream {
+    name: String,
+    config: Arc<Config>,
+    status: Arc<Status>,
+    tls: Connector,
+    connection: Option<Subscription>,
+    announced: bool,
+}
+
+/// A connection and its progress.
+struct Subscription {
+    socket: Socket,
+    since: Instant,
+    last_data: Instant,
+    last: Option<i64>,
+    /// The position that it was opened with, until the first event.
+    from: Option<i64>,
+    gap: Option<Gap>,
+    missed: BTreeMap<&'static str, u64>,
+}
+
+impl Origin for Jetstream {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn open(&mut self, from: Option<i64>) -> Result<(), OriginError> {
+        let (url, update) = self.request(from);
+        let socket = connect::open(url, &self.name, self.tls.clone(), MESSAGE_BYTES).await;
+        let mut socket = socket.map_err(|refused| OriginError::Away {
+            reason: refused.reason,
+            retry_after: refused.retry_after,
+        })?;
+        if let Some(update) = update {
+            let sent = socket.send(WsMessage::text(update)).await;
+            sent.map_err(|error| OriginError::away(error.to_string()))?;
+        }
+        self.connection = Some(Subscription {
+            socket,
+            since: Instant::now(),
+            last_data: Instant::now(),
+            last: from.filter(|from| *from > 0),
+            from: from.filter(|from| *from > 0),
+            gap: None,
+            missed: BTreeMap::new(),
+        });
+        metrics::count(metrics::RELAY_CONNECTS, 1);
+        if std::mem::replace(&mut self.announced, true) {
+            debug!(jetstream = self.name, cursor = from, "connected to the Jetstream again");
+        } else {
+            info!(
+                jetstream = self.name,
+                cursor = from,
+                "connected to the Jetstream; what it sends is not signed"
+            );
+        }
+        Ok(())
+    }
+
+    async fn next(&mut self) -> Result<Arrival, OriginError> {
+        loop {
+            let text = self.message().await?;
+            self.status.reader(|reader| {
+                reader.frames += 1;
+                reader.last_frame_ms = Some(now_ms());
+            });
+            if let Some(arrival) = self.read(&text)? {
+                return Ok(arrival);
+            }
+        }
+    }
+
+    async fn close(&mut self) {
+        if let Some(mut connection) = self.connection.take() {
+            let _ = tokio::time::timeout(GOODBYE, connection.socket.close(None)).await;
+        }
+    }
+}
+
+impl Jetstream {
+    /// The configured Jetstream, not connected yet.
+    ///
+    /// # Errors
+    ///
+    /// There is no authority for `wss://` to trust.
+    pub fn new(config: Arc<Config>, status: Arc<Status>) -> AnyResult<Self> {
+        let tls = connect::tls(&config)?;
+        Ok(Self { name: config.relay_url.relay(), config, status, tls, connection: None, announced: false })
+    }
+
+    /// The URL to connect to, and what to send first, if anything.
+    fn request(&self, from: Option<i64>) -> (String, Option<String>) {
+        let collections = self.config.collections.patterns();
+        let collections = collections.filter(|names| names.len() <= MAX_COLLECTIONS).unwrap_or_default();
+        let mut dids: Vec<&str> = match &self.config.wanted_dids {
+            Some(WantedDids::List(list)) if list.len() <= MAX_DIDS => {
+                list.iter().map(String::as_str).collect()
+            }
+            _ => Vec::new(),
+        };
+        dids.sort_unstable();
+        let mut query = Vec::new();
+        if let Some(from) = from {
+            // A position in the past that it does not have means the oldest that it has.
+            query.push(format!("cursor={}", (from - MARGIN_MICROS).max(1)));
+        }
+        let update = (dids.len() > IN_URL).then(|| {
+            query.push("requireHello=true".to_owned());
+            let payload =
+                json!({ "wantedCollections": collections, "wantedDids": dids, "maxMessageSizeBytes": 0 });
+            json!({ "type": "options_update", "payload": payload }).to_string()
+        });
+        if update.is_none() {
+            query.extend(collections.iter().map(|name| format!("wantedCollections={name}")));
+            // A DID may contain `%`.
+            query.extend(dids.iter().map(|did| format!("wantedDids={}", did.replace('%', "%25"))));
+        }
+        let mut url = self.config.relay_url.expose().to_owned();
+        if !query.is_empty() {
+            url.push(if url.contains('?') { '&' } else { '?' });
+            url.push_str(&query.join("&"));
+        }
+        (url, update)
+    }
+
+    /// The next message.
+    async fn message(&mut self) -> Result<String, OriginError> {
+        let Self { name, config, status, connection, .. } = self;
+        let connection = connection.as_mut().ok_or_else(|| OriginError::away("not connected"))?;
+        let idle = config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
+        loop {
+            // A server that always has a message ready must not starve the lease and the queue.
+            tokio::task::coop::consume_budget().await;
+            let message = tokio::select! {
+                biased;
+                message = connection.socket.next() => message,
+                () = sleep_until(connection.last_data, idle) => {
+                    return Err(OriginError::away(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
+                }
+            };
+            if connection.since.elapsed() > STEADY {
+                status.reader(|reader| reader.taking_in_ms = now_ms());
+            }
+            match message {
+                Some(Ok(WsMessage::Text(text))) => {
+                    connection.last_data = Instant::now();
+                    return Ok(text.as_str().to_owned());
+                }
+                Some(Ok(WsMessage::Binary(_))) => {
+                    return Err(OriginError::Operator(format!(
+                        "{name} sends binary data, which a Jetstream does only when asked to: remove `compress` from RELAY_URL, or \
+                         write the address of a relay without /subscribe"
+                    )));
+                }
+                Some(Ok(WsMessage::Close(reason))) => {
+                    let reason =
+                        reason.map(|r| format!(": {} {:.200}", r.code, r.reason)).unwrap_or_default();
+                    return Err(OriginError::away(format!("closed by the Jetstream{reason}")));
+                }
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(OriginError::away(error.to_string())),
+                None => return Err(OriginError::away("the connection ended")),
+            }
+        }
+    }
+
+    /// The arrival in a message; `None` if it has nothing for the stream.
+    fn read(&mut self, text: &str) -> Result<Option<Arrival>, OriginError> {
+        let decoded = decode(text, &self.config.collections);
+        let narrow = matches!(self.config.wanted_dids, Some(WantedDids::List(_)));
+        let connection = self.connection.as_mut().ok_or_else(|| OriginError::away("not connected"))?;
+        let Message { kind, position, did, entries, rev } = match decoded {
+            Ok(message) => message,
+            Err(error) => {
+                // It would be sent again like this.
+                metrics::count(metrics::RELAY_BAD_FRAMES, 1);
+                *connection.missed.entry("frame").or_default() += 1;
+                let reason = format!("skipped a message that cannot be used: {error}");
+                connection.gap.get_or_insert(Gap::new(reason, connection.last));
+                return Ok(None);
+            }
+        };
+        metrics::frame(kind);
+        let from = connection.from.take();
+        if let Some(gap) = from.and_then(|from| Self::gap(from, position)).filter(|_| !narrow) {
+            connection.gap.get_or_insert(gap);
+        }
+        connection.last = Some(position);
+        let mut gap = connection.gap.take();
+        if let Some(gap) = &mut gap {
+            gap.until = gap.after.is_some().then_some(position);
+        }
+        self.announced = false;
+        // A revision ahead of the clock is refused when it is applied, and must not set a time here.
+        let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
+        let missed = std::mem::take(&mut connection.missed);
+        Ok(Some(Arrival { position, did, entries, missed, rev, gap, ..Arrival::default() }))
+    }
+
+    /// A Jetstream does not say that it no longer has the requested events, and begins with the oldest that it has. Identity and
+    /// account events pass every filter of collections, so that somewhere in the network there is one within a minute.
+    fn gap(from: i64, first: i64) -> Option<Gap> {
+        let seconds = (first - from) / 1_000_000;
+        (first - from > NEXT_MICROS).then(|| {
+            let reason = format!(
+                "the Jetstream's first event is {seconds} s after the requested one: it no longer has those between"
+            );
+            Gap::new(reason, Some(from))
+        })
+    }
+}
