@@ -47,12 +47,13 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         Server::start(Behaviour::Floods).await,
     ];
     for number in 0..30 {
-        let mut account = Signed::new(900 + number);
+        let mut account = Signed::new(10_900 + number);
         frames.commit(&mut account, &[write("bad")]);
         plc.put(&account.did, account.document(&servers[number as usize % 3].url));
         bad.push(account);
     }
-    let mut flooding = Signed::new(800);
+    // Numbers that no other account has.
+    let mut flooding = Signed::new(10_800);
     frames.commit(&mut flooding, &[write("bad")]);
     let mut branch = flooding.clone();
     branch.commit(0, &rev(2), &[write("bad-too")]);
