@@ -1,3 +1,6 @@
 -- Queues accounts ($1) whose events may have been left out: Redis had forgotten that they are tracked.
-UPDATE standpipe.repos SET state = 'queued', class = 1, reason = 'gap', requests = requests + 1, attempts = 0
-WHERE did = ANY ($1) AND state <> 'queued'
+UPDATE standpipe.repos SET
+    state = 'queued', class = least(1, CASE state WHEN 'queued' THEN class END),
+    reason = CASE state WHEN 'queued' THEN reason ELSE 'gap' END,
+    requests = requests + 1, attempts = CASE state WHEN 'queued' THEN attempts ELSE 0 END
+WHERE did = ANY ($1)

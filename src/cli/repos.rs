@@ -154,9 +154,13 @@ async fn verify(
         }
         match found {
             Ok(verdict) if verdict.is_equal() => {
-                let Verdict { rev, records, .. } = &verdict;
+                let Verdict { rev, records, not_comparable, .. } = &verdict;
+                let but = match not_comparable {
+                    0 => String::new(),
+                    count => format!("; {} of them are there and cannot be compared", grouped(*count as u64)),
+                };
                 out::line(format_args!(
-                    "{did}: equal, {} records at revision {rev}",
+                    "{did}: equal, {} records at revision {rev}{but}",
                     grouped(*records as u64)
                 ))?;
             }

@@ -18,7 +18,15 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
     if is_jetstream && matches!(parsed.backfill, Some(Some(Backfill::All | Backfill::Collection(_)))) {
         read.problem(
             "BACKFILL",
-            "asks for a list of accounts, and RELAY_URL is a Jetstream, which has none; write seen, or the address of a relay"
+            "asks for a list of accounts, and RELAY_URL is a Jetstream, which has none; write the address of a relay"
+                .to_owned(),
+        );
+    }
+    if matches!(parsed.backfill, Some(Some(Backfill::Seen))) && matches!(parsed.wanted_dids, Some(Some(_))) {
+        read.problem(
+            "BACKFILL",
+            "is seen, which fetches every account that the wanted ones mention, and those that these mention; with WANTED_DIDS, use \
+             standpipe repos add"
                 .to_owned(),
         );
     }

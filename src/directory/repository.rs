@@ -57,6 +57,10 @@ pub enum FetchError {
     },
 }
 
+/// Why nothing is fetched from a domain for a while.
+pub const OVER_BUDGET: &str =
+    "much was fetched from its domain lately; the repositories of others come first";
+
 /// The slots of each host.
 #[derive(Default)]
 pub(super) struct Hosts(Mutex<HashMap<String, Arc<Semaphore>>>);
@@ -81,6 +85,12 @@ struct Answered {
 }
 
 impl Directory {
+    /// How long to wait before anything is fetched for a repair from a server's domain; `None` if it may be now.
+    #[must_use]
+    pub fn budget_wait(&self, server: &str) -> Option<Duration> {
+        self.budgets.wait(&host_of(server), Instant::now())
+    }
+
     /// The repository of `did`, from `server`. Returns the archive as it was sent. With `limited`, only so much is fetched from
     /// one domain.
     ///
@@ -99,9 +109,7 @@ impl Directory {
             return Err(FetchError::Busy { reason, wait });
         }
         if let Some(wait) = self.budgets.wait(&host, Instant::now()).filter(|_| limited) {
-            let reason = format!(
-                "{host}: much was fetched from its domain lately; the repositories of others come first"
-            );
+            let reason = format!("{host}: {OVER_BUDGET}");
             return Err(FetchError::Busy { reason, wait });
         }
         let slots = self.hosts.slots(&host);

@@ -148,7 +148,11 @@ impl Verifier {
         let dids: BTreeSet<&str> = claims.iter().map(Claimed::did).collect();
         let unknown: Vec<&str> = {
             let recent = lock(&self.recent);
-            dids.iter().copied().filter(|did| recent.get(did).is_none()).collect()
+            // A repair notes the head of an account that has none.
+            dids.iter()
+                .copied()
+                .filter(|did| recent.get(did).is_none_or(|known| known.head.is_none()))
+                .collect()
         };
         let found = self.stream.known(&unknown).await?;
         let mut recent = lock(&self.recent);
@@ -180,7 +184,8 @@ impl Verifier {
         let Some(Checked { did, finding, looked_up }) = checked else { return };
         let mut recent = lock(&self.recent);
         let mut known = recent.get(&did).unwrap_or_default();
-        let is_new = known == Known::default();
+        // A repair may have noted its head, but not its key.
+        let is_new = known.key.is_none();
         known.key = looked_up.or(known.key);
         match finding {
             Finding::Identity => {

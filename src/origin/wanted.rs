@@ -53,7 +53,7 @@ impl Filter {
         while from.recv_many(&mut chunk, CHUNK).await > 0 {
             let unwanted = self.unwanted(&chunk).await?;
             for mut item in chunk.drain(..) {
-                if unwanted.contains(&item.arrival.position) {
+                if unwanted.contains(&item.arrival.did) {
                     metrics::count(metrics::RELAY_UNWANTED, 1);
                     leave_out(&mut item.arrival);
                 }
@@ -65,14 +65,14 @@ impl Filter {
         Ok(())
     }
 
-    /// The positions of those that are not wanted.
-    async fn unwanted(&mut self, chunk: &[Item]) -> Result<HashSet<i64>, End> {
+    /// The accounts that are not wanted.
+    async fn unwanted(&mut self, chunk: &[Item]) -> Result<HashSet<String>, End> {
         let owned = chunk.iter().filter(|item| !item.arrival.did.is_empty());
         let not_in = |wanted: &dyn Fn(&str) -> bool| {
             owned
                 .clone()
                 .filter(|item| !wanted(&item.arrival.did))
-                .map(|item| item.arrival.position)
+                .map(|item| item.arrival.did.clone())
                 .collect()
         };
         match &self.wanted {

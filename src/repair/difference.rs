@@ -23,6 +23,8 @@ struct Change {
     path: String,
     action: &'static str,
     cid: Option<Cid>,
+    /// Whether it was not possible to compare: the row says too little about its record.
+    is_blind: bool,
 }
 
 impl Difference {
@@ -36,16 +38,25 @@ impl Difference {
             |row: &OwnRow| row.rev.as_deref().is_some_and(|rev| rev > repository.commit.rev.as_str());
         let mut changes = Vec::new();
         for (path, cid) in repository.records.iter().filter(|(path, _)| keeps(path)) {
+            let mut is_blind = false;
             let action = match rows.remove(path) {
                 None => "create",
                 Some(row) if is_newer(&row) || is_same(&row, cid, repository) => continue,
-                Some(_) => "update",
+                Some(row) => {
+                    is_blind = row.cid.is_none() && row.subject.is_none();
+                    "update"
+                }
             };
-            changes.push(Change { path: path.clone(), action, cid: Some(*cid) });
+            changes.push(Change { path: path.clone(), action, cid: Some(*cid), is_blind });
         }
         let gone: Vec<String> = rows.into_values().filter(|row| !is_newer(row)).map(|row| row.path).collect();
         let deletes = gone.len();
-        changes.extend(gone.into_iter().map(|path| Change { path, action: "delete", cid: None }));
+        changes.extend(gone.into_iter().map(|path| Change {
+            path,
+            action: "delete",
+            cid: None,
+            is_blind: false,
+        }));
         // The order of the tree, and one that does not depend on chance.
         changes.sort_unstable_by(|one, other| one.path.cmp(&other.path));
         Self { changes, deletes, rows: count }
@@ -57,6 +68,13 @@ impl Difference {
             .iter()
             .map(|change| RepoOp { action: change.action, path: &change.path, cid: change.cid })
             .collect()
+    }
+
+    /// Leaves out what could not be compared, and returns how much that is.
+    pub(super) fn without_blind(&mut self) -> usize {
+        let all = self.changes.len();
+        self.changes.retain(|change| !change.is_blind);
+        all - self.changes.len()
     }
 
     /// Whether there is none.

@@ -94,6 +94,7 @@ impl Repairer {
                 return Err(Outcome::Postponed(Postponed {
                     pause: DIRECTORY,
                     message,
+                    others_too: true,
                     ..Postponed::default()
                 }));
             }

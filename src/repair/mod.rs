@@ -25,7 +25,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::config::{Config, WantedDids};
 use crate::crash::{self, Point};
-use crate::directory::Directory;
+use crate::directory::{Directory, repository};
 use crate::event::EntryId;
 use crate::metrics;
 use crate::mutex::lock;
@@ -58,6 +58,8 @@ const APPLIED: Duration = Duration::from_mins(1);
 const LOOK: Duration = Duration::from_millis(100);
 /// After this time, and then after twice as long each time, the rows are compared meanwhile.
 const COMPARE: Duration = Duration::from_secs(1);
+/// At least so long does a repository wait whose domain has sent much lately.
+const OVER_BUDGET_PAUSE: Duration = Duration::from_secs(10);
 /// How often to report what was done.
 const REPORT: Duration = Duration::from_secs(10);
 /// While the pipelines are so far behind, nothing is repaired: the rows say little yet.
@@ -143,7 +145,8 @@ impl Repairer {
         Ok(Self { slots, config, redis, store, directory, done: Mutex::default() })
     }
 
-    /// Repairs the next repository in the queue; `false` if there is none whose turn it is.
+    /// Repairs the next repository in the queue; `false` if there is none whose turn it is, or if the others are likely to have
+    /// to wait, too.
     ///
     /// # Errors
     ///
@@ -171,7 +174,10 @@ impl Repairer {
             }
         }
         match AssertUnwindSafe(self.repair(&session, &queued)).catch_unwind().await {
-            Ok(Ok(())) => {}
+            Ok(Ok(go_on)) => {
+                session.release_repo(&queued.did).await?;
+                return Ok(go_on);
+            }
             Ok(Err(error)) => {
                 // The connection's end also gives the repository back.
                 session.discard();
@@ -193,8 +199,9 @@ impl Repairer {
         Ok(look.oldest_seconds().is_some_and(|seconds| seconds > BEHIND_SECONDS))
     }
 
-    async fn repair(&self, session: &Session, queued: &Queued) -> Result<(), RepairError> {
+    async fn repair(&self, session: &Session, queued: &Queued) -> Result<bool, RepairError> {
         let did = &queued.did;
+        let mut go_on = true;
         match Box::pin(self.attempt(session, queued)).await? {
             Outcome::Finished(finished) => {
                 session.finish_repo(queued, &finished).await?;
@@ -226,6 +233,7 @@ impl Repairer {
                 metrics::repaired("error");
             }
             Outcome::Postponed(mut postponed) => {
+                go_on = !postponed.others_too;
                 if postponed.tried {
                     let pause = FIRST_PAUSE.saturating_mul(1 << queued.attempts.min(12)).min(LONGEST_PAUSE);
                     postponed.pause = postponed.pause.max(pause);
@@ -236,7 +244,7 @@ impl Repairer {
                 session.postpone_repo(did, &postponed).await?;
             }
         }
-        Ok(())
+        Ok(go_on)
     }
 
     async fn attempt(&self, session: &Session, queued: &Queued) -> Result<Outcome, RepairError> {
@@ -245,6 +253,15 @@ impl Repairer {
         if statuses.get(&queued.did).is_some_and(|(_, status)| status.as_deref() == Some("deleted")) {
             let message = Some("the account is deleted".to_owned());
             return Ok(Outcome::Finished(Finished { state: "gone", message, ..Finished::default() }));
+        }
+        // Asked before its document is looked up: after a gap, most of the queue may be of one domain.
+        if let Some(host) = queued.host.as_deref().filter(|_| !queued.is_backfill)
+            && let Some(wait) = self.directory.budget_wait(host)
+        {
+            let message = format!("{host}: {}", repository::OVER_BUDGET);
+            let host = Some(host.to_owned());
+            let pause = wait.max(OVER_BUDGET_PAUSE);
+            return Ok(Outcome::Postponed(Postponed { pause, host, message, ..Postponed::default() }));
         }
         let mut stream = self.redis.connect().await?;
         let since = self.begin(&mut stream, &queued.did).await?;

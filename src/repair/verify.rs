@@ -21,6 +21,9 @@ pub struct Verdict {
     pub host: String,
     /// Its records.
     pub records: usize,
+    /// Those that have a row which says too little to compare it: profiles, gates and labels, once the account has written
+    /// something since.
+    pub not_comparable: usize,
     /// Paths of records that the tables lack, or have in another version.
     pub missing: Vec<String>,
     /// Paths of rows whose record it does not have.
@@ -53,7 +56,8 @@ impl Repairer {
             Err(invalid) => return Ok(Err(format!("{host}: {invalid}"))),
         };
         let rows = session.own_rows(did).await?;
-        let difference = Difference::new(&repository, rows, &self.config.collections);
+        let mut difference = Difference::new(&repository, rows, &self.config.collections);
+        let not_comparable = difference.without_blind();
         let (surplus, missing): (Vec<_>, Vec<_>) =
             difference.ops().into_iter().partition(|op| op.action == "delete");
         let paths = |ops: Vec<RepoOp<'_>>| ops.into_iter().map(|op| op.path.to_owned()).collect();
@@ -61,6 +65,7 @@ impl Repairer {
             rev: repository.commit.rev.clone(),
             host,
             records: repository.records.len(),
+            not_comparable,
             missing: paths(missing),
             surplus: paths(surplus),
         }))

@@ -26,6 +26,8 @@ pub struct Queued {
     pub doubted: Option<String>,
     /// Whether it is queued by a backfill, and nothing more pressing.
     pub is_backfill: bool,
+    /// The server that it came from when it was last fetched.
+    pub host: Option<String>,
     /// How often it was asked for.
     requests: i64,
 }
@@ -64,6 +66,8 @@ pub struct Postponed {
     pub doubted: Option<String>,
     /// Whether it counts as an attempt.
     pub tried: bool,
+    /// Whether the others are likely to have to wait, too.
+    pub others_too: bool,
 }
 
 /// A line of the list.
@@ -254,6 +258,7 @@ impl Session {
                     doubted: row.get(3),
                     requests: row.get(4),
                     is_backfill: row.get::<_, i16>(5) == BACKFILL,
+                    host: row.get(6),
                 }));
             }
             self.release_repo(&did).await?;
@@ -330,7 +335,7 @@ impl Session {
     ///
     /// The server cannot be reached or refuses.
     pub async fn postpone_repo(&self, did: &str, postponed: &Postponed) -> Result<(), StoreError> {
-        let Postponed { pause, host, message, doubted, tried } = postponed;
+        let Postponed { pause, host, message, doubted, tried, others_too: _ } = postponed;
         let (seconds, attempts) = (pause.as_secs_f64(), i32::from(*tried));
         let postpone = include_str!("../../sql/repair/postpone.sql");
         let values: [&(dyn postgres_types::ToSql + Sync); 6] =

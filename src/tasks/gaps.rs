@@ -2,7 +2,7 @@
 //! with its row. An account that lacks something need not write anything for a long time, and its next commit would be the
 //! first to show it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::sync::OnceCell;
 use tracing::info;
 
 use super::Task;
-use crate::config::{Backfill, Config};
+use crate::config::{Backfill, Config, WantedDids};
 use crate::control::Control;
 use crate::directory::Directory;
 use crate::directory::listing::Account;
@@ -45,6 +45,24 @@ impl Gaps {
     }
 }
 
+impl Gaps {
+    /// Those that the reader keeps.
+    async fn wanted(&self, stream: &mut Stream, accounts: Vec<Account>) -> Result<Vec<Account>> {
+        let Some(wanted) = &self.config.wanted_dids else { return Ok(accounts) };
+        let keep: HashSet<String> = match wanted {
+            WantedDids::List(list) => list.clone(),
+            WantedDids::Tracked => {
+                let dids: Vec<&str> = accounts.iter().map(|account| account.did.as_str()).collect();
+                let Some(tracked) = stream.wanted(&dids).await? else {
+                    bail!("the list of tracked accounts is not complete yet");
+                };
+                tracked.into_iter().map(str::to_owned).collect()
+            }
+        };
+        Ok(accounts.into_iter().filter(|account| keep.contains(&account.did)).collect())
+    }
+}
+
 impl Task for Gaps {
     const NAME: &'static str = "gaps";
 
@@ -69,15 +87,15 @@ impl Task for Gaps {
         // No connection is held while the relay answers.
         let directory = self.directory.get_or_try_init(async || Directory::new(&self.config)).await?;
         let page = directory.listed(&self.config.relay_url.http(), &Backfill::All, cursor.as_deref()).await?;
-        let dids: Vec<&str> = page.accounts.iter().map(|account| account.did.as_str()).collect();
+        let accounts = self.wanted(&mut stream, page.accounts).await?;
+        let dids: Vec<&str> = accounts.iter().map(|account| account.did.as_str()).collect();
         let known = stream.known(&dids).await?;
         let lacks = |account: &&Account| {
             known.get(account.did.as_str()).is_some_and(|known| may_lack(account, known, now, &newest))
         };
-        let lacking: Vec<&str> =
-            page.accounts.iter().filter(lacks).map(|account| account.did.as_str()).collect();
+        let lacking: Vec<&str> = accounts.iter().filter(lacks).map(|account| account.did.as_str()).collect();
         let session = self.store.session().await?;
-        let changed = changed(&page.accounts, &session.statuses(&dids).await?);
+        let changed = changed(&accounts, &session.statuses(&dids).await?);
         if !changed.is_empty() && !stream.append_statuses(&changed, &seq, self.config.max_stream_len).await? {
             bail!("the stream has no room for what the relay says of accounts");
         }

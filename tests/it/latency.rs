@@ -47,13 +47,13 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         Server::start(Behaviour::Floods).await,
     ];
     for number in 0..30 {
-        let mut account = Signed::new(10_900 + number);
+        let mut account = Signed::new(900 + number);
         frames.commit(&mut account, &[write("bad")]);
         plc.put(&account.did, account.document(&servers[number as usize % 3].url));
         bad.push(account);
     }
-    // Numbers that no other account has.
-    let mut flooding = Signed::new(10_800);
+    // There are a thousand accounts; the phases take up to 800.
+    let mut flooding = Signed::new(800);
     frames.commit(&mut flooding, &[write("bad")]);
     let mut branch = flooding.clone();
     branch.commit(0, &rev(2), &[write("bad-too")]);
@@ -65,8 +65,8 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         .flat_map(|_| [Phase::Calm, Phase::DirectoryHangs, Phase::BadServers, Phase::SyncFlood])
         .collect();
     for (number, phase) in phases.iter().enumerate() {
-        let first = u32::try_from(number).unwrap() * 50;
-        let mut accounts: Vec<Signed> = (first..first + 50).map(Signed::new).collect();
+        let first = u32::try_from(number).unwrap() * 40;
+        let mut accounts: Vec<Signed> = (first..first + 40).map(Signed::new).collect();
         for event in 0..events_of(*phase) {
             if *phase == Phase::SyncFlood {
                 for number in 0..flood {
@@ -75,7 +75,7 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
                 }
             }
             let seq = frames.0.len() + 1;
-            frames.commit(&mut accounts[event % 50], &[write(&seq.to_string())]);
+            frames.commit(&mut accounts[event % 40], &[write(&seq.to_string())]);
         }
         for account in &accounts {
             plc.publish(account);

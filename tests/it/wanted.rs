@@ -48,6 +48,7 @@ async fn only_the_accounts_on_the_list_are_kept() {
 async fn tracked_accounts_are_whole_from_the_moment_they_are_added() {
     let plc = Plc::start().await;
     let (mut tracked, mut other) = (Signed::new(1), Signed::new(2));
+    tracked.handle = Some("one.test".to_owned());
     let mut frames = Frames::default();
     frames.commit(&mut tracked, &[write("before")]);
     frames.commit(&mut other, &[write("other")]);
@@ -59,6 +60,7 @@ async fn tracked_accounts_are_whole_from_the_moment_they_are_added() {
         plc.publish(account);
     }
     plc.serve(&at_first);
+    plc.confirm("one.test", &tracked.did);
     let mut stage = Stage::start(plc, frames.0, &[("WANTED_DIDS", "tracked")]).await;
     stage.send(2).await;
     stage.program.metric_is(UNWANTED, 2.0).await;
@@ -77,6 +79,17 @@ async fn tracked_accounts_are_whole_from_the_moment_they_are_added() {
     })
     .await;
     stage.program.metric_is(UNWANTED, 3.0).await;
+    let handle = format!("SELECT coalesce(handle, '') FROM users WHERE did = '{}'", tracked.did);
+    wait_until("its handle to be looked up", RUN, async || {
+        query_value(&stage.chain.database, &handle).await == "one.test"
+    })
+    .await;
+
+    // What the tables name grows with every account.
+    let seen = stage.variables.clone().with("BACKFILL", "seen");
+    let refused = Standpipe::run(&["run"], &seen, SOON).await;
+    assert_eq!(refused.code, 64, "{}", refused.stderr);
+    assert!(refused.stderr.contains("WANTED_DIDS"), "{}", refused.stderr);
 }
 
 /// Redis may forget that an account is tracked: what was left out in the meantime is made up for.

@@ -18,6 +18,8 @@ pub struct Message {
     pub did: String,
     /// The entry; none if it is not kept.
     pub entries: Vec<NewEntry>,
+    /// Whether it is an identity event that does not say the handle.
+    pub no_handle: bool,
     /// The revision, if it is a commit.
     pub rev: String,
 }
@@ -66,13 +68,15 @@ struct Account {
 ///
 /// What is wrong with it, in words.
 pub fn decode(text: &str, wanted: &Collections) -> Result<Message, String> {
-    let event: Event<'_> = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let event: Event<'_> =
+        serde_json::from_str(text).map_err(|error| format!("{:.200}", error.to_string()))?;
     if !is_did(&event.did) {
         return Err("its `did` is not a DID".to_owned());
     }
     if event.time_us <= 0 {
         return Err(format!("its `time_us` is {}", event.time_us));
     }
+    let mut no_handle = false;
     let (kind, data, rev) = match event.kind.as_str() {
         "commit" => {
             let commit = event.commit.ok_or("it has no `commit`")?;
@@ -81,14 +85,18 @@ pub fn decode(text: &str, wanted: &Collections) -> Result<Message, String> {
                 wanted.keeps(&commit.collection).then(|| commit_data(&event.did, event.time_us, &commit));
             ("commit", data.transpose()?, rev)
         }
-        "identity" => ("identity", Some(identity_data(&event.did, event.identity)?), String::new()),
+        "identity" => {
+            let (data, has_handle) = identity_data(&event.did, event.identity)?;
+            no_handle = !has_handle;
+            ("identity", Some(data), String::new())
+        }
         "account" => ("account", Some(account_data(&event.did, event.account)?), String::new()),
         _ => ("other", None, String::new()),
     };
     let seq = event.time_us;
     let entries = data.map(|data| NewEntry { event_type: kind, data, seq }).into_iter().collect();
     let rev = if tid_time(&rev).is_some() { rev } else { String::new() };
-    Ok(Message { kind, position: seq, did: event.did, entries, rev })
+    Ok(Message { kind, position: seq, did: event.did, entries, no_handle, rev })
 }
 
 fn commit_data(did: &str, time_us: i64, commit: &Commit<'_>) -> Result<String, String> {
@@ -116,9 +124,11 @@ fn commit_data(did: &str, time_us: i64, commit: &Commit<'_>) -> Result<String, S
     ))
 }
 
-fn identity_data(did: &str, identity: Option<&RawValue>) -> Result<String, String> {
+/// Also returns whether it says the handle.
+fn identity_data(did: &str, identity: Option<&RawValue>) -> Result<(String, bool), String> {
     let Identity { handle, time } = inner(identity, "identity")?;
-    Ok(serde_json::json!({ "did": did, "handle": handle, "time": time }).to_string())
+    let data = serde_json::json!({ "did": did, "handle": handle, "time": time }).to_string();
+    Ok((data, handle.is_some()))
 }
 
 fn account_data(did: &str, account: Option<&RawValue>) -> Result<String, String> {

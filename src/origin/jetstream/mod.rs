@@ -13,10 +13,10 @@ use serde_json::json;
 use tokio::time::Instant;
 use tokio_tungstenite::Connector;
 use tokio_tungstenite::tungstenite::Message as WsMessage;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::decode::{Message, decode};
-use super::connect::{self, MESSAGE_BYTES, Socket};
+use super::connect::{self, MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
 use super::{Arrival, Origin, OriginError, sleep_until};
 use crate::config::{Config, WantedDids};
 use crate::event::check_rev;
@@ -32,6 +32,10 @@ const MARGIN_MICROS: i64 = 5_000_000;
 const NEXT_MICROS: i64 = 60_000_000;
 /// After this time, a connection counts as steady, even without events.
 const STEADY: Duration = Duration::from_secs(10);
+/// A message that is so far ahead of our clock is not believed.
+const AHEAD_MICROS: i64 = 60_000_000;
+/// Unusable messages are logged again after this time.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
 /// Time for the goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 /// The most accounts that are named in the URL. The list of more is sent once the connection is open.
@@ -48,6 +52,10 @@ pub struct Jetstream {
     tls: Connector,
     connection: Option<Subscription>,
     announced: bool,
+    /// When it was first connected, in microseconds since 1970.
+    began: Option<i64>,
+    /// When an unusable message was last logged.
+    said: Option<Instant>,
 }
 
 /// A connection and its progress.
@@ -55,11 +63,12 @@ struct Subscription {
     socket: Socket,
     since: Instant,
     last_data: Instant,
-    last: Option<i64>,
     /// The position that it was opened with, until the first event.
     from: Option<i64>,
     gap: Option<Gap>,
     missed: BTreeMap<&'static str, u64>,
+    /// Whether the last message could not be used.
+    unusable: bool,
 }
 
 impl Origin for Jetstream {
@@ -68,8 +77,11 @@ impl Origin for Jetstream {
     }
 
     async fn open(&mut self, from: Option<i64>) -> Result<(), OriginError> {
+        // Until there is a position, it is the time of the first connection: with few accounts, the first event may be far off.
+        let from = from.or(self.began);
+        self.began.get_or_insert_with(|| micros(now_ms()));
         let (url, update) = self.request(from);
-        let socket = connect::open(url, &self.name, self.tls.clone(), MESSAGE_BYTES).await;
+        let socket = connect::open(url, &self.name, self.tls.clone(), PASSED_OVER_BYTES).await;
         let mut socket = socket.map_err(|refused| OriginError::Away {
             reason: refused.reason,
             retry_after: refused.retry_after,
@@ -82,10 +94,10 @@ impl Origin for Jetstream {
             socket,
             since: Instant::now(),
             last_data: Instant::now(),
-            last: from.filter(|from| *from > 0),
             from: from.filter(|from| *from > 0),
             gap: None,
             missed: BTreeMap::new(),
+            unusable: false,
         });
         metrics::count(metrics::RELAY_CONNECTS, 1);
         if std::mem::replace(&mut self.announced, true) {
@@ -128,7 +140,16 @@ impl Jetstream {
     /// There is no authority for `wss://` to trust.
     pub fn new(config: Arc<Config>, status: Arc<Status>) -> AnyResult<Self> {
         let tls = connect::tls(&config)?;
-        Ok(Self { name: config.relay_url.relay(), config, status, tls, connection: None, announced: false })
+        Ok(Self {
+            name: config.relay_url.relay(),
+            config,
+            status,
+            tls,
+            connection: None,
+            announced: false,
+            began: None,
+            said: None,
+        })
     }
 
     /// The URL to connect to, and what to send first, if anything.
@@ -170,6 +191,8 @@ impl Jetstream {
     async fn message(&mut self) -> Result<String, OriginError> {
         let Self { name, config, status, connection, .. } = self;
         let connection = connection.as_mut().ok_or_else(|| OriginError::away("not connected"))?;
+        // Of few accounts, there may be nothing for hours.
+        let narrow = matches!(config.wanted_dids, Some(WantedDids::List(_)));
         let idle = config.relay_idle_timeout.unwrap_or(Duration::from_secs(u64::MAX / 4));
         loop {
             // A server that always has a message ready must not starve the lease and the queue.
@@ -181,7 +204,7 @@ impl Jetstream {
                     return Err(OriginError::away(format!("no event within {idle:?} (RELAY_IDLE_TIMEOUT)")));
                 }
             };
-            if connection.since.elapsed() > STEADY {
+            if connection.since.elapsed() > STEADY && !connection.unusable {
                 status.reader(|reader| reader.taking_in_ms = now_ms());
             }
             match message {
@@ -200,6 +223,8 @@ impl Jetstream {
                         reason.map(|r| format!(": {} {:.200}", r.code, r.reason)).unwrap_or_default();
                     return Err(OriginError::away(format!("closed by the Jetstream{reason}")));
                 }
+                // Pings say little about a feed that always has something to send.
+                Some(Ok(_)) if narrow => connection.last_data = Instant::now(),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(OriginError::away(error.to_string())),
                 None => return Err(OriginError::away("the connection ended")),
@@ -209,30 +234,42 @@ impl Jetstream {
 
     /// The arrival in a message; `None` if it has nothing for the stream.
     fn read(&mut self, text: &str) -> Result<Option<Arrival>, OriginError> {
-        let decoded = decode(text, &self.config.collections);
+        let decoded = if text.len() > MESSAGE_BYTES {
+            Err(format!("it has {} bytes; at most {MESSAGE_BYTES} are read", text.len()))
+        } else {
+            decode(text, &self.config.collections)
+        };
+        let decoded = decoded.and_then(|message| {
+            // Such a position would be asked for in vain until its time has come.
+            let ahead = message.position > micros(now_ms()) + AHEAD_MICROS;
+            if ahead { Err("its time is in the future".to_owned()) } else { Ok(message) }
+        });
         let narrow = matches!(self.config.wanted_dids, Some(WantedDids::List(_)));
         let connection = self.connection.as_mut().ok_or_else(|| OriginError::away("not connected"))?;
-        let Message { kind, position, did, entries, rev } = match decoded {
+        let Message { kind, position, did, entries, no_handle, rev } = match decoded {
             Ok(message) => message,
             Err(error) => {
                 // It would be sent again like this.
                 metrics::count(metrics::RELAY_BAD_FRAMES, 1);
                 *connection.missed.entry("frame").or_default() += 1;
-                let reason = format!("skipped a message that cannot be used: {error}");
-                connection.gap.get_or_insert(Gap::new(reason, connection.last));
+                connection.unusable = true;
+                if self.said.is_none_or(|said| said.elapsed() > SAY_AGAIN) {
+                    self.said = Some(Instant::now());
+                    warn!(error = format_args!("{error:.200}"), "a message of the Jetstream cannot be used");
+                }
                 return Ok(None);
             }
         };
         metrics::frame(kind);
+        connection.unusable = false;
+        if no_handle {
+            *connection.missed.entry("no_handle").or_default() += 1;
+        }
         let from = connection.from.take();
         if let Some(gap) = from.and_then(|from| Self::gap(from, position)).filter(|_| !narrow) {
             connection.gap.get_or_insert(gap);
         }
-        connection.last = Some(position);
-        let mut gap = connection.gap.take();
-        if let Some(gap) = &mut gap {
-            gap.until = gap.after.is_some().then_some(position);
-        }
+        let gap = connection.gap.take();
         self.announced = false;
         // A revision ahead of the clock is refused when it is applied, and must not set a time here.
         let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };
@@ -248,7 +285,12 @@ impl Jetstream {
             let reason = format!(
                 "the Jetstream's first event is {seconds} s after the requested one: it no longer has those between"
             );
+            // Its size in events is not known.
             Gap::new(reason, Some(from))
         })
     }
+}
+
+fn micros(ms: u64) -> i64 {
+    i64::try_from(ms.saturating_mul(1000)).unwrap_or(i64::MAX)
 }
