@@ -1,6 +1,5 @@
 //! What is checked and repaired in the background does not delay live events: from the relay's send to the commit, with a directory
-//! that hangs from the start, and with bad servers in the queue, and
-//! while one account floods the relay.
+//! that hangs from the start, with bad servers in the queue, and while one account floods the relay.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
