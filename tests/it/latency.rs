@@ -159,7 +159,12 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
         println!("{phase:?}: p50 {p50:.1} ms, p99 {p99:.1} ms; {:.1?}", figures[&phase]);
         let calm = median(Phase::Calm, |both| both.1);
         // A short run on a busy machine shows only what waits for seconds.
-        let most = if long { calm * 1.2 } else { calm + 1000.0 };
+        let most = match phase {
+            _ if !long => calm + 1000.0,
+            // A hundred others stand before each of them; what counts is that it does not grow.
+            Phase::SyncFlood => calm + 100.0,
+            _ => calm * 1.2,
+        };
         assert!(p99 <= most, "{phase:?}: {p99:.1} ms");
     }
 }
