@@ -1,5 +1,5 @@
-//! How much is fetched from one domain for repairs. Whoever owns a domain has as many hosts, accounts and large repositories as
-//! they like, and can break a chain whenever they like.
+//! Limits how much is fetched from one domain for repairs. Its owner can create any number of hosts, accounts and large
+//! repositories, and trigger a repair of each at any time by breaking its chain of commits.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 use super::MAX_HOSTS;
 use crate::mutex::lock;
 
-/// So much at once.
+/// Bytes that may be fetched at once.
 const AT_ONCE: f64 = 64.0 * 1024.0 * 1024.0;
-/// And from then on so much a second.
+/// Bytes per second after that.
 const PER_SECOND: f64 = AT_ONCE / 10.0;
 
-/// What was fetched from a domain lately: it runs down at the rate that is allowed.
+/// What was fetched from a domain recently: a bucket that leaks at [`PER_SECOND`].
 #[derive(Clone, Copy)]
 struct Level {
     bytes: f64,
