@@ -17,6 +17,10 @@ use crate::directory::tls;
 pub const MESSAGE_BYTES: usize = 8 * 1024 * 1024;
 /// A message up to this size is read, in order to skip it, once it has cost enough connections.
 pub const PASSED_OVER_BYTES: usize = 64 * 1024 * 1024;
+/// A connection that has lasted this long without a message counts as idle, not stuck.
+pub const STEADY: Duration = Duration::from_secs(30);
+/// Time limit for the closing handshake.
+pub const GOODBYE: Duration = Duration::from_secs(1);
 /// Write buffer, mostly for pongs. Bounds what a relay costs that sends pings and reads nothing.
 const WRITE_BYTES: usize = 1024 * 1024;
 /// Upper bound for the relay's Retry-After.

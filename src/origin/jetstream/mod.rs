@@ -16,7 +16,7 @@ use tokio_tungstenite::tungstenite::Message as WsMessage;
 use tracing::{debug, info, warn};
 
 use self::decode::{Message, decode};
-use super::connect::{self, MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
+use super::connect::{self, GOODBYE, MESSAGE_BYTES, PASSED_OVER_BYTES, STEADY, Socket};
 use super::{Arrival, Origin, OriginError, sleep_until};
 use crate::config::{Config, WantedDids};
 use crate::event::check_rev;
@@ -30,14 +30,10 @@ use crate::time::now_ms;
 const MARGIN_MICROS: i64 = 5_000_000;
 /// The next event after a position that the server still has comes within this time; see [`Jetstream::gap`].
 const NEXT_MICROS: i64 = 60_000_000;
-/// After this time, a connection counts as steady, even without events.
-const STEADY: Duration = Duration::from_secs(10);
 /// A message that is so far ahead of our clock is not believed.
 const AHEAD_MICROS: i64 = 60_000_000;
 /// Unusable messages are logged again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// Time for the goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
 /// The most accounts that are named in the URL. The list of more is sent once the connection is open.
 const IN_URL: usize = 50;
 /// The most collections and accounts that a Jetstream accepts. Beyond that, everything is asked for, and left out here.
@@ -65,7 +61,6 @@ struct Subscription {
     last_data: Instant,
     /// The position that it was opened with, until the first event.
     from: Option<i64>,
-    gap: Option<Gap>,
     missed: BTreeMap<&'static str, u64>,
     /// Whether the last message could not be used.
     unusable: bool,
@@ -95,7 +90,6 @@ impl Origin for Jetstream {
             since: Instant::now(),
             last_data: Instant::now(),
             from: from.filter(|from| *from > 0),
-            gap: None,
             missed: BTreeMap::new(),
             unusable: false,
         });
@@ -266,10 +260,7 @@ impl Jetstream {
             *connection.missed.entry("no_handle").or_default() += 1;
         }
         let from = connection.from.take();
-        if let Some(gap) = from.and_then(|from| Self::gap(from, position)).filter(|_| !narrow) {
-            connection.gap.get_or_insert(gap);
-        }
-        let gap = connection.gap.take();
+        let gap = from.filter(|_| !narrow).and_then(|from| Self::gap(from, position));
         self.announced = false;
         // A revision ahead of the clock is refused when it is applied, and must not set a time here.
         let rev = if check_rev(&rev, now_ms()).is_ok() { rev } else { String::new() };

@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::error::CapacityError;
 use tokio_tungstenite::tungstenite::{Bytes, Error as WsError, Message as WsMessage};
 use tracing::{debug, info};
 
-use super::connect::{self, MESSAGE_BYTES, PASSED_OVER_BYTES, Socket};
+use super::connect::{self, GOODBYE, MESSAGE_BYTES, PASSED_OVER_BYTES, STEADY, Socket};
 use super::{Arrival, Origin, OriginError, sleep_until};
 use crate::config::{Config, VerifyMode};
 use crate::event::check_rev;
@@ -33,10 +33,6 @@ use sequence::{Place, QUIET, Sequence};
 const BAD_FRAME_TRIES: u32 = 3;
 /// Messages from the relay are logged at most once per this interval.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// A connection that has lasted this long without a frame counts as idle, not stuck.
-const STEADY: Duration = Duration::from_secs(30);
-/// Time limit for the closing handshake.
-const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The configured relay.
 pub struct Relay {
