@@ -19,6 +19,7 @@
 //! - [`logging`]: the log
 //! - [`directory`]: the documents of accounts; the only place that asks other people's servers over HTTP
 //! - [`store`]: the only place that knows PostgreSQL
+//! - [`output`]: what has been applied, for others to read
 //! - [`origin`]: the relay, and the reader that appends its events to the stream
 //! - [`pipeline`]: the loop: take, apply, settle
 //! - [`report`]: the state of stream and process, for people and programs
@@ -48,6 +49,7 @@ pub mod metrics;
 pub mod mutex;
 pub mod origin;
 pub mod out;
+pub mod output;
 pub mod pipeline;
 pub mod repair;
 pub mod report;

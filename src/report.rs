@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
-use crate::status::{PipelineStatus, ReaderStatus, Repositories, Settings, Status, TaskStatus};
+use crate::status::{
+    PipelineStatus, ReaderStatus, Repositories, Settings, Status, SubscribersReport, TaskStatus,
+};
 use crate::stream::accounts::Backlog;
 use crate::stream::gap::Missed;
 use crate::stream::group::ConsumerInfo;
@@ -49,6 +51,8 @@ pub struct StreamReport {
     pub group_exists: bool,
     /// Entries in the stream.
     pub length: u64,
+    /// Entries among them that are there only because `STREAM_KEEP` keeps them.
+    pub kept: u64,
     /// Entries not yet delivered; null when Redis does not know.
     pub waiting: Option<u64>,
     /// Entries delivered and not acknowledged.
@@ -86,6 +90,9 @@ pub struct ProcessReport {
     /// The repositories that were ever queued, if this process has counted them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repositories: Option<Repositories>,
+    /// Who reads `/subscribe`, if it is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subscribers: Option<SubscribersReport>,
     /// The background tasks by name.
     pub tasks: BTreeMap<&'static str, TaskStatus>,
 }
@@ -121,6 +128,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
             exists: look.exists,
             group_exists: look.group,
             length: look.length,
+            kept: look.kept,
             waiting: look.waiting(),
             pending: look.pending,
             oldest_waiting_seconds: look.oldest_seconds(),
@@ -150,6 +158,7 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
         pool,
         repositories: lock(&status.repositories).clone(),
+        subscribers: None,
         tasks: lock(&status.tasks).clone(),
     }
 }

@@ -214,7 +214,7 @@ impl Running {
         let redis = &self.redis.clone();
         let status = || Arc::clone(&self.status);
         let progress = Progress::new(metrics, status());
-        let janitor = Janitor::new(redis.clone(), status());
+        let janitor = Janitor::new(Arc::clone(&self.config), redis.clone(), status());
         let url = self.config.relay_url.to_string();
         let legacy =
             LegacyKeys::new(self.config.legacy_status, url, redis.clone(), self.store.clone(), status());

@@ -165,6 +165,15 @@ pub struct Repositories {
     pub backfills: Vec<BackfillStatus>,
 }
 
+/// Who reads `/subscribe` of this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct SubscribersReport {
+    /// How many are connected.
+    pub connected: u64,
+    /// How far the last of them is behind the newest entry that is in the tables.
+    pub furthest_behind_seconds: f64,
+}
+
 /// How far a backfill is.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct BackfillStatus {

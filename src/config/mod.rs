@@ -30,8 +30,8 @@ pub use collections::Collections;
 pub use database_url::DatabaseUrl;
 pub use read::{ConfigError, Problem, from_env};
 pub use settings::{Config, VARIABLES, Variable};
-pub use unit::MemoryMark;
-pub use url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+pub use unit::{MemoryMark, StreamKeep};
+pub use url::{AccessToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
 pub use wanted::WantedDids;
 pub use words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
@@ -72,6 +72,13 @@ impl Config {
     #[must_use]
     pub fn consumer_names(&self) -> Vec<String> {
         (0..self.parallel_consumers).map(|pipeline| self.consumer_name(pipeline)).collect()
+    }
+
+    /// What stays in the stream after it was applied. Subscribers need some of it: what they have not read yet may be applied
+    /// already.
+    #[must_use]
+    pub fn keeps(&self) -> Option<StreamKeep> {
+        self.stream_keep.or(self.subscribe.then_some(StreamKeep::FOR_SUBSCRIBERS))
     }
 
     /// The stream of dead letters.

@@ -9,12 +9,11 @@ use super::collections::Collections;
 use super::database_url::DatabaseUrl;
 use super::read::Reading;
 use super::text::{any, consumer_id, key, optional, or, unless};
-use super::unit::MemoryMark;
 use super::unit::{
-    claim_idle, drain_timeout, duration, http_addr, idle_timeout, notify_within, or_off, size, size_from,
-    statement_timeout, tombstone_retention, whole, yes_or_no,
+    MemoryMark, StreamKeep, claim_idle, drain_timeout, duration, http_addr, idle_timeout, notify_within,
+    on_off, or_off, size, size_from, statement_timeout, tombstone_retention, whole, yes_or_no,
 };
-use super::url::{AdminToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
+use super::url::{AccessToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
 use super::wanted::WantedDids;
 use super::words::{Backfill, LogFormat, LogLevel, OnFutureCursor, TransactionMode, VerifyMode};
 
@@ -123,6 +122,9 @@ settings! {
     memory_mark: MemoryMark = redis_memory_mark "REDIS_MEMORY_MARK" variable "75%",
         MemoryMark::parse, ToString::to_string,
         "the use of Redis memory at which the reader slows down: up to 80% of maxmemory, or a size";
+    /// `STREAM_KEEP`; `None` when nothing is kept.
+    stream_keep: Option<StreamKeep> = stream_keep "STREAM_KEEP" variable "0", StreamKeep::parse, or("0"),
+        "what stays in the stream after it was applied, for subscribers that return: a time or a size; 10m with SUBSCRIBE=on";
     /// `REDIS_CONSUMER_GROUP`.
     consumer_group: String = redis_consumer_group "REDIS_CONSUMER_GROUP" variable "firehose-processors",
         key, ToString::to_string,
@@ -214,8 +216,19 @@ settings! {
     http_addr: Option<SocketAddr> = http_addr "HTTP_ADDR" variable "127.0.0.1:9464", http_addr, or("off"),
         "where health, metrics and the dashboard are served, as ip:port; off disables";
     /// `ADMIN_TOKEN`; `None`: nobody may control the process over HTTP.
-    admin_token: Option<AdminToken> = admin_token "ADMIN_TOKEN" secret "", optional(AdminToken::parse), or(""),
+    admin_token: Option<AccessToken> = admin_token "ADMIN_TOKEN" secret "", optional(AccessToken::parse), or(""),
         "token for pausing, draining, retrying and purging over HTTP, 16 characters or more; unset disables them";
+    /// `SUBSCRIBE`.
+    subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
+        "on: workers serve what they have applied at /subscribe, in the format of a Jetstream";
+    /// `SUBSCRIBE_TOKEN`; `None`: anybody who reaches `HTTP_ADDR` may subscribe.
+    subscribe_token: Option<AccessToken> = subscribe_token "SUBSCRIBE_TOKEN" secret "",
+        optional(AccessToken::parse), or(""),
+        "token that subscribers must have, 16 characters or more; unset admits everybody";
+    /// `SUBSCRIBE_CONNECTIONS`.
+    subscribe_connections: usize = subscribe_connections "SUBSCRIBE_CONNECTIONS" variable "100",
+        whole(1..=10_000), ToString::to_string,
+        "maximum subscribers of one process, 1 to 10000";
     /// `LOG_LEVEL`.
     log_level: LogLevel = log_level "LOG_LEVEL" variable "INFO", LogLevel::from_word, ToString::to_string,
         "DEBUG, INFO, WARNING or ERROR";

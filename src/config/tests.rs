@@ -60,7 +60,9 @@ fn every_variable_changes_the_configuration() {
         "AUTO_MIGRATE" | "NOTIFICATIONS" | "LEGACY_STATUS" => "no",
         "DEAD_LETTER_MAX_BYTES" => "1GB",
         "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
-        "ADMIN_TOKEN" => "sixteen-and-more-characters",
+        "ADMIN_TOKEN" | "SUBSCRIBE_TOKEN" => "sixteen-and-more-characters",
+        "STREAM_KEEP" => "2GiB",
+        "SUBSCRIBE" => "on",
         "RELAY_CA_FILE" | "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
             concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/ca.pem")
         }
@@ -71,9 +73,12 @@ fn every_variable_changes_the_configuration() {
         }
         "REPAIR_CONCURRENCY" => "7",
         "BACKFILL" => "collection:app.bsky.feed.post",
-        "MAX_ATTEMPTS" | "REDIS_MAX_STREAM_LEN" | "PARALLEL_CONSUMERS" | "BATCH_SIZE" | "DB_POOL_SIZE" => {
-            "777"
-        }
+        "MAX_ATTEMPTS"
+        | "REDIS_MAX_STREAM_LEN"
+        | "PARALLEL_CONSUMERS"
+        | "BATCH_SIZE"
+        | "DB_POOL_SIZE"
+        | "SUBSCRIBE_CONNECTIONS" => "777",
         _ => "other",
     };
     let defaults = read(&[]).unwrap().0.describe();
@@ -81,6 +86,23 @@ fn every_variable_changes_the_configuration() {
         let (config, _) = read(&[(variable.name, other(variable.name))]).unwrap();
         assert_ne!(config.describe(), defaults, "{} has no effect", variable.name);
     }
+}
+
+#[test]
+fn what_is_kept_is_a_time_or_a_size() {
+    let keeps = |value: &str| read(&[("STREAM_KEEP", value)]).unwrap().0.keeps();
+    assert_eq!(keeps("0"), None);
+    assert_eq!(keeps("1h"), Some(StreamKeep::Time(Duration::from_hours(1))));
+    assert_eq!(keeps("2GiB"), Some(StreamKeep::Bytes(2 << 30)));
+    for wrong in ["5s", "100", "1KiB", "long", "off"] {
+        assert!(
+            problem("STREAM_KEEP", wrong).contains("write a time such as 1h, a size such as 2GiB, or 0"),
+            "{wrong}"
+        );
+    }
+    // Subscribers need some of it.
+    let (config, _) = read(&[("SUBSCRIBE", "on")]).unwrap();
+    assert_eq!(config.keeps(), Some(StreamKeep::Time(Duration::from_mins(10))));
 }
 
 #[test]
@@ -326,8 +348,9 @@ fn a_non_utf8_value_is_reported_only_for_our_own_variables() {
 
 #[test]
 fn a_secret_in_the_wrong_variable_is_not_shown() {
-    // These two take any text, so a foreign URL is a valid value of theirs.
-    for name in VARIABLES.iter().map(|v| v.name).filter(|name| !["RUST_LOG", "ADMIN_TOKEN"].contains(name)) {
+    // These take any text, so a foreign URL is a valid value of theirs.
+    let any = ["RUST_LOG", "ADMIN_TOKEN", "SUBSCRIBE_TOKEN"];
+    for name in VARIABLES.iter().map(|v| v.name).filter(|name| !any.contains(name)) {
         if let Err(error) = read(&[(name, "mongodb://root:hunter2@db")]) {
             assert!(!error.to_string().contains("hunter2"), "{error}");
         } else {

@@ -38,6 +38,18 @@ impl MemoryMark {
     }
 }
 
+impl MemoryMark {
+    /// The mark in bytes, for a server with this limit; `None` if there is none.
+    #[must_use]
+    pub fn bytes(self, max_memory: u64) -> Option<u64> {
+        let bytes = match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => max_memory / 100 * u64::from(percent),
+        };
+        (bytes > 0).then_some(bytes)
+    }
+}
+
 impl fmt::Display for MemoryMark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -47,10 +59,51 @@ impl fmt::Display for MemoryMark {
     }
 }
 
+/// `STREAM_KEEP`: what stays in the stream after it was applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamKeep {
+    /// What is not older than this.
+    Time(Duration),
+    /// About so many bytes.
+    Bytes(u64),
+}
+
+impl StreamKeep {
+    /// With `SUBSCRIBE=on`, unless something else is set.
+    pub(super) const FOR_SUBSCRIBERS: Self = Self::Time(Duration::from_mins(10));
+
+    /// `None` for nothing.
+    pub(super) fn parse(text: &str) -> Result<Option<Self>, Wrong> {
+        if text == "0" {
+            return Ok(None);
+        }
+        let wrong =
+            |wrong: Wrong| Wrong::new(wrong.what, "write a time such as 1h, a size such as 2GiB, or 0");
+        if text.ends_with(['B', 'b']) {
+            return parse_size(text, 1 << 20).map(|bytes| Some(Self::Bytes(bytes))).map_err(wrong);
+        }
+        match parse_duration(text).map_err(wrong)? {
+            time if time < Duration::from_secs(10) => {
+                Err(wrong(Wrong::new("is less than 10s: whoever reconnects would have missed something", "")))
+            }
+            time => Ok(Some(Self::Time(time))),
+        }
+    }
+}
+
+impl fmt::Display for StreamKeep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Time(time) => f.write_str(&duration(time)),
+            Self::Bytes(bytes) => f.write_str(&format_size(*bytes)),
+        }
+    }
+}
+
 pub(super) fn yes_or_no(text: &str) -> Result<bool, Wrong> {
     match text.to_ascii_lowercase().as_str() {
-        "true" | "1" | "yes" => Ok(true),
-        "false" | "0" | "no" => Ok(false),
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
         _ => Err(Wrong::new("is neither yes nor no", "write true or false")),
     }
 }
@@ -196,6 +249,12 @@ pub(super) fn parse_size(text: &str, least: u64) -> Result<u64, Wrong> {
             "write a whole number and B, KiB, MiB, GiB, KB, MB or GB, such as 512MiB",
         )),
     }
+}
+
+/// Shows a switch.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "every setting is shown by reference")]
+pub(super) fn on_off(on: &bool) -> String {
+    if *on { "on" } else { "off" }.to_owned()
 }
 
 /// In the format of [`humantime`].

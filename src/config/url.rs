@@ -224,11 +224,11 @@ impl CaFile {
     }
 }
 
-/// The secret for control over HTTP. `Display` and `Debug` hide it.
+/// A secret that a client shows. `Display` and `Debug` hide it.
 #[derive(Clone)]
-pub struct AdminToken(String);
+pub struct AccessToken(String);
 
-impl AdminToken {
+impl AccessToken {
     /// A shorter token could be guessed.
     const MIN_LENGTH: usize = 16;
 
@@ -261,15 +261,15 @@ impl AdminToken {
     }
 }
 
-impl fmt::Display for AdminToken {
+impl fmt::Display for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
 }
 
-impl fmt::Debug for AdminToken {
+impl fmt::Debug for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AdminToken(***)")
+        f.write_str("AccessToken(***)")
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::config::AdminToken;
+use crate::config::AccessToken;
 
 /// Fetches `path` from the process that serves `address`; returns status code and body.
 ///
@@ -26,7 +26,7 @@ pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u1
 pub async fn post(
     address: SocketAddr,
     path: &str,
-    token: &AdminToken,
+    token: &AccessToken,
     limit: Duration,
 ) -> Result<(u16, String)> {
     let headers = format!("Authorization: Bearer {}\r\nContent-Length: 0\r\n", token.expose());

@@ -124,7 +124,8 @@ async fn answer(stream: TcpStream, peer: SocketAddr, routes: Router, slot: Arc<S
         .header_read_timeout(HEADER_READ)
         .max_buf_size(BUFFER)
         .keep_alive(!reserved)
-        .serve_connection(TokioIo::new(Impatient::new(stream)), service);
+        .serve_connection(TokioIo::new(Impatient::new(stream)), service)
+        .with_upgrades();
     let mut connection = pin!(connection);
     tokio::select! {
         // The error is the client's: it disconnected, or did not speak HTTP.

@@ -5,6 +5,7 @@ pub mod client;
 mod connections;
 pub mod live;
 mod statements;
+mod subscribe;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -22,11 +23,13 @@ use tokio::sync::Mutex;
 
 pub use self::connections::{MAX_CONNECTIONS, listen};
 use self::live::Live;
-use crate::config::{AdminToken, Config, LogLevel};
+use self::subscribe::Outlet;
+use crate::config::{AccessToken, Config, LogLevel};
 use crate::control::Control;
 use crate::health::{self, Answers, Facts, Readiness};
 use crate::metrics;
 use crate::mutex::lock;
+use crate::output::feed::Feed;
 use crate::report::{self, PoolReport};
 use crate::status::{State, Status};
 use crate::store::Store;
@@ -52,12 +55,14 @@ pub struct Server {
     metrics: PrometheusHandle,
     process: metrics_process::Collector,
     control: Arc<Control>,
-    token: Option<AdminToken>,
+    token: Option<AccessToken>,
     /// This process's name on the page.
     name: String,
     /// The log level at the start.
     level: LogLevel,
     live: Live,
+    /// Present if subscribers are served.
+    outlet: Option<Outlet>,
 }
 
 impl Server {
@@ -73,7 +78,10 @@ impl Server {
     ) -> Self {
         let process = metrics_process::Collector::new("standpipe_");
         process.describe();
+        let feed = |store: &Store| Outlet::new(config, Feed::new(redis.clone(), store.clone()));
+        let outlet = store.as_ref().filter(|_| config.subscribe).map(feed);
         Self {
+            outlet,
             status,
             redis,
             stream: Mutex::new(None),
@@ -117,6 +125,7 @@ impl Server {
             .route("/metrics", get(prometheus))
             .route("/status", get(status))
             .route("/workers/status", get(status))
+            .route("/subscribe", get(subscribe::subscribe))
             .merge(control)
             .merge(letters)
             .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -125,7 +134,12 @@ impl Server {
         tokio::join!(
             connections::serve(listener, routes),
             live::look(&server),
-            live::count_dead_letters(&server)
+            live::count_dead_letters(&server),
+            async {
+                if let Some(outlet) = &server.outlet {
+                    outlet.run().await;
+                }
+            }
         );
     }
 
@@ -261,6 +275,9 @@ async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
         let count = states.iter().filter(|state| **state == name).count();
         ::metrics::gauge!(metrics::PIPELINES, "state" => name).set(count as f64);
     }
+    if let Some(outlet) = &server.outlet {
+        metrics::subscribers(outlet.feed().report());
+    }
     if let Some(reader) = &server.status.reader {
         // Counts from the start before the first frame, so that a relay that never sends anything shows up, too.
         let last = lock(reader).last_frame_ms.unwrap_or(server.status.started_ms);
@@ -271,7 +288,8 @@ async fn prometheus(Shared(server): Shared<Arc<Server>>) -> Response {
 }
 
 async fn status(Shared(server): Shared<Arc<Server>>) -> Response {
-    let process = report::process(&server.status, server.pool());
+    let mut process = report::process(&server.status, server.pool());
+    process.subscribers = server.outlet.as_ref().map(|outlet| outlet.feed().report());
     match server.ask_redis().await {
         Ok(mut report) => {
             report.process = Some(process);

@@ -4,12 +4,13 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 use super::{
     ACCOUNTS, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK,
-    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, HANDLES, LAG_KNOWN,
-    LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS,
-    PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS,
-    RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS,
-    REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, TRANSACTION_SECONDS,
-    TRIMMED, UNCHECKED, VERIFIED, WAITING,
+    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, HANDLES, KEPT,
+    LAG_KNOWN, LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT,
+    PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS,
+    RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED,
+    REPAIRS, REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST,
+    SUBSCRIBER_MESSAGES, SUBSCRIBERS, SUBSCRIBERS_BEHIND, SUBSCRIBERS_ENDED, SUBSCRIBERS_UNREADABLE,
+    TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
 };
 
 /// Describes all metrics to the recorder.
@@ -17,6 +18,7 @@ pub(super) fn describe() {
     describe_work();
     describe_stream();
     describe_reader();
+    describe_subscribers();
 }
 
 /// Events and their transactions.
@@ -54,6 +56,7 @@ fn describe_stream() {
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
+    describe_gauge!(KEPT, "Entries among them that are there only because STREAM_KEEP keeps them");
     describe_gauge!(
         WAITING,
         "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"
@@ -95,6 +98,19 @@ fn describe_reader() {
     describe_gauge!(REFILLING, "1 while what PostgreSQL had lost is being read again from the relay");
     describe_verification();
     describe_gauge!(BUILD, "1, with the version and the commit");
+}
+
+/// Those who read `/subscribe`.
+fn describe_subscribers() {
+    describe_gauge!(SUBSCRIBERS, "Subscribers connected to this process");
+    describe_gauge!(
+        SUBSCRIBERS_BEHIND,
+        Unit::Seconds,
+        "How far the last subscriber is behind the newest entry in the tables"
+    );
+    describe_counter!(SUBSCRIBER_MESSAGES, "Messages sent to subscribers");
+    describe_counter!(SUBSCRIBERS_ENDED, "Subscribers disconnected, by reason");
+    describe_counter!(SUBSCRIBERS_UNREADABLE, "Entries of another form that were not sent to subscribers");
 }
 
 /// What `VERIFY` checks.

@@ -6,7 +6,7 @@ pub mod totals;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 pub use self::totals::{count, dead_letter, operations, retry};
-use crate::status::Repositories;
+use crate::status::{Repositories, SubscribersReport};
 use crate::stream::accounts::Backlog;
 use crate::stream::group::Ensured;
 use crate::stream::janitor::Look;
@@ -112,6 +112,18 @@ pub const REPAIRED: &str = "standpipe_repairs_total";
 pub const HANDLES: &str = "standpipe_handle_lookups_total";
 /// Lookups of DID documents, by result.
 pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
+/// Entries that are in the stream only because `STREAM_KEEP` keeps them.
+pub const KEPT: &str = "standpipe_kept_entries";
+/// Subscribers connected.
+pub const SUBSCRIBERS: &str = "standpipe_subscribers";
+/// How far the last subscriber is behind.
+pub const SUBSCRIBERS_BEHIND: &str = "standpipe_subscribers_behind_seconds";
+/// Messages sent to subscribers.
+pub const SUBSCRIBER_MESSAGES: &str = "standpipe_subscriber_messages_total";
+/// Subscribers disconnected, by reason.
+pub const SUBSCRIBERS_ENDED: &str = "standpipe_subscribers_disconnected_total";
+/// Entries that could not be made into messages.
+pub const SUBSCRIBERS_UNREADABLE: &str = "standpipe_subscriber_unreadable_entries_total";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
 
@@ -169,6 +181,20 @@ pub fn lookup(result: &'static str) {
     metrics::counter!(LOOKUPS, "result" => result).increment(1);
 }
 
+/// The reasons that [`SUBSCRIBERS_ENDED`] is counted by.
+pub const ENDS: [&str; 6] = ["left", "slow", "silent", "behind", "invalid", "draining"];
+
+/// Counts a subscriber's end.
+pub fn subscriber_ended(reason: &'static str) {
+    metrics::counter!(SUBSCRIBERS_ENDED, "reason" => reason).increment(1);
+}
+
+/// Exports who subscribes.
+pub fn subscribers(now: SubscribersReport) {
+    metrics::gauge!(SUBSCRIBERS).set(now.connected as f64);
+    metrics::gauge!(SUBSCRIBERS_BEHIND).set(now.furthest_behind_seconds);
+}
+
 /// Exports what verification has left to do.
 pub fn verification_backlog(backlog: &Backlog) {
     metrics::gauge!(ACCOUNTS).set(backlog.accounts as f64);
@@ -195,6 +221,7 @@ pub fn refilling(refilling: bool) {
 pub fn look(look: &Look) {
     let waiting = look.waiting();
     metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
+    metrics::gauge!(KEPT).set(look.kept as f64);
     metrics::gauge!(PENDING).set(look.pending as f64);
     metrics::gauge!(LAG_KNOWN).set(if waiting.is_some() { 1.0 } else { 0.0 });
     metrics::gauge!(WAITING).set(waiting.map_or(f64::NAN, |waiting| waiting as f64));
@@ -283,7 +310,10 @@ fn zero() {
     for result in LOOKUP_RESULTS {
         metrics::counter!(LOOKUPS, "result" => result).absolute(0);
     }
-    for gauge in [ACCOUNTS, UNCHECKED, REPAIRS] {
+    for reason in ENDS {
+        metrics::counter!(SUBSCRIBERS_ENDED, "reason" => reason).absolute(0);
+    }
+    for gauge in [ACCOUNTS, UNCHECKED, REPAIRS, SUBSCRIBERS, SUBSCRIBERS_BEHIND] {
         metrics::gauge!(gauge).set(0.0);
     }
     for state in REPOSITORY_STATES {

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::Arrival;
 use super::plan::Plan;
 use super::reader::{End, Reader};
-use crate::config::{MemoryMark, VerifyMode};
+use crate::config::VerifyMode;
 use crate::crash::{self, Point};
 use crate::metrics;
 use crate::status::State;
@@ -228,11 +228,8 @@ impl Reader {
                 gauge.length
             ));
         }
-        let memory = match self.config.memory_mark {
-            MemoryMark::Bytes(bytes) => bytes,
-            MemoryMark::Percent(percent) => gauge.max_memory / 100 * u64::from(percent),
-        };
-        if memory > 0 && gauge.used_memory >= margin(memory) {
+        let memory = self.config.memory_mark.bytes(gauge.max_memory);
+        if memory.is_some_and(|mark| gauge.used_memory >= margin(mark)) {
             return Some(format!(
                 "Redis uses {} MiB of memory (REDIS_MEMORY_MARK={})",
                 gauge.used_memory >> 20,

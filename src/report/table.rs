@@ -118,10 +118,9 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     if let Some(reader) = process.get("reader") {
         lines.push(("reader", reader_line(reader, now_ms)));
     }
-    if let Some(pool) = process.get("pool") {
-        let (size, used, max) = (number(&pool["size"]), number(&pool["in_use"]), number(&pool["max"]));
-        lines.push(("PostgreSQL", format!("{used} of {size} connections in use, at most {max}")));
-    }
+    lines
+        .extend(process.get("subscribers").map(|subscribers| ("subscribers", subscribers_line(subscribers))));
+    lines.extend(process.get("pool").map(|pool| ("PostgreSQL", pool_line(pool))));
     if let Some(database) = &beside.database {
         lines.push(("PostgreSQL", sentence(database)));
     }
@@ -172,7 +171,11 @@ fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
     if stream["exists"] == Value::Bool(false) {
         lines.push(("stream", format!("{key} does not exist yet")));
     } else {
-        lines.push(("stream", format!("{key}: {} entries", grouped(number(&stream["length"])))));
+        let kept = match number(&stream["kept"]) {
+            0 => String::new(),
+            kept => format!(", {} of them kept for subscribers", grouped(kept)),
+        };
+        lines.push(("stream", format!("{key}: {} entries{kept}", grouped(number(&stream["length"])))));
         let missing =
             if stream["group_exists"] == Value::Bool(false) { ", which does not exist" } else { "" };
         lines.push(("group", format!("{group}{missing}")));
@@ -227,6 +230,20 @@ fn reader_line(reader: &Value, now_ms: u64) -> String {
         grouped(number(&reader["frames"])),
         since(&reader["last_frame_ms"], now_ms)
     )
+}
+
+fn pool_line(pool: &Value) -> String {
+    let (size, used, max) = (number(&pool["size"]), number(&pool["in_use"]), number(&pool["max"]));
+    format!("{used} of {size} connections in use, at most {max}")
+}
+
+fn subscribers_line(subscribers: &Value) -> String {
+    let behind = subscribers["furthest_behind_seconds"].as_f64().unwrap_or(0.0);
+    let last = match number(&subscribers["connected"]) {
+        0 => String::new(),
+        _ => format!(", the last {} behind", age(behind)),
+    };
+    format!("{} connected{last}", grouped(number(&subscribers["connected"])))
 }
 
 fn process_line(process: &Value) -> String {
@@ -345,7 +362,7 @@ mod tests {
         let status = serde_json::json!({
             "version": "1.2.3",
             "stream": {"key": "firehose:events", "group": "g", "exists": true, "group_exists": true, "length": 1_234_567,
-                       "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
+                       "kept": 1_000_000, "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
                        "cursor": 42, "relay": "bsky.network"},
             "consumers": [{"name": "a-0", "pending": 3, "idle_seconds": 0.5},
                           {"name": "dead\u{1b}-0", "pending": 2, "idle_seconds": 86_400.0}],
@@ -356,13 +373,14 @@ mod tests {
                                        "in_flight": 200, "entries": 1000, "last_ack_ms": 9000}],
                         "reader": {"state": "running", "relay": "bsky.network", "connected": true, "frames": 12_345,
                                    "last_frame_ms": 9900, "gaps": 1},
+                        "subscribers": {"connected": 3, "furthest_behind_seconds": 12.0},
                         "pool": {"size": 5, "in_use": 2, "max": 20}},
         });
         let beside = Beside { reasons: vec![("undecodable".to_owned(), 3)], ..Beside::default() };
         let expected = "\
 standpipe 1.2.3
 
-stream        firehose:events: 1,234,567 entries
+stream        firehose:events: 1,234,567 entries, 1,000,000 of them kept for subscribers
 group         g
 waiting       unknown to Redis, the oldest for 75 s
 pending       3
@@ -370,6 +388,7 @@ trim          held back by the group other
 cursor        42 at bsky.network
 dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
+subscribers   3 connected, the last 12 s behind
 PostgreSQL    2 of 5 connections in use, at most 20
 process       up for 2 h, 1,000 entries finished, 12 per second now
 pipelines     1, 200 entries at a time, one transaction per event

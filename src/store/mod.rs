@@ -7,6 +7,7 @@ mod batch;
 mod bulk;
 mod call;
 mod error;
+mod forbidding;
 mod known;
 pub mod migrate;
 pub mod partition;

@@ -5,8 +5,7 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-use redis::aio::MultiplexedConnection;
-use redis::{FromRedisValue, RedisResult, Script};
+use redis::{RedisResult, Script};
 use serde::{Deserialize, Serialize};
 
 use super::{Keys, Stream};
@@ -153,7 +152,8 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn unchecked(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, Unchecked)>)> {
-        let (next, found) = page::<Vec<u8>>(&mut self.connection, &self.keys.unchecked, cursor).await?;
+        let (next, found) =
+            super::page::<Vec<u8>>(&mut self.connection, &self.keys.unchecked, cursor).await?;
         let found = found.into_iter().filter_map(|(did, bytes)| Some((did, Unchecked::from_bytes(&bytes)?)));
         Ok((next, found.collect()))
     }
@@ -198,7 +198,7 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn repairs(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, Repair, String)>)> {
-        let (next, found) = page::<String>(&mut self.connection, &self.keys.repairs, cursor).await?;
+        let (next, found) = super::page::<String>(&mut self.connection, &self.keys.repairs, cursor).await?;
         let read = |(did, text): (String, String)| {
             // Whatever else may be there: a repair costs nothing but the look.
             let repair = serde_json::from_str(&text).unwrap_or(Repair {
@@ -281,7 +281,7 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn handles_wanted(&mut self, cursor: u64) -> RedisResult<(u64, Vec<(String, String)>)> {
-        page(&mut self.connection, &self.keys.handles, cursor).await
+        super::page(&mut self.connection, &self.keys.handles, cursor).await
     }
 
     /// A handle has been looked up: appends the entry with what was found, if anything was. Does nothing if something else
@@ -389,15 +389,6 @@ impl Stream {
         }
         invocation.invoke_async(connection).await
     }
-}
-
-/// Some fields of a hash with their values, and where to continue; 0 at the end.
-async fn page<T: FromRedisValue>(
-    connection: &mut MultiplexedConnection,
-    key: &str,
-    cursor: u64,
-) -> RedisResult<(u64, Vec<(String, T)>)> {
-    redis::cmd("HSCAN").arg(key).arg(cursor).arg("COUNT").arg(256).query_async(connection).await
 }
 
 #[cfg(test)]

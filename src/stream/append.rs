@@ -185,22 +185,20 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn gauge(&mut self, token: &str) -> RedisResult<Gauge> {
-        type Answers = (Option<String>, Option<String>, Option<String>, Option<String>, u64, String);
+        type Answers =
+            (Option<String>, Option<String>, Option<String>, Option<String>, u64, Option<u64>, String);
         let Self { connection, keys } = self;
-        let (cursor, holder, acked, relay, length, info): Answers = redis::pipe()
+        let (cursor, holder, acked, relay, length, kept, info): Answers = redis::pipe()
             .get(&keys.cursor)
             .get(&keys.lease)
             .get(&keys.acked)
             .get(&keys.relay)
             .xlen(&keys.stream)
+            .hget(&keys.watch, "kept")
             .cmd("INFO")
             .query_async(connection)
             .await?;
-        let field = |name: &str| {
-            info.lines()
-                .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
-                .unwrap_or("")
-        };
+        let field = |name: &str| super::server::field(&info, name);
         let lease = holder.as_deref() == Some(token);
         if lease {
             // PEXPIRE works even when memory is full; SET does not.
@@ -215,10 +213,10 @@ impl Stream {
             lease,
             acked: acked.and_then(|text| text.parse().ok()),
             relay,
-            length,
-            used_memory: field("used_memory").trim().parse().unwrap_or(0),
-            max_memory: field("maxmemory").trim().parse().unwrap_or(0),
-            run_id: field("run_id").trim().to_owned(),
+            length: length.saturating_sub(kept.unwrap_or(0)),
+            used_memory: field("used_memory").parse().unwrap_or(0),
+            max_memory: field("maxmemory").parse().unwrap_or(0),
+            run_id: field("run_id").to_owned(),
         })
     }
 

@@ -8,7 +8,11 @@
 --
 -- Mostly, their number is that of the last event that the reader appended: a reader that is set back to it reads everything
 -- after it again.
-if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then
+if redis.call('EXISTS', KEYS[1]) == 0 then
+    return ''
+end
+local kept = tonumber(redis.call('HGET', KEYS[3], 'kept') or '0')
+if redis.call('XLEN', KEYS[1]) - kept >= tonumber(ARGV[1]) then
     return ''
 end
 if ARGV[2] ~= '' then

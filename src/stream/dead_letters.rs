@@ -13,6 +13,9 @@ use super::append::NewLetter;
 use crate::event::{Entry, EntryId, InvalidEntryId, Reject, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
+/// The most entries that outputs can be told about; see settled.lua.
+const MAX_REFUSED: u64 = 100_000;
+
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("replace_dead_letter.lua")));
 
 impl Stream {
@@ -180,9 +183,12 @@ impl Stream {
             .key(&keys.stream)
             .key(&keys.dead)
             .key(keys.dead_bytes())
+            .key(&keys.refused)
             .arg(&keys.group)
             .arg(entry.id.to_string())
-            .arg(budget);
+            .arg(budget)
+            .arg(paths(entry, rejected))
+            .arg(MAX_REFUSED);
         for rejected in rejected {
             let fields = Letter::new(entry, rejected).fields();
             invocation.arg(fields.len() * 2);
@@ -221,6 +227,19 @@ impl Stream {
             }
         }
     }
+}
+
+/// The paths of the operations, as JSON; `*` for the whole entry, and for one that does not tell.
+fn paths(entry: &Entry, rejected: &[Rejected]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Op {
+        path: String,
+    }
+    let path = |rejected: &Rejected| {
+        let op = serde_json::from_str(&rejected.op).ok().filter(|_| rejected.op != entry.data);
+        op.map_or_else(|| "*".to_owned(), |op: Op| op.path)
+    };
+    serde_json::Value::from(rejected.iter().map(path).collect::<Vec<_>>()).to_string()
 }
 
 /// The outcome for an entry with bad operations.

@@ -3,9 +3,10 @@
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
---       wait before setting the reader back again, in milliseconds.
+--       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept, or '';
+--       in how many bytes, or ''; 1 if this process keeps entries at all.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
---          the group that holds the trim back, entries found removed, reader set back}, or {} without a stream.
+--          the group that holds the trim back, entries found removed, reader set back, entries kept}, or {} without a stream.
 --
 -- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
 -- entries. Never trims while our own group is missing: then nothing is known to be acknowledged.
@@ -14,7 +15,7 @@
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
 -- them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and
 -- `seen`, how many at that call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
--- position, and `pause`, for how long not again; `hold`, the last entry of the stream then. What the reader appends after that
+-- position, and `pause`, for how long not again; `kept`, how many entries are there only because they are kept; `keeper`, when a process last kept any; `hold`, the last entry of the stream then. What the reader appends after that
 -- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond. `trimmed` is how
 -- many entries were trimmed here, by every process of ours, also by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -169,6 +170,9 @@ local function set_back()
 end
 
 local own, floor, holder = false, nil, ''
+-- How many entries every group has acknowledged.
+local length = redis.call('XLEN', KEYS[1])
+local done = length
 local pending, lag, oldest_pending, oldest_waiting = 0, -1, '', ''
 local gone, back = 0, 0
 local function groups()
@@ -203,6 +207,8 @@ for _, group in ipairs(groups()) do
     if floor == nil or before(low, floor) then
         floor, holder = low, group['name']
     end
+    local left = waiting and (group['lag'] or length) or 0
+    done = math.max(0, math.min(done, length - group['pending'] - left))
     if group['name'] == ARGV[1] then
         own = true
         pending, oldest_pending = group['pending'], first
@@ -223,10 +229,58 @@ for _, group in ipairs(groups()) do
     end
 end
 
-local trimmed = 0
+-- How many entries could go, and how many of them nothing but ARGV[5] or ARGV[6] keeps.
+local function surplus(done)
+    if ARGV[6] == '' then
+        local now = redis.call('TIME')
+        local since = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[5]
+        local id = string.format('%d-0', math.max(0, since))
+        if before(id, floor) then
+            floor = id
+        end
+        return done
+    end
+    -- About as large as those at both ends.
+    local bytes, seen = 0, 0
+    for _, command in ipairs({{'XRANGE', '-', '+'}, {'XREVRANGE', '+', '-'}}) do
+        for _, entry in ipairs(redis.call(command[1], KEYS[1], command[2], command[3], 'COUNT', 50)) do
+            for _, text in ipairs(entry[2]) do
+                bytes = bytes + #text
+            end
+            seen = seen + 1
+        end
+    end
+    -- What Redis needs for an entry besides.
+    local each = seen > 0 and bytes / seen + 20 or 1
+    return math.min(done, math.max(0, math.ceil(redis.call('XLEN', KEYS[1]) - ARGV[6] / each)))
+end
+
+local trimmed, kept = 0, tonumber(redis.call('HGET', KEYS[6], 'kept') or '0')
 if own and not dry then
-    trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', ARGV[2])
-    redis.call('INCRBY', KEYS[7], trimmed)
+    local limit = tonumber(ARGV[2])
+    local keeps = ARGV[5] ~= '' or ARGV[6] ~= ''
+    local time = redis.call('TIME')
+    local keeper = tonumber(redis.call('HGET', KEYS[6], 'keeper') or '0')
+    if keeps then
+        limit = math.min(limit, surplus(done))
+        redis.call('HSET', KEYS[6], 'keeper', time[1])
+    elseif ARGV[7] == '0' and time[1] - keeper < 10 then
+        -- Another process keeps entries, and trims.
+        keeps, limit = true, 0
+    else
+        redis.call('HDEL', KEYS[6], 'keeper')
+    end
+    if limit > 0 then
+        trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', string.format('%d', limit))
+        redis.call('INCRBY', KEYS[7], trimmed)
+    end
+    if keeps then
+        kept = done - trimmed
+        redis.call('HSET', KEYS[6], 'kept', kept)
+    else
+        kept = 0
+        redis.call('HDEL', KEYS[6], 'kept')
+    end
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
     if info['added'] then
@@ -235,4 +289,4 @@ if own and not dry then
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,
-        gone, back}
+        gone, back, kept}

@@ -7,6 +7,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{FromRedisValue, ParsingError, RedisResult, Script, Value};
 
 use super::{Keys, Stream};
+use crate::config::StreamKeep;
 use crate::event::EntryId;
 use crate::time::now_ms;
 
@@ -43,6 +44,8 @@ pub struct Look {
     pub removed: u64,
     /// Whether the reader was set back to re-read such entries.
     pub set_back: bool,
+    /// Entries that are there only because `STREAM_KEEP` keeps them.
+    pub kept: u64,
 }
 
 impl Look {
@@ -74,16 +77,27 @@ impl Look {
     }
 }
 
+/// What a process keeps in the stream after it was applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing, unless another process keeps something.
+    Nothing,
+    /// Nothing, because there is no room for it now.
+    NothingNow,
+    /// This.
+    Some(StreamKeep),
+}
+
 impl Stream {
-    /// Inspects the stream, records the position before the lowest unacknowledged one, and trims once. If it trimmed
-    /// anything, there may be more to trim.
+    /// Inspects the stream, records the position before the lowest unacknowledged one, and trims once what is not to be kept.
+    /// If it trimmed anything, there may be more to trim.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached or refuses.
-    pub async fn sweep(&mut self) -> RedisResult<Look> {
+    pub async fn sweep(&mut self, keep: Keep) -> RedisResult<Look> {
         let Self { connection, keys } = self;
-        call(connection, keys, TRIM_LIMIT).await
+        call(connection, keys, TRIM_LIMIT, keep).await
     }
 
     /// Inspects the stream without changing anything.
@@ -93,11 +107,21 @@ impl Stream {
     /// As for [`sweep`].
     pub async fn look(&mut self) -> RedisResult<Look> {
         let Self { connection, keys } = self;
-        call(connection, keys, 0).await
+        call(connection, keys, 0, Keep::Nothing).await
     }
 }
 
-async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -> RedisResult<Look> {
+async fn call(
+    connection: &mut MultiplexedConnection,
+    keys: &Keys,
+    limit: u32,
+    keep: Keep,
+) -> RedisResult<Look> {
+    let (ms, bytes) = match keep {
+        Keep::Some(StreamKeep::Time(time)) => (time.as_millis().to_string(), String::new()),
+        Keep::Some(StreamKeep::Bytes(bytes)) => (String::new(), bytes.to_string()),
+        Keep::Nothing | Keep::NothingNow => (String::new(), String::new()),
+    };
     SCRIPT
         .key(&keys.stream)
         .key(&keys.cursor)
@@ -110,12 +134,15 @@ async fn call(connection: &mut MultiplexedConnection, keys: &Keys, limit: u32) -
         .arg(limit)
         .arg(now_ms())
         .arg(SET_BACK_PAUSE.as_millis() as u64)
+        .arg(ms)
+        .arg(bytes)
+        .arg(u8::from(keep != Keep::Nothing))
         .invoke_async(connection)
         .await
 }
 
 /// Parses the script's reply, in its order.
-type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64);
+type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64, u64);
 
 impl FromRedisValue for Look {
     fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
@@ -136,6 +163,7 @@ impl FromRedisValue for Look {
             held_by,
             removed,
             set_back,
+            kept,
         ) = Fields::from_redis_value(Value::Array(fields))?;
         Ok(Self {
             exists: true,
@@ -149,6 +177,7 @@ impl FromRedisValue for Look {
             held_by,
             removed,
             set_back: set_back == 1,
+            kept,
         })
     }
 }

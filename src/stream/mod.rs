@@ -13,6 +13,7 @@ pub mod legacy;
 pub mod noted;
 pub mod rights;
 pub mod server;
+pub mod settled;
 pub mod wanted;
 
 use std::sync::Arc;
@@ -77,6 +78,8 @@ pub struct Keys {
     pub handles: String,
     /// The accounts that are wanted, if not all are.
     pub wanted: String,
+    /// What ended as dead letters, by the entry that it was in.
+    pub refused: String,
     /// The consumer group.
     pub group: String,
 }
@@ -107,6 +110,7 @@ impl Keys {
             repairs: format!("{}:repairs", config.stream_key),
             handles: format!("{}:handles", config.stream_key),
             wanted: format!("{}:wanted", config.stream_key),
+            refused: format!("{}:refused", config.stream_key),
             group: config.consumer_group.clone(),
         }
     }
@@ -154,6 +158,7 @@ impl Keys {
             &self.repairs,
             &self.handles,
             &self.wanted,
+            &self.refused,
         ];
         named
             .into_iter()
@@ -288,4 +293,13 @@ pub fn is_nogroup(error: &RedisError) -> bool {
 pub fn is_oom(error: &RedisError) -> bool {
     // Redis 6.2 wraps errors in scripts in a message of its own.
     error.code() == Some("OOM") || error.to_string().contains("-OOM ")
+}
+
+/// Some fields of a hash with their values, and where to continue; 0 at the end.
+async fn page<T: redis::FromRedisValue>(
+    connection: &mut MultiplexedConnection,
+    key: &str,
+    cursor: u64,
+) -> StreamResult<(u64, Vec<(String, T)>)> {
+    redis::cmd("HSCAN").arg(key).arg(cursor).arg("COUNT").arg(256).query_async(connection).await
 }

@@ -2,7 +2,36 @@
 
 use super::{Stream, StreamError, StreamResult};
 
+/// The server's memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// In use.
+    pub used: u64,
+    /// Its limit; 0 for none.
+    pub max: u64,
+}
+
+/// The value of a field in the reply of INFO; empty if it is not there.
+pub(super) fn field<'a>(info: &'a str, name: &str) -> &'a str {
+    info.lines()
+        .find_map(|line| line.strip_prefix(name).and_then(|rest| rest.strip_prefix(':')))
+        .unwrap_or_default()
+        .trim()
+}
+
 impl Stream {
+    /// How much memory it uses.
+    ///
+    /// # Errors
+    ///
+    /// As [`info`].
+    pub async fn memory(&mut self) -> StreamResult<Memory> {
+        let connection = &mut self.connection;
+        let info: String = redis::cmd("INFO").arg("memory").query_async(connection).await?;
+        let number = |name| field(&info, name).parse().unwrap_or(0);
+        Ok(Memory { used: number("used_memory"), max: number("maxmemory") })
+    }
+
     /// The complete reply of INFO.
     ///
     /// # Errors

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::Task;
+use crate::config::Config;
 use crate::metrics;
 use crate::mutex::lock;
 use crate::status::Status;
+use crate::stream::janitor::Keep;
 use crate::stream::{Redis, Stream};
 use crate::time::now_ms;
 
@@ -22,6 +24,7 @@ const MORE: Duration = Duration::from_millis(50);
 /// One per process.
 pub struct Janitor {
     redis: Redis,
+    config: Arc<Config>,
     status: Arc<Status>,
     stream: Option<Stream>,
     /// When idle consumers were last removed.
@@ -30,17 +33,41 @@ pub struct Janitor {
     beside: bool,
     /// Whether an error of the script has been logged.
     said: bool,
+    /// Whether Redis is short of memory.
+    short: bool,
 }
 
 impl Janitor {
     /// A janitor that has seen nothing yet.
     #[must_use]
-    pub fn new(redis: Redis, status: Arc<Status>) -> Self {
-        Self { redis, status, stream: None, cleaned: None, beside: false, said: false }
+    pub fn new(config: Arc<Config>, redis: Redis, status: Arc<Status>) -> Self {
+        Self { redis, config, status, stream: None, cleaned: None, beside: false, said: false, short: false }
+    }
+
+    /// What is kept now: nothing while memory is short, so that it never stops the reader.
+    async fn keep(&mut self, stream: &mut Stream) -> Result<Keep> {
+        let Some(keep) = self.config.keeps() else { return Ok(Keep::Nothing) };
+        let memory = stream.memory().await?;
+        let mark = self.config.memory_mark.bytes(memory.max);
+        // A little below the reader's mark, and with a margin to avoid flapping.
+        let share = if self.short { 17 } else { 19 };
+        let short = mark.is_some_and(|mark| memory.used >= mark / 20 * share);
+        if std::mem::replace(&mut self.short, short) != short {
+            if short {
+                warn!(
+                    used = memory.used,
+                    mark, "Redis is short of memory: entries are not kept for subscribers (STREAM_KEEP)"
+                );
+            } else {
+                info!("entries are kept again");
+            }
+        }
+        Ok(if short { Keep::NothingNow } else { Keep::Some(keep) })
     }
 
     async fn sweep(&mut self, stream: &mut Stream) -> Result<Duration> {
-        let look = match stream.sweep().await {
+        let keep = self.keep(stream).await?;
+        let look = match stream.sweep(keep).await {
             Ok(look) => look,
             Err(error) => {
                 // Outages are logged by the parts that wait; errors of the script itself are logged here.
@@ -66,6 +93,7 @@ impl Janitor {
         }
         if self.cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
             self.cleaned = Some(Instant::now());
+            stream.forget_refused().await?;
             let count = stream.remove_idle_consumers(FORGET_CONSUMERS, None).await?;
             if count > 0 {
                 info!(count, "removed consumers that were idle for an hour");

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it and never one below, so there are no cycles. The command line comes last.
-const ORDER: [&str; 27] = [
+const ORDER: [&str; 28] = [
     "mutex",
     "stop",
     "time",
@@ -21,6 +21,7 @@ const ORDER: [&str; 27] = [
     "logging",
     "directory",
     "store",
+    "output",
     "origin",
     "pipeline",
     "report",
@@ -40,7 +41,7 @@ const CRATES: [(&str, &[&str]); 13] = [
     ("tokio_postgres", &["store"]),
     ("postgres_types", &["store"]),
     ("deadpool_postgres", &["store"]),
-    ("tokio_tungstenite", &["origin"]),
+    ("tokio_tungstenite", &["origin", "http"]),
     ("shrike", &["apply", "verify", "origin", "repair"]),
     ("k256", &["verify"]),
     ("p256", &["verify"]),

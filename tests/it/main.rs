@@ -45,6 +45,7 @@ mod side_by_side;
 mod sql;
 mod status;
 mod stream;
+mod subscribe;
 mod takeover;
 mod tls;
 mod upgrade;

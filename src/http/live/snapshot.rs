@@ -50,6 +50,7 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
         "retries": totals::retries().map(|(reason, count)| (reason, json!(count))).collect::<Value>(),
         "dead_letters": dead_letters(server),
         "repositories": *lock(&server.status.repositories),
+        "subscribers": server.outlet.as_ref().map(|outlet| outlet.feed().report()),
         "totals": counters(),
         "point": point,
     });
@@ -116,6 +117,7 @@ fn stream(server: &Server, look: &Look, seen_ms: u64) -> Value {
         "exists": look.exists,
         "group_exists": look.group,
         "length": look.length,
+        "kept": look.kept,
         "waiting": look.waiting(),
         "pending": look.pending,
         "oldest_seconds": look.oldest_seconds().map(tidy),

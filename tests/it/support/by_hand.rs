@@ -53,6 +53,7 @@ impl ByHand {
             repairs: key("repairs"),
             handles: key("handles"),
             wanted: key("wanted"),
+            refused: key("refused"),
             group: GROUP.to_owned(),
         };
         let ours = Stream::over(redis.connection().await, keys.clone());
@@ -111,7 +112,7 @@ impl ByHand {
     }
 
     pub async fn sweep(&mut self) -> janitor::Look {
-        self.ours.sweep().await.unwrap()
+        self.ours.sweep(janitor::Keep::Nothing).await.unwrap()
     }
 }
 

@@ -1,0 +1,361 @@
+//! The settled entries, read once for all subscribers who keep up. Whoever is behind reads the stream until it has caught up.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use tokio::sync::{Notify, watch};
+use tracing::warn;
+
+use super::jetstream::{self, Forbidden, Message};
+use crate::event::EntryId;
+use crate::metrics;
+use crate::mutex::lock;
+use crate::status::SubscribersReport;
+use crate::store::Store;
+use crate::stream::settled::{Place, Settled};
+use crate::stream::{Redis, Stream};
+use crate::time::{Backoff, now_ms};
+
+/// The most bytes of messages that are kept for those who keep up.
+const RING_BYTES: usize = 4 << 20;
+/// The most entries read at a time, and about how many bytes.
+const PAGE: usize = 200;
+const PAGE_BYTES: usize = 512 << 10;
+/// The time between two looks while nothing is new.
+const LOOK: Duration = Duration::from_millis(20);
+/// How often the accounts that forbid collection are read.
+const FORBIDDEN: Duration = Duration::from_secs(5);
+
+/// A settled entry as messages.
+#[derive(Debug)]
+pub struct Item {
+    /// The entry.
+    pub id: EntryId,
+    /// Its messages.
+    pub messages: Vec<Message>,
+}
+
+impl Item {
+    fn bytes(&self) -> usize {
+        let message = |message: &Message| message.text.len() + message.did.len() + size_of::<Message>();
+        self.messages.iter().map(message).sum::<usize>() + size_of::<Self>()
+    }
+}
+
+/// The newest items: all those after `start`.
+#[derive(Default)]
+struct Ring {
+    /// How often it was begun anew. What came between is not here, so whoever has read before has to look in the stream.
+    generation: u64,
+    /// `None` before anything is known.
+    start: Option<EntryId>,
+    items: VecDeque<Arc<Item>>,
+    bytes: usize,
+}
+
+impl Ring {
+    fn push(&mut self, item: Arc<Item>) {
+        self.bytes += item.bytes();
+        self.items.push_back(item);
+        while self.bytes > RING_BYTES {
+            let Some(oldest) = self.items.pop_front() else { return };
+            self.bytes -= oldest.bytes();
+            self.start = Some(oldest.id);
+        }
+    }
+
+    /// The items after this one; `None` if some of them may not be here.
+    fn after(&self, id: EntryId, generation: u64) -> Option<Vec<Arc<Item>>> {
+        if generation != self.generation || self.start.is_none_or(|start| id < start) {
+            return None;
+        }
+        let from = self.items.partition_point(|item| item.id <= id);
+        Some(self.items.iter().skip(from).take(PAGE).cloned().collect())
+    }
+}
+
+/// How far each subscriber has got, by a number of its own; `None` before its first item.
+#[derive(Default)]
+struct Subscribers {
+    next: u64,
+    places: HashMap<u64, Option<EntryId>>,
+}
+
+/// What the subscribers of this process read.
+pub struct Feed {
+    redis: Redis,
+    store: Store,
+    ring: Mutex<Ring>,
+    /// Changes whenever there is something new.
+    news: watch::Sender<u64>,
+    subscribers: Mutex<Subscribers>,
+    first: Notify,
+    /// The accounts that forbid to collect what they write; `None` before they are known.
+    forbidden: Mutex<Option<(Arc<Forbidden>, Instant)>>,
+    /// Whether an unusable entry was logged.
+    said: AtomicBool,
+}
+
+impl Feed {
+    /// A feed that nobody reads yet.
+    #[must_use]
+    pub fn new(redis: Redis, store: Store) -> Self {
+        Self {
+            redis,
+            store,
+            ring: Mutex::default(),
+            news: watch::Sender::new(0),
+            subscribers: Mutex::default(),
+            first: Notify::new(),
+            forbidden: Mutex::new(None),
+            said: false.into(),
+        }
+    }
+
+    /// Reads for as long as it is polled, while there are subscribers.
+    pub async fn run(&self) {
+        let mut delays = Backoff::default();
+        loop {
+            while !self.is_read() {
+                self.begin_anew();
+                self.first.notified().await;
+            }
+            // Whoever waits is served again as soon as Redis and PostgreSQL answer.
+            if self.follow(&mut delays).await.is_err() {
+                self.begin_anew();
+                tokio::time::sleep(delays.pause()).await;
+            }
+        }
+    }
+
+    fn begin_anew(&self) {
+        {
+            let mut ring = lock(&self.ring);
+            *ring = Ring { generation: ring.generation + 1, ..Ring::default() };
+        }
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    fn is_read(&self) -> bool {
+        !lock(&self.subscribers).places.is_empty()
+    }
+
+    /// How many subscribers there are, and how far they are.
+    #[must_use]
+    pub fn report(&self) -> SubscribersReport {
+        let newest = {
+            let ring = lock(&self.ring);
+            ring.items.back().map(|item| item.id).or(ring.start)
+        };
+        let subscribers = lock(&self.subscribers);
+        let furthest = subscribers.places.values().flatten().min();
+        let behind = newest.zip(furthest).map_or(0, |(newest, place)| newest.ms.saturating_sub(place.ms));
+        SubscribersReport {
+            connected: subscribers.places.len() as u64,
+            furthest_behind_seconds: behind as f64 / 1000.0,
+        }
+    }
+
+    async fn follow(&self, delays: &mut Backoff) -> Result<()> {
+        let mut stream = self.redis.connect().await?;
+        let mut place = Place::Now;
+        let mut pages = Pages::default();
+        while self.is_read() {
+            let Some(items) = self.read(&mut stream, &mut place, &mut pages).await? else {
+                // Those who have read up to here find out by themselves.
+                place = Place::Now;
+                self.begin_anew();
+                continue;
+            };
+            delays.reset();
+            let is_empty = items.is_empty();
+            {
+                let mut ring = lock(&self.ring);
+                // The first answer is the place alone.
+                if let (None, Place::Read(id) | Place::Behind(id)) = (ring.start, place) {
+                    ring.start = Some(id);
+                }
+                for item in items {
+                    ring.push(Arc::new(item));
+                }
+            }
+            if is_empty {
+                tokio::time::sleep(LOOK).await;
+            } else {
+                self.news.send_modify(|count| *count += 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next items from the stream; `None` if some are no longer there.
+    async fn read(
+        &self,
+        stream: &mut Stream,
+        place: &mut Place,
+        pages: &mut Pages,
+    ) -> Result<Option<Vec<Item>>> {
+        let Some(page) = stream.settled(place, pages.count()).await? else { return Ok(None) };
+        if page.is_empty() {
+            return Ok(Some(Vec::new()));
+        }
+        pages.note(&page);
+        let forbidden = self.forbidden().await?;
+        Ok(Some(page.iter().map(|settled| self.item(settled, &forbidden)).collect()))
+    }
+
+    fn item(&self, settled: &Settled, forbidden: &Forbidden) -> Item {
+        let id = settled.entry.id;
+        let messages = jetstream::messages(settled, forbidden).unwrap_or_else(|error| {
+            // It is a dead letter, too: nobody could apply it.
+            metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
+            if !self.said.swap(true, Ordering::Relaxed) {
+                warn!(%id, %error, "an entry has another form than ours and is not sent to subscribers; this is said once");
+            }
+            Vec::new()
+        });
+        Item { id, messages }
+    }
+
+    async fn forbidden(&self) -> Result<Arc<Forbidden>> {
+        let known = lock(&self.forbidden).clone();
+        if let Some((accounts, at)) = known
+            && at.elapsed() < FORBIDDEN
+        {
+            return Ok(accounts);
+        }
+        let accounts = Arc::new(Forbidden(self.store.forbidding().await?));
+        *lock(&self.forbidden) = Some((Arc::clone(&accounts), Instant::now()));
+        Ok(accounts)
+    }
+}
+
+/// How many entries to read at a time.
+#[derive(Debug, Default)]
+struct Pages {
+    /// The mean size of the last ones, in bytes.
+    mean: usize,
+}
+
+impl Pages {
+    fn count(&self) -> usize {
+        (PAGE_BYTES / self.mean.max(PAGE_BYTES / PAGE)).max(1)
+    }
+
+    fn note(&mut self, page: &[Settled]) {
+        self.mean = page.iter().map(|settled| settled.entry.size()).sum::<usize>() / page.len().max(1);
+    }
+}
+
+/// Why a subscriber gets nothing more.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// What comes after the last one that it got is no longer in the stream.
+    #[error(
+        "you are further behind than the stream keeps (STREAM_KEEP): reconnect, and some events are missing"
+    )]
+    Behind,
+}
+
+/// One subscriber's place in the feed.
+pub struct Subscriber {
+    number: u64,
+    feed: Arc<Feed>,
+    place: Place,
+    /// The ring's generation when it last looked in the stream.
+    generation: u64,
+    news: watch::Receiver<u64>,
+    stream: Option<Stream>,
+    pages: Pages,
+    delays: Backoff,
+}
+
+impl Subscriber {
+    /// Begins at a cursor in microseconds, or with what is settled from now on.
+    #[must_use]
+    pub fn new(feed: Arc<Feed>, cursor: Option<u64>) -> Self {
+        let news = feed.news.subscribe();
+        let number = {
+            let mut subscribers = lock(&feed.subscribers);
+            subscribers.next += 1;
+            let number = subscribers.next;
+            subscribers.places.insert(number, None);
+            number
+        };
+        feed.first.notify_one();
+        // As in a Jetstream, a cursor in the future stands for the present.
+        let cursor = cursor.filter(|cursor| cursor / 1000 <= now_ms());
+        let place = cursor.map_or(Place::Now, |cursor| Place::Behind(jetstream::before_cursor(cursor)));
+        Self {
+            number,
+            feed,
+            place,
+            generation: 0,
+            news,
+            stream: None,
+            pages: Pages::default(),
+            delays: Backoff::default(),
+        }
+    }
+
+    /// The next items; at least one. Waits until there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Ended`].
+    pub async fn next(&mut self) -> Result<Vec<Arc<Item>>, Ended> {
+        let items = self.wait().await?;
+        if let Some(last) = items.last() {
+            lock(&self.feed.subscribers).places.insert(self.number, Some(last.id));
+        }
+        Ok(items)
+    }
+
+    async fn wait(&mut self) -> Result<Vec<Arc<Item>>, Ended> {
+        loop {
+            self.news.borrow_and_update();
+            let ready = match self.place {
+                Place::Read(id) | Place::Behind(id) => lock(&self.feed.ring).after(id, self.generation),
+                Place::Now => None,
+            };
+            match ready {
+                Some(items) => {
+                    self.stream = None;
+                    if let Some(last) = items.last() {
+                        self.place = Place::Read(last.id);
+                        return Ok(items);
+                    }
+                    // The feed never ends before its subscribers.
+                    let _ = self.news.changed().await;
+                }
+                None => match self.read().await {
+                    Ok(Some(items)) if items.is_empty() => tokio::time::sleep(LOOK).await,
+                    Ok(Some(items)) => return Ok(items.into_iter().map(Arc::new).collect()),
+                    Ok(None) => return Err(Ended::Behind),
+                    Err(_) => tokio::time::sleep(self.delays.pause()).await,
+                },
+            }
+        }
+    }
+
+    async fn read(&mut self) -> Result<Option<Vec<Item>>> {
+        let mut stream = self.feed.redis.reuse(&mut self.stream).await?;
+        let mut place = self.place;
+        let generation = lock(&self.feed.ring).generation;
+        let items = self.feed.read(&mut stream, &mut place, &mut self.pages).await?;
+        self.place = place;
+        self.generation = generation;
+        self.stream = Some(stream);
+        self.delays.reset();
+        Ok(items)
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        lock(&self.feed.subscribers).places.remove(&self.number);
+    }
+}

@@ -1,0 +1,103 @@
+//! Reading what the group has applied, without being part of it.
+
+use std::sync::LazyLock;
+
+use redis::streams::StreamRangeReply;
+use redis::{RedisResult, Script, Value};
+
+use super::Stream;
+use super::entry::Batch;
+use crate::event::{Entry, EntryId};
+
+static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("settled.lua")));
+
+/// A place in the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Behind the last entry that is settled.
+    Now,
+    /// Behind everything with this id or a lower one, whether or not there ever was such an entry.
+    Behind(EntryId),
+    /// Behind this entry, which was read. Unless it is still there, others behind it may be gone, too.
+    Read(EntryId),
+}
+
+/// An entry that the group has acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// The entry.
+    pub entry: Entry,
+    /// The paths of its operations that ended as dead letters; a single `*` for the whole entry.
+    pub refused: Vec<String>,
+}
+
+impl Stream {
+    /// Forgets what was refused of entries that are no longer in the stream.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn forget_refused(&mut self) -> RedisResult<()> {
+        let Self { connection, keys } = self;
+        let first: StreamRangeReply = redis::cmd("XRANGE")
+            .arg(&keys.stream)
+            .arg(&["-", "+", "COUNT", "1"])
+            .query_async(connection)
+            .await?;
+        let first = first.ids.first().and_then(|entry| entry.id.parse::<EntryId>().ok());
+        let mut cursor = 0;
+        loop {
+            let (next, page) = super::page::<String>(connection, &keys.refused, cursor).await?;
+            let gone = page.iter().map(|(id, _)| id).filter(|id| id.parse().ok() < first || first.is_none());
+            let gone: Vec<&String> = gone.collect();
+            if !gone.is_empty() {
+                redis::cmd("HDEL").arg(&keys.refused).arg(gone).query_async::<()>(connection).await?;
+            }
+            cursor = next;
+            if cursor == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads entries that the group has acknowledged, up to the first one that it has not, and moves the place behind them.
+    /// Returns `None` if some of those after the place may have been removed.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached or refuses.
+    pub async fn settled(&mut self, place: &mut Place, count: usize) -> RedisResult<Option<Vec<Settled>>> {
+        let Self { connection, keys } = self;
+        let (after, anchor) = match place {
+            Place::Now => (String::new(), String::new()),
+            Place::Behind(id) => (id.to_string(), String::new()),
+            Place::Read(id) => (id.to_string(), id.to_string()),
+        };
+        let (is_there, began, entries, refused): (u8, String, Value, Vec<String>) = SCRIPT
+            .key(&keys.stream)
+            .key(&keys.refused)
+            .arg(&keys.group)
+            .arg(after)
+            .arg(anchor)
+            .arg(count)
+            .invoke_async(connection)
+            .await?;
+        if is_there == 0 {
+            return Ok(None);
+        }
+        let mut batch = Batch::default();
+        batch.extend(entries)?;
+        if let Some(last) = batch.entries.last() {
+            *place = Place::Read(last.id);
+        } else if let (Place::Now, Ok(id)) = (&place, began.parse::<EntryId>()) {
+            *place = if id == EntryId::default() { Place::Behind(id) } else { Place::Read(id) };
+        }
+        let mut refused = refused.into_iter();
+        let settled = batch.entries.into_iter().map(|entry| {
+            let refused = refused.next().filter(|text| !text.is_empty());
+            let paths = |text: String| serde_json::from_str(&text).unwrap_or_else(|_| vec!["*".to_owned()]);
+            Settled { entry, refused: refused.map(paths).unwrap_or_default() }
+        });
+        Ok(Some(settled.collect()))
+    }
+}
