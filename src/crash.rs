@@ -13,6 +13,8 @@ pub enum Point {
     AfterAppend,
     /// Entries are pending with us and untouched. They are read again under the same name, or claimed by others.
     AfterRead,
+    /// A client's events are in the stream; the client does not know it yet, and sends them again.
+    AfterIngest,
     /// Events are committed and confirmed, but not flushed. If PostgreSQL survives, they are there and applying them
     /// again changes nothing; if not, they may be lost and are applied again.
     AfterCommit,
@@ -41,9 +43,10 @@ pub enum Point {
 }
 
 /// Every point.
-pub const ALL: [Point; 12] = [
+pub const ALL: [Point; 13] = [
     Point::AfterAppend,
     Point::AfterRead,
+    Point::AfterIngest,
     Point::AfterCommit,
     Point::BeforeJudging,
     Point::AfterFlush,
@@ -63,6 +66,7 @@ impl Point {
         match self {
             Point::AfterAppend => "after-append",
             Point::AfterRead => "after-read",
+            Point::AfterIngest => "after-ingest",
             Point::AfterCommit => "after-commit",
             Point::BeforeJudging => "before-judging",
             Point::AfterFlush => "after-flush",

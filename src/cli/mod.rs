@@ -4,6 +4,7 @@ mod audit;
 mod check;
 mod control;
 mod dead_letters;
+mod emit;
 mod generate;
 mod migrate;
 mod repos;
@@ -70,6 +71,8 @@ pub enum Command {
         #[arg(long)]
         repair: bool,
     },
+    /// Send events from a file to the running process (POST /events); uses `HTTP_ADDR` and `INGEST_TOKEN`
+    Emit(emit::Options),
     /// Pause, resume or drain the running process, or change its log level; uses `HTTP_ADDR` and `ADMIN_TOKEN`
     Control {
         #[command(subcommand)]
@@ -118,6 +121,9 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Audit { repair } => {
             with_config(Role::Worker, async move |config| audit::audit(config, repair).await).await
+        }
+        Command::Emit(options) => {
+            with_config(Role::Tool, async move |config| emit::emit(config, options).await).await
         }
         Command::Control { action } => {
             with_config(Role::Tool, async move |config| control::control(config, &action).await).await

@@ -218,6 +218,9 @@ settings! {
     /// `ADMIN_TOKEN`; `None`: nobody may control the process over HTTP.
     admin_token: Option<AccessToken> = admin_token "ADMIN_TOKEN" secret "", optional(AccessToken::parse), or(""),
         "token for pausing, draining, retrying and purging over HTTP, 16 characters or more; unset disables them";
+    /// `INGEST_TOKEN`; `None`: nobody may send events over HTTP.
+    ingest_token: Option<AccessToken> = ingest_token "INGEST_TOKEN" secret "", optional(AccessToken::parse), or(""),
+        "token for sending events to POST /events, 16 characters or more; unset refuses them";
     /// `SUBSCRIBE`.
     subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
         "on: workers serve what they have applied at /subscribe, in the format of a Jetstream";

@@ -60,7 +60,7 @@ fn every_variable_changes_the_configuration() {
         "AUTO_MIGRATE" | "NOTIFICATIONS" | "LEGACY_STATUS" => "no",
         "DEAD_LETTER_MAX_BYTES" => "1GB",
         "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
-        "ADMIN_TOKEN" | "SUBSCRIBE_TOKEN" => "sixteen-and-more-characters",
+        "ADMIN_TOKEN" | "SUBSCRIBE_TOKEN" | "INGEST_TOKEN" => "sixteen-and-more-characters",
         "STREAM_KEEP" => "2GiB",
         "SUBSCRIBE" => "on",
         "RELAY_CA_FILE" | "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
@@ -349,7 +349,7 @@ fn a_non_utf8_value_is_reported_only_for_our_own_variables() {
 #[test]
 fn a_secret_in_the_wrong_variable_is_not_shown() {
     // These take any text, so a foreign URL is a valid value of theirs.
-    let any = ["RUST_LOG", "ADMIN_TOKEN", "SUBSCRIBE_TOKEN"];
+    let any = ["RUST_LOG", "ADMIN_TOKEN", "SUBSCRIBE_TOKEN", "INGEST_TOKEN"];
     for name in VARIABLES.iter().map(|v| v.name).filter(|name| !any.contains(name)) {
         if let Err(error) = read(&[(name, "mongodb://root:hunter2@db")]) {
             assert!(!error.to_string().contains("hunter2"), "{error}");

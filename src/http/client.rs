@@ -15,7 +15,7 @@ use crate::config::AccessToken;
 ///
 /// No answer within `limit`, or not in HTTP.
 pub async fn get(address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
-    ask(address, "GET", path, "", limit).await
+    ask(address, "GET", path, "", b"", limit).await
 }
 
 /// Posts to `path` with the admin token; returns status code and body.
@@ -30,7 +30,27 @@ pub async fn post(
     limit: Duration,
 ) -> Result<(u16, String)> {
     let headers = format!("Authorization: Bearer {}\r\nContent-Length: 0\r\n", token.expose());
-    ask(address, "POST", path, &headers, limit).await
+    ask(address, "POST", path, &headers, b"", limit).await
+}
+
+/// Sends events to `POST /events`; returns status code and body. `key` is the request's Idempotency-Key.
+///
+/// # Errors
+///
+/// As for [`get`].
+pub async fn send_events(
+    address: SocketAddr,
+    path: &str,
+    (token, key): (&AccessToken, &str),
+    events: &[u8],
+    limit: Duration,
+) -> Result<(u16, String)> {
+    let headers = format!(
+        "Authorization: Bearer {}\r\nIdempotency-Key: {key}\r\nContent-Length: {}\r\n",
+        token.expose(),
+        events.len()
+    );
+    ask(address, "POST", path, &headers, events, limit).await
 }
 
 async fn ask(
@@ -38,9 +58,10 @@ async fn ask(
     method: &str,
     path: &str,
     headers: &str,
+    body: &[u8],
     limit: Duration,
 ) -> Result<(u16, String)> {
-    tokio::time::timeout(limit, fetch(reachable(address), method, path, headers))
+    tokio::time::timeout(limit, fetch(reachable(address), method, path, headers, body))
         .await
         .with_context(|| format!("no answer from {address} within {limit:?}"))?
 }
@@ -55,12 +76,19 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-async fn fetch(address: SocketAddr, method: &str, path: &str, headers: &str) -> Result<(u16, String)> {
+async fn fetch(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Result<(u16, String)> {
     let mut socket =
         TcpStream::connect(address).await.with_context(|| format!("nothing listens on {address}"))?;
     let request =
         format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
+    socket.write_all(body).await?;
     let mut answer = Vec::new();
     socket.take(16 << 20).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);

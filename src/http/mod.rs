@@ -3,6 +3,7 @@
 mod admin;
 pub mod client;
 mod connections;
+mod ingest;
 pub mod live;
 mod statements;
 mod subscribe;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, Request, State as Shared};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
@@ -22,6 +23,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 
 pub use self::connections::{MAX_CONNECTIONS, listen};
+use self::ingest::Inlet;
 use self::live::Live;
 use self::subscribe::Outlet;
 use crate::config::{AccessToken, Config, LogLevel};
@@ -63,6 +65,8 @@ pub struct Server {
     live: Live,
     /// Present if subscribers are served.
     outlet: Option<Outlet>,
+    /// Present if clients may send events.
+    inlet: Option<Inlet>,
 }
 
 impl Server {
@@ -82,6 +86,7 @@ impl Server {
         let outlet = store.as_ref().filter(|_| config.subscribe).map(feed);
         Self {
             outlet,
+            inlet: Inlet::new(config, &redis),
             status,
             redis,
             stream: Mutex::new(None),
@@ -117,7 +122,6 @@ impl Server {
             .route_layer(nearby);
         let routes = Router::new()
             .route("/", get(page))
-            .route("/events", get(events))
             .route("/history", get(history))
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
@@ -129,6 +133,8 @@ impl Server {
             .merge(control)
             .merge(letters)
             .layer(DefaultBodyLimit::max(MAX_BODY))
+            // What is sent there is larger, and bounded there.
+            .route("/events", get(events).post(ingest::post))
             .layer(middleware::from_fn(guard))
             .with_state(Arc::clone(&server));
         tokio::join!(
@@ -229,6 +235,12 @@ pub fn random_token() -> anyhow::Result<String> {
         let _ = write!(text, "{byte:02x}");
         text
     }))
+}
+
+/// The token in the header of a request.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
 async fn page() -> Response {

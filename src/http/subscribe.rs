@@ -22,8 +22,8 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{self, Message as WsMessage, Utf8Bytes};
 use tracing::{debug, info};
 
-use super::Server;
 use super::connections::Peer;
+use super::{Server, bearer};
 use crate::config::{AccessToken, Config};
 use crate::control::Control;
 use crate::metrics;
@@ -190,11 +190,6 @@ impl Outlet {
         })?;
         Ok((asked, filter, accept))
     }
-}
-
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let (scheme, token) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
 /// The answer to a websocket's handshake (RFC 6455, 4.2); `None` if the request is not one.

@@ -124,6 +124,10 @@ pub const SUBSCRIBER_MESSAGES: &str = "standpipe_subscriber_messages_total";
 pub const SUBSCRIBERS_ENDED: &str = "standpipe_subscribers_disconnected_total";
 /// Entries that could not be made into messages.
 pub const SUBSCRIBERS_UNREADABLE: &str = "standpipe_subscriber_unreadable_entries_total";
+/// Requests to `POST /events`, by result.
+pub const INGESTS: &str = "standpipe_ingest_requests_total";
+/// Events accepted over HTTP.
+pub const INGESTED: &str = "standpipe_ingested_events_total";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
 
@@ -187,6 +191,14 @@ pub const ENDS: [&str; 6] = ["left", "slow", "silent", "behind", "invalid", "dra
 /// Counts a subscriber's end.
 pub fn subscriber_ended(reason: &'static str) {
     metrics::counter!(SUBSCRIBERS_ENDED, "reason" => reason).increment(1);
+}
+
+/// The results that [`INGESTS`] is counted by.
+pub const INGEST_RESULTS: [&str; 6] = ["accepted", "repeated", "unauthorized", "wrong", "later", "unknown"];
+
+/// Counts a request to `POST /events`.
+pub fn ingest(result: &'static str) {
+    metrics::counter!(INGESTS, "result" => result).increment(1);
 }
 
 /// Exports who subscribes.
@@ -309,6 +321,9 @@ fn zero() {
     }
     for result in LOOKUP_RESULTS {
         metrics::counter!(LOOKUPS, "result" => result).absolute(0);
+    }
+    for result in INGEST_RESULTS {
+        metrics::counter!(INGESTS, "result" => result).absolute(0);
     }
     for reason in ENDS {
         metrics::counter!(SUBSCRIBERS_ENDED, "reason" => reason).absolute(0);

@@ -3,6 +3,7 @@
 //!
 //! - `connect`: the websocket of both
 //! - `jetstream`: the same events as JSON, from a Jetstream
+//! - `ingest`: events that clients send over HTTP; no origin, since they wait for the answer
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
 //! - `plan`: where a session starts
@@ -18,6 +19,7 @@ mod append;
 mod checker;
 mod connect;
 mod handles;
+pub mod ingest;
 pub mod jetstream;
 mod plan;
 pub mod reader;

@@ -264,6 +264,12 @@ impl Repairer {
             return Ok(Outcome::Postponed(Postponed { pause, host, message, ..Postponed::default() }));
         }
         let mut stream = self.redis.connect().await?;
+        if stream.is_fed(&queued.did).await? {
+            let message = Some(
+                "others send its records, too (POST /events): they are not in its repository".to_owned(),
+            );
+            return Ok(Outcome::Finished(Finished { state: "gone", message, ..Finished::default() }));
+        }
         let since = self.begin(&mut stream, &queued.did).await?;
         let (fetched, _slot) = self.fetch_in_turn(queued).await;
         let Fetched { key, car, host } = match fetched {

@@ -7,6 +7,7 @@ pub mod entry;
 pub mod epochs;
 pub mod gap;
 pub mod group;
+pub mod ingest;
 pub mod janitor;
 pub mod lease;
 pub mod legacy;
@@ -78,6 +79,8 @@ pub struct Keys {
     pub handles: String,
     /// The accounts that are wanted, if not all are.
     pub wanted: String,
+    /// The accounts that others feed, besides the relay.
+    pub fed: String,
     /// What ended as dead letters, by the entry that it was in.
     pub refused: String,
     /// The consumer group.
@@ -110,6 +113,7 @@ impl Keys {
             repairs: format!("{}:repairs", config.stream_key),
             handles: format!("{}:handles", config.stream_key),
             wanted: format!("{}:wanted", config.stream_key),
+            fed: format!("{}:fed", config.stream_key),
             refused: format!("{}:refused", config.stream_key),
             group: config.consumer_group.clone(),
         }
@@ -158,12 +162,19 @@ impl Keys {
             &self.repairs,
             &self.handles,
             &self.wanted,
+            &self.fed,
             &self.refused,
         ];
         named
             .into_iter()
             .cloned()
-            .chain([self.dead_bytes(), self.dead_keys(), self.dead_accounts(), format!("{}:0", self.heads)])
+            .chain([
+                self.dead_bytes(),
+                self.dead_keys(),
+                self.dead_accounts(),
+                format!("{}:0", self.heads),
+                format!("{}:request:name", self.stream),
+            ])
             .collect()
     }
 

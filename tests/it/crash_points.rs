@@ -144,7 +144,12 @@ async fn recovers_from_a_crash_during_a_migration() {
 /// A crash point that no test exercises would be worthless.
 #[test]
 fn every_crash_point_has_a_test() {
-    let tests = concat!(include_str!("crash_points.rs"), include_str!("bulk.rs"), include_str!("repairs.rs"));
+    let tests = concat!(
+        include_str!("crash_points.rs"),
+        include_str!("bulk.rs"),
+        include_str!("repairs.rs"),
+        include_str!("ingest.rs")
+    );
     for point in ALL {
         assert!(tests.contains(&format!("Point::{point:?}")), "{point:?} has no test");
     }

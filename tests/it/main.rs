@@ -26,6 +26,7 @@ mod epochs;
 mod frozen;
 mod healing;
 mod hosts;
+mod ingest;
 mod jetstream;
 mod latency;
 mod layers;

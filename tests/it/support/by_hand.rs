@@ -53,6 +53,7 @@ impl ByHand {
             repairs: key("repairs"),
             handles: key("handles"),
             wanted: key("wanted"),
+            fed: key("fed"),
             refused: key("refused"),
             group: GROUP.to_owned(),
         };

@@ -9,9 +9,28 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 /// An error if nobody listens there or the answer is not HTTP, so that a test can wait for a server to come
 /// up.
 pub async fn http_get(address: impl ToSocketAddrs, path: &str) -> Result<(u16, String)> {
+    ask(address, &format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"), b"").await
+}
+
+/// POSTs a body with these headers, each of which ends with a line break, and returns the status and the body.
+pub async fn http_post(
+    address: impl ToSocketAddrs,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Result<(u16, String)> {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n",
+        body.len()
+    );
+    ask(address, &head, body).await
+}
+
+async fn ask(address: impl ToSocketAddrs, head: &str, body: &[u8]) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
+    stream.write_all(head.as_bytes()).await?;
+    // A server that refuses may answer before it has read everything.
+    let _ = stream.write_all(body).await;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
 

@@ -19,7 +19,7 @@ pub mod stage;
 mod standpipe;
 pub mod traffic;
 
-pub use http::http_get;
+pub use http::{http_get, http_post};
 pub use proxy::TcpProxy;
 pub use servers::{HOSTILE_DEFAULTS, Postgres, Redis, connect_to_redis};
 pub use sql::{connect, execute, query_rows, query_value, table_dump};

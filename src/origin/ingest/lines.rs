@@ -1,0 +1,285 @@
+//! The lines of a request: one event each, as a stream entry (`type` and `data`) or as a message of a Jetstream (`did`, `kind`).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::cid::cid_of;
+use crate::apply::{Context, interpret};
+use crate::event::{Entry, EntryId, Epochs, is_did, tid_text};
+use crate::time::now_ms;
+
+/// The most events in a request.
+pub const MAX_LINES: usize = 10_000;
+
+/// An event, ready to be appended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// commit, identity or account.
+    pub event_type: &'static str,
+    /// The account.
+    pub did: String,
+    /// JSON.
+    pub data: String,
+}
+
+/// A line that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {message}")]
+pub struct WrongLine {
+    /// Its number; the first is 1.
+    pub line: usize,
+    /// The problem, for a person.
+    pub message: String,
+}
+
+#[derive(Deserialize)]
+struct CommitData {
+    repo: String,
+    ops: Vec<Op>,
+    #[serde(default)]
+    rev: Option<String>,
+    #[serde(default)]
+    time: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Op {
+    action: String,
+    path: String,
+    #[serde(default)]
+    cid: Option<String>,
+    #[serde(default)]
+    record: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct JetstreamCommit {
+    operation: String,
+    collection: String,
+    rkey: String,
+    #[serde(default)]
+    rev: Option<String>,
+    #[serde(default)]
+    record: Option<Value>,
+    #[serde(default)]
+    cid: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct IdentityData {
+    did: String,
+    #[serde(default)]
+    handle: Option<String>,
+    #[serde(default)]
+    time: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct AccountData {
+    did: String,
+    active: bool,
+    #[serde(default)]
+    status: Option<String>,
+    #[serde(default)]
+    time: Option<String>,
+}
+
+/// Reads all lines; empty ones are left out.
+///
+/// # Errors
+///
+/// The first one that cannot be used: nothing is to be appended then.
+pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
+    let mut lines = Vec::new();
+    for (index, text) in body.split(|byte| *byte == b'\n').enumerate() {
+        let wrong = |message: String| WrongLine { line: index + 1, message };
+        if text.trim_ascii().is_empty() {
+            continue;
+        }
+        if lines.len() == MAX_LINES {
+            return Err(wrong(format!("a request has at most {MAX_LINES} events")));
+        }
+        lines.push(read_line(text).map_err(wrong)?);
+    }
+    if lines.is_empty() {
+        return Err(WrongLine { line: 1, message: "there is no event".to_owned() });
+    }
+    Ok(lines)
+}
+
+fn read_line(text: &[u8]) -> Result<Line, String> {
+    let value: Value = serde_json::from_slice(text).map_err(|error| format!("this is not JSON: {error}"))?;
+    let Value::Object(mut fields) = value else { return Err("this is not a JSON object".to_owned()) };
+    let line = match (fields.remove("type"), fields.remove("data"), fields.remove("kind")) {
+        (Some(Value::String(event_type)), Some(data), _) => entry(&event_type, data)?,
+        (None, None, Some(Value::String(kind))) => jetstream(&kind, fields)?,
+        _ => {
+            return Err(
+                "an event has `type` and `data`, or `did`, `kind` and what it is called by `kind`".to_owned()
+            );
+        }
+    };
+    check(&line)?;
+    Ok(line)
+}
+
+fn fields<T: for<'de> Deserialize<'de>>(name: &str, value: Value) -> Result<T, String> {
+    serde_json::from_value(value).map_err(|error| format!("`{name}`: {error}"))
+}
+
+fn entry(event_type: &str, data: Value) -> Result<Line, String> {
+    match event_type {
+        "commit" => commit(fields("data", data)?),
+        "identity" => Ok(identity(fields("data", data)?)),
+        "account" => Ok(account(fields("data", data)?)),
+        other => Err(format!("the type {other:.50} is not commit, identity or account")),
+    }
+}
+
+fn jetstream(kind: &str, mut rest: Map<String, Value>) -> Result<Line, String> {
+    let did = rest.remove("did").unwrap_or_default();
+    let inner = rest.remove(kind).ok_or_else(|| format!("there is no `{kind:.50}`"))?;
+    match kind {
+        "commit" => {
+            let commit_of: JetstreamCommit = fields(kind, inner)?;
+            let JetstreamCommit { operation, collection, rkey, rev, record, cid } = commit_of;
+            let op = Op { action: operation, path: format!("{collection}/{rkey}"), cid, record };
+            let repo = did.as_str().unwrap_or_default().to_owned();
+            commit(CommitData { repo, ops: vec![op], rev, time: None })
+        }
+        "identity" | "account" => {
+            let Value::Object(mut inner) = inner else { return Err(format!("`{kind}` is not an object")) };
+            inner.insert("did".to_owned(), did);
+            entry(kind, Value::Object(inner))
+        }
+        other => Err(format!("the kind {other:.50} is not commit, identity or account")),
+    }
+}
+
+fn commit(commit: CommitData) -> Result<Line, String> {
+    let CommitData { repo, ops, rev, time } = commit;
+    if ops.is_empty() {
+        return Err("a commit has at least one operation in `ops`".to_owned());
+    }
+    let mut written = Vec::with_capacity(ops.len());
+    for Op { action, path, cid, record } in ops {
+        let cid = match (cid, &record) {
+            (Some(cid), _) => Some(cid),
+            (None, Some(record)) => Some(cid_of(record).map_err(|error| format!("{path}: {error}"))?),
+            (None, None) => None,
+        };
+        let mut op = json!({ "action": action, "path": path, "cid": cid });
+        if let Some(record) = record {
+            op["record"] = record;
+        }
+        written.push(op);
+    }
+    let rev = rev.filter(|rev| !rev.is_empty()).unwrap_or_else(new_rev);
+    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+    let data = json!({ "repo": repo, "ops": written, "rev": rev, "time": time }).to_string();
+    Ok(Line { event_type: "commit", did: repo, data })
+}
+
+fn identity(IdentityData { did, handle, time }: IdentityData) -> Line {
+    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+    let data = json!({ "did": did, "handle": handle, "time": time }).to_string();
+    Line { event_type: "identity", did, data }
+}
+
+fn account(AccountData { did, active, status, time }: AccountData) -> Line {
+    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+    let mut data = json!({ "did": did, "active": active, "time": time });
+    if let Some(status) = status {
+        data["status"] = status.into();
+    }
+    Line { event_type: "account", did, data: data.to_string() }
+}
+
+/// What could never be applied is refused at once.
+fn check(line: &Line) -> Result<(), String> {
+    if !is_did(&line.did) {
+        return Err(format!("{:.100} is not a DID", line.did));
+    }
+    let entry = Entry {
+        id: EntryId { ms: now_ms(), seq: 0 },
+        event_type: line.event_type.to_owned(),
+        data: line.data.clone(),
+        seq: String::new(),
+    };
+    let event = interpret(&entry, Context::now(&Epochs::UNNAMED)).map_err(|reject| reject.message)?;
+    event.rejected.first().map_or(Ok(()), |rejected| Err(rejected.reject.message.clone()))
+}
+
+/// A revision (<https://atproto.com/specs/tid>) that is newer than all before it in this process.
+fn new_rev() -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    static CLOCK: std::sync::LazyLock<u64> = std::sync::LazyLock::new(|| fastrand::u64(..1024));
+    let now = u64::try_from(jiff::Timestamp::now().as_microsecond()).unwrap_or(0);
+    let next = |last: u64| now.max(last + 1);
+    let last = LAST.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |last| Some(next(last)));
+    tid_text(next(last.unwrap_or_default()) << 10 | *CLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DID: &str = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa";
+
+    fn one(line: &str) -> Result<Value, String> {
+        let lines = read(line.as_bytes()).map_err(|error| error.to_string())?;
+        Ok(serde_json::from_str(&lines[0].data).unwrap())
+    }
+
+    #[test]
+    fn both_forms_give_the_same_entry_and_what_is_missing_is_added() {
+        let record = r#"{"$type":"app.bsky.graph.follow","subject":"did:plc:b","createdAt":"2026-11-21T04:17:51.287Z"}"#;
+        let entry = format!(
+            r#"{{"type":"commit","data":{{"repo":"{DID}","ops":[{{"action":"create","path":"app.bsky.graph.follow/a","record":{record}}}]}}}}"#
+        );
+        let jetstream = format!(
+            r#"{{"did":"{DID}","time_us":1,"kind":"commit","commit":{{"operation":"create","collection":"app.bsky.graph.follow","rkey":"a","record":{record}}}}}"#
+        );
+        let (entry, jetstream) = (one(&entry).unwrap(), one(&jetstream).unwrap());
+        assert_eq!(entry["ops"], jetstream["ops"]);
+        assert!(entry["ops"][0]["cid"].as_str().unwrap().starts_with("bafyrei"));
+        let rev = |data: &Value| data["rev"].as_str().unwrap().to_owned();
+        assert!(rev(&entry) < rev(&jetstream), "revisions grow");
+        let status =
+            format!(r#"{{"type":"account","data":{{"did":"{DID}","active":false,"status":"deactivated"}}}}"#);
+        assert_eq!(one(&status).unwrap()["status"], "deactivated");
+        let handle =
+            format!(r#"{{"did":"{DID}","kind":"identity","identity":{{"handle":"a.test","seq":9}}}}"#);
+        assert_eq!(one(&handle).unwrap()["handle"], "a.test");
+    }
+
+    #[test]
+    fn the_first_wrong_line_is_named() {
+        let good = format!(r#"{{"type":"identity","data":{{"did":"{DID}","handle":"a.test"}}}}"#);
+        for (wrong, says) in [
+            ("{", "not JSON"),
+            ("[1]", "not a JSON object"),
+            ("{}", "an event has"),
+            (r#"{"type":"sync","data":{}}"#, "sync is not commit"),
+            (r#"{"type":"identity","data":{"did":"alice"}}"#, "alice is not a DID"),
+            (r#"{"kind":"commit","did":"did:plc:a"}"#, "there is no `commit`"),
+            (
+                r#"{"type":"commit","data":{"repo":"did:plc:a","ops":[{"action":"create","path":"app.bsky.feed.post/a","record":{"n":0.5}}]}}"#,
+                "0.5 is not a whole number",
+            ),
+            (
+                r#"{"type":"commit","data":{"repo":"did:plc:a","ops":[{"action":"create","path":"app.bsky.feed.like/a","record":{}}]}}"#,
+                "subject",
+            ),
+            (r#"{"type":"commit","data":{"repo":"did:plc:a","ops":[]}}"#, "at least one operation"),
+        ] {
+            let error = read(format!("{good}\n\n{wrong}\n{good}").as_bytes()).unwrap_err();
+            assert_eq!(error.line, 3, "{wrong}");
+            assert!(error.message.contains(says), "{error}");
+        }
+        assert!(read(b"\n").is_err());
+        assert_eq!(read(format!("{good}\r\n{good}").as_bytes()).unwrap().len(), 2);
+    }
+}

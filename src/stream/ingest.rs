@@ -1,0 +1,181 @@
+//! Appending what clients send, once for each request, and waiting until it is durable.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use redis::{RedisResult, Script};
+
+use super::server::field;
+use super::{Keys, Stream};
+use crate::event::EntryId;
+
+static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("ingest.lua")));
+
+/// For how long the name of a request is remembered.
+const REMEMBER: Duration = Duration::from_hours(24);
+
+/// A request to append entries, all or none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// Its name; a second one of the same name appends nothing.
+    pub name: Option<String>,
+    /// What it consists of, in short: one with the same name must be the same.
+    pub print: String,
+    /// The accounts that it is about.
+    pub accounts: Vec<String>,
+    /// Type and data of each entry.
+    pub entries: Vec<(String, String)>,
+}
+
+/// What became of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The entries, appended now or by the same request before.
+    Appended {
+        /// Their ids.
+        ids: Vec<String>,
+        /// Whether that was before.
+        before: bool,
+    },
+    /// Another request had this name.
+    Other,
+    /// There is no room in the stream.
+    Full,
+    /// There is no stream yet.
+    NoStream,
+}
+
+/// How the server makes writes durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// It is asked (WAITAOF, since Redis 7.2), also for this many replicas.
+    Asked {
+        /// 0 or 1.
+        replicas: u8,
+    },
+    /// It writes to its disk before it answers (`appendfsync always`).
+    AtOnce,
+    /// It writes to its disk once a second, and says nothing about it.
+    WithinASecond,
+    /// It has no append-only file: a crash of its machine loses what came since the last snapshot.
+    Never,
+}
+
+impl Keys {
+    /// Where the answer to a request of this name is kept.
+    fn request(&self, name: &str) -> String {
+        format!("{}:request:{name}", self.stream)
+    }
+}
+
+impl Stream {
+    /// Appends the entries of a request.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or refuses: then it is not known whether they were appended.
+    pub async fn ingest(&mut self, request: &Request, max_length: u64) -> RedisResult<Answer> {
+        let Self { connection, keys } = self;
+        let named = request.name.as_ref().map_or_else(|| keys.stream.clone(), |name| keys.request(name));
+        let mut invocation = SCRIPT.key(&keys.stream);
+        invocation
+            .key(&keys.watch)
+            .key(&keys.epoch)
+            .key(named)
+            .key(&keys.fed)
+            .arg(max_length)
+            .arg(&request.print)
+            .arg(REMEMBER.as_secs())
+            .arg(request.accounts.len())
+            .arg(&request.accounts);
+        for (event_type, data) in &request.entries {
+            invocation.arg(event_type).arg(data);
+        }
+        let answer: Vec<String> = invocation.invoke_async(connection).await?;
+        let mut answer = answer.into_iter();
+        Ok(match answer.next().as_deref() {
+            Some("new") => Answer::Appended { ids: answer.collect(), before: false },
+            Some("known") => Answer::Appended { ids: answer.collect(), before: true },
+            Some("other") => Answer::Other,
+            Some("full") => Answer::Full,
+            _ => Answer::NoStream,
+        })
+    }
+
+    /// Whether others feed an account. Its repository in the network says nothing about what they sent.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn is_fed(&mut self, did: &str) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        redis::cmd("HEXISTS").arg(&keys.fed).arg(did).query_async(connection).await
+    }
+
+    /// How the server makes writes durable, and which server it is.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn durability(&mut self) -> RedisResult<(Durability, String)> {
+        let info = self.server_info().await?;
+        let run_id = field(&info, "run_id").to_owned();
+        if field(&info, "aof_enabled") != "1" {
+            return Ok((Durability::Never, run_id));
+        }
+        let number = |text: &str| text.split('.').map(|part| part.parse().unwrap_or(0)).collect::<Vec<u64>>();
+        // Valkey names a version of Redis that it is compatible with, and its own, which began with 7.2.
+        let version = number(field(&info, "redis_version"));
+        if version >= vec![7, 2] || !field(&info, "valkey_version").is_empty() {
+            let replicas = u8::from(field(&info, "connected_slaves") != "0");
+            return Ok((Durability::Asked { replicas }, run_id));
+        }
+        let at_once = self.setting("appendfsync").await?.as_deref() == Some("always");
+        Ok((if at_once { Durability::AtOnce } else { Durability::WithinASecond }, run_id))
+    }
+
+    /// Waits until everything written so far is on the server's disk, and a replica's if there is one; `false` if that
+    /// takes longer than `limit`. Nothing else may use the connection meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or lacks WAITAOF.
+    pub async fn wait_for_disk(&mut self, replicas: u8, limit: Duration) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        // It waits for what this connection has written, which comes after everything that others have.
+        let (local, remote): (u8, u8) = redis::pipe()
+            .cmd("HSET")
+            .arg(&keys.watch)
+            .arg("ingest")
+            .arg(crate::time::now_ms())
+            .ignore()
+            .cmd("WAITAOF")
+            .arg(1)
+            .arg(replicas)
+            .arg(limit.as_millis() as u64)
+            .query_async::<((u8, u8),)>(connection)
+            .await?
+            .0;
+        Ok(local >= 1 && remote >= replicas)
+    }
+
+    /// Whether the group has acknowledged an entry and all before it.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached, or there is no group.
+    pub async fn is_settled(&mut self, id: EntryId) -> RedisResult<bool> {
+        let delivered = self.last_delivered().await?;
+        Ok(delivered >= id && self.first_pending().await?.is_none_or(|first| first > id))
+    }
+
+    /// What of these entries ended as dead letters, as in settled.lua.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn refused(&mut self, ids: &[String]) -> RedisResult<Vec<Option<String>>> {
+        let Self { connection, keys } = self;
+        redis::cmd("HMGET").arg(&keys.refused).arg(ids).query_async(connection).await
+    }
+}
