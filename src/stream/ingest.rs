@@ -57,7 +57,8 @@ pub enum Durability {
     AtOnce,
     /// It writes to its disk once a second, and says nothing about it.
     WithinASecond,
-    /// It has no append-only file: a crash of its machine loses what came since the last snapshot.
+    /// It has no append-only file, or leaves it to its system when that is written: nobody knows what a crash of its machine
+    /// loses.
     Never,
 }
 
@@ -130,8 +131,13 @@ impl Stream {
             let replicas = u8::from(field(&info, "connected_slaves") != "0");
             return Ok((Durability::Asked { replicas }, run_id));
         }
-        let at_once = self.setting("appendfsync").await?.as_deref() == Some("always");
-        Ok((if at_once { Durability::AtOnce } else { Durability::WithinASecond }, run_id))
+        // Who may not ask gets the default.
+        let durability = match self.setting("appendfsync").await?.as_deref() {
+            Some("always") => Durability::AtOnce,
+            Some("no") => Durability::Never,
+            _ => Durability::WithinASecond,
+        };
+        Ok((durability, run_id))
     }
 
     /// Waits until everything written so far is on the server's disk, and a replica's if there is one; `false` if that
