@@ -2,7 +2,7 @@
 
 EVENTS ?=
 
-.PHONY: help build deb run demo bench bench-check test test-deb test-ui long chaos fuzz lint deny test-monitoring test-compose servers previous-release
+.PHONY: help build deb run demo bench bench-check test test-deb test-ui test-clients long chaos fuzz lint deny test-monitoring test-compose servers previous-release
 
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,10 +32,10 @@ test: previous-release ## Run all tests, against private servers
 test-deb: deb ## Install the package in a fresh Debian, run its units under systemd, purge it; as root, installs debootstrap
 	./scripts/test-deb.sh
 
-long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, a backfill of 20,000 accounts, 20,000 lost commits, live latency beside bad servers and floods, convergence with 5,000 cases, the long chaos run
+long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, a backfill of 20,000 accounts, 20,000 lost commits, live latency beside bad servers and floods, 100,000 events to twenty subscribers, a thousand requests over twenty kills, convergence with 5,000 cases, the long chaos run
 	./scripts/install-servers.sh pgbouncer
 	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test it -- --nocapture upstream:: database::
-	STANDPIPE_LONG=1 cargo test --release --locked --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency::
+	STANDPIPE_LONG=1 cargo test --release --locked --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency:: subscribe:: ingest::
 	STANDPIPE_CASES=5000 cargo test --release --locked --test it convergence::
 	$(MAKE) chaos
 
@@ -66,6 +66,10 @@ test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets 
 
 test-compose: $(if $(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
 	./tests/compose/scenario.sh $(if $(FULL),--full)
+
+test-clients: ## Connect npm's client for Jetstreams to /subscribe; installs it into target/tools
+	./scripts/install-clients.sh
+	cargo test --locked --test it -- --ignored subscribe::a_client
 
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh

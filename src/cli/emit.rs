@@ -1,6 +1,6 @@
 //! `standpipe emit`: sends events from a file or from standard input to a running process.
 
-use std::io::{BufRead, BufReader, IsTerminal as _, Write as _};
+use std::io::{BufRead, BufReader, Cursor, IsTerminal as _, Read as _, Write as _};
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::Value;
 use standpipe::config::{AccessToken, Config};
+use standpipe::origin::ingest::car;
 use standpipe::report::table::grouped;
 use standpipe::time::Backoff;
 use standpipe::{http, out};
@@ -29,6 +30,9 @@ const PROGRESS: Duration = Duration::from_millis(200);
 pub struct Options {
     /// A file with one event in JSON on each line; - for standard input
     file: PathBuf,
+    /// The file is the archive of a repository (CAR), as getRepo sends it: send its records
+    #[arg(long)]
+    car: bool,
     /// Return only when everything is in the tables
     #[arg(long)]
     wait: bool,
@@ -84,7 +88,7 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
     let path = if options.wait { "/events?wait=applied" } else { "/events" };
     let name = http::random_token()?;
     let target = Target { address, token, path, patience: options.patience, name };
-    let (input, total): (Box<dyn BufRead>, Option<u64>) = if options.file.as_os_str() == "-" {
+    let (mut input, mut total): (Box<dyn BufRead>, Option<u64>) = if options.file.as_os_str() == "-" {
         (Box::new(BufReader::new(std::io::stdin())), None)
     } else {
         let file = std::fs::File::open(&options.file)
@@ -92,6 +96,26 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
         let size = file.metadata()?.len();
         (Box::new(BufReader::new(file)), Some(size))
     };
+    if options.car {
+        let mut archive = Vec::new();
+        input.read_to_end(&mut archive).context("the input cannot be read")?;
+        match car::read(&archive) {
+            Ok(repo) => {
+                let unreadable = match repo.unreadable {
+                    0 => String::new(),
+                    count => format!(", and {} that cannot be read", grouped(count as u64)),
+                };
+                let records = grouped(repo.records as u64);
+                out::note(format_args!("standpipe: {}: {records} records{unreadable}", repo.did));
+                total = Some(repo.lines.len() as u64);
+                input = Box::new(Cursor::new(repo.lines));
+            }
+            Err(message) => {
+                out::note(format_args!("standpipe: {}: {message}", options.file.display()));
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+    }
     let mut sent = Sent::default();
     let ended = send_all(&target, input, total, &mut sent).await?;
     if let Some(Failure(code, message)) = ended {

@@ -46,20 +46,28 @@ pub enum Answer {
 }
 
 /// How the server makes writes durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Durability {
+    /// When they are on its disk.
+    pub disk: Disk,
+    /// Whether it has a replica.
+    pub replicated: bool,
+    /// What tells this server, and this start of it, from others.
+    pub server: String,
+}
+
+/// When a write is on the server's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// It is asked (WAITAOF, since Redis 7.2), also for this many replicas.
-    Asked {
-        /// 0 or 1.
-        replicas: u8,
-    },
-    /// It writes to its disk before it answers (`appendfsync always`).
+pub enum Disk {
+    /// It is asked (WAITAOF, since Redis 7.2).
+    Asked,
+    /// Before it answers (`appendfsync always`).
     AtOnce,
-    /// It writes to its disk once a second, and says nothing about it.
+    /// Once a second, and it says nothing about it.
     WithinASecond,
     /// It has no append-only file, or leaves it to its system when that is written: nobody knows what a crash of its machine
     /// loses.
-    Never,
+    Unknown,
 }
 
 impl Keys {
@@ -113,56 +121,55 @@ impl Stream {
         redis::cmd("HEXISTS").arg(&keys.fed).arg(did).query_async(connection).await
     }
 
-    /// How the server makes writes durable, and which server it is.
+    /// How the server makes writes durable.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn durability(&mut self) -> RedisResult<(Durability, String)> {
+    pub async fn durability(&mut self) -> RedisResult<Durability> {
         let info = self.server_info().await?;
-        let run_id = field(&info, "run_id").to_owned();
-        if field(&info, "aof_enabled") != "1" {
-            return Ok((Durability::Never, run_id));
-        }
         let number = |text: &str| text.split('.').map(|part| part.parse().unwrap_or(0)).collect::<Vec<u64>>();
-        // Valkey names a version of Redis that it is compatible with, and its own, which began with 7.2.
-        let version = number(field(&info, "redis_version"));
-        if version >= vec![7, 2] || !field(&info, "valkey_version").is_empty() {
-            let replicas = u8::from(field(&info, "connected_slaves") != "0");
-            return Ok((Durability::Asked { replicas }, run_id));
-        }
-        // Who may not ask gets the default.
-        let durability = match self.setting("appendfsync").await?.as_deref() {
-            Some("always") => Durability::AtOnce,
-            Some("no") => Durability::Never,
-            _ => Durability::WithinASecond,
+        let disk = if field(&info, "aof_enabled") != "1" {
+            Disk::Unknown
+        } else if number(field(&info, "redis_version")) >= vec![7, 2] {
+            Disk::Asked
+        } else {
+            // Who may not ask gets the default.
+            match self.setting("appendfsync").await?.as_deref() {
+                Some("always") => Disk::AtOnce,
+                Some("no") => Disk::Unknown,
+                _ => Disk::WithinASecond,
+            }
         };
-        Ok((durability, run_id))
+        let replicated = !matches!(field(&info, "connected_slaves"), "" | "0");
+        Ok(Durability { disk, replicated, server: field(&info, "run_id").to_owned() })
     }
 
-    /// Waits until everything written so far is on the server's disk, and a replica's if there is one; `false` if that
-    /// takes longer than `limit`. Nothing else may use the connection meanwhile.
+    /// Waits until everything written so far is on the server's disk (`asked`), and with a replica (`replicated`); `false` if
+    /// that takes longer than `limit`. Nothing else may use the connection meanwhile.
     ///
     /// # Errors
     ///
-    /// Redis cannot be reached, or lacks WAITAOF.
-    pub async fn wait_for_disk(&mut self, replicas: u8, limit: Duration) -> RedisResult<bool> {
+    /// Redis cannot be reached, or the user may not ask.
+    pub async fn wait_for_copies(
+        &mut self,
+        asked: bool,
+        replicated: bool,
+        limit: Duration,
+    ) -> RedisResult<bool> {
         let Self { connection, keys } = self;
+        let (replicas, limit) = (u8::from(replicated), limit.as_millis() as u64);
         // It waits for what this connection has written, which comes after everything that others have.
-        let (local, remote): (u8, u8) = redis::pipe()
-            .cmd("HSET")
-            .arg(&keys.watch)
-            .arg("ingest")
-            .arg(crate::time::now_ms())
-            .ignore()
-            .cmd("WAITAOF")
-            .arg(1)
-            .arg(replicas)
-            .arg(limit.as_millis() as u64)
-            .query_async::<((u8, u8),)>(connection)
-            .await?
-            .0;
-        Ok(local >= 1 && remote >= replicas)
+        let mut pipe = redis::pipe();
+        pipe.cmd("HSET").arg(&keys.watch).arg("ingest").arg(crate::time::now_ms()).ignore();
+        if asked {
+            pipe.cmd("WAITAOF").arg(1).arg(replicas).arg(limit);
+            let ((disk, copies),): ((u8, u8),) = pipe.query_async(connection).await?;
+            return Ok(disk >= 1 && copies >= replicas);
+        }
+        pipe.cmd("WAIT").arg(replicas).arg(limit);
+        let (copies,): (u8,) = pipe.query_async(connection).await?;
+        Ok(copies >= replicas)
     }
 
     /// Whether the group has acknowledged an entry and all before it.

@@ -59,9 +59,9 @@ pub const COMMANDS: &[(&str, &[&str])] = &[
     ("xtrim", &["$stream", "MINID", "0"]),
 ];
 
-/// Commands that not every server has, so that no rule can name them everywhere. Without the right to use them, there is another
-/// way.
-pub const OPTIONAL: [&str; 1] = ["waitaof"];
+/// Commands that only some need, or that not every server has, so that no rule can name them everywhere. Without the right to
+/// use them, there is another way.
+pub const OPTIONAL: [&str; 2] = ["wait", "waitaof"];
 
 /// The commands that begin and end a transaction, which cannot be tried inside one.
 const BRACKETS: [&str; 3] = ["multi", "exec", "discard"];

@@ -25,11 +25,7 @@ impl<'a> Repository<'a> {
     ///
     /// It is cut off or malformed, another account's, signed by somebody else, or something is missing in it.
     pub fn read(car: &'a [u8], did: &str, key: &Key) -> Result<Self, Invalid> {
-        let archive = Archive::read(car)?;
-        let block = archive
-            .get(&archive.root())
-            .ok_or_else(|| Invalid::new(Fault::Archive, "the archive lacks the commit object"))?;
-        let commit = SignedCommit::read(block)?;
+        let (archive, commit) = open(car)?;
         if commit.did != did {
             let message = format!("the repository is that of {}", commit.did);
             return Err(Invalid::new(Fault::Commit, message));
@@ -38,6 +34,20 @@ impl<'a> Repository<'a> {
             let message = "the repository's signature is not that of the account's key";
             return Err(Invalid::new(Fault::Signature, message));
         }
+        Self::whole(archive, commit)
+    }
+
+    /// Reads a repository without knowing its account's key: everything is there, and nobody knows who signed it.
+    ///
+    /// # Errors
+    ///
+    /// It is cut off or malformed, or something is missing in it.
+    pub fn read_unsigned(car: &'a [u8]) -> Result<Self, Invalid> {
+        let (archive, commit) = open(car)?;
+        Self::whole(archive, commit)
+    }
+
+    fn whole(archive: Archive<'a>, commit: SignedCommit) -> Result<Self, Invalid> {
         let broken = |error| Invalid::new(Fault::Archive, format!("the repository is incomplete: {error}"));
         let records = DetachedTree::load(commit.data).entries(&archive).map_err(broken)?;
         if let Some((path, _)) = records.iter().find(|(_, cid)| archive.get(cid).is_none()) {
@@ -52,4 +62,13 @@ impl<'a> Repository<'a> {
         }
         Ok(Self { commit, records, archive })
     }
+}
+
+fn open(car: &[u8]) -> Result<(Archive<'_>, SignedCommit), Invalid> {
+    let archive = Archive::read(car)?;
+    let block = archive
+        .get(&archive.root())
+        .ok_or_else(|| Invalid::new(Fault::Archive, "the archive lacks the commit object"))?;
+    let commit = SignedCommit::read(block)?;
+    Ok((archive, commit))
 }

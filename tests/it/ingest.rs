@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use standpipe::crash::Point;
-use standpipe_lab::servers::{AppendFsync, RedisOptions};
+use standpipe_lab::servers::{AppendFsync, RedisOptions, send_signal};
 
 use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, redis_command};
+use crate::support::scripted::{self, Op};
+use crate::support::signed::Signed;
 use crate::support::{
-    Postgres, Redis, Signal, Standpipe, execute, free_port, http_post, query_rows, query_value, wait_for,
-    wait_until,
+    Postgres, Redis, Signal, Standpipe, connect, execute, free_port, http_post, query_rows, query_value,
+    wait_for, wait_until,
 };
 
 const TOKEN: &str = "a-token-of-some-length";
@@ -313,6 +315,34 @@ async fn what_redis_loses_was_not_accepted() {
     .await;
 }
 
+/// A replica that does not answer holds the answer back, and one that does not exist holds back nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_has_what_was_accepted() {
+    let house = House::start(at_once()).await;
+    let replica = Redis::start_with(RedisOptions {
+        extra: vec![format!("replicaof 127.0.0.1 {}", house.redis.port())],
+        ..RedisOptions::default()
+    })
+    .await;
+    let _program = house.worker().await;
+    wait_until("the replica to be connected", RUN, async || {
+        redis_command::<String>(&house.redis, &["INFO", "replication"]).await.contains("state=online")
+    })
+    .await;
+    let (code, answer) = house.post("/events", None, &post(1, "a", "hello")).await.unwrap();
+    assert_eq!(code, 202, "{answer}");
+    let copied: u64 = redis_command(&replica, &["XLEN", STREAM]).await;
+    assert_eq!(copied, 1);
+
+    send_signal(Signal::Stop, &[replica.pid().unwrap()]).unwrap();
+    let (code, answer) = house.post("/events", Some("one"), &post(1, "b", "hello")).await.unwrap();
+    assert_eq!(code, 503, "{answer}");
+    assert!(answer["error"].as_str().unwrap().contains("a replica"), "{answer}");
+    send_signal(Signal::Continue, &[replica.pid().unwrap()]).unwrap();
+    let (code, answer) = house.post("/events", Some("one"), &post(1, "b", "hello")).await.unwrap();
+    assert_eq!((code, &answer["repeated"]), (202, &json!(true)), "{answer}");
+}
+
 /// Their records are not in their repositories, if they have any.
 #[tokio::test(flavor = "multi_thread")]
 async fn accounts_that_others_feed_are_not_repaired() {
@@ -365,6 +395,76 @@ async fn a_file_is_emitted_although_the_process_dies() {
     assert_eq!(emit.code, 64, "{}", emit.stderr);
 }
 
+/// The texts of docs/tutorial.md that begin after a line with `start` and end before EOF.
+fn heredocs(start: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut lines = include_str!("../../docs/tutorial.md").lines().map(str::trim);
+    while let Some(line) = lines.next() {
+        if line.starts_with(start) && line.contains("<<") {
+            found.push(lines.by_ref().take_while(|line| *line != "EOF").collect::<Vec<_>>().join("\n"));
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tutorial_does_what_it_says() {
+    let house = House::start(at_once()).await;
+    let _program = house.worker().await;
+    let requests = heredocs("send");
+    assert_eq!(requests.len(), 4);
+    let timeline = &heredocs("psql")[0];
+    let likes = async || {
+        let rows = query_rows(&house.database, timeline).await;
+        rows.into_iter()
+            .map(|row| row.into_iter().map(Option::unwrap).collect::<Vec<_>>())
+            .collect::<Vec<_>>()
+    };
+    for (number, request) in requests.iter().enumerate() {
+        let mut body = request.replace("\\$type", "$type");
+        if body.contains("$CID") {
+            let of = "SELECT cid FROM posts WHERE uri = 'at://did:web:alice.example/app.bsky.feed.post/1'";
+            body = body.replace("$CID", &query_value(&house.database, of).await);
+        }
+        let (code, answer) = house.post("/events?wait=applied", None, &body).await.unwrap();
+        assert_eq!((code, &answer["applied"]), (202, &json!(true)), "{answer}");
+        assert_eq!(answer["dead_letters"], Value::Null, "{answer}");
+        match number {
+            2 => assert_eq!(likes().await, [["alice.example", "Hello!", "1"]]),
+            3 => assert_eq!(likes().await, [["alice.example", "Hello!", "0"]]),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_records_of_an_archive_are_emitted() {
+    let house = House::start(at_once()).await;
+    let _program = house.worker().await;
+    let mut account = Signed::new(1);
+    let ops: Vec<Op> = (0..450)
+        .map(|n| scripted::create(&format!("app.bsky.feed.post/p{n}"), &scripted::post("hello")))
+        .collect();
+    for (number, ops) in ops.chunks(150).enumerate() {
+        account.commit(1, &scripted::rev(number as u64 + 1), ops);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("repo.car");
+    let archive = account.repository();
+    std::fs::write(&file, &archive).unwrap();
+    let name = file.to_str().unwrap();
+    let emit = Standpipe::run(&["emit", "--car", "--wait", name], &house.variables(), RUN).await;
+    assert_eq!(emit.code, 0, "{}", emit.stderr);
+    assert!(emit.stderr.contains(&format!("{}: 450 records", account.did)), "{}", emit.stderr);
+    assert!(emit.stdout.contains("3 events applied"), "{}", emit.stdout);
+    assert_eq!(query_value(&house.database, "SELECT count(*) FROM posts").await, "450");
+
+    std::fs::write(&file, &archive[..archive.len() / 2]).unwrap();
+    let emit = Standpipe::run(&["emit", "--car", name], &house.variables(), RUN).await;
+    assert_eq!(emit.code, 1, "{}", emit.stdout);
+    assert!(emit.stderr.contains("repo.car: the archive is unreadable"), "{}", emit.stderr);
+}
+
 /// The relay goes on beside it: the reader's position is the relay's alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_does_not_move_the_relays_position() {
@@ -387,8 +487,22 @@ async fn what_is_sent_does_not_move_the_relays_position() {
     chain.finished().await;
     let ours = format!("SELECT count(*) FROM posts WHERE author_did LIKE 'did:plc:{}%'", "a".repeat(22));
     assert_eq!(query_value(&chain.database, &ours).await, "6");
+    // The janitor keeps the position of the first entry that is not applied; this one has none.
+    let lock = connect(&chain.database).await;
+    lock.batch_execute("BEGIN; LOCK TABLE posts IN EXCLUSIVE MODE").await.unwrap();
+    let sent =
+        http_post(program.http, "/events", &headers, post(7, "late", "hello").as_bytes()).await.unwrap();
+    let id = serde_json::from_str::<Value>(&sent.1).unwrap()["ids"][0].as_str().unwrap().to_owned();
+    wait_for("the janitor to see it", SOON, async || {
+        let first: Option<String> =
+            redis_command(&chain.redis, &["HGET", "firehose:cursor:watch", "unacked"]).await;
+        if first.as_ref() == Some(&id) { Ok(()) } else { Err(format!("{first:?}, not {id}")) }
+    })
+    .await;
     let acked: Option<i64> = redis_command(&chain.redis, &["GET", "firehose:cursor:acked"]).await;
     assert!(acked.is_some_and(|acked| acked <= chain.relay.last_seq), "{acked:?}");
+    lock.batch_execute("ROLLBACK").await.unwrap();
+    chain.finished().await;
     let audit = chain.audit(&[]).await;
     assert_eq!(audit.code, 0, "{}", audit.stdout);
 }

@@ -572,3 +572,43 @@ async fn what_is_kept_holds_up_nobody_and_goes_when_memory_is_short() {
     })
     .await;
 }
+
+/// npm's client. `make test-clients` installs it and runs this.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs node and npm: make test-clients"]
+async fn a_client_for_jetstreams_connects_unchanged() {
+    let options = NetworkOptions { accounts: 50, events: 2_000, deletions: true, ..network(6) };
+    let (chain, variables, http) = serving(&options).await;
+    let _program = Program::start("run", &variables).await;
+    chain.finished().await;
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/clients");
+    let script = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/skyware.mjs")).unwrap();
+    std::fs::write(folder.join("skyware.mjs"), script).unwrap();
+    let messages =
+        Client::patient(http, "cursor=0").await.take(expected(&traffic::events(&options)).len()).await;
+    let count = |keep: &dyn Fn(&Value) -> bool| messages.iter().filter(|message| keep(message)).count();
+    let of = |collection: &'static str, operation: &'static str| {
+        move |message: &Value| {
+            let commit = &message["commit"];
+            commit["collection"] == collection && commit["operation"] == operation
+        }
+    };
+    let wanted = json!({
+        "posts": count(&of("app.bsky.feed.post", "create")),
+        "deleted": count(&of("app.bsky.feed.post", "delete")),
+        "identities": count(&|message| message["kind"] == "identity"),
+        "accounts": count(&|message| message["kind"] == "account"),
+        "errors": 0,
+        "cursor": position(messages.last().unwrap()),
+    });
+    let output = tokio::process::Command::new("node")
+        .arg("skyware.mjs")
+        .args([format!("ws://{http}/subscribe"), wanted["cursor"].to_string()])
+        .current_dir(&folder)
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let found: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{said}"));
+    assert_eq!(found, wanted);
+}

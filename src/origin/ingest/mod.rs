@@ -1,9 +1,11 @@
 //! Events that clients send themselves: read from lines of JSON, appended once for each request, and acknowledged when they are
 //! durable.
 
+pub mod car;
 mod cid;
 pub mod lines;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use shrike::cbor::{Cid, Codec};
@@ -14,14 +16,14 @@ use self::lines::Line;
 use crate::config::Config;
 use crate::crash::{self, Point};
 use crate::event::EntryId;
-use crate::stream::ingest::{Answer, Durability, Request};
+use crate::stream::ingest::{Answer, Disk, Durability, Request};
 use crate::stream::{Redis, Stream, StreamResult};
 
 /// How long a server that writes to its disk once a second, and says nothing about it, has for that: Redis delays a write by up to
 /// two seconds if the one before is not done.
 const A_SECOND: Duration = Duration::from_secs(2);
-/// How long to wait for the server's disk.
-const DISK: Duration = Duration::from_secs(10);
+/// How long to wait for the server's disk and its replica.
+const COPIES: Duration = Duration::from_secs(10);
 /// How often to look whether something is applied.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -30,14 +32,14 @@ pub struct Ingest {
     redis: Redis,
     max_length: u64,
     stream: Mutex<Option<Stream>>,
-    disk: Mutex<Disk>,
+    copies: Mutex<Copies>,
     /// Writes that somebody waits for, so far.
-    tickets: std::sync::atomic::AtomicU64,
+    tickets: AtomicU64,
 }
 
-/// The connection on which the server is asked to write to its disk.
+/// The connection on which the server is asked what it has written.
 #[derive(Default)]
-struct Disk {
+struct Copies {
     stream: Option<Stream>,
     /// All tickets up to this one are durable.
     done: u64,
@@ -90,7 +92,7 @@ impl Ingest {
             redis,
             max_length: config.max_stream_len,
             stream: Mutex::new(None),
-            disk: Mutex::default(),
+            copies: Mutex::default(),
             tickets: 0.into(),
         }
     }
@@ -116,13 +118,13 @@ impl Ingest {
             accounts,
             entries: lines.into_iter().map(|line| (line.event_type.to_owned(), line.data)).collect(),
         };
-        let (answer, durability, server) = {
+        let (answer, durability) = {
             let mut kept = self.stream.lock().await;
             let mut stream = self.redis.reuse(&mut kept).await?;
-            let (durability, server) = stream.durability().await?;
+            let durability = stream.durability().await?;
             let answer = stream.ingest(&request, self.max_length).await?;
             *kept = Some(stream);
-            (answer, durability, server)
+            (answer, durability)
         };
         let (ids, before) = match answer {
             Answer::Appended { ids, before } => (ids, before),
@@ -133,55 +135,54 @@ impl Ingest {
             Answer::NoStream => return Err(IngestError::NotNow("there is no stream yet")),
         };
         crash::at(Point::AfterIngest);
-        match durability {
-            Durability::AtOnce | Durability::Never => {}
-            Durability::Asked { replicas } => self.flush(replicas, &server).await?,
-            Durability::WithinASecond => self.wait_a_second(&server).await?,
-        }
-        Ok(Accepted { ids, before, durable: durability != Durability::Never })
+        self.wait_until_durable(&durability).await?;
+        Ok(Accepted { ids, before, durable: durability.disk != Disk::Unknown })
     }
 
-    /// Waits until the server's disk has everything that was written before. Many that wait share one answer.
-    async fn flush(&self, replicas: u8, server: &str) -> Result<(), IngestError> {
-        use std::sync::atomic::Ordering;
-        let ticket = self.tickets.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut disk = self.disk.lock().await;
-        if disk.done >= ticket {
-            return Ok(());
+    async fn wait_until_durable(&self, durability: &Durability) -> Result<(), IngestError> {
+        let Durability { disk, replicated, .. } = *durability;
+        let mut waits = disk == Disk::WithinASecond;
+        if disk == Disk::Asked || replicated {
+            // Without the right to ask, time has to do.
+            waits |= !self.ask_for_copies(disk == Disk::Asked, replicated).await?;
         }
-        let covered = self.tickets.load(Ordering::SeqCst);
-        let mut stream = self.redis.reuse(&mut disk.stream).await?;
-        match stream.wait_for_disk(replicas, DISK).await {
-            Ok(true) => {}
-            Ok(false) => {
-                let what = if replicas > 0 { "its disk and a replica's" } else { "its disk" };
-                return Err(IngestError::Unknown(format!("Redis needs longer than {DISK:?} for {what}")));
-            }
-            // Without the right to ask.
-            Err(error) if error.code() == Some("NOPERM") => {
-                drop(disk);
-                return self.wait_a_second(server).await;
-            }
-            Err(error) => return Err(error.into()),
+        if waits {
+            tokio::time::sleep(A_SECOND).await;
         }
-        disk.stream = Some(stream);
-        disk.done = covered;
-        drop(disk);
-        self.is_same_server(server).await
-    }
-
-    async fn wait_a_second(&self, server: &str) -> Result<(), IngestError> {
-        tokio::time::sleep(A_SECOND).await;
-        self.is_same_server(server).await
-    }
-
-    /// A server that restarted in between may have lost what came last.
-    async fn is_same_server(&self, server: &str) -> Result<(), IngestError> {
+        // A server that restarted in between may have lost what came last.
         let mut kept = self.stream.lock().await;
         let mut stream = self.redis.reuse(&mut kept).await?;
-        let (_, now) = stream.durability().await?;
+        let now = stream.durability().await?;
         *kept = Some(stream);
-        if now == server { Ok(()) } else { Err(IngestError::Unknown("Redis was restarted".to_owned())) }
+        if now.server == durability.server {
+            Ok(())
+        } else {
+            Err(IngestError::Unknown("Redis was restarted".to_owned()))
+        }
+    }
+
+    /// Waits until the server's disk, and a replica, have everything that was written before. Many that wait share one answer.
+    /// `false` if our user may not ask.
+    async fn ask_for_copies(&self, asked: bool, replicated: bool) -> Result<bool, IngestError> {
+        let ticket = self.tickets.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut copies = self.copies.lock().await;
+        if copies.done >= ticket {
+            return Ok(true);
+        }
+        let covered = self.tickets.load(Ordering::SeqCst);
+        let mut stream = self.redis.reuse(&mut copies.stream).await?;
+        match stream.wait_for_copies(asked, replicated, COPIES).await {
+            Ok(true) => {}
+            Ok(false) => {
+                let what = if replicated { "its disk and a replica" } else { "its disk" };
+                return Err(IngestError::Unknown(format!("Redis needs longer than {COPIES:?} for {what}")));
+            }
+            Err(error) if error.code() == Some("NOPERM") => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+        copies.stream = Some(stream);
+        copies.done = covered;
+        Ok(true)
     }
 
     /// Waits until entries are applied, at most until `deadline`; `None` if it takes longer. Returns what of them ended as dead
