@@ -88,34 +88,13 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
     let path = if options.wait { "/events?wait=applied" } else { "/events" };
     let name = http::random_token()?;
     let target = Target { address, token, path, patience: options.patience, name };
-    let (mut input, mut total): (Box<dyn BufRead>, Option<u64>) = if options.file.as_os_str() == "-" {
-        (Box::new(BufReader::new(std::io::stdin())), None)
-    } else {
-        let file = std::fs::File::open(&options.file)
-            .with_context(|| format!("{} cannot be read", options.file.display()))?;
-        let size = file.metadata()?.len();
-        (Box::new(BufReader::new(file)), Some(size))
-    };
-    if options.car {
-        let mut archive = Vec::new();
-        input.read_to_end(&mut archive).context("the input cannot be read")?;
-        match car::read(&archive) {
-            Ok(repo) => {
-                let unreadable = match repo.unreadable {
-                    0 => String::new(),
-                    count => format!(", and {} that cannot be read", grouped(count as u64)),
-                };
-                let records = grouped(repo.records as u64);
-                out::note(format_args!("standpipe: {}: {records} records{unreadable}", repo.did));
-                total = Some(repo.lines.len() as u64);
-                input = Box::new(Cursor::new(repo.lines));
-            }
-            Err(message) => {
-                out::note(format_args!("standpipe: {}: {message}", options.file.display()));
-                return Ok(ExitCode::FAILURE);
-            }
+    let (input, total) = match open(&options)? {
+        Ok(opened) => opened,
+        Err(message) => {
+            out::note(format_args!("standpipe: {}: {message}", options.file.display()));
+            return Ok(ExitCode::FAILURE);
         }
-    }
+    };
     let mut sent = Sent::default();
     let ended = send_all(&target, input, total, &mut sent).await?;
     if let Some(Failure(code, message)) = ended {
@@ -141,6 +120,36 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is to be sent, and how many bytes it has if that is known; or what is wrong with it.
+type Opened = Result<(Box<dyn BufRead>, Option<u64>), String>;
+
+fn open(options: &Options) -> Result<Opened> {
+    let (mut input, total): (Box<dyn BufRead>, Option<u64>) = if options.file.as_os_str() == "-" {
+        (Box::new(BufReader::new(std::io::stdin())), None)
+    } else {
+        let file = std::fs::File::open(&options.file)
+            .with_context(|| format!("{} cannot be read", options.file.display()))?;
+        let size = file.metadata()?.len();
+        (Box::new(BufReader::new(file)), Some(size))
+    };
+    if !options.car {
+        return Ok(Ok((input, total)));
+    }
+    let mut archive = Vec::new();
+    input.read_to_end(&mut archive).context("the input cannot be read")?;
+    let repo = match car::read(&archive) {
+        Ok(repo) => repo,
+        Err(message) => return Ok(Err(message)),
+    };
+    let unreadable = match repo.unreadable {
+        0 => String::new(),
+        count => format!(", and {} that cannot be read", grouped(count as u64)),
+    };
+    out::note(format_args!("standpipe: {}: {} records{unreadable}", repo.did, grouped(repo.records as u64)));
+    let total = repo.lines.len() as u64;
+    Ok(Ok((Box::new(Cursor::new(repo.lines)), Some(total))))
 }
 
 async fn send_all(

@@ -93,7 +93,7 @@ impl Server {
 }
 
 /// Whether a browser reports that the request comes from another site's page.
-fn is_foreign(headers: &HeaderMap) -> bool {
+pub(super) fn is_foreign(headers: &HeaderMap) -> bool {
     let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
     let elsewhere = text("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none"));
     let origin = text("origin").is_some_and(|origin| {

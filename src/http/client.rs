@@ -88,7 +88,8 @@ async fn fetch(
     let request =
         format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
-    socket.write_all(body).await?;
+    // Whoever refuses a request may answer before it has read everything.
+    let _ = socket.write_all(body).await;
     let mut answer = Vec::new();
     socket.take(16 << 20).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);

@@ -96,7 +96,7 @@ async fn take(server: &Server, request: Request) -> Answer {
     if server.control.is_draining() {
         return Answer::later("this process is draining");
     }
-    let Ok(_place) = inlet.places.acquire().await else { return Answer::later("this process ends") };
+    let Ok(place) = inlet.places.acquire().await else { return Answer::later("this process ends") };
     let body = match read(body).await {
         Ok(Some(body)) => body,
         Ok(None) => {
@@ -112,7 +112,14 @@ async fn take(server: &Server, request: Request) -> Answer {
             return Answer(StatusCode::BAD_REQUEST, "wrong", body);
         }
     };
-    match inlet.ingest.accept(key.as_deref(), &body, lines).await {
+    let appended = inlet.ingest.append(key.as_deref(), &body, lines).await;
+    // Waiting costs next to nothing, and must not keep others out.
+    drop((place, body));
+    let accepted = match appended {
+        Ok(appended) => inlet.ingest.settle(appended).await,
+        Err(error) => Err(error),
+    };
+    match accepted {
         Ok(accepted) => answer(inlet, accepted, wait.then_some(deadline)).await,
         Err(error @ IngestError::OtherRequest) => {
             Answer::wrong(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())

@@ -22,6 +22,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 use tokio_tungstenite::tungstenite::{self, Message as WsMessage, Utf8Bytes};
 use tracing::{debug, info};
 
+use super::admin::is_foreign;
 use super::connections::Peer;
 use super::{Server, bearer};
 use crate::config::{AccessToken, Config};
@@ -178,6 +179,11 @@ impl Outlet {
                 let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
                 return Err((challenge, refuse(StatusCode::UNAUTHORIZED, message)).into_response());
             }
+        }
+        if self.token.is_none() && is_foreign(headers) {
+            // Browsers let every page open websockets to every address.
+            let message = "requests from other sites' pages need a token: set SUBSCRIBE_TOKEN";
+            return Err(refuse(StatusCode::FORBIDDEN, message));
         }
         if asked.compress || headers.get("socket-encoding").is_some_and(|value| value == "zstd") {
             return Err(bad("compression is not supported: connect without compress=true".to_owned()));

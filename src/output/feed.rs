@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tracing::warn;
 
 use super::jetstream::{self, Forbidden, Message};
@@ -17,16 +17,20 @@ use crate::status::SubscribersReport;
 use crate::store::Store;
 use crate::stream::settled::{Place, Settled};
 use crate::stream::{Redis, Stream};
-use crate::time::{Backoff, now_ms};
+use crate::time::Backoff;
 
 /// The most bytes of messages that are kept for those who keep up.
 const RING_BYTES: usize = 4 << 20;
 /// The most entries read at a time, and about how many bytes.
 const PAGE: usize = 200;
 const PAGE_BYTES: usize = 512 << 10;
+/// How many bytes a subscriber takes at a time.
+const TAKE_BYTES: usize = 256 << 10;
+/// How many subscribers that are behind read the stream at a time, so that many of them do not hold up everybody else.
+const REPLAYS: usize = 4;
 /// The time between two looks while nothing is new.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often the accounts that forbid collection are read.
+/// How often the accounts that forbid collection are read; less often if that takes long.
 const FORBIDDEN: Duration = Duration::from_secs(5);
 
 /// A settled entry as messages.
@@ -73,7 +77,13 @@ impl Ring {
             return None;
         }
         let from = self.items.partition_point(|item| item.id <= id);
-        Some(self.items.iter().skip(from).take(PAGE).cloned().collect())
+        let mut bytes = 0;
+        let fits = |item: &&Arc<Item>| {
+            let is_first = bytes == 0;
+            bytes += item.bytes();
+            is_first || bytes <= TAKE_BYTES
+        };
+        Some(self.items.iter().skip(from).take_while(fits).cloned().collect())
     }
 }
 
@@ -94,7 +104,8 @@ pub struct Feed {
     subscribers: Mutex<Subscribers>,
     first: Notify,
     /// The accounts that forbid to collect what they write; `None` before they are known.
-    forbidden: Mutex<Option<(Arc<Forbidden>, Instant)>>,
+    forbidden: tokio::sync::Mutex<Option<(Arc<Forbidden>, Instant)>>,
+    replays: Semaphore,
     /// Whether an unusable entry was logged.
     said: AtomicBool,
 }
@@ -110,7 +121,8 @@ impl Feed {
             news: watch::Sender::new(0),
             subscribers: Mutex::default(),
             first: Notify::new(),
-            forbidden: Mutex::new(None),
+            forbidden: tokio::sync::Mutex::new(None),
+            replays: Semaphore::new(REPLAYS),
             said: false.into(),
         }
     }
@@ -221,14 +233,17 @@ impl Feed {
     }
 
     async fn forbidden(&self) -> Result<Arc<Forbidden>> {
-        let known = lock(&self.forbidden).clone();
-        if let Some((accounts, at)) = known
-            && at.elapsed() < FORBIDDEN
+        // Only one asks PostgreSQL.
+        let mut known = self.forbidden.lock().await;
+        if let Some((accounts, due)) = &*known
+            && Instant::now() < *due
         {
-            return Ok(accounts);
+            return Ok(Arc::clone(accounts));
         }
+        let began = Instant::now();
         let accounts = Arc::new(Forbidden(self.store.forbidding().await?));
-        *lock(&self.forbidden) = Some((Arc::clone(&accounts), Instant::now()));
+        let pause = FORBIDDEN.max(began.elapsed() * 50);
+        *known = Some((Arc::clone(&accounts), began + pause));
         Ok(accounts)
     }
 }
@@ -286,8 +301,6 @@ impl Subscriber {
             number
         };
         feed.first.notify_one();
-        // As in a Jetstream, a cursor in the future stands for the present.
-        let cursor = cursor.filter(|cursor| cursor / 1000 <= now_ms());
         let place = cursor.map_or(Place::Now, |cursor| Place::Behind(jetstream::before_cursor(cursor)));
         Self {
             number,
@@ -342,6 +355,8 @@ impl Subscriber {
     }
 
     async fn read(&mut self) -> Result<Option<Vec<Item>>> {
+        let feed = Arc::clone(&self.feed);
+        let _turn = feed.replays.acquire().await?;
         let mut stream = self.feed.redis.reuse(&mut self.stream).await?;
         let mut place = self.place;
         let generation = lock(&self.feed.ring).generation;

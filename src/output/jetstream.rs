@@ -235,11 +235,18 @@ pub struct Filter {
 #[serde(rename_all = "camelCase", default)]
 pub struct Options {
     /// Collections, or beginnings of some with `.*` at the end.
+    #[serde(deserialize_with = "null_is_none")]
     pub wanted_collections: Vec<String>,
     /// Accounts.
+    #[serde(deserialize_with = "null_is_none")]
     pub wanted_dids: Vec<String>,
     /// Messages larger than this are not wanted; 0 and less for no limit.
     pub max_message_size_bytes: i64,
+}
+
+/// Clients in Go send an empty list as null.
+fn null_is_none<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 impl Filter {
@@ -416,6 +423,9 @@ mod tests {
             assert!(filter(&collections, &dids, 0).is_err(), "{collections:?} {dids:?}");
         }
         assert!(filter(&vec!["a.b"; 101], &[], 0).is_err());
+        let of_go: Options =
+            serde_json::from_str(r#"{"wantedCollections":null,"wantedDids":["did:plc:a"]}"#).unwrap();
+        assert_eq!(of_go, Options { wanted_dids: vec!["did:plc:a".to_owned()], ..Options::default() });
     }
 
     #[test]

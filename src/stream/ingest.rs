@@ -3,9 +3,9 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use redis::{RedisResult, Script};
+use redis::{RedisResult, Script, Value};
 
-use super::server::field;
+use super::server::{Memory, field};
 use super::{Keys, Stream};
 use crate::event::EntryId;
 
@@ -121,32 +121,30 @@ impl Stream {
         redis::cmd("HEXISTS").arg(&keys.fed).arg(did).query_async(connection).await
     }
 
-    /// How the server makes writes durable.
+    /// How the server makes writes durable, and how much memory it uses.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn durability(&mut self) -> RedisResult<Durability> {
+    pub async fn durability(&mut self) -> RedisResult<(Durability, Memory)> {
         let info = self.server_info().await?;
         let number = |text: &str| text.split('.').map(|part| part.parse().unwrap_or(0)).collect::<Vec<u64>>();
-        let disk = if field(&info, "aof_enabled") != "1" {
-            Disk::Unknown
-        } else if number(field(&info, "redis_version")) >= vec![7, 2] {
-            Disk::Asked
-        } else {
-            // Who may not ask gets the default.
-            match self.setting("appendfsync").await?.as_deref() {
-                Some("always") => Disk::AtOnce,
-                Some("no") => Disk::Unknown,
-                _ => Disk::WithinASecond,
-            }
+        // Who may not ask gets the default, everysec.
+        let disk = match self.setting("appendfsync").await?.as_deref() {
+            _ if field(&info, "aof_enabled") != "1" => Disk::Unknown,
+            Some("no") => Disk::Unknown,
+            _ if number(field(&info, "redis_version")) >= vec![7, 2] => Disk::Asked,
+            Some("always") => Disk::AtOnce,
+            _ => Disk::WithinASecond,
         };
-        let replicated = !matches!(field(&info, "connected_slaves"), "" | "0");
-        Ok(Durability { disk, replicated, server: field(&info, "run_id").to_owned() })
+        // One that is still being filled does not count.
+        let replicated = info.lines().any(|line| line.starts_with("slave") && line.contains("state=online"));
+        let durability = Durability { disk, replicated, server: field(&info, "run_id").to_owned() };
+        Ok((durability, Memory::of(&info)))
     }
 
-    /// Waits until everything written so far is on the server's disk (`asked`), and with a replica (`replicated`); `false` if
-    /// that takes longer than `limit`. Nothing else may use the connection meanwhile.
+    /// Waits until everything written so far is on the server's disk (`asked`), and with a replica (`replicated`); `None` if that
+    /// takes longer than `limit`. Returns which server it was. Nothing else may use the connection meanwhile.
     ///
     /// # Errors
     ///
@@ -156,20 +154,32 @@ impl Stream {
         asked: bool,
         replicated: bool,
         limit: Duration,
-    ) -> RedisResult<bool> {
+    ) -> RedisResult<Option<String>> {
         let Self { connection, keys } = self;
-        let (replicas, limit) = (u8::from(replicated), limit.as_millis() as u64);
+        let limit = limit.as_millis() as u64;
         // It waits for what this connection has written, which comes after everything that others have.
         let mut pipe = redis::pipe();
         pipe.cmd("HSET").arg(&keys.watch).arg("ingest").arg(crate::time::now_ms()).ignore();
         if asked {
-            pipe.cmd("WAITAOF").arg(1).arg(replicas).arg(limit);
-            let ((disk, copies),): ((u8, u8),) = pipe.query_async(connection).await?;
-            return Ok(disk >= 1 && copies >= replicas);
+            // A replica may have no append-only file, so that only its memory counts.
+            pipe.cmd("WAITAOF").arg(1).arg(0).arg(limit);
         }
-        pipe.cmd("WAIT").arg(replicas).arg(limit);
-        let (copies,): (u8,) = pipe.query_async(connection).await?;
-        Ok(copies >= replicas)
+        if replicated {
+            pipe.cmd("WAIT").arg(1).arg(limit);
+        }
+        pipe.cmd("INFO").arg("server");
+        let answers: Vec<Value> = pipe.query_async(connection).await?;
+        let [waits @ .., info] = answers.as_slice() else { return Ok(None) };
+        let is_done = |answer: &Value| match answer {
+            Value::Int(copies) => *copies >= 1,
+            Value::Array(counts) => matches!(counts.first(), Some(Value::Int(1..))),
+            _ => false,
+        };
+        if !waits.iter().all(is_done) {
+            return Ok(None);
+        }
+        let info: String = redis::from_redis_value(info.clone())?;
+        Ok(Some(field(&info, "run_id").to_owned()))
     }
 
     /// Whether the group has acknowledged an entry and all before it.

@@ -3,8 +3,8 @@
 --
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
---       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept, or '';
---       in how many bytes, or ''; 1 if this process keeps entries at all.
+--       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept after they were
+--       acknowledged, '' if this process keeps none; the bytes that are enough, or ''.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back, entries kept}, or {} without a stream.
 --
@@ -15,7 +15,7 @@
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
 -- them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and
 -- `seen`, how many at that call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
--- position, and `pause`, for how long not again; `kept`, how many entries are there only because they are kept; `keeper`, when a process last kept any; `hold`, the last entry of the stream then. What the reader appends after that
+-- position, and `pause`, for how long not again; `kept`, how many entries every group has acknowledged; `keeper`, when a process last kept any, and `marks`, up to where it was when; `hold`, the last entry of the stream then. What the reader appends after that
 -- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond. `trimmed` is how
 -- many entries were trimmed here, by every process of ours, also by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -170,9 +170,9 @@ local function set_back()
 end
 
 local own, floor, holder = false, nil, ''
--- How many entries every group has acknowledged.
+-- How many entries every group has acknowledged, if that is known.
 local length = redis.call('XLEN', KEYS[1])
-local done = length
+local done, known, floor_is_done = length, true, false
 local pending, lag, oldest_pending, oldest_waiting = 0, -1, '', ''
 local gone, back = 0, 0
 local function groups()
@@ -205,10 +205,14 @@ for _, group in ipairs(groups()) do
         low = first
     end
     if floor == nil or before(low, floor) then
-        floor, holder = low, group['name']
+        -- The last one delivered is done unless it is pending.
+        floor, holder, floor_is_done = low, group['name'], low ~= first
     end
-    local left = waiting and (group['lag'] or length) or 0
-    done = math.max(0, math.min(done, length - group['pending'] - left))
+    if waiting and not group['lag'] then
+        known = false
+    else
+        done = math.max(0, math.min(done, length - group['pending'] - (waiting and group['lag'] or 0)))
+    end
     if group['name'] == ARGV[1] then
         own = true
         pending, oldest_pending = group['pending'], first
@@ -229,18 +233,36 @@ for _, group in ipairs(groups()) do
     end
 end
 
--- How many entries could go, and how many of them nothing but ARGV[5] or ARGV[6] keeps.
-local function surplus(done)
-    if ARGV[6] == '' then
-        local now = redis.call('TIME')
-        local since = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[5]
-        local id = string.format('%d-0', math.max(0, since))
-        if before(id, floor) then
-            floor = id
+-- Up to where entries are older than ARGV[5] since they were acknowledged, by the marks noted from time to time: `<ms>:<id>`, oldest
+-- first, the first one being at least so old. The last entry that is acknowledged always stays, so that subscribers can tell that
+-- nothing behind it is gone.
+local function aged(now, mark)
+    local marks, age = {}, tonumber(ARGV[5])
+    for time, id in string.gmatch(redis.call('HGET', KEYS[6], 'marks') or '', '(%d+):(%S+)') do
+        -- The clock may have been set back.
+        if tonumber(time) <= now then
+            marks[#marks + 1] = {tonumber(time), id}
         end
-        return done
     end
-    -- About as large as those at both ends.
+    if #marks == 0 or now - marks[#marks][1] >= age / 10 then
+        marks[#marks + 1] = {now, mark}
+    end
+    while #marks > 1 and now - marks[2][1] >= age do
+        table.remove(marks, 1)
+    end
+    local texts = {}
+    for i, one in ipairs(marks) do
+        texts[i] = string.format('%d:%s', one[1], one[2])
+    end
+    redis.call('HSET', KEYS[6], 'marks', table.concat(texts, ' '))
+    if now - marks[1][1] < age then
+        return '0-0'
+    end
+    return before(marks[1][2], mark) and marks[1][2] or mark
+end
+
+-- How many acknowledged entries are too many for ARGV[6], by the size of those at both ends.
+local function surplus()
     local bytes, seen = 0, 0
     for _, command in ipairs({{'XRANGE', '-', '+'}, {'XREVRANGE', '+', '-'}}) do
         for _, entry in ipairs(redis.call(command[1], KEYS[1], command[2], command[3], 'COUNT', 50)) do
@@ -252,35 +274,39 @@ local function surplus(done)
     end
     -- What Redis needs for an entry besides.
     local each = seen > 0 and bytes / seen + 20 or 1
-    return math.min(done, math.max(0, math.ceil(redis.call('XLEN', KEYS[1]) - ARGV[6] / each)))
+    return math.max(0, math.ceil(done - ARGV[6] / each))
 end
 
 local trimmed, kept = 0, tonumber(redis.call('HGET', KEYS[6], 'kept') or '0')
 if own and not dry then
-    local limit = tonumber(ARGV[2])
-    local keeps = ARGV[5] ~= '' or ARGV[6] ~= ''
+    if not known then
+        -- Redis 6.2 does not count what waits: as many as there were when nothing did.
+        done = math.min(done, kept)
+    end
+    local limit, bound = tonumber(ARGV[2]), floor
     local time = redis.call('TIME')
     local keeper = tonumber(redis.call('HGET', KEYS[6], 'keeper') or '0')
-    if keeps then
-        limit = math.min(limit, surplus(done))
+    if ARGV[5] ~= '' then
+        local last = redis.call('XREVRANGE', KEYS[1], floor, '-', 'COUNT', 2)
+        -- The floor itself may be pending.
+        local mark = last[1] and (last[1][1] ~= floor or floor_is_done) and last[1][1] or last[2] and last[2][1] or '0-0'
+        bound = aged(time[1] * 1000 + math.floor(time[2] / 1000), mark)
+        if ARGV[6] ~= '' then
+            limit = math.min(limit, surplus())
+        end
         redis.call('HSET', KEYS[6], 'keeper', time[1])
-    elseif ARGV[7] == '0' and time[1] - keeper < 10 then
-        -- Another process keeps entries, and trims.
-        keeps, limit = true, 0
+    elseif keeper <= tonumber(time[1]) and time[1] - keeper < 3600 then
+        -- Another process keeps entries, and trims, or will when it is back.
+        limit = 0
     else
-        redis.call('HDEL', KEYS[6], 'keeper')
+        redis.call('HDEL', KEYS[6], 'keeper', 'marks')
     end
     if limit > 0 then
-        trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', floor, 'LIMIT', string.format('%d', limit))
+        trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound, 'LIMIT', string.format('%d', limit))
         redis.call('INCRBY', KEYS[7], trimmed)
     end
-    if keeps then
-        kept = done - trimmed
-        redis.call('HSET', KEYS[6], 'kept', kept)
-    else
-        kept = 0
-        redis.call('HDEL', KEYS[6], 'kept')
-    end
+    kept = math.max(0, done - trimmed)
+    redis.call('HSET', KEYS[6], 'kept', kept)
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
     if info['added'] then

@@ -14,6 +14,9 @@ use crate::time::now_ms;
 /// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
 
+/// What whoever keeps anything keeps at least, whatever its size: subscribers that keep up read it within that time.
+const AT_LEAST: Duration = Duration::from_secs(5);
+
 /// The minimum time between setting the reader back, in case entries keep being removed.
 const SET_BACK_PAUSE: Duration = Duration::from_secs(10);
 
@@ -44,7 +47,7 @@ pub struct Look {
     pub removed: u64,
     /// Whether the reader was set back to re-read such entries.
     pub set_back: bool,
-    /// Entries that are there only because `STREAM_KEEP` keeps them.
+    /// Entries that every group has acknowledged, and that are there only because `STREAM_KEEP` keeps them.
     pub kept: u64,
 }
 
@@ -82,8 +85,8 @@ impl Look {
 pub enum Keep {
     /// Nothing, unless another process keeps something.
     Nothing,
-    /// Nothing, because there is no room for it now.
-    NothingNow,
+    /// Only what subscribers that keep up may not have read yet: there is no room for more now.
+    Moments,
     /// This.
     Some(StreamKeep),
 }
@@ -119,8 +122,9 @@ async fn call(
 ) -> RedisResult<Look> {
     let (ms, bytes) = match keep {
         Keep::Some(StreamKeep::Time(time)) => (time.as_millis().to_string(), String::new()),
-        Keep::Some(StreamKeep::Bytes(bytes)) => (String::new(), bytes.to_string()),
-        Keep::Nothing | Keep::NothingNow => (String::new(), String::new()),
+        Keep::Some(StreamKeep::Bytes(bytes)) => (AT_LEAST.as_millis().to_string(), bytes.to_string()),
+        Keep::Moments => (AT_LEAST.as_millis().to_string(), String::new()),
+        Keep::Nothing => (String::new(), String::new()),
     };
     SCRIPT
         .key(&keys.stream)
@@ -136,7 +140,6 @@ async fn call(
         .arg(SET_BACK_PAUSE.as_millis() as u64)
         .arg(ms)
         .arg(bytes)
-        .arg(u8::from(keep != Keep::Nothing))
         .invoke_async(connection)
         .await
 }

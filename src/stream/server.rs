@@ -11,6 +11,14 @@ pub struct Memory {
     pub max: u64,
 }
 
+impl Memory {
+    /// As the reply of INFO says.
+    pub(super) fn of(info: &str) -> Self {
+        let number = |name| field(info, name).parse().unwrap_or(0);
+        Self { used: number("used_memory"), max: number("maxmemory") }
+    }
+}
+
 /// The value of a field in the reply of INFO; empty if it is not there.
 pub(super) fn field<'a>(info: &'a str, name: &str) -> &'a str {
     info.lines()
@@ -28,8 +36,7 @@ impl Stream {
     pub async fn memory(&mut self) -> StreamResult<Memory> {
         let connection = &mut self.connection;
         let info: String = redis::cmd("INFO").arg("memory").query_async(connection).await?;
-        let number = |name| field(&info, name).parse().unwrap_or(0);
-        Ok(Memory { used: number("used_memory"), max: number("maxmemory") })
+        Ok(Memory::of(&info))
     }
 
     /// The complete reply of INFO.

@@ -16,7 +16,8 @@ static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("set
 pub enum Place {
     /// Behind the last entry that is settled.
     Now,
-    /// Behind everything with this id or a lower one, whether or not there ever was such an entry.
+    /// Behind everything with this id or a lower one, whether or not there ever was such an entry. Where nothing that is settled
+    /// is behind it, as with an id in the future, the same as now.
     Behind(EntryId),
     /// Behind this entry, which was read. Unless it is still there, others behind it may be gone, too.
     Read(EntryId),
@@ -73,7 +74,7 @@ impl Stream {
             Place::Behind(id) => (id.to_string(), String::new()),
             Place::Read(id) => (id.to_string(), id.to_string()),
         };
-        let (is_there, began, entries, refused): (u8, String, Value, Vec<String>) = SCRIPT
+        let (is_there, last_settled, entries, refused): (u8, String, Value, Vec<String>) = SCRIPT
             .key(&keys.stream)
             .key(&keys.refused)
             .arg(&keys.group)
@@ -89,7 +90,9 @@ impl Stream {
         batch.extend(entries)?;
         if let Some(last) = batch.entries.last() {
             *place = Place::Read(last.id);
-        } else if let (Place::Now, Ok(id)) = (&place, began.parse::<EntryId>()) {
+        } else if let Ok(id) = last_settled.parse::<EntryId>() {
+            // From now on, it shows whether something is missing. Whatever is behind it is not settled yet, so that nobody
+            // can have read it.
             *place = if id == EntryId::default() { Place::Behind(id) } else { Place::Read(id) };
         }
         let mut refused = refused.into_iter();

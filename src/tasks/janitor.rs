@@ -44,7 +44,7 @@ impl Janitor {
         Self { redis, config, status, stream: None, cleaned: None, beside: false, said: false, short: false }
     }
 
-    /// What is kept now: nothing while memory is short, so that it never stops the reader.
+    /// What is kept now: next to nothing while memory is short, so that it never stops the reader.
     async fn keep(&mut self, stream: &mut Stream) -> Result<Keep> {
         let Some(keep) = self.config.keeps() else { return Ok(Keep::Nothing) };
         let memory = stream.memory().await?;
@@ -62,7 +62,7 @@ impl Janitor {
                 info!("entries are kept again");
             }
         }
-        Ok(if short { Keep::NothingNow } else { Keep::Some(keep) })
+        Ok(if short { Keep::Moments } else { Keep::Some(keep) })
     }
 
     async fn sweep(&mut self, stream: &mut Stream) -> Result<Duration> {

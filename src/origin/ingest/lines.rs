@@ -1,6 +1,7 @@
 //! The lines of a request: one event each, as a stream entry (`type` and `data`) or as a message of a Jetstream (`did`, `kind`).
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -12,6 +13,12 @@ use crate::time::now_ms;
 
 /// The most events in a request.
 pub const MAX_LINES: usize = 10_000;
+/// The most operations in a commit, as in the protocol.
+const MAX_OPS: usize = 200;
+/// The most bytes in a line: a record of the protocol's greatest size fits.
+const MAX_LINE: usize = 1 << 20;
+/// How far ahead of the clock a time may be.
+const MAX_AHEAD: Duration = Duration::from_mins(5);
 
 /// An event, ready to be appended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,6 +117,9 @@ pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
 }
 
 fn read_line(text: &[u8]) -> Result<Line, String> {
+    if text.len() > MAX_LINE {
+        return Err(format!("an event has at most {} MiB", MAX_LINE >> 20));
+    }
     let value: Value = serde_json::from_slice(text).map_err(|error| format!("this is not JSON: {error}"))?;
     let Value::Object(mut fields) = value else { return Err("this is not a JSON object".to_owned()) };
     let line = match (fields.remove("type"), fields.remove("data"), fields.remove("kind")) {
@@ -132,8 +142,8 @@ fn fields<T: for<'de> Deserialize<'de>>(name: &str, value: Value) -> Result<T, S
 fn entry(event_type: &str, data: Value) -> Result<Line, String> {
     match event_type {
         "commit" => commit(fields("data", data)?),
-        "identity" => Ok(identity(fields("data", data)?)),
-        "account" => Ok(account(fields("data", data)?)),
+        "identity" => identity(fields("data", data)?),
+        "account" => account(fields("data", data)?),
         other => Err(format!("the type {other:.50} is not commit, identity or account")),
     }
 }
@@ -160,8 +170,8 @@ fn jetstream(kind: &str, mut rest: Map<String, Value>) -> Result<Line, String> {
 
 fn commit(commit: CommitData) -> Result<Line, String> {
     let CommitData { repo, ops, rev, time } = commit;
-    if ops.is_empty() {
-        return Err("a commit has at least one operation in `ops`".to_owned());
+    if ops.is_empty() || ops.len() > MAX_OPS {
+        return Err(format!("a commit has at least one operation in `ops`, and at most {MAX_OPS}"));
     }
     let mut written = Vec::with_capacity(ops.len());
     for Op { action, path, cid, record } in ops {
@@ -177,24 +187,36 @@ fn commit(commit: CommitData) -> Result<Line, String> {
         written.push(op);
     }
     let rev = rev.filter(|rev| !rev.is_empty()).unwrap_or_else(new_rev);
-    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+    let time = time_of(time)?;
     let data = json!({ "repo": repo, "ops": written, "rev": rev, "time": time }).to_string();
     Ok(Line { event_type: "commit", did: repo, data })
 }
 
-fn identity(IdentityData { did, handle, time }: IdentityData) -> Line {
-    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+fn identity(IdentityData { did, handle, time }: IdentityData) -> Result<Line, String> {
+    let time = time_of(time)?;
     let data = json!({ "did": did, "handle": handle, "time": time }).to_string();
-    Line { event_type: "identity", did, data }
+    Ok(Line { event_type: "identity", did, data })
 }
 
-fn account(AccountData { did, active, status, time }: AccountData) -> Line {
-    let time = time.unwrap_or_else(|| jiff::Timestamp::now().to_string());
+fn account(AccountData { did, active, status, time }: AccountData) -> Result<Line, String> {
+    let time = time_of(time)?;
     let mut data = json!({ "did": did, "active": active, "time": time });
     if let Some(status) = status {
         data["status"] = status.into();
     }
-    Line { event_type: "account", did, data: data.to_string() }
+    Ok(Line { event_type: "account", did, data: data.to_string() })
+}
+
+/// The time that is given, or the present. One in the future would win over everything until then.
+fn time_of(given: Option<String>) -> Result<String, String> {
+    let now = jiff::Timestamp::now();
+    let Some(text) = given else { return Ok(now.to_string()) };
+    let time: jiff::Timestamp =
+        text.parse().map_err(|_| format!("`time` is not a time such as 2026-01-01T12:00:00Z: {text:.50}"))?;
+    if now.checked_add(MAX_AHEAD).is_ok_and(|latest| time > latest) {
+        return Err(format!("`time` is more than five minutes ahead of the clock: {text:.50}"));
+    }
+    Ok(text)
 }
 
 /// What could never be applied is refused at once.
@@ -209,7 +231,13 @@ fn check(line: &Line) -> Result<(), String> {
         seq: String::new(),
     };
     let event = interpret(&entry, Context::now(&Epochs::UNNAMED)).map_err(|reject| reject.message)?;
-    event.rejected.first().map_or(Ok(()), |rejected| Err(rejected.reject.message.clone()))
+    if let Some(rejected) = event.rejected.first() {
+        return Err(rejected.reject.message.clone());
+    }
+    if event.ops.is_empty() {
+        return Err("this would change nothing: is the handle a valid one?".to_owned());
+    }
+    Ok(())
 }
 
 /// A revision (<https://atproto.com/specs/tid>) that is newer than all before it in this process.
@@ -274,6 +302,13 @@ mod tests {
                 "subject",
             ),
             (r#"{"type":"commit","data":{"repo":"did:plc:a","ops":[]}}"#, "at least one operation"),
+            (r#"{"type":"identity","data":{"did":"did:plc:a","handle":"alice"}}"#, "a valid one"),
+            (
+                r#"{"type":"account","data":{"did":"did:plc:a","active":false,"status":"deleted","time":"9999-01-01T00:00:00Z"}}"#,
+                "ahead of the clock",
+            ),
+            (r#"{"type":"account","data":{"did":"did:plc:a","active":false,"time":"soon"}}"#, "not a time"),
+            (&format!(r#"{{"type":"commit","data":"{}"}}"#, "x".repeat(MAX_LINE)), "at most 1 MiB"),
         ] {
             let error = read(format!("{good}\n\n{wrong}\n{good}").as_bytes()).unwrap_err();
             assert_eq!(error.line, 3, "{wrong}");

@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use self::lines::Line;
-use crate::config::Config;
+use crate::config::{Config, MemoryMark};
 use crate::crash::{self, Point};
 use crate::event::EntryId;
 use crate::stream::ingest::{Answer, Disk, Durability, Request};
@@ -22,8 +22,8 @@ use crate::stream::{Redis, Stream, StreamResult};
 /// How long a server that writes to its disk once a second, and says nothing about it, has for that: Redis delays a write by up to
 /// two seconds if the one before is not done.
 const A_SECOND: Duration = Duration::from_secs(2);
-/// How long to wait for the server's disk and its replica.
-const COPIES: Duration = Duration::from_secs(10);
+/// How long to wait for the server's disk and its replica: less than for an answer.
+const COPIES: Duration = Duration::from_secs(8);
 /// How often to look whether something is applied.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -31,6 +31,7 @@ const LOOK: Duration = Duration::from_millis(20);
 pub struct Ingest {
     redis: Redis,
     max_length: u64,
+    memory_mark: MemoryMark,
     stream: Mutex<Option<Stream>>,
     copies: Mutex<Copies>,
     /// Writes that somebody waits for, so far.
@@ -41,8 +42,20 @@ pub struct Ingest {
 #[derive(Default)]
 struct Copies {
     stream: Option<Stream>,
-    /// All tickets up to this one are durable.
+    /// All tickets up to this one are durable,
     done: u64,
+    /// on this server,
+    server: String,
+    /// and on a replica, if this is set.
+    replicated: bool,
+}
+
+/// Events that are in the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Appended {
+    ids: Vec<String>,
+    before: bool,
+    durability: Durability,
 }
 
 /// What was accepted.
@@ -84,6 +97,15 @@ fn print(text: &[u8]) -> String {
     Cid::compute(Codec::Raw, text).to_string()
 }
 
+/// A server that restarted in between, or another one, may lack what came last.
+fn is_same_server(durability: &Durability, now: &str) -> Result<(), IngestError> {
+    if now == durability.server {
+        Ok(())
+    } else {
+        Err(IngestError::Unknown("Redis was restarted, or is another server".to_owned()))
+    }
+}
+
 impl Ingest {
     /// Takes events into the configured stream.
     #[must_use]
@@ -91,24 +113,24 @@ impl Ingest {
         Self {
             redis,
             max_length: config.max_stream_len,
+            memory_mark: config.memory_mark,
             stream: Mutex::new(None),
             copies: Mutex::default(),
             tickets: 0.into(),
         }
     }
 
-    /// Appends the events of a request, all or none, and returns when they are durable. `key`: its Idempotency-Key; `body`: its
-    /// text.
+    /// Appends the events of a request, all or none. `key`: its Idempotency-Key; `body`: its text.
     ///
     /// # Errors
     ///
     /// [`IngestError`].
-    pub async fn accept(
+    pub async fn append(
         &self,
         key: Option<&str>,
         body: &[u8],
         lines: Vec<Line>,
-    ) -> Result<Accepted, IngestError> {
+    ) -> Result<Appended, IngestError> {
         let mut accounts: Vec<String> = lines.iter().map(|line| line.did.clone()).collect();
         accounts.sort_unstable();
         accounts.dedup();
@@ -118,70 +140,72 @@ impl Ingest {
             accounts,
             entries: lines.into_iter().map(|line| (line.event_type.to_owned(), line.data)).collect(),
         };
-        let (answer, durability) = {
-            let mut kept = self.stream.lock().await;
-            let mut stream = self.redis.reuse(&mut kept).await?;
-            let durability = stream.durability().await?;
-            let answer = stream.ingest(&request, self.max_length).await?;
-            *kept = Some(stream);
-            (answer, durability)
-        };
-        let (ids, before) = match answer {
-            Answer::Appended { ids, before } => (ids, before),
-            Answer::Other => return Err(IngestError::OtherRequest),
-            Answer::Full => {
-                return Err(IngestError::NotNow("the stream is full (REDIS_MAX_STREAM_LEN)"));
-            }
-            Answer::NoStream => return Err(IngestError::NotNow("there is no stream yet")),
-        };
-        crash::at(Point::AfterIngest);
-        self.wait_until_durable(&durability).await?;
-        Ok(Accepted { ids, before, durable: durability.disk != Disk::Unknown })
-    }
-
-    async fn wait_until_durable(&self, durability: &Durability) -> Result<(), IngestError> {
-        let Durability { disk, replicated, .. } = *durability;
-        let mut waits = disk == Disk::WithinASecond;
-        if disk == Disk::Asked || replicated {
-            // Without the right to ask, time has to do.
-            waits |= !self.ask_for_copies(disk == Disk::Asked, replicated).await?;
-        }
-        if waits {
-            tokio::time::sleep(A_SECOND).await;
-        }
-        // A server that restarted in between may have lost what came last.
         let mut kept = self.stream.lock().await;
         let mut stream = self.redis.reuse(&mut kept).await?;
-        let now = stream.durability().await?;
-        *kept = Some(stream);
-        if now.server == durability.server {
-            Ok(())
-        } else {
-            Err(IngestError::Unknown("Redis was restarted".to_owned()))
+        let (durability, memory) = stream.durability().await?;
+        if self.memory_mark.bytes(memory.max).is_some_and(|mark| memory.used >= mark) {
+            *kept = Some(stream);
+            return Err(IngestError::NotNow("Redis is short of memory (REDIS_MEMORY_MARK)"));
         }
+        let answer = stream.ingest(&request, self.max_length).await?;
+        *kept = Some(stream);
+        drop(kept);
+        crash::at(Point::AfterIngest);
+        match answer {
+            Answer::Appended { ids, before } => Ok(Appended { ids, before, durability }),
+            Answer::Other => Err(IngestError::OtherRequest),
+            Answer::Full => Err(IngestError::NotNow("the stream is full (REDIS_MAX_STREAM_LEN)")),
+            Answer::NoStream => Err(IngestError::NotNow("there is no stream yet")),
+        }
+    }
+
+    /// Waits until they are durable.
+    ///
+    /// # Errors
+    ///
+    /// It is not known whether they are.
+    pub async fn settle(&self, appended: Appended) -> Result<Accepted, IngestError> {
+        let Appended { ids, before, durability } = appended;
+        let disk = durability.disk;
+        let is_asked = disk == Disk::Asked || durability.replicated;
+        let is_told = is_asked && self.ask_for_copies(&durability).await?;
+        // Without the right to ask, time has to do.
+        if disk == Disk::WithinASecond || (is_asked && !is_told) {
+            tokio::time::sleep(A_SECOND).await;
+        }
+        if !is_told {
+            let mut kept = self.stream.lock().await;
+            let mut stream = self.redis.reuse(&mut kept).await?;
+            let (now, _) = stream.durability().await?;
+            *kept = Some(stream);
+            is_same_server(&durability, &now.server)?;
+        }
+        Ok(Accepted { ids, before, durable: disk != Disk::Unknown })
     }
 
     /// Waits until the server's disk, and a replica, have everything that was written before. Many that wait share one answer.
-    /// `false` if our user may not ask.
-    async fn ask_for_copies(&self, asked: bool, replicated: bool) -> Result<bool, IngestError> {
+    /// `false` if our user may not ask, or the server does not know.
+    async fn ask_for_copies(&self, durability: &Durability) -> Result<bool, IngestError> {
+        let Durability { disk, replicated, server } = durability;
         let ticket = self.tickets.fetch_add(1, Ordering::SeqCst) + 1;
         let mut copies = self.copies.lock().await;
-        if copies.done >= ticket {
+        if copies.done >= ticket && copies.server == *server && copies.replicated >= *replicated {
             return Ok(true);
         }
         let covered = self.tickets.load(Ordering::SeqCst);
         let mut stream = self.redis.reuse(&mut copies.stream).await?;
-        match stream.wait_for_copies(asked, replicated, COPIES).await {
-            Ok(true) => {}
-            Ok(false) => {
-                let what = if replicated { "its disk and a replica" } else { "its disk" };
+        let told = match stream.wait_for_copies(*disk == Disk::Asked, *replicated, COPIES).await {
+            Ok(Some(told)) => told,
+            Ok(None) => {
+                let what = if *replicated { "its disk and a replica" } else { "its disk" };
                 return Err(IngestError::Unknown(format!("Redis needs longer than {COPIES:?} for {what}")));
             }
             Err(error) if error.code() == Some("NOPERM") => return Ok(false),
+            Err(error) if error.to_string().contains("unknown command") => return Ok(false),
             Err(error) => return Err(error.into()),
-        }
-        copies.stream = Some(stream);
-        copies.done = covered;
+        };
+        is_same_server(durability, &told)?;
+        *copies = Copies { stream: Some(stream), done: covered, server: told, replicated: *replicated };
         Ok(true)
     }
 
