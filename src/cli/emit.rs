@@ -15,9 +15,9 @@ use standpipe::report::table::grouped;
 use standpipe::time::Backoff;
 use standpipe::{http, out};
 
-use super::{EX_USAGE, unavailable};
+use super::{EX_UNAVAILABLE, EX_USAGE};
 
-/// Events and bytes in one request. A line that is longer makes a request of its own.
+/// Events and bytes in one request. A request ends with the line that exceeds them.
 const EVENTS: usize = 1_000;
 const BYTES: usize = 1 << 20;
 /// How long to wait for an answer.
@@ -28,18 +28,18 @@ const PROGRESS: Duration = Duration::from_millis(200);
 /// What to send, and to whom.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// A file with one event in JSON on each line; - for standard input
+    /// File with one JSON event per line; - for standard input
     file: PathBuf,
-    /// The file is the archive of a repository (CAR), as getRepo sends it: send its records
+    /// The file is a repository archive (CAR), as returned by getRepo: send its records
     #[arg(long)]
     car: bool,
-    /// Return only when everything is in the tables
+    /// Wait until the events of each request are in the tables, at most 25 seconds; exit 1 if they are not
     #[arg(long)]
     wait: bool,
-    /// The process's address, host:port; `HTTP_ADDR` when not given
+    /// Address of the process, host:port; default: `HTTP_ADDR`
     #[arg(long, value_name = "HOST:PORT")]
     to: Option<String>,
-    /// Give up after this long without an answer
+    /// How long to repeat a request that is not accepted
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
     patience: Duration,
 }
@@ -82,7 +82,7 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
         None => config.http_addr,
     };
     let Some(address) = address else {
-        out::note("standpipe: there is no address to send to: give --to HOST:PORT, or set HTTP_ADDR");
+        out::note("standpipe: no address to send to: use --to HOST:PORT, or set HTTP_ADDR");
         return Ok(ExitCode::from(EX_USAGE));
     };
     let path = if options.wait { "/events?wait=applied" } else { "/events" };
@@ -115,7 +115,7 @@ pub async fn emit(config: Config, options: Options) -> Result<ExitCode> {
     if dead_letters > 0 {
         let count = grouped(dead_letters);
         out::note(format_args!(
-            "standpipe: {count} of them have dead letters: see standpipe dead-letters list"
+            "standpipe: {count} of them became dead letters: see standpipe dead-letters list"
         ));
         return Ok(ExitCode::FAILURE);
     }
@@ -227,7 +227,8 @@ async fn send(target: &Target, key: &str, body: &[u8], progress: &mut Progress) 
             Err(error) => format!("{error:#}"),
         };
         if began.elapsed() > target.patience {
-            return Err(Failure(unavailable("the running process", &reason), "giving up".to_owned()));
+            let message = format!("the request was not accepted within {:?}: {reason}", target.patience);
+            return Err(Failure(ExitCode::from(EX_UNAVAILABLE), message));
         }
         progress.note(&reason);
         tokio::time::sleep(delays.pause()).await;

@@ -223,7 +223,7 @@ settings! {
         "token for sending events to POST /events, 16 characters or more; unset refuses them";
     /// `SUBSCRIBE`.
     subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
-        "on: workers serve what they have applied at /subscribe, in the format of a Jetstream";
+        "on: run and worker serve the applied events at /subscribe, in the format of a Jetstream";
     /// `SUBSCRIBE_TOKEN`; `None`: anybody who reaches `HTTP_ADDR` may subscribe.
     subscribe_token: Option<AccessToken> = subscribe_token "SUBSCRIBE_TOKEN" secret "",
         optional(AccessToken::parse), or(""),

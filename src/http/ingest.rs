@@ -96,11 +96,13 @@ async fn take(server: &Server, request: Request) -> Answer {
     if server.control.is_draining() {
         return Answer::later("this process is draining");
     }
-    let Ok(place) = inlet.places.acquire().await else { return Answer::later("this process ends") };
+    let Ok(place) = inlet.places.acquire().await else {
+        return Answer::later("this process is shutting down");
+    };
     let body = match read(body).await {
         Ok(Some(body)) => body,
         Ok(None) => {
-            let message = format!("a request has at most {} MiB", MAX_BODY >> 20);
+            let message = format!("the request is larger than {} MiB", MAX_BODY >> 20);
             return Answer::wrong(StatusCode::PAYLOAD_TOO_LARGE, message);
         }
         Err(error) => return Answer::wrong(StatusCode::BAD_REQUEST, error.to_string()),
@@ -135,21 +137,21 @@ async fn take(server: &Server, request: Request) -> Answer {
 fn understand<'s>(server: &'s Server, parts: &Parts) -> Result<(&'s Inlet, Option<String>, bool), Answer> {
     let inlet = server.inlet.as_ref().ok_or_else(|| {
         let message =
-            "sending events is off: set INGEST_TOKEN (16 characters or more) and restart this process";
+            "sending events is disabled: set INGEST_TOKEN (16 characters or more) and restart this process";
         Answer::error(StatusCode::FORBIDDEN, "unauthorized", message)
     })?;
     match bearer(&parts.headers) {
         Some(given) if inlet.token.is(given) => {}
-        Some(_) => return Err(Answer::unauthorized("this is not INGEST_TOKEN")),
+        Some(_) => return Err(Answer::unauthorized("the token does not match INGEST_TOKEN")),
         None => {
-            return Err(Answer::unauthorized("this needs the token: Authorization: Bearer <INGEST_TOKEN>"));
+            return Err(Answer::unauthorized("a token is required: Authorization: Bearer <INGEST_TOKEN>"));
         }
     }
     let wait = match parts.uri.query().unwrap_or_default() {
         "" => false,
         "wait=applied" => true,
         other => {
-            let message = format!("{other:.50} is not known: write ?wait=applied, or nothing");
+            let message = format!("unknown query {other:.50}: use ?wait=applied or none");
             return Err(Answer::wrong(StatusCode::BAD_REQUEST, message));
         }
     };
@@ -181,7 +183,7 @@ fn key(headers: &HeaderMap) -> Result<Option<String>, String> {
     let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
     match key.to_str() {
         Ok(key) if !key.is_empty() && key.len() <= MAX_KEY => Ok(Some(key.to_owned())),
-        _ => Err(format!("Idempotency-Key: write 1 to {MAX_KEY} characters of ASCII")),
+        _ => Err(format!("Idempotency-Key must be 1 to {MAX_KEY} characters of printable ASCII")),
     }
 }
 

@@ -124,7 +124,7 @@ pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Requ
     let Some(outlet) = &server.outlet else {
         return refuse(
             StatusCode::NOT_FOUND,
-            "nobody can subscribe here: a worker (standpipe run or worker) serves subscribers with SUBSCRIBE=on",
+            "this process does not serve subscribers: run standpipe run or worker with SUBSCRIBE=on",
         );
     };
     let (asked, filter, accept) = match outlet.understand(&request) {
@@ -135,7 +135,8 @@ pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Requ
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "this process is draining");
     }
     let Ok(place) = Arc::clone(&outlet.places).try_acquire_owned() else {
-        let message = format!("{} subscribers are connected (SUBSCRIBE_CONNECTIONS)", outlet.connections);
+        let message =
+            format!("the limit of {} subscribers is reached (SUBSCRIBE_CONNECTIONS)", outlet.connections);
         return ([(header::RETRY_AFTER, "5")], refuse(StatusCode::SERVICE_UNAVAILABLE, message))
             .into_response();
     };
@@ -174,7 +175,7 @@ impl Outlet {
         if let Some(token) = &self.token {
             let given = bearer(headers).or(asked.token.as_deref());
             if !given.is_some_and(|given| token.is(given)) {
-                let what = if given.is_some() { "this is not the token" } else { "this needs the token" };
+                let what = if given.is_some() { "wrong token" } else { "a token is required" };
                 let message = format!("{what} (SUBSCRIBE_TOKEN): Authorization: Bearer, or ?token=");
                 let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
                 return Err((challenge, refuse(StatusCode::UNAUTHORIZED, message)).into_response());
@@ -182,7 +183,7 @@ impl Outlet {
         }
         if self.token.is_none() && is_foreign(headers) {
             // Browsers let every page open websockets to every address.
-            let message = "requests from other sites' pages need a token: set SUBSCRIBE_TOKEN";
+            let message = "web pages of other sites need a token: set SUBSCRIBE_TOKEN";
             return Err(refuse(StatusCode::FORBIDDEN, message));
         }
         if asked.compress || headers.get("socket-encoding").is_some_and(|value| value == "zstd") {
@@ -191,7 +192,7 @@ impl Outlet {
         let filter = Filter::new(std::mem::take(&mut asked.options)).map_err(bad)?;
         let accept = accept_key(headers).ok_or_else(|| {
             let headers = [(header::UPGRADE, "websocket"), (header::SEC_WEBSOCKET_VERSION, "13")];
-            let message = "this is a websocket: connect with ws:// or wss://";
+            let message = "this endpoint speaks WebSocket: connect with ws:// or wss://";
             (headers, refuse(StatusCode::UPGRADE_REQUIRED, message)).into_response()
         })?;
         Ok((asked, filter, accept))
@@ -225,13 +226,13 @@ struct FromSubscriber {
 #[derive(Debug, thiserror::Error)]
 enum End {
     /// The subscriber closed it, or its connection broke.
-    #[error("it left")]
+    #[error("the subscriber left")]
     Left,
     /// The subscriber has read nothing for too long.
-    #[error("it reads too slowly, or not at all")]
+    #[error("nothing was read for 10 seconds")]
     Slow,
     /// The subscriber does not answer.
-    #[error("it does not answer pings")]
+    #[error("no answer to pings for 90 seconds")]
     Silent,
     #[error("{0}")]
     Ended(#[from] Ended),
@@ -239,7 +240,7 @@ enum End {
     #[error("{0}")]
     Invalid(String),
     /// This process ends.
-    #[error("the server is draining: reconnect, with the last cursor")]
+    #[error("the server is draining: reconnect with the last cursor")]
     Draining,
 }
 
@@ -295,7 +296,7 @@ impl Session {
             .max_frame_size(Some(MESSAGE_BYTES));
         let socket = Socket::from_raw_socket(io, Role::Server, Some(limits)).await;
         let (sink, source) = socket.split();
-        info!(peer, cursor, "a subscriber has connected");
+        info!(peer, cursor, "a subscriber connected");
         let (tell, filters) = watch::channel(hello.then_some(filter));
         let heard = watch::Sender::new(Instant::now());
         let sink = Mutex::new(sink);
@@ -307,9 +308,9 @@ impl Session {
         };
         metrics::subscriber_ended(end.name());
         if matches!(end, End::Left) {
-            debug!(peer, "a subscriber has left");
+            debug!(peer, "a subscriber left");
         } else {
-            info!(peer, reason = %end, "a subscriber is disconnected");
+            info!(peer, reason = %end, "a subscriber was disconnected");
         }
         let frame =
             CloseFrame { code: end.code(), reason: Utf8Bytes::from(format!("{:.120}", end.to_string())) };
@@ -339,13 +340,10 @@ async fn listen(
         let WsMessage::Text(text) = message else { continue };
         let update: FromSubscriber = match serde_json::from_str(&text) {
             Ok(update) => update,
-            Err(error) => return End::Invalid(format!("this message is not understood: {error}")),
+            Err(error) => return End::Invalid(format!("cannot parse the message: {error}")),
         };
         if update.r#type != "options_update" {
-            return End::Invalid(format!(
-                "a message of type {:.50} is not known: send options_update",
-                update.r#type
-            ));
+            return End::Invalid(format!("unknown message type {:.50}: send options_update", update.r#type));
         }
         match Filter::new(update.payload) {
             Ok(filter) => filters.send_replace(Some(filter)),

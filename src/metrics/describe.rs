@@ -108,7 +108,7 @@ fn describe_subscribers() {
     describe_gauge!(
         SUBSCRIBERS_BEHIND,
         Unit::Seconds,
-        "How far the last subscriber is behind the newest entry in the tables"
+        "How far the slowest subscriber is behind the newest entry in the tables"
     );
     describe_counter!(SUBSCRIBER_MESSAGES, "Messages sent to subscribers");
     describe_counter!(SUBSCRIBERS_ENDED, "Subscribers disconnected, by reason");

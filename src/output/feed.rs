@@ -270,7 +270,7 @@ impl Pages {
 pub enum Ended {
     /// What comes after the last one that it got is no longer in the stream.
     #[error(
-        "you are further behind than the stream keeps (STREAM_KEEP): reconnect, and some events are missing"
+        "further behind than the stream keeps (STREAM_KEEP): after reconnecting, some events are missing"
     )]
     Behind,
 }

@@ -241,7 +241,7 @@ fn subscribers_line(subscribers: &Value) -> String {
     let behind = subscribers["furthest_behind_seconds"].as_f64().unwrap_or(0.0);
     let last = match number(&subscribers["connected"]) {
         0 => String::new(),
-        _ => format!(", the last {} behind", age(behind)),
+        _ => format!(", the slowest {} behind", age(behind)),
     };
     format!("{} connected{last}", grouped(number(&subscribers["connected"])))
 }
@@ -388,7 +388,7 @@ trim          held back by the group other
 cursor        42 at bsky.network
 dead letters  3: 3 undecodable
 reader        running, connected to bsky.network, 12,345 frames, the last 0.1 s ago, 1 gaps
-subscribers   3 connected, the last 12 s behind
+subscribers   3 connected, the slowest 12 s behind
 PostgreSQL    2 of 5 connections in use, at most 20
 process       up for 2 h, 1,000 entries finished, 12 per second now
 pipelines     1, 200 entries at a time, one transaction per event

@@ -183,12 +183,18 @@ async fn a_request_that_is_refused_appends_nothing() {
     let broken = format!("{six}{{broken\n{good}\n");
     let doubtful = format!("{good}\n{}", op(&did(1), "create", "app.bsky.feed.like/a", &json!({})));
     for (headers, path, body, code, says) in [
-        (String::new(), "/events", good.as_bytes(), 401, "needs the token"),
-        (bearer("another-token-of-some-length"), "/events", good.as_bytes(), 401, "not INGEST_TOKEN"),
+        (String::new(), "/events", good.as_bytes(), 401, "a token is required"),
+        (
+            bearer("another-token-of-some-length"),
+            "/events",
+            good.as_bytes(),
+            401,
+            "does not match INGEST_TOKEN",
+        ),
         (bearer(TOKEN), "/events", &huge[..], 413, "8 MiB"),
         (bearer(TOKEN), "/events", broken.as_bytes(), 400, "line 7: this is not JSON"),
         (bearer(TOKEN), "/events", doubtful.as_bytes(), 400, "line 2: "),
-        (bearer(TOKEN), "/events", b"", 400, "no event"),
+        (bearer(TOKEN), "/events", b"", 400, "contains no event"),
         (bearer(TOKEN), "/events?wait=forever", good.as_bytes(), 400, "wait=applied"),
         (
             format!("{}Idempotency-Key: {}\r\n", bearer(TOKEN), "k".repeat(256)),

@@ -111,7 +111,7 @@ pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
         lines.push(read_line(text).map_err(wrong)?);
     }
     if lines.is_empty() {
-        return Err(WrongLine { line: 1, message: "there is no event".to_owned() });
+        return Err(WrongLine { line: 1, message: "the request contains no event".to_owned() });
     }
     Ok(lines)
 }
@@ -126,9 +126,8 @@ fn read_line(text: &[u8]) -> Result<Line, String> {
         (Some(Value::String(event_type)), Some(data), _) => entry(&event_type, data)?,
         (None, None, Some(Value::String(kind))) => jetstream(&kind, fields)?,
         _ => {
-            return Err(
-                "an event has `type` and `data`, or `did`, `kind` and what it is called by `kind`".to_owned()
-            );
+            return Err("an event has `type` and `data`, or `did`, `kind` and the object that `kind` names"
+                .to_owned());
         }
     };
     check(&line)?;
@@ -235,7 +234,7 @@ fn check(line: &Line) -> Result<(), String> {
         return Err(rejected.reject.message.clone());
     }
     if event.ops.is_empty() {
-        return Err("this would change nothing: is the handle a valid one?".to_owned());
+        return Err("this event changes nothing: its handle is missing or invalid".to_owned());
     }
     Ok(())
 }
@@ -302,7 +301,10 @@ mod tests {
                 "subject",
             ),
             (r#"{"type":"commit","data":{"repo":"did:plc:a","ops":[]}}"#, "at least one operation"),
-            (r#"{"type":"identity","data":{"did":"did:plc:a","handle":"alice"}}"#, "a valid one"),
+            (
+                r#"{"type":"identity","data":{"did":"did:plc:a","handle":"alice"}}"#,
+                "its handle is missing or invalid",
+            ),
             (
                 r#"{"type":"account","data":{"did":"did:plc:a","active":false,"status":"deleted","time":"9999-01-01T00:00:00Z"}}"#,
                 "ahead of the clock",

@@ -65,7 +65,7 @@ pub struct Accepted {
     pub ids: Vec<String>,
     /// Whether the same request had been accepted before.
     pub before: bool,
-    /// Whether they are on the disk; if not, Redis has no append-only file.
+    /// Whether they are on the disk; if not, Redis has no append-only file, or does not flush it itself (`appendfsync no`).
     pub durable: bool,
 }
 
@@ -73,7 +73,7 @@ pub struct Accepted {
 #[derive(Debug, thiserror::Error)]
 pub enum IngestError {
     /// The request is wrong.
-    #[error("another request had this Idempotency-Key: choose a new one for other events")]
+    #[error("this Idempotency-Key was used for a different request: use a new key")]
     OtherRequest,
     /// It is not the request's fault; nothing was appended.
     #[error("{0}")]
@@ -102,7 +102,7 @@ fn is_same_server(durability: &Durability, now: &str) -> Result<(), IngestError>
     if now == durability.server {
         Ok(())
     } else {
-        Err(IngestError::Unknown("Redis was restarted, or is another server".to_owned()))
+        Err(IngestError::Unknown("Redis was restarted, or replaced by another server".to_owned()))
     }
 }
 
@@ -170,10 +170,11 @@ impl Ingest {
         let is_asked = disk == Disk::Asked || durability.replicated;
         let is_told = is_asked && self.ask_for_copies(&durability).await?;
         // Without the right to ask, time has to do.
-        if disk == Disk::WithinASecond || (is_asked && !is_told) {
+        let waits = disk == Disk::WithinASecond || (is_asked && !is_told);
+        if waits {
             tokio::time::sleep(A_SECOND).await;
         }
-        if !is_told {
+        if waits || !is_told {
             let mut kept = self.stream.lock().await;
             let mut stream = self.redis.reuse(&mut kept).await?;
             let (now, _) = stream.durability().await?;
@@ -197,8 +198,12 @@ impl Ingest {
         let told = match stream.wait_for_copies(*disk == Disk::Asked, *replicated, COPIES).await {
             Ok(Some(told)) => told,
             Ok(None) => {
-                let what = if *replicated { "its disk and a replica" } else { "its disk" };
-                return Err(IngestError::Unknown(format!("Redis needs longer than {COPIES:?} for {what}")));
+                let what = if *replicated {
+                    "the write to its disk and to a replica"
+                } else {
+                    "the write to its disk"
+                };
+                return Err(IngestError::Unknown(format!("Redis did not confirm {what} within {COPIES:?}")));
             }
             Err(error) if error.code() == Some("NOPERM") => return Ok(false),
             Err(error) if error.to_string().contains("unknown command") => return Ok(false),
