@@ -107,11 +107,7 @@ impl Store {
         let client = self.pool.get().await?;
         ::metrics::histogram!(metrics::POOL_WAIT).record(asked.elapsed().as_secs_f64());
         let uses = Object::metrics(&client).recycle_count;
-        if uses >= 8 && uses.is_power_of_two() {
-            // Plans are kept, and one made while a table was empty is often wrong a second later.
-            client.batch_execute("DISCARD PLANS").await?;
-        }
-        Ok(Session {
+        let session = Session {
             client: Lent {
                 object: Some(client),
                 unanswered: AtomicUsize::new(0),
@@ -120,7 +116,12 @@ impl Store {
             },
             known: Arc::clone(&self.known),
             answer_limit: self.answer_limit,
-        })
+        };
+        if uses >= 8 && uses.is_power_of_two() {
+            // Plans are kept, and one made while a table was empty is often wrong a second later.
+            session.in_time(session.client.batch_execute("DISCARD PLANS")).await?;
+        }
+        Ok(session)
     }
 
     /// Whether the server answers, within `limit`.

@@ -10,6 +10,8 @@ use crate::support::chain::{
 use crate::support::gate::Gate;
 use crate::support::{Postgres, Redis, Signal, execute, free_port, query_rows, wait_for, wait_until};
 use serde_json::{Value, json};
+use standpipe::config::{self, Role};
+use standpipe::store::Store;
 use standpipe_lab::servers::RedisOptions;
 
 const EVENTS: u64 = 5_000;
@@ -585,6 +587,27 @@ async fn connections_that_never_answer_are_abandoned() {
     .await;
     chain.ends_like_an_undisturbed_run().await;
     assert!(program.is_running());
+}
+
+/// Also one that falls silent between two uses, when the pool has something to say to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_falls_silent_in_the_pool_is_abandoned() {
+    let database = Postgres::shared().await.fresh_database().await;
+    let gate = Gate::for_url(&database).await;
+    let url = gate.url_through(&database);
+    let variables = [("DATABASE_URL", url.as_str()), ("DB_STATEMENT_TIMEOUT", "1s"), ("DB_POOL_SIZE", "1")];
+    let (config, _) = config::from_env(variables, Role::Worker).unwrap();
+    let store = Store::new(&config).unwrap();
+    // The next use is one at which the server is told to forget its plans.
+    for _ in 0..8 {
+        drop(store.session().await.unwrap());
+    }
+    gate.silence_all();
+    let ended =
+        tokio::time::timeout(Duration::from_secs(40), store.session()).await.expect("it waits for ever");
+    assert!(ended.is_err(), "it answered");
+    let session = store.session().await.unwrap();
+    session.client().simple_query("SELECT 1").await.unwrap();
 }
 
 /// A refusal that is our fault rather than the event's is not a reason to discard events.
