@@ -35,7 +35,7 @@ test-deb: deb ## Install the package in a fresh Debian, run its units under syst
 long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, a backfill of 20,000 accounts, 20,000 lost commits, live latency beside bad servers and floods, 100,000 events to twenty subscribers, a thousand requests through twenty kills, convergence with 5,000 cases, the long chaos run
 	./scripts/install-servers.sh pgbouncer
 	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test it -- --nocapture upstream:: database::
-	STANDPIPE_LONG=1 cargo test --release --locked --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency:: subscribe:: ingest::
+	STANDPIPE_LONG=1 cargo test --release --locked --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency:: subscribe:: ingest::every
 	STANDPIPE_CASES=5000 cargo test --release --locked --test it convergence::
 	$(MAKE) chaos
 
