@@ -4,8 +4,8 @@ import WebSocket from "ws";
 
 const [endpoint, last] = process.argv.slice(2);
 const seen = { posts: 0, deleted: 0, identities: 0, accounts: 0, errors: 0 };
-// All collections, so that the last message comes, whatever it is about.
-const jetstream = new Jetstream({ ws: WebSocket, endpoint, cursor: 0 });
+// All collections, so that the last message comes, whatever it is about. It takes 0 for no cursor.
+const jetstream = new Jetstream({ ws: WebSocket, endpoint, cursor: 1 });
 const stop = (event) => {
   if (event.time_us < Number(last)) return;
   console.log(JSON.stringify({ ...seen, cursor: event.time_us }));
