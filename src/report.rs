@@ -51,8 +51,8 @@ pub struct StreamReport {
     pub group_exists: bool,
     /// Entries in the stream.
     pub length: u64,
-    /// Entries among them that are there only because `STREAM_KEEP` keeps them.
-    pub kept: u64,
+    /// Entries among them that every group has acknowledged.
+    pub acknowledged: u64,
     /// Entries not yet delivered; null when Redis does not know.
     pub waiting: Option<u64>,
     /// Entries delivered and not acknowledged.
@@ -128,7 +128,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
             exists: look.exists,
             group_exists: look.group,
             length: look.length,
-            kept: look.kept,
+            acknowledged: look.acknowledged,
             waiting: look.waiting(),
             pending: look.pending,
             oldest_waiting_seconds: look.oldest_seconds(),

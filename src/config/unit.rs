@@ -84,7 +84,7 @@ impl StreamKeep {
         }
         match parse_duration(text).map_err(wrong)? {
             time if time < Duration::from_secs(10) => {
-                Err(wrong(Wrong::new("is less than 10s: whoever reconnects would have missed something", "")))
+                Err(wrong(Wrong::new("is less than 10s: subscribers that reconnect would miss events", "")))
             }
             time => Ok(Some(Self::Time(time))),
         }

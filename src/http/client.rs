@@ -88,7 +88,7 @@ async fn fetch(
     let request =
         format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
-    // Whoever refuses a request may answer before it has read everything.
+    // A server that refuses a request may answer before it has read all of it.
     let _ = socket.write_all(body).await;
     let mut answer = Vec::new();
     socket.take(16 << 20).read_to_end(&mut answer).await?;

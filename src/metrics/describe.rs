@@ -3,10 +3,10 @@
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 use super::{
-    ACCOUNTS, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR, DATABASE_WENT_BACK,
-    DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED, HANDLES, INGESTED,
-    INGESTS, KEPT, LAG_KNOWN, LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE,
-    POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES,
+    ACCOUNTS, ACKNOWLEDGED, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR,
+    DATABASE_WENT_BACK, DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED,
+    HANDLES, INGESTED, INGESTS, LAG_KNOWN, LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE,
+    POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES,
     RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED,
     RELAY_UNWANTED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH,
     STREAM_LOST, SUBSCRIBER_MESSAGES, SUBSCRIBERS, SUBSCRIBERS_BEHIND, SUBSCRIBERS_ENDED,
@@ -56,7 +56,10 @@ fn describe_stream() {
     describe_counter!(GROUP_RECREATED, "Times that the consumer group had to be created");
     describe_counter!(STREAM_LOST, "Times that the stream was found deleted");
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
-    describe_gauge!(KEPT, "Entries among them that are there only because STREAM_KEEP keeps them");
+    describe_gauge!(
+        ACKNOWLEDGED,
+        "Entries among them that every group has acknowledged, such as those that STREAM_KEEP keeps"
+    );
     describe_gauge!(
         WAITING,
         "Entries not yet delivered to any consumer; meaningless while standpipe_lag_known is 0"

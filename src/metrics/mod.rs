@@ -112,8 +112,8 @@ pub const REPAIRED: &str = "standpipe_repairs_total";
 pub const HANDLES: &str = "standpipe_handle_lookups_total";
 /// Lookups of DID documents, by result.
 pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
-/// Entries that are in the stream only because `STREAM_KEEP` keeps them.
-pub const KEPT: &str = "standpipe_kept_entries";
+/// Entries that every group has acknowledged, and that are still in the stream.
+pub const ACKNOWLEDGED: &str = "standpipe_acknowledged_entries";
 /// Subscribers connected.
 pub const SUBSCRIBERS: &str = "standpipe_subscribers";
 /// How far the last subscriber is behind.
@@ -233,7 +233,7 @@ pub fn refilling(refilling: bool) {
 pub fn look(look: &Look) {
     let waiting = look.waiting();
     metrics::gauge!(STREAM_LENGTH).set(look.length as f64);
-    metrics::gauge!(KEPT).set(look.kept as f64);
+    metrics::gauge!(ACKNOWLEDGED).set(look.acknowledged as f64);
     metrics::gauge!(PENDING).set(look.pending as f64);
     metrics::gauge!(LAG_KNOWN).set(if waiting.is_some() { 1.0 } else { 0.0 });
     metrics::gauge!(WAITING).set(waiting.map_or(f64::NAN, |waiting| waiting as f64));

@@ -1,4 +1,5 @@
-//! The settled entries, read once for all subscribers who keep up. Whoever is behind reads the stream until it has caught up.
+//! The settled entries, read once for all subscribers that keep up. A subscriber that is behind reads the stream itself until it
+//! has caught up.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,6 +31,8 @@ const TAKE_BYTES: usize = 256 << 10;
 const REPLAYS: usize = 4;
 /// The time between two looks while nothing is new.
 const LOOK: Duration = Duration::from_millis(20);
+/// Failures are logged again after this time.
+const SAY_AGAIN: Duration = Duration::from_mins(1);
 /// How often the accounts that forbid collection are read; less often if that takes long.
 const FORBIDDEN: Duration = Duration::from_secs(5);
 
@@ -52,7 +55,7 @@ impl Item {
 /// The newest items: all those after `start`.
 #[derive(Default)]
 struct Ring {
-    /// How often it was begun anew. What came between is not here, so whoever has read before has to look in the stream.
+    /// How often it was emptied. It may lack what came in between, so a subscriber of an earlier generation has to read the stream.
     generation: u64,
     /// `None` before anything is known.
     start: Option<EntryId>,
@@ -130,20 +133,26 @@ impl Feed {
     /// Reads for as long as it is polled, while there are subscribers.
     pub async fn run(&self) {
         let mut delays = Backoff::default();
+        let mut failed: Option<Instant> = None;
         loop {
             while !self.is_read() {
-                self.begin_anew();
+                self.empty_ring();
                 self.first.notified().await;
             }
-            // Whoever waits is served again as soon as Redis and PostgreSQL answer.
-            if self.follow(&mut delays).await.is_err() {
-                self.begin_anew();
+            // Subscribers stay connected, and continue as soon as Redis and PostgreSQL answer.
+            if let Err(error) = self.follow(&mut delays).await {
+                self.empty_ring();
+                let now = Instant::now();
+                if failed.is_none_or(|at| now.duration_since(at) >= SAY_AGAIN) {
+                    failed = Some(now);
+                    warn!(reason = format!("{error:#}"), "subscribers get nothing at the moment");
+                }
                 tokio::time::sleep(delays.pause()).await;
             }
         }
     }
 
-    fn begin_anew(&self) {
+    fn empty_ring(&self) {
         {
             let mut ring = lock(&self.ring);
             *ring = Ring { generation: ring.generation + 1, ..Ring::default() };
@@ -179,7 +188,7 @@ impl Feed {
             let Some(items) = self.read(&mut stream, &mut place, &mut pages).await? else {
                 // Those who have read up to here find out by themselves.
                 place = Place::Now;
-                self.begin_anew();
+                self.empty_ring();
                 continue;
             };
             delays.reset();
@@ -225,7 +234,7 @@ impl Feed {
             // It is a dead letter, too: nobody could apply it.
             metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
             if !self.said.swap(true, Ordering::Relaxed) {
-                warn!(%id, %error, "an entry has another form than ours and is not sent to subscribers; this is said once");
+                warn!(%id, %error, "cannot send an entry to subscribers: it is malformed (logged once; see standpipe_subscriber_unreadable_entries_total)");
             }
             Vec::new()
         });

@@ -171,11 +171,11 @@ fn stream_lines(stream: &Value, running: bool) -> Vec<(&'static str, String)> {
     if stream["exists"] == Value::Bool(false) {
         lines.push(("stream", format!("{key} does not exist yet")));
     } else {
-        let kept = match number(&stream["kept"]) {
+        let applied = match number(&stream["acknowledged"]) {
             0 => String::new(),
-            kept => format!(", {} of them kept for subscribers", grouped(kept)),
+            applied => format!(", {} of them applied", grouped(applied)),
         };
-        lines.push(("stream", format!("{key}: {} entries{kept}", grouped(number(&stream["length"])))));
+        lines.push(("stream", format!("{key}: {} entries{applied}", grouped(number(&stream["length"])))));
         let missing =
             if stream["group_exists"] == Value::Bool(false) { ", which does not exist" } else { "" };
         lines.push(("group", format!("{group}{missing}")));
@@ -362,7 +362,7 @@ mod tests {
         let status = serde_json::json!({
             "version": "1.2.3",
             "stream": {"key": "firehose:events", "group": "g", "exists": true, "group_exists": true, "length": 1_234_567,
-                       "kept": 1_000_000, "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
+                       "acknowledged": 1_000_000, "waiting": null, "pending": 3, "oldest_waiting_seconds": 75.0, "trim_held_by": "other",
                        "cursor": 42, "relay": "bsky.network"},
             "consumers": [{"name": "a-0", "pending": 3, "idle_seconds": 0.5},
                           {"name": "dead\u{1b}-0", "pending": 2, "idle_seconds": 86_400.0}],
@@ -380,7 +380,7 @@ mod tests {
         let expected = "\
 standpipe 1.2.3
 
-stream        firehose:events: 1,234,567 entries, 1,000,000 of them kept for subscribers
+stream        firehose:events: 1,234,567 entries, 1,000,000 of them applied
 group         g
 waiting       unknown to Redis, the oldest for 75 s
 pending       3

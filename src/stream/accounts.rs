@@ -307,7 +307,8 @@ impl Stream {
         entries: &[String],
         max_length: u64,
     ) -> RedisResult<Option<EntryId>> {
-        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("append_own.lua")));
+        static SCRIPT: LazyLock<Script> =
+            LazyLock::new(|| Script::new(concat!(include_str!("own.lua"), include_str!("append_own.lua"))));
         let Self { connection, keys } = self;
         let last: String = SCRIPT
             .key(&keys.stream)

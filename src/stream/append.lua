@@ -13,8 +13,8 @@
 --       number of accounts whose handle is to be looked up, and for each its DID and the position that asks for it; then
 --       names and numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as
 --       JSON.
--- Returns the stream's length without what is only kept, and the numbers of dead letters that were kept, that were already known, and that there
--- was no room for.
+-- Returns how many entries of the stream are not acknowledged, and the numbers of dead letters that were kept, that were already
+-- known, and that there was no room for.
 --
 -- A script and not MULTI/EXEC, because it can check before it writes: whether the lease is still ours, whether
 -- the cursor is where we left it, and whether the stream exists. If any of these fails, Redis lost something
@@ -178,5 +178,5 @@ if refused > 0 then
     redis.call('HINCRBY', KEYS[15], 'no_room', refused)
 end
 redis.call('PEXPIRE', KEYS[5], ARGV[5])
-local only_kept = tonumber(redis.call('HGET', KEYS[7], 'kept') or '0')
-return {math.max(0, redis.call('XLEN', KEYS[1]) - only_kept), kept, known, refused}
+local acknowledged = tonumber(redis.call('HGET', KEYS[7], 'acknowledged') or '0')
+return {math.max(0, redis.call('XLEN', KEYS[1]) - acknowledged), kept, known, refused}

@@ -188,13 +188,13 @@ impl Stream {
         type Answers =
             (Option<String>, Option<String>, Option<String>, Option<String>, u64, Option<u64>, String);
         let Self { connection, keys } = self;
-        let (cursor, holder, acked, relay, length, kept, info): Answers = redis::pipe()
+        let (cursor, holder, acked, relay, length, acknowledged, info): Answers = redis::pipe()
             .get(&keys.cursor)
             .get(&keys.lease)
             .get(&keys.acked)
             .get(&keys.relay)
             .xlen(&keys.stream)
-            .hget(&keys.watch, "kept")
+            .hget(&keys.watch, "acknowledged")
             .cmd("INFO")
             .query_async(connection)
             .await?;
@@ -213,7 +213,7 @@ impl Stream {
             lease,
             acked: acked.and_then(|text| text.parse().ok()),
             relay,
-            length: length.saturating_sub(kept.unwrap_or(0)),
+            length: length.saturating_sub(acknowledged.unwrap_or(0)),
             used_memory: field("used_memory").parse().unwrap_or(0),
             max_memory: field("maxmemory").parse().unwrap_or(0),
             run_id: field("run_id").to_owned(),

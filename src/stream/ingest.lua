@@ -24,35 +24,21 @@ end
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return {'none'}
 end
-local kept = tonumber(redis.call('HGET', KEYS[2], 'kept') or '0')
-if redis.call('XLEN', KEYS[1]) - kept >= tonumber(ARGV[1]) then
+if not has_room(KEYS[1], KEYS[2], ARGV[1]) then
     return {'full'}
 end
-local info = redis.call('XINFO', 'STREAM', KEYS[1])
-local before
-for i = 1, #info, 2 do
-    if info[i] == 'last-generated-id' then
-        before = info[i + 1]
-    end
+local first = 5 + tonumber(ARGV[4])
+local entries = {}
+for i = first, #ARGV, 2 do
+    entries[#entries + 1] = {ARGV[i], ARGV[i + 1]}
 end
-local accounts = tonumber(ARGV[4])
-local ids = {}
--- The first write must be one that Redis refuses when its memory is full. No number: that is the relay's alone.
-for i = 5 + accounts, #ARGV, 2 do
-    ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', 'type', ARGV[i], 'data', ARGV[i + 1], 'seq', '')
-end
-for i = 5, 4 + accounts do
+-- No number: that is the relay's alone.
+local ids = append(KEYS[1], KEYS[2], KEYS[3], entries, '')
+for i = 5, first - 1 do
     redis.call('HSET', KEYS[5], ARGV[i], 1)
 end
 if named then
     redis.call('SET', KEYS[4], ARGV[2] .. ' ' .. table.concat(ids, ' '), 'EX', ARGV[3])
-end
--- They are ours, not another program's: see open.lua and janitor.lua.
-if redis.call('HGET', KEYS[3], 'last') == before then
-    redis.call('HSET', KEYS[3], 'last', ids[#ids])
-end
-if redis.call('HEXISTS', KEYS[2], 'appended') == 1 then
-    redis.call('HINCRBY', KEYS[2], 'appended', #ids)
 end
 table.insert(ids, 1, 'new')
 return ids

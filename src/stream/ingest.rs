@@ -9,7 +9,8 @@ use super::server::{Memory, field};
 use super::{Keys, Stream};
 use crate::event::EntryId;
 
-static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("ingest.lua")));
+static SCRIPT: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("own.lua"), include_str!("ingest.lua"))));
 
 /// For how long the name of a request is remembered.
 const REMEMBER: Duration = Duration::from_hours(24);
@@ -190,15 +191,5 @@ impl Stream {
     pub async fn is_settled(&mut self, id: EntryId) -> RedisResult<bool> {
         let delivered = self.last_delivered().await?;
         Ok(delivered >= id && self.first_pending().await?.is_none_or(|first| first > id))
-    }
-
-    /// What of these entries ended as dead letters, as in settled.lua.
-    ///
-    /// # Errors
-    ///
-    /// Redis cannot be reached.
-    pub async fn refused(&mut self, ids: &[String]) -> RedisResult<Vec<Option<String>>> {
-        let Self { connection, keys } = self;
-        redis::cmd("HMGET").arg(&keys.refused).arg(ids).query_async(connection).await
     }
 }

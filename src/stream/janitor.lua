@@ -6,7 +6,8 @@
 --       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept after they were
 --       acknowledged, '' if this process keeps none; the bytes that are enough, or ''.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
---          the group that holds the trim back, entries found removed, reader set back, entries kept}, or {} without a stream.
+--          the group that holds the trim back, entries found removed, reader set back,
+--          entries that every group has acknowledged}, or {} without a stream.
 --
 -- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
 -- entries. Never trims while our own group is missing: then nothing is known to be acknowledged.
@@ -15,7 +16,8 @@
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
 -- them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and
 -- `seen`, how many at that call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
--- position, and `pause`, for how long not again; `kept`, how many entries every group has acknowledged; `keeper`, when a process last kept any, and `marks`, up to where it was when; `hold`, the last entry of the stream then. What the reader appends after that
+-- position, and `pause`, for how long not again; `acknowledged`, how many entries every group has acknowledged; `keeper`, when a
+-- process last kept any of those, and `marks`, up to where it was when; `hold`, the last entry of the stream then. What the reader appends after that
 -- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond. `trimmed` is how
 -- many entries were trimmed here, by every process of ours, also by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -277,11 +279,11 @@ local function surplus()
     return math.max(0, math.ceil(done - ARGV[6] / each))
 end
 
-local trimmed, kept = 0, tonumber(redis.call('HGET', KEYS[6], 'kept') or '0')
+local trimmed, acknowledged = 0, tonumber(redis.call('HGET', KEYS[6], 'acknowledged') or '0')
 if own and not dry then
     if not known then
         -- Redis 6.2 does not count what waits: as many as there were when nothing did.
-        done = math.min(done, kept)
+        done = math.min(done, acknowledged)
     end
     local limit, bound = tonumber(ARGV[2]), floor
     local time = redis.call('TIME')
@@ -305,8 +307,8 @@ if own and not dry then
         trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound, 'LIMIT', string.format('%d', limit))
         redis.call('INCRBY', KEYS[7], trimmed)
     end
-    kept = math.max(0, done - trimmed)
-    redis.call('HSET', KEYS[6], 'kept', kept)
+    acknowledged = math.max(0, done - trimmed)
+    redis.call('HSET', KEYS[6], 'acknowledged', acknowledged)
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])
     if info['added'] then
@@ -315,4 +317,4 @@ if own and not dry then
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,
-        gone, back, kept}
+        gone, back, acknowledged}

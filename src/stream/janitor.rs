@@ -14,7 +14,7 @@ use crate::time::now_ms;
 /// Maximum entries trimmed by one call; more would hold up the server.
 const TRIM_LIMIT: u32 = 10_000;
 
-/// What whoever keeps anything keeps at least, whatever its size: subscribers that keep up read it within that time.
+/// Minimum time for which acknowledged entries stay if any are kept: subscribers that keep up read them by then.
 const AT_LEAST: Duration = Duration::from_secs(5);
 
 /// The minimum time between setting the reader back, in case entries keep being removed.
@@ -47,8 +47,8 @@ pub struct Look {
     pub removed: u64,
     /// Whether the reader was set back to re-read such entries.
     pub set_back: bool,
-    /// Entries that every group has acknowledged, and that are there only because `STREAM_KEEP` keeps them.
-    pub kept: u64,
+    /// Entries that every group has acknowledged, and that are not trimmed: mostly what `STREAM_KEEP` keeps.
+    pub acknowledged: u64,
 }
 
 impl Look {
@@ -166,7 +166,7 @@ impl FromRedisValue for Look {
             held_by,
             removed,
             set_back,
-            kept,
+            acknowledged,
         ) = Fields::from_redis_value(Value::Array(fields))?;
         Ok(Self {
             exists: true,
@@ -180,7 +180,7 @@ impl FromRedisValue for Look {
             held_by,
             removed,
             set_back: set_back == 1,
-            kept,
+            acknowledged,
         })
     }
 }

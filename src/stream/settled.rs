@@ -96,11 +96,30 @@ impl Stream {
             *place = if id == EntryId::default() { Place::Behind(id) } else { Place::Read(id) };
         }
         let mut refused = refused.into_iter();
-        let settled = batch.entries.into_iter().map(|entry| {
-            let refused = refused.next().filter(|text| !text.is_empty());
-            let paths = |text: String| serde_json::from_str(&text).unwrap_or_else(|_| vec!["*".to_owned()]);
-            Settled { entry, refused: refused.map(paths).unwrap_or_default() }
+        let settled = batch.entries.into_iter().map(|entry| Settled {
+            entry,
+            refused: refused.next().map(|text| paths(&text)).unwrap_or_default(),
         });
         Ok(Some(settled.collect()))
     }
+
+    /// The paths of the operations that ended as dead letters, of each of these entries; a single `*` for a whole entry.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn refused(&mut self, ids: &[String]) -> RedisResult<Vec<Vec<String>>> {
+        let Self { connection, keys } = self;
+        let found: Vec<Option<String>> =
+            redis::cmd("HMGET").arg(&keys.refused).arg(ids).query_async(connection).await?;
+        Ok(found.into_iter().map(|text| paths(&text.unwrap_or_default())).collect())
+    }
+}
+
+/// As `dead_letter.lua` notes them; nothing for an empty text.
+fn paths(text: &str) -> Vec<String> {
+    if text.is_empty() {
+        return Vec::new();
+    }
+    serde_json::from_str(text).unwrap_or_else(|_| vec!["*".to_owned()])
 }

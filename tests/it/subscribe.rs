@@ -560,20 +560,20 @@ async fn what_is_kept_is_kept_from_the_moment_it_was_applied() {
     let variables = Variables::new()
         .with("REDIS_URL", redis.url())
         .with("DATABASE_URL", &database)
-        .with("STREAM_KEEP", "12s");
+        .with("STREAM_KEEP", "20s");
     let program = Program::start("worker", &variables).await;
     wait_until("everything to be applied", RUN, async || program.entries().await >= 1_000.0).await;
-    // The janitor looks at it again and again; its first mark of what is applied is younger than twelve seconds.
+    // The janitor has looked at it some times; its first mark of what is applied is younger than twenty seconds.
     let applied = Instant::now();
-    wait_for("the marks to be some seconds apart", RUN, async || {
+    wait_for("some marks", RUN, async || {
         let marks: Option<String> = redis_command(&redis, &["HGET", "firehose:cursor:watch", "marks"]).await;
         let count = marks.as_deref().unwrap_or_default().split(' ').count();
-        if count >= 5 { Ok(()) } else { Err(format!("{marks:?}")) }
+        if count >= 3 { Ok(()) } else { Err(format!("{marks:?}")) }
     })
     .await;
-    if applied.elapsed() < Duration::from_secs(12) {
-        assert_eq!(kept(&redis).await, (1_000, 1_000));
-    }
+    let now = kept(&redis).await;
+    assert!(applied.elapsed() < Duration::from_secs(20), "too late to see anything");
+    assert_eq!(now, (1_000, 1_000));
     wait_for("it to be trimmed in the end", RUN, async || {
         let (length, _) = kept(&redis).await;
         if length < 200 { Ok(()) } else { Err(format!("{length}")) }
@@ -588,7 +588,7 @@ async fn what_is_kept_is_kept_from_the_moment_it_was_applied() {
 /// The entries kept, and whether anything has held the reader up.
 async fn kept(redis: &Redis) -> (u64, u64) {
     let length: u64 = redis_command(redis, &["XLEN", "firehose:events"]).await;
-    let kept: Option<u64> = redis_command(redis, &["HGET", "firehose:cursor:watch", "kept"]).await;
+    let kept: Option<u64> = redis_command(redis, &["HGET", "firehose:cursor:watch", "acknowledged"]).await;
     (length, kept.unwrap_or(0))
 }
 
@@ -612,7 +612,7 @@ async fn what_is_kept_holds_up_nobody_and_goes_when_memory_is_short() {
     let beside = Program::start("worker", &other).await;
     wait_until("its janitor to have been there twice", SOON, async || {
         beside.status().await["process"]["tasks"]["janitor"]["last_ms"].is_u64()
-            && beside.metric("standpipe_kept_entries").await > 2_000.0
+            && beside.metric("standpipe_acknowledged_entries").await > 2_000.0
     })
     .await;
     assert!(kept(&chain.redis).await.0 > 2_000);

@@ -41,7 +41,7 @@ pub(super) fn stream(config: &Config, report: &Report, findings: &mut Findings) 
             "a worker creates it and reads from the beginning; if it should exist, correct REDIS_CONSUMER_GROUP",
         );
     }
-    if stream.length.saturating_sub(stream.kept) >= config.max_stream_len {
+    if stream.length.saturating_sub(stream.acknowledged) >= config.max_stream_len {
         findings.warning(
             WHAT,
             format!("at its mark of {} entries: the reader waits for room", config.max_stream_len),

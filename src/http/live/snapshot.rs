@@ -117,7 +117,7 @@ fn stream(server: &Server, look: &Look, seen_ms: u64) -> Value {
         "exists": look.exists,
         "group_exists": look.group,
         "length": look.length,
-        "kept": look.kept,
+        "acknowledged": look.acknowledged,
         "waiting": look.waiting(),
         "pending": look.pending,
         "oldest_seconds": look.oldest_seconds().map(tidy),

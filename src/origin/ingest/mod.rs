@@ -236,8 +236,7 @@ impl Ingest {
             tokio::time::sleep(LOOK).await;
         }
         let refused = stream.refused(ids).await?;
-        let paths = |text: String| serde_json::from_str(&text).unwrap_or_else(|_| vec!["*".to_owned()]);
-        let refused = ids.iter().zip(refused).filter_map(|(id, text)| Some((id.clone(), paths(text?))));
+        let refused = ids.iter().cloned().zip(refused).filter(|(_, paths)| !paths.is_empty());
         Ok(Some(refused.collect()))
     }
 }
