@@ -58,7 +58,7 @@ fn describe_stream() {
     describe_gauge!(STREAM_LENGTH, "Entries in the stream");
     describe_gauge!(
         ACKNOWLEDGED,
-        "Entries among them that every group has acknowledged, such as those that STREAM_KEEP keeps"
+        "Entries among them that could be trimmed, because every group has acknowledged them, such as those that STREAM_KEEP keeps"
     );
     describe_gauge!(
         WAITING,

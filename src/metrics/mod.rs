@@ -112,7 +112,7 @@ pub const REPAIRED: &str = "standpipe_repairs_total";
 pub const HANDLES: &str = "standpipe_handle_lookups_total";
 /// Lookups of DID documents, by result.
 pub const LOOKUPS: &str = "standpipe_identity_lookups_total";
-/// Entries that every group has acknowledged, and that are still in the stream.
+/// Entries before the first that some group has not acknowledged.
 pub const ACKNOWLEDGED: &str = "standpipe_acknowledged_entries";
 /// Subscribers connected.
 pub const SUBSCRIBERS: &str = "standpipe_subscribers";

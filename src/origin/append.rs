@@ -224,7 +224,7 @@ impl Reader {
         let length = self.config.max_stream_len;
         if gauge.length >= margin(length) {
             return Some(format!(
-                "{} entries in the stream are not applied yet (REDIS_MAX_STREAM_LEN={length})",
+                "{} entries in the stream cannot be trimmed yet (REDIS_MAX_STREAM_LEN={length})",
                 gauge.length
             ));
         }

@@ -13,7 +13,7 @@
 --       number of accounts whose handle is to be looked up, and for each its DID and the position that asks for it; then
 --       names and numbers of what is counted as missing; at the end, where there is one, the name `gap` and a gap as
 --       JSON.
--- Returns how many entries of the stream are not acknowledged, and the numbers of dead letters that were kept, that were already
+-- Returns how many entries of the stream cannot be trimmed yet, and the numbers of dead letters that were kept, that were already
 -- known, and that there was no room for.
 --
 -- A script and not MULTI/EXEC, because it can check before it writes: whether the lease is still ours, whether

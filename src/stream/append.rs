@@ -63,7 +63,7 @@ pub struct Appendix {
 /// The outcome of an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Appended {
-    /// Entries in the stream.
+    /// Entries in the stream that cannot be trimmed yet.
     pub length: u64,
     /// New dead letters.
     pub letters: u64,

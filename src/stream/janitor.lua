@@ -7,7 +7,7 @@
 --       acknowledged, '' if this process keeps none; the bytes that are enough, or ''.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back,
---          entries that every group has acknowledged}, or {} without a stream.
+--          entries before the first that some group has not acknowledged}, or {} without a stream.
 --
 -- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
 -- entries. Never trims while our own group is missing: then nothing is known to be acknowledged.
@@ -16,10 +16,12 @@
 -- acknowledged, and `last`, the last of the stream; `added` and `removed`, how many entries there had ever been and how many of
 -- them were gone and not trimmed here; `appended`, how many append.lua appended (Redis 6.2 does not count them itself), and
 -- `seen`, how many at that call; `due`, the reader has to be set back; `back_ms`, when that was done last, `back_to`, to which
--- position, and `pause`, for how long not again; `acknowledged`, how many entries every group has acknowledged; `keeper`, when a
--- process last kept any of those, and `marks`, up to where it was when; `hold`, the last entry of the stream then. What the reader appends after that
--- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond. `trimmed` is how
--- many entries were trimmed here, by every process of ours, also by one that has other keys than this.
+-- position, and `pause`, for how long not again; `hold`, the last entry of the stream then: what the reader appends after that
+-- has lower numbers than what stands before it, so that `acked` stays where it is until the group is beyond; `acknowledged`,
+-- how many entries stand before the first that some group has not acknowledged, and `delivered`, `<id> <number>`, how many
+-- stood there up to an entry that every group had received, with those trimmed until then; `keeper`, when a process last kept
+-- any of them, and `marks`, up to where it was when. `trimmed` is how many entries were trimmed here, by every process of ours,
+-- also by one that has other keys than this.
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return {}
 end
@@ -172,9 +174,8 @@ local function set_back()
 end
 
 local own, floor, holder = false, nil, ''
--- How many entries every group has acknowledged, if that is known.
-local length = redis.call('XLEN', KEYS[1])
-local done, known, floor_is_done = length, true, false
+-- Up to which entry every group has received all, and how many those are, if that is known.
+local received, number, known, floor_is_done = nil, redis.call('XLEN', KEYS[1]), true, false
 local pending, lag, oldest_pending, oldest_waiting = 0, -1, '', ''
 local gone, back = 0, 0
 local function groups()
@@ -210,10 +211,10 @@ for _, group in ipairs(groups()) do
         -- The last one delivered is done unless it is pending.
         floor, holder, floor_is_done = low, group['name'], low ~= first
     end
-    if waiting and not group['lag'] then
-        known = false
-    else
-        done = math.max(0, math.min(done, length - group['pending'] - (waiting and group['lag'] or 0)))
+    if received == nil or before(group['last-delivered-id'], received) then
+        received = group['last-delivered-id']
+        known = not waiting or group['lag']
+        number = redis.call('XLEN', KEYS[1]) - (waiting and group['lag'] or 0)
     end
     if group['name'] == ARGV[1] then
         own = true
@@ -263,28 +264,54 @@ local function aged(now, mark)
     return before(marks[1][2], mark) and marks[1][2] or mark
 end
 
--- How many acknowledged entries are too many for ARGV[6], by the size of those at both ends.
-local function surplus()
+-- How many entries stand before the floor, at least. Those behind it that are acknowledged do not count: they cannot be trimmed.
+-- Redis counts only what was received, so the answer is exact when nothing is pending, and otherwise what had been received at an
+-- earlier call.
+local function acknowledged_now()
+    local count = tonumber(redis.call('HGET', KEYS[6], 'acknowledged') or '0')
+    local past = tonumber(redis.call('GET', KEYS[7]) or '0')
+    local id, total = string.match(redis.call('HGET', KEYS[6], 'delivered') or '', '^(%S+) (%d+)$')
+    if known and received == floor and floor_is_done then
+        count, id = number, nil
+    elseif id and (before(id, floor) or id == floor and floor_is_done) then
+        count, id = total - past, nil
+    end
+    if not id and known then
+        redis.call('HSET', KEYS[6], 'delivered', string.format('%s %d', received, number + past))
+    end
+    -- Somebody else may have trimmed.
+    return math.max(0, math.min(count, number))
+end
+
+-- How many acknowledged entries are too many for ARGV[6], by the size of those at both ends and in the middle of their time.
+local function surplus(acknowledged)
+    local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+    local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+    if not first then
+        return 0
+    end
+    local middle = string.format('%d-0', math.floor((parts(first[1]) + parts(last[1])) / 2))
     local bytes, seen = 0, 0
-    for _, command in ipairs({{'XRANGE', '-', '+'}, {'XREVRANGE', '+', '-'}}) do
-        for _, entry in ipairs(redis.call(command[1], KEYS[1], command[2], command[3], 'COUNT', 50)) do
+    for _, page in ipairs({
+        redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 50),
+        redis.call('XRANGE', KEYS[1], middle, '+', 'COUNT', 50),
+        redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 50),
+    }) do
+        for _, entry in ipairs(page) do
             for _, text in ipairs(entry[2]) do
                 bytes = bytes + #text
             end
             seen = seen + 1
         end
     end
-    -- What Redis needs for an entry besides.
-    local each = seen > 0 and bytes / seen + 20 or 1
-    return math.max(0, math.ceil(done - ARGV[6] / each))
+    -- What Redis needs for an entry besides: measured as a fifth, its nodes being as long as an allocator's sizes.
+    local each = (bytes / seen + 20) * 1.2
+    return math.max(0, math.ceil(acknowledged - ARGV[6] / each))
 end
 
 local trimmed, acknowledged = 0, tonumber(redis.call('HGET', KEYS[6], 'acknowledged') or '0')
 if own and not dry then
-    if not known then
-        -- Redis 6.2 does not count what waits: as many as there were when nothing did.
-        done = math.min(done, acknowledged)
-    end
+    acknowledged = acknowledged_now()
     local limit, bound = tonumber(ARGV[2]), floor
     local time = redis.call('TIME')
     local keeper = tonumber(redis.call('HGET', KEYS[6], 'keeper') or '0')
@@ -294,7 +321,7 @@ if own and not dry then
         local mark = last[1] and (last[1][1] ~= floor or floor_is_done) and last[1][1] or last[2] and last[2][1] or '0-0'
         bound = aged(time[1] * 1000 + math.floor(time[2] / 1000), mark)
         if ARGV[6] ~= '' then
-            limit = math.min(limit, surplus())
+            limit = math.min(limit, surplus(acknowledged))
         end
         redis.call('HSET', KEYS[6], 'keeper', time[1])
     elseif keeper <= tonumber(time[1]) and time[1] - keeper < 3600 then
@@ -307,7 +334,7 @@ if own and not dry then
         trimmed = redis.call('XTRIM', KEYS[1], 'MINID', '~', bound, 'LIMIT', string.format('%d', limit))
         redis.call('INCRBY', KEYS[7], trimmed)
     end
-    acknowledged = math.max(0, done - trimmed)
+    acknowledged = math.max(0, acknowledged - trimmed)
     redis.call('HSET', KEYS[6], 'acknowledged', acknowledged)
     local info = stream()
     redis.call('HSET', KEYS[6], 'last', info['last-generated-id'])

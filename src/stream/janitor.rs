@@ -47,7 +47,8 @@ pub struct Look {
     pub removed: u64,
     /// Whether the reader was set back to re-read such entries.
     pub set_back: bool,
-    /// Entries that every group has acknowledged, and that are not trimmed: mostly what `STREAM_KEEP` keeps.
+    /// Entries, at least, before the first that some group has not acknowledged: mostly what `STREAM_KEEP` keeps. Entries behind
+    /// it that are acknowledged do not count: they cannot be trimmed.
     pub acknowledged: u64,
 }
 

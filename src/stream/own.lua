@@ -1,6 +1,6 @@
 -- What scripts have in common that append entries of our own, which come from no relay. It stands before each of them.
 
--- Whether the stream is there, and has fewer entries than this that are not acknowledged.
+-- Whether the stream is there, and has fewer entries than this that cannot be trimmed yet.
 local function has_room(stream, watch, most)
     local acknowledged = tonumber(redis.call('HGET', watch, 'acknowledged') or '0')
     return redis.call('EXISTS', stream) == 1 and redis.call('XLEN', stream) - acknowledged < tonumber(most)

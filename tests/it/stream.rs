@@ -77,6 +77,36 @@ async fn nothing_is_trimmed_that_another_group_has_not_acknowledged() {
     assert_eq!(first[0].0, pending[4].0);
 }
 
+/// What is acknowledged behind an entry that is not stays in the stream, and so counts towards its length.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_could_be_trimmed_does_not_count_towards_the_length() {
+    let mut stream = ByHand::start().await;
+    let waiting = async |stream: &mut ByHand| {
+        let believed = stream.cursor().await;
+        append(&mut stream.ours, believed, believed.unwrap(), vec![]).await.unwrap().length
+    };
+    stream.append(1..=10).await;
+    stream.deliver("10").await;
+    let pending = pending_ids(&stream.redis).await;
+    let acknowledge = async |stream: &ByHand, ids: &[String]| {
+        for id in ids {
+            assert_eq!(redis_command::<u64>(&stream.redis, &["XACK", STREAM, GROUP, id]).await, 1);
+        }
+    };
+    acknowledge(&stream, &pending[1..]).await;
+    assert_eq!(stream.sweep().await.acknowledged, 0, "the first one is pending");
+    assert_eq!(waiting(&mut stream).await, 10);
+    stream.append(11..=20).await;
+    stream.deliver("10").await;
+    acknowledge(&stream, &pending[..1]).await;
+    // Ten had been received when it looked last, and nothing before the eleventh is pending.
+    assert_eq!(stream.sweep().await.acknowledged, 10);
+    assert_eq!(waiting(&mut stream).await, 10);
+    stream.acknowledge_all().await;
+    assert_eq!(stream.sweep().await.acknowledged, 20);
+    assert_eq!(waiting(&mut stream).await, 0);
+}
+
 /// The numbers of the new relay may be lower: what is waiting from the old one says nothing about them.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_relay_change_the_position_to_go_back_to_is_one_of_the_new_relay() {

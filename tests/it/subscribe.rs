@@ -464,6 +464,12 @@ async fn filters_can_be_given_and_changed() {
     .await;
     assert_eq!(present.next().await.unwrap()["identity"]["handle"], "late.test");
 
+    // As many accounts as the documentation says fit into a URL.
+    let many: Vec<String> = (0..299).map(|n| format!("wantedDids=did:plc:{n:0>24}")).collect();
+    let mut some =
+        Client::connect(http, &format!("cursor=0&{}&wantedDids={did}", many.join("&"))).await.ok().unwrap();
+    assert_eq!(some.next().await.unwrap()["did"], did.as_str());
+
     let one = essences(&|message| {
         message["did"] == did.as_str()
             && (!is_commit(message) || collection(message).starts_with("app.bsky.graph."))

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::Value;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 use super::{Redis, connect};
@@ -76,17 +77,32 @@ impl OldWorker {
     }
 }
 
-/// One transaction. The real one logs an error and acknowledges the entry.
+/// Applies an entry. The real one logs any error and acknowledges the entry; after a deadlock with us, that would be another one
+/// in each run, so this one tries again.
 async fn apply(client: &Client, kind: &str, data: &Value) -> Vec<String> {
+    loop {
+        let (touched, failed) = transaction(client, kind, data).await;
+        if failed.is_none_or(|error| error.code() != Some(&SqlState::T_R_DEADLOCK_DETECTED)) {
+            return touched;
+        }
+    }
+}
+
+/// One transaction: what the entry mentions, and the first error.
+async fn transaction(
+    client: &Client,
+    kind: &str,
+    data: &Value,
+) -> (Vec<String>, Option<tokio_postgres::Error>) {
     let mut touched = Vec::new();
     client.batch_execute("BEGIN").await.unwrap();
-    let mut failed = false;
+    let mut failed = None;
     match kind {
         "commit" => {
             let repo = data["repo"].as_str().unwrap();
             for op in data["ops"].as_array().unwrap() {
                 let uri = format!("at://{repo}/{}", op["path"].as_str().unwrap());
-                failed |= operation(client, repo, &uri, op).await.is_err();
+                failed = failed.or(operation(client, repo, &uri, op).await.err());
                 touched.push(uri);
             }
         }
@@ -95,14 +111,14 @@ async fn apply(client: &Client, kind: &str, data: &Value) -> Vec<String> {
             if let Some(handle) = data["handle"].as_str() {
                 let sql = "INSERT INTO users (did, handle) VALUES ($1, $2)
                            ON CONFLICT (did) DO UPDATE SET handle = excluded.handle";
-                failed |= client.execute(sql, &[&did, &handle]).await.is_err();
+                failed = failed.or(client.execute(sql, &[&did, &handle]).await.err());
             }
             touched.push(did.to_owned());
         }
         _ => touched.extend(data["did"].as_str().map(str::to_owned)),
     }
-    client.batch_execute(if failed { "ROLLBACK" } else { "COMMIT" }).await.unwrap();
-    touched
+    client.batch_execute(if failed.is_some() { "ROLLBACK" } else { "COMMIT" }).await.unwrap();
+    (touched, failed)
 }
 
 async fn operation(client: &Client, repo: &str, uri: &str, op: &Value) -> Result<(), tokio_postgres::Error> {
