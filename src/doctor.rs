@@ -1,5 +1,7 @@
-//! `standpipe check`: configuration, then Redis, then PostgreSQL; problems and remedies. Changes nothing.
+//! `standpipe check`: configuration, then Redis, PostgreSQL and RabbitMQ; problems and remedies. Changes nothing.
 
+#[cfg(feature = "amqp")]
+mod amqp;
 mod postgres;
 mod redis;
 
@@ -62,6 +64,9 @@ pub enum Section {
     /// PostgreSQL.
     #[serde(rename = "PostgreSQL")]
     Postgres,
+    /// RabbitMQ.
+    #[serde(rename = "RabbitMQ")]
+    RabbitMq,
 }
 
 impl Section {
@@ -70,6 +75,7 @@ impl Section {
             Self::Configuration => "configuration",
             Self::Redis => "Redis",
             Self::Postgres => "PostgreSQL",
+            Self::RabbitMq => "RabbitMQ",
         }
     }
 }
@@ -290,6 +296,11 @@ pub async fn check(config: &Config, warnings: &[String]) -> Examination {
             "DATABASE_URL is not set",
             "set it, unless this machine runs only the reader",
         );
+    }
+    #[cfg(feature = "amqp")]
+    {
+        findings.section = Section::RabbitMq;
+        amqp::check(config, &mut findings).await;
     }
     let verdict = if findings.unreachable {
         Verdict::Unreachable

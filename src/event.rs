@@ -17,6 +17,10 @@ pub use epoch::{Epochs, Start};
 pub use kind::Kind;
 pub use post::Post;
 
+/// The type of an entry with something that an origin sent and that cannot be read: it ends as a dead letter, with the reason that
+/// its data gives.
+pub const UNUSABLE: &str = "unusable";
+
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EntryId {

@@ -18,6 +18,7 @@
 //! - [`control`]: pause, resume, drain
 //! - [`logging`]: the log
 //! - [`directory`]: the documents of accounts; the only place that asks other people's servers over HTTP
+//! - [`amqp`]: the only place that knows RabbitMQ; only with the feature of this name
 //! - [`store`]: the only place that knows PostgreSQL
 //! - [`output`]: what has been applied, for others to read
 //! - [`origin`]: the relay, and the reader that appends its events to the stream
@@ -34,6 +35,8 @@
 // Anything that could panic needs a stated reason. Tests are exempt.
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::dbg_macro)]
 
+#[cfg(feature = "amqp")]
+pub mod amqp;
 pub mod apply;
 pub mod config;
 pub mod control;

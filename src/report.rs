@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
 use crate::status::{
-    PipelineStatus, ReaderStatus, Repositories, Settings, Status, SubscribersReport, TaskStatus,
+    OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, Repositories, Settings, Status,
+    SubscribersReport, TaskStatus,
 };
 use crate::stream::accounts::Backlog;
 use crate::stream::gap::Missed;
@@ -84,6 +85,12 @@ pub struct ProcessReport {
     /// The reader, if this process has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reader: Option<ReaderStatus>,
+    /// Its other sources of events.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub origins: Vec<OriginStatus>,
+    /// Where it sends what is applied, besides `/subscribe`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub outputs: Vec<OutputStatus>,
     /// Connections to PostgreSQL.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolReport>,
@@ -156,6 +163,8 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         settings: status.settings,
         pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
+        origins: lock(&status.origins).values().cloned().collect(),
+        outputs: lock(&status.outputs).values().cloned().collect(),
         pool,
         repositories: lock(&status.repositories).clone(),
         subscribers: None,

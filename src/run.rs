@@ -178,6 +178,11 @@ pub fn start(
     if parts.reader() {
         running.start_reader()?;
     }
+    #[cfg(feature = "amqp")]
+    {
+        running.start_queue();
+        running.start_exchange();
+    }
     info!(
         ?parts,
         version = env!("STANDPIPE_VERSION"),
@@ -292,6 +297,22 @@ impl Running {
             self.readers.spawn(reader.run(Relay::new(config, status())?, stop));
         }
         Ok(())
+    }
+
+    #[cfg(feature = "amqp")]
+    fn start_queue(&mut self) {
+        let Some(from) = self.config.amqp_origin.clone() else { return };
+        let (redis, status) = (self.redis.clone(), Arc::clone(&self.status));
+        let queue = crate::origin::amqp::Queue::new(from, &self.config, redis, status, self.control.reader());
+        self.readers.spawn(queue.run(self.stop_reader.clone()));
+    }
+
+    #[cfg(feature = "amqp")]
+    fn start_exchange(&mut self) {
+        let (Some(to), Some(store)) = (self.config.amqp_output.clone(), self.store.clone()) else { return };
+        let (redis, status) = (self.redis.clone(), Arc::clone(&self.status));
+        let exchange = crate::output::amqp::Exchange::new(to, &self.config, redis, store, status);
+        self.pipelines.spawn(exchange.run(self.stop.clone()));
     }
 
     /// Resolves when a part has ended unexpectedly, which means that it panicked.

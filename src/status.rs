@@ -41,6 +41,11 @@ pub enum State {
         /// Which mark.
         reason: String,
     },
+    /// RabbitMQ is down, or refuses.
+    WaitingForBroker {
+        /// The error.
+        reason: String,
+    },
     /// Another reader holds the lease.
     WaitingForLease {
         /// Why.
@@ -80,6 +85,7 @@ impl State {
             Self::WaitingForPostgres { .. } => "waiting_for_postgres",
             Self::WaitingForRelay { .. } => "waiting_for_relay",
             Self::WaitingForRoom { .. } => "waiting_for_room",
+            Self::WaitingForBroker { .. } => "waiting_for_broker",
             Self::WaitingForLease { .. } => "waiting_for_lease",
             Self::Paused => "paused",
             Self::Halted { .. } => "halted",
@@ -135,6 +141,57 @@ pub struct ReaderStatus {
     /// When the reader last received something, or was last steadily connected to a relay that had nothing to send,
     /// Unix milliseconds; initially the start of the process.
     pub taking_in_ms: u64,
+}
+
+/// A source of events besides the relay.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct OriginStatus {
+    /// Its kind, as in the metrics.
+    pub origin: &'static str,
+    /// Where the events come from.
+    pub source: String,
+    /// What it is doing.
+    #[serde(flatten)]
+    pub state: State,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
+    /// Messages taken and acknowledged since the start.
+    pub messages: u64,
+    /// Those of them that could not be used, and are dead letters.
+    pub wrong: u64,
+    /// Those of them that may have been delivered before.
+    pub redelivered: u64,
+    /// Messages that nobody has taken yet; `None` before that is known.
+    pub waiting: Option<u64>,
+    /// When messages were last acknowledged, Unix milliseconds.
+    pub last_ms: Option<u64>,
+}
+
+/// Where applied events are sent, besides `/subscribe`.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct OutputStatus {
+    /// Its kind, as in the metrics.
+    pub output: &'static str,
+    /// Where the events go to.
+    pub target: String,
+    /// What it is doing.
+    #[serde(flatten)]
+    pub state: State,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
+    /// Messages confirmed since the start.
+    pub messages: u64,
+    /// How far it is behind what is applied.
+    pub behind_seconds: f64,
+    /// When messages were last confirmed, Unix milliseconds.
+    pub last_ms: Option<u64>,
+}
+
+impl OutputStatus {
+    /// Changes the state.
+    pub fn enter(&mut self, state: State) {
+        enter(&mut self.state, &mut self.since_ms, state);
+    }
 }
 
 /// A background task.
@@ -194,6 +251,10 @@ pub struct BackfillStatus {
 pub struct Status {
     /// `None` in a process without a reader.
     pub reader: Option<Mutex<ReaderStatus>>,
+    /// The sources of events besides the relay, by kind.
+    pub origins: Mutex<BTreeMap<&'static str, OriginStatus>>,
+    /// Where applied events are sent, by kind.
+    pub outputs: Mutex<BTreeMap<&'static str, OutputStatus>>,
     /// Empty in a process without pipelines.
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// The stream at the last look, and when that was; `None` before the first.
@@ -239,6 +300,13 @@ impl PipelineStatus {
     /// Changes the state; returns the one before.
     pub fn enter(&mut self, state: State) -> State {
         enter(&mut self.state, &mut self.since_ms, state)
+    }
+}
+
+impl OriginStatus {
+    /// Changes the state.
+    pub fn enter(&mut self, state: State) {
+        enter(&mut self.state, &mut self.since_ms, state);
     }
 }
 
@@ -350,6 +418,16 @@ impl Status {
         change(lock(&self.tasks).entry(name).or_default());
     }
 
+    /// Updates the status of an output.
+    pub fn output(&self, kind: &'static str, change: impl FnOnce(&mut OutputStatus)) {
+        change(lock(&self.outputs).entry(kind).or_default());
+    }
+
+    /// Updates the status of a source of events.
+    pub fn origin(&self, kind: &'static str, change: impl FnOnce(&mut OriginStatus)) {
+        change(lock(&self.origins).entry(kind).or_default());
+    }
+
     /// Updates the reader's status.
     pub fn reader(&self, change: impl FnOnce(&mut ReaderStatus)) {
         if let Some(reader) = &self.reader {
@@ -422,6 +500,7 @@ mod tests {
             State::WaitingForPostgres { reason: reason() },
             State::WaitingForRelay { reason: reason() },
             State::WaitingForRoom { reason: reason() },
+            State::WaitingForBroker { reason: reason() },
             State::WaitingForLease { reason: reason() },
             State::Paused,
             State::Halted { reason: reason() },

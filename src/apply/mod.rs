@@ -36,7 +36,7 @@ use serde_json::value::RawValue;
 use self::field::shorten;
 #[cfg(test)]
 use crate::event::EntryId;
-use crate::event::{Entry, Epochs, Event, Kind, Op, Reason, Reject, Version};
+use crate::event::{Entry, Epochs, Event, Kind, Op, Reason, Reject, UNUSABLE, Version};
 use crate::time::now_ms;
 
 /// The context for interpreting an entry.
@@ -85,10 +85,23 @@ pub fn interpret<'a>(entry: &'a Entry, context: Context<'_>) -> Result<Event<'a>
             mentions: Vec::new(),
             rejected: Vec::new(),
         }),
+        UNUSABLE => Err(Reject::new(Reason::Undecodable, unusable(&entry.data))),
         other => Err(Reject::new(
             Reason::UnknownType,
             format!("the type {} is not commit, identity, account or sync", json::quote(&shorten(other))),
         )),
+    }
+}
+
+/// Why an origin could not read something.
+fn unusable(data: &str) -> String {
+    #[derive(serde::Deserialize)]
+    struct Unusable {
+        error: String,
+    }
+    match serde_json::from_str::<Unusable>(data) {
+        Ok(unusable) => unusable.error.chars().take(500).collect(),
+        Err(_) => "it cannot be read".to_owned(),
     }
 }
 

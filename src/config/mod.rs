@@ -11,8 +11,9 @@
 //! - `settings`: one entry per variable
 //! - `read`: parses all values, and collects all problems
 //! - `rules`: combinations that are refused or cause a warning
-//! - `url`, `database_url`, `collections`, `wanted`, `unit`, `words`, `text`: the types of values
+//! - `url`, `database_url`, `amqp`, `collections`, `wanted`, `unit`, `words`, `text`: the types of values
 
+mod amqp;
 mod collections;
 mod database_url;
 mod read;
@@ -26,6 +27,7 @@ mod url;
 mod wanted;
 mod words;
 
+pub use amqp::{AmqpOrigin, AmqpOutput, AmqpServer, RoutingKey};
 pub use collections::Collections;
 pub use database_url::DatabaseUrl;
 pub use read::{ConfigError, Problem, from_env};

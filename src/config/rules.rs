@@ -14,6 +14,16 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
             "is not set, but required here; write postgres://user:password@host:5432/database".to_owned(),
         );
     }
+    for (name, is_set) in [
+        ("AMQP_ORIGIN_URL", matches!(parsed.amqp_origin, Some(Some(_)))),
+        ("AMQP_OUTPUT_URL", matches!(parsed.amqp_output, Some(Some(_)))),
+    ] {
+        if is_set && cfg!(not(feature = "amqp")) {
+            let what =
+                "is set, and this program was built without RabbitMQ (the feature amqp); use one with it";
+            read.problem(name, what.to_owned());
+        }
+    }
     let is_jetstream = parsed.relay_url.as_ref().is_some_and(RelayUrl::is_jetstream);
     if is_jetstream && matches!(parsed.backfill, Some(Some(Backfill::All | Backfill::Collection(_)))) {
         read.problem(

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::amqp::{AmqpOrigin, AmqpOutput};
 use super::collections::Collections;
 use super::database_url::DatabaseUrl;
 use super::read::Reading;
 use super::text::{any, consumer_id, key, optional, or, unless};
 use super::unit::{
     MemoryMark, StreamKeep, claim_idle, drain_timeout, duration, http_addr, idle_timeout, notify_within,
-    on_off, or_off, size, size_from, statement_timeout, tombstone_retention, whole, yes_or_no,
+    on_off, or_hold, or_off, out_max_lag, size, size_from, statement_timeout, tombstone_retention, whole,
+    yes_or_no,
 };
 use super::url::{AccessToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
 use super::wanted::WantedDids;
@@ -221,6 +223,15 @@ settings! {
     /// `INGEST_TOKEN`; `None`: nobody may send events over HTTP.
     ingest_token: Option<AccessToken> = ingest_token "INGEST_TOKEN" secret "", optional(AccessToken::parse), or(""),
         "token for sending events to POST /events, 16 characters or more; unset refuses them";
+    /// `AMQP_ORIGIN_URL`; `None` when there is none.
+    amqp_origin: Option<AmqpOrigin> = amqp_origin_url "AMQP_ORIGIN_URL" secret "", optional(AmqpOrigin::parse), or(""),
+        "a RabbitMQ queue to take events from: amqp://user:password@host/vhost?queue=NAME&prefetch=500, amqps:// for TLS";
+    /// `AMQP_OUTPUT_URL`; `None` when there is none.
+    amqp_output: Option<AmqpOutput> = amqp_output_url "AMQP_OUTPUT_URL" secret "", optional(AmqpOutput::parse), or(""),
+        "a RabbitMQ exchange to publish the applied events to: amqp://user:password@host/vhost?exchange=NAME&key=did";
+    /// `OUT_MAX_LAG`; `None` when there is no limit.
+    out_max_lag: Option<Duration> = out_max_lag "OUT_MAX_LAG" variable "hold", unless("hold", out_max_lag), or_hold,
+        "how old an entry may get that waits for an output before the output is moved on without it; hold: the reader waits";
     /// `SUBSCRIBE`.
     subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
         "on: run and worker serve the applied events at /subscribe, in the format of a Jetstream";

@@ -61,6 +61,8 @@ fn every_variable_changes_the_configuration() {
         "DEAD_LETTER_MAX_BYTES" => "1GB",
         "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
         "ADMIN_TOKEN" | "SUBSCRIBE_TOKEN" | "INGEST_TOKEN" => "sixteen-and-more-characters",
+        "AMQP_ORIGIN_URL" => "amqp://host?queue=q",
+        "AMQP_OUTPUT_URL" => "amqp://host?exchange=e",
         "STREAM_KEEP" => "2GiB",
         "SUBSCRIBE" => "on",
         "RELAY_CA_FILE" | "REDIS_CA_FILE" | "PGSSLROOTCERT" => {
@@ -68,9 +70,12 @@ fn every_variable_changes_the_configuration() {
         }
         "LOG_LEVEL" => "warn",
         "LOG_FORMAT" => "JSON",
-        "NOTIFY_WITHIN" | "CLAIM_IDLE" | "DRAIN_TIMEOUT" | "TOMBSTONE_RETENTION" | "DB_STATEMENT_TIMEOUT" => {
-            "77m"
-        }
+        "OUT_MAX_LAG"
+        | "NOTIFY_WITHIN"
+        | "CLAIM_IDLE"
+        | "DRAIN_TIMEOUT"
+        | "TOMBSTONE_RETENTION"
+        | "DB_STATEMENT_TIMEOUT" => "77m",
         "REPAIR_CONCURRENCY" => "7",
         "BACKFILL" => "collection:app.bsky.feed.post",
         "MAX_ATTEMPTS"
@@ -366,4 +371,44 @@ fn quotation_marks_left_over_from_an_env_file_are_pointed_out() {
         "REDIS_URL: has quotation marks around it; remove them"
     );
     assert!(problem("REDIS_STREAM_KEY", "'events'").contains("quotation marks"));
+}
+
+#[test]
+fn an_amqp_url_is_that_of_rabbitmq_with_our_parameters() {
+    let origin = |value: &str| read(&[("AMQP_ORIGIN_URL", value)]).unwrap().0.amqp_origin.unwrap();
+    let plain = origin("amqp://host?queue=q");
+    assert_eq!((plain.server.host(), plain.server.port()), ("host".to_owned(), 5672));
+    assert_eq!((plain.server.user(), plain.server.password()), ("guest".to_owned(), "guest".to_owned()));
+    assert_eq!((plain.server.vhost(), plain.queue.as_str(), plain.prefetch), ("/".to_owned(), "q", 500));
+    let full = origin("amqps://a%40b:p%2Fw%3F@[::1]:1/v%2Fh?prefetch=7&queue=my%20queue");
+    assert_eq!((full.server.host(), full.server.port(), full.server.is_tls()), ("::1".to_owned(), 1, true));
+    assert_eq!((full.server.user(), full.server.password()), ("a@b".to_owned(), "p/w?".to_owned()));
+    assert_eq!((full.server.vhost(), full.queue.as_str(), full.prefetch), ("v/h".to_owned(), "my queue", 7));
+    assert!(full.to_string().starts_with("amqps://a%40b:***@[::1]:1/v%2Fh?"), "{full}");
+    assert!(!format!("{full:?}").contains("p%2Fw"), "{full:?}");
+    for (value, says) in [
+        ("host?queue=q", "not a URL"),
+        ("http://host?queue=q", "neither amqp://"),
+        ("amqp://host", "has no queue"),
+        ("amqp://host?queue=", "1 to 255 bytes"),
+        ("amqp://host?queue=q&prefetch=0", "not 1 to 10000"),
+        ("amqp://host?queue=q&queue=r", "has queue twice"),
+        ("amqp://host?queue=q&exchange=e", "unknown parameter exchange"),
+        ("amqp://host/a/b?queue=q", "write %2F"),
+        ("amqp://host?queue=q&cacertfile=/nowhere", "cannot be read"),
+    ] {
+        let problem = problem("AMQP_ORIGIN_URL", value);
+        assert!(problem.contains(says), "{value}: {problem}");
+    }
+    let output = |value: &str| read(&[("AMQP_OUTPUT_URL", value)]).unwrap().0.amqp_output.unwrap();
+    assert_eq!(output("amqp://host?exchange=e").key, RoutingKey::Did);
+    let by_collection = output("amqp://u:secret@host?exchange=e&key=collection");
+    assert_eq!(by_collection.key, RoutingKey::Collection);
+    assert_eq!(by_collection.to_string(), "amqp://u:***@host?exchange=e&key=collection");
+    assert!(
+        problem("AMQP_OUTPUT_URL", "amqp://host?exchange=e&key=rkey").contains("neither did nor collection")
+    );
+    let lag = |value: &str| read(&[("OUT_MAX_LAG", value)]).unwrap().0.out_max_lag;
+    assert_eq!((lag("hold"), lag("6h")), (None, Some(Duration::from_hours(6))));
+    assert!(problem("OUT_MAX_LAG", "1s").contains("write 10s or more, or hold"));
 }

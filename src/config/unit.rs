@@ -184,6 +184,16 @@ pub(super) fn statement_timeout(text: &str) -> Result<Duration, Wrong> {
     }
 }
 
+pub(super) fn out_max_lag(text: &str) -> Result<Duration, Wrong> {
+    match parse_duration(text)? {
+        lag if lag < Duration::from_secs(10) => Err(Wrong::new(
+            "is so short that a moment of waiting would cost an output entries",
+            "write 10s or more, or hold",
+        )),
+        lag => Ok(lag),
+    }
+}
+
 pub(super) fn notify_within(text: &str) -> Result<Option<Duration>, Wrong> {
     if text.eq_ignore_ascii_case("off") {
         return Ok(None);
@@ -265,6 +275,11 @@ pub(super) fn duration(duration: &Duration) -> String {
 #[expect(clippy::ref_option, reason = "every setting is shown by reference")]
 pub(super) fn or_off(time: &Option<Duration>) -> String {
     time.as_ref().map_or_else(|| "off".to_owned(), duration)
+}
+
+#[expect(clippy::ref_option, reason = "every setting is shown by reference")]
+pub(super) fn or_hold(time: &Option<Duration>) -> String {
+    time.as_ref().map_or_else(|| "hold".to_owned(), duration)
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "every setting is shown by reference")]

@@ -13,7 +13,7 @@ pub use self::ready::{Answers, Readiness, readiness};
 pub use self::rules::health;
 pub use self::words::state as words;
 use crate::mutex::lock;
-use crate::status::{PipelineStatus, ReaderStatus, State, Status};
+use crate::status::{OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, State, Status};
 use crate::stream::janitor::Look;
 use crate::stream::noted::Refill;
 use crate::time::now_ms;
@@ -62,6 +62,10 @@ pub struct Facts {
     pub pipelines: Vec<PipelineStatus>,
     /// Its reader.
     pub reader: Option<ReaderStatus>,
+    /// Its other sources of events.
+    pub origins: Vec<OriginStatus>,
+    /// Where it sends what is applied.
+    pub outputs: Vec<OutputStatus>,
     /// The process is shutting down.
     pub draining: bool,
     /// When the janitor last looked at the stream.
@@ -94,6 +98,8 @@ impl Facts {
             now_ms: now_ms(),
             pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
             reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
+            origins: lock(&status.origins).values().cloned().collect(),
+            outputs: lock(&status.outputs).values().cloned().collect(),
             draining,
             look_ms: look.map(|(_, at)| *at),
             started_ms: status.started_ms,
@@ -108,6 +114,15 @@ impl Facts {
     /// Milliseconds since a point in time.
     fn since_ms(&self, since_ms: u64) -> u64 {
         self.now_ms.saturating_sub(since_ms)
+    }
+
+    /// The connections to RabbitMQ: what each does, since when, and where what it carries stays while it is away.
+    fn brokers(&self) -> impl Iterator<Item = (&State, u64, &'static str)> {
+        let origins =
+            self.origins.iter().map(|origin| (&origin.state, origin.since_ms, "messages stay in the queue"));
+        let outputs =
+            self.outputs.iter().map(|output| (&output.state, output.since_ms, "events stay in the stream"));
+        origins.chain(outputs)
     }
 
     /// Since when nothing has been acknowledged although entries are waiting; `None` while there is progress.

@@ -46,6 +46,7 @@ pub fn readiness(facts: &Facts, answers: Answers) -> Readiness {
         ));
     }
     reader(facts, &mut reasons, &mut paused);
+    brokers(facts, &mut reasons);
     let only_paused = reasons.is_empty() && !paused.is_empty();
     reasons.append(&mut paused);
     Readiness { ready: reasons.is_empty(), only_paused, reasons }
@@ -87,6 +88,17 @@ fn reader(facts: &Facts, reasons: &mut Vec<String>, paused: &mut Vec<String>) {
             reasons.push(format!("the reader has taken nothing in for {seconds} s{why}"));
         }
         _ => {}
+    }
+}
+
+fn brokers(facts: &Facts, reasons: &mut Vec<String>) {
+    for (state, since_ms, _) in facts.brokers() {
+        let away_ms = facts.since_ms(since_ms);
+        if let State::WaitingForBroker { reason } = state
+            && away_ms > NO_PROGRESS_MS
+        {
+            reasons.push(format!("no RabbitMQ for {} s: {reason}", away_ms / 1000));
+        }
     }
 }
 

@@ -12,7 +12,7 @@ const LOOK_IS_OLD_MS: u64 = 4_000;
 const SLOW_MS: f64 = 5_000.0;
 
 /// Most important first.
-const RULES: [fn(&Facts) -> Option<Health>; 15] = [
+const RULES: [fn(&Facts) -> Option<Health>; 16] = [
     draining,
     halted,
     waiting_for_postgres,
@@ -25,6 +25,7 @@ const RULES: [fn(&Facts) -> Option<Health>; 15] = [
     stuck_reader,
     refill,
     no_relay,
+    no_broker,
     no_room,
     behind,
     only_reading,
@@ -171,6 +172,13 @@ fn no_relay(facts: &Facts) -> Option<Health> {
     };
     let sentence = format!("No relay for {}; received events are safe.", since(facts, *since_ms));
     Some(say(Level::Waiting, "relay", sentence, reason))
+}
+
+fn no_broker(facts: &Facts) -> Option<Health> {
+    let is = |state: &State| matches!(state, State::WaitingForBroker { .. });
+    let (state, since_ms, kept) = facts.brokers().find(|(state, ..)| is(state))?;
+    let sentence = format!("No RabbitMQ for {}; {kept}.", since(facts, since_ms));
+    Some(say(Level::Waiting, "broker", sentence, reason(state)))
 }
 
 fn no_room(facts: &Facts) -> Option<Health> {

@@ -9,6 +9,7 @@ pub(super) fn reason(state: &State) -> String {
         | State::WaitingForPostgres { reason }
         | State::WaitingForRelay { reason }
         | State::WaitingForRoom { reason }
+        | State::WaitingForBroker { reason }
         | State::WaitingForLease { reason }
         | State::Halted { reason } => upper(reason),
         State::Starting | State::Running | State::Paused | State::Stopped => String::new(),
@@ -25,6 +26,7 @@ pub fn state(state: &State) -> &'static str {
         State::WaitingForPostgres { .. } => "waiting for PostgreSQL",
         State::WaitingForRelay { .. } => "waiting for the relay",
         State::WaitingForRoom { .. } => "waiting for room",
+        State::WaitingForBroker { .. } => "waiting for RabbitMQ",
         State::WaitingForLease { .. } => "waiting for the lease",
         State::Paused => "paused manually",
         State::Halted { .. } => "needs operator action",

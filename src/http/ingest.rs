@@ -118,7 +118,7 @@ async fn take(server: &Server, request: Request) -> Answer {
     // Waiting costs next to nothing, and must not keep others out.
     drop((place, body));
     let accepted = match appended {
-        Ok(appended) => inlet.ingest.settle(appended).await,
+        Ok(appended) => inlet.ingest.settle(&appended).await,
         Err(error) => Err(error),
     };
     match accepted {
@@ -127,7 +127,7 @@ async fn take(server: &Server, request: Request) -> Answer {
             Answer::wrong(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())
         }
         Err(IngestError::NotNow(message)) => Answer::later(message),
-        Err(error @ IngestError::Unknown(_)) => {
+        Err(error @ (IngestError::Unknown(_) | IngestError::Replaced)) => {
             Answer::error(StatusCode::SERVICE_UNAVAILABLE, "unknown", error.to_string())
         }
     }

@@ -5,11 +5,12 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use super::{
     ACCOUNTS, ACKNOWLEDGED, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR,
     DATABASE_WENT_BACK, DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED,
-    HANDLES, INGESTED, INGESTS, LAG_KNOWN, LOOKUPS, LOST, OLDEST, PAUSED, PENDING, PIPELINES, POOL_IN_USE,
-    POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES,
-    RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED,
-    RELAY_UNWANTED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH,
-    STREAM_LOST, SUBSCRIBER_MESSAGES, SUBSCRIBERS, SUBSCRIBERS_BEHIND, SUBSCRIBERS_ENDED,
+    HANDLES, INGESTED, INGESTS, LAG_KNOWN, LOOKUPS, LOST, OLDEST, ORIGIN_AWAY, ORIGIN_MESSAGES,
+    ORIGIN_WAITING, OUTPUT_AWAY, OUTPUT_BEHIND, OUTPUT_MESSAGES, OUTPUT_SKIPPED, PAUSED, PENDING, PIPELINES,
+    POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS, REFILLING,
+    RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES, RELAY_GAPS,
+    RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, REPOSITORIES, RETRIES, SET_BACK,
+    STREAM_LENGTH, STREAM_LOST, SUBSCRIBER_MESSAGES, SUBSCRIBERS, SUBSCRIBERS_BEHIND, SUBSCRIBERS_ENDED,
     SUBSCRIBERS_UNREADABLE, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
 };
 
@@ -106,7 +107,27 @@ fn describe_reader() {
 /// Those who read `/subscribe`, and those who send events.
 fn describe_subscribers() {
     describe_counter!(INGESTS, "Requests to POST /events, by result");
-    describe_counter!(INGESTED, "Events accepted at POST /events");
+    describe_counter!(INGESTED, "Events accepted at POST /events and from RabbitMQ");
+    describe_counter!(
+        ORIGIN_MESSAGES,
+        "Messages taken from RabbitMQ, by result; those that are unusable become dead letters"
+    );
+    describe_gauge!(
+        ORIGIN_WAITING,
+        "Messages in the RabbitMQ queue that no consumer has taken, every five seconds"
+    );
+    describe_counter!(OUTPUT_MESSAGES, "Messages that RabbitMQ has confirmed");
+    describe_gauge!(
+        OUTPUT_BEHIND,
+        Unit::Seconds,
+        "Age of the newest entry whose messages RabbitMQ has confirmed, while there are newer ones"
+    );
+    describe_gauge!(OUTPUT_AWAY, "1 while RabbitMQ, to which events are to be published, takes none");
+    describe_counter!(
+        OUTPUT_SKIPPED,
+        "Entries that an output will never get, because it was further behind than OUT_MAX_LAG or somebody else removed them"
+    );
+    describe_gauge!(ORIGIN_AWAY, "1 while RabbitMQ, from which events are to be taken, is not connected");
     describe_gauge!(SUBSCRIBERS, "Subscribers connected to this process");
     describe_gauge!(
         SUBSCRIBERS_BEHIND,

@@ -124,6 +124,20 @@ pub const SUBSCRIBER_MESSAGES: &str = "standpipe_subscriber_messages_total";
 pub const SUBSCRIBERS_ENDED: &str = "standpipe_subscribers_disconnected_total";
 /// Entries that could not be made into messages.
 pub const SUBSCRIBERS_UNREADABLE: &str = "standpipe_subscriber_unreadable_entries_total";
+/// Messages taken from an origin, by result.
+pub const ORIGIN_MESSAGES: &str = "standpipe_origin_messages_total";
+/// Messages that wait at an origin.
+pub const ORIGIN_WAITING: &str = "standpipe_origin_waiting_messages";
+/// Whether an origin is away.
+pub const ORIGIN_AWAY: &str = "standpipe_origin_disconnected";
+/// Messages that an output delivered.
+pub const OUTPUT_MESSAGES: &str = "standpipe_output_messages_total";
+/// How far an output is behind.
+pub const OUTPUT_BEHIND: &str = "standpipe_output_behind_seconds";
+/// Whether an output is away.
+pub const OUTPUT_AWAY: &str = "standpipe_output_disconnected";
+/// Entries that outputs did not get.
+pub const OUTPUT_SKIPPED: &str = "standpipe_output_skipped_entries_total";
 /// Requests to `POST /events`, by result.
 pub const INGESTS: &str = "standpipe_ingest_requests_total";
 /// Events accepted over HTTP.
@@ -131,6 +145,8 @@ pub const INGESTED: &str = "standpipe_ingested_events_total";
 /// Build.
 pub const BUILD: &str = "standpipe_build_info";
 
+/// RabbitMQ, as an origin and as an output.
+pub const RABBITMQ: &str = "rabbitmq";
 /// The reasons that [`RETRIES`] is counted by.
 pub const RETRY_REASONS: [&str; 4] = ["reconnect", "retry", "halt", "split"];
 /// The types that [`RELAY_FRAMES`] and [`ENTRIES`] are counted by; everything else is `other`.
@@ -240,6 +256,13 @@ pub fn look(look: &Look) {
     metrics::gauge!(OLDEST).set(look.oldest_seconds().unwrap_or(0.0));
     count(TRIMMED, look.trimmed);
     note_removed(look.removed);
+    if look.skipped > 0 {
+        count(OUTPUT_SKIPPED, look.skipped);
+        tracing::warn!(
+            entries = look.skipped,
+            "an output is too far behind (OUT_MAX_LAG): it will not get these entries"
+        );
+    }
     if look.set_back {
         count(SET_BACK, 1);
         tracing::warn!(
@@ -257,6 +280,33 @@ pub fn note_removed(entries: u64) {
             "somebody else removed entries from the stream that may not have been acknowledged"
         );
     }
+}
+
+/// Sets whether an origin is away.
+pub fn origin_away(kind: &'static str, away: bool) {
+    metrics::gauge!(ORIGIN_AWAY, "origin" => kind).set(f64::from(u8::from(away)));
+}
+
+/// Sets whether an output is away.
+pub fn output_away(kind: &'static str, away: bool) {
+    metrics::gauge!(OUTPUT_AWAY, "output" => kind).set(f64::from(u8::from(away)));
+}
+
+/// Counts messages that an output delivered, and sets how far it is behind.
+pub fn output(kind: &'static str, messages: u64, behind_seconds: f64) {
+    metrics::counter!(OUTPUT_MESSAGES, "output" => kind).increment(messages);
+    metrics::gauge!(OUTPUT_BEHIND, "output" => kind).set(behind_seconds);
+}
+
+/// Counts messages taken from an origin.
+pub fn origin_messages(kind: &'static str, accepted: u64, unusable: u64) {
+    metrics::counter!(ORIGIN_MESSAGES, "origin" => kind, "result" => "accepted").increment(accepted);
+    metrics::counter!(ORIGIN_MESSAGES, "origin" => kind, "result" => "unusable").increment(unusable);
+}
+
+/// Sets how many messages wait at an origin.
+pub fn origin_waiting(kind: &'static str, messages: u32) {
+    metrics::gauge!(ORIGIN_WAITING, "origin" => kind).set(f64::from(messages));
 }
 
 /// Counts a frame.
@@ -334,6 +384,11 @@ fn zero() {
     for state in REPOSITORY_STATES {
         metrics::gauge!(REPOSITORIES, "state" => state).set(0.0);
     }
+    output_away(RABBITMQ, false);
+    output(RABBITMQ, 0, 0.0);
+    origin_away(RABBITMQ, false);
+    origin_messages(RABBITMQ, 0, 0);
+    origin_waiting(RABBITMQ, 0);
     for part in ["reader", "pipelines"] {
         metrics::gauge!(PAUSED, "part" => part).set(0.0);
     }

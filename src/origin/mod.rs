@@ -4,6 +4,7 @@
 //! - `connect`: the websocket of both
 //! - `jetstream`: the same events as JSON, from a Jetstream
 //! - `ingest`: events that clients send over HTTP; no origin, since they wait for the answer
+//! - `amqp`: events from a RabbitMQ queue, which keeps its own positions
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
 //! - `plan`: where a session starts
@@ -15,6 +16,8 @@
 //! - `wanted`: leaves out accounts that are not wanted
 //! - `append`: queue -> stream, and the marks at which the reader slows down
 
+#[cfg(feature = "amqp")]
+pub mod amqp;
 mod append;
 mod checker;
 mod connect;

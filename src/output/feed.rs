@@ -2,7 +2,6 @@
 //! has caught up.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,21 +9,18 @@ use anyhow::Result;
 use tokio::sync::{Notify, Semaphore, watch};
 use tracing::warn;
 
-use super::jetstream::{self, Forbidden, Message};
+use super::jetstream;
+use super::messages::{Item, Messages, Pages};
 use crate::event::EntryId;
-use crate::metrics;
 use crate::mutex::lock;
 use crate::status::SubscribersReport;
 use crate::store::Store;
-use crate::stream::settled::{Place, Settled};
+use crate::stream::settled::Place;
 use crate::stream::{Redis, Stream};
 use crate::time::Backoff;
 
 /// The most bytes of messages that are kept for those who keep up.
 const RING_BYTES: usize = 4 << 20;
-/// The most entries read at a time, and about how many bytes.
-const PAGE: usize = 200;
-const PAGE_BYTES: usize = 512 << 10;
 /// How many bytes a subscriber takes at a time.
 const TAKE_BYTES: usize = 256 << 10;
 /// How many subscribers that are behind read the stream at a time, so that many of them do not hold up everybody else.
@@ -33,24 +29,6 @@ const REPLAYS: usize = 4;
 const LOOK: Duration = Duration::from_millis(20);
 /// Failures are logged again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
-/// How often the accounts that forbid collection are read; less often if that takes long.
-const FORBIDDEN: Duration = Duration::from_secs(5);
-
-/// A settled entry as messages.
-#[derive(Debug)]
-pub struct Item {
-    /// The entry.
-    pub id: EntryId,
-    /// Its messages.
-    pub messages: Vec<Message>,
-}
-
-impl Item {
-    fn bytes(&self) -> usize {
-        let message = |message: &Message| message.text.len() + message.did.len() + size_of::<Message>();
-        self.messages.iter().map(message).sum::<usize>() + size_of::<Self>()
-    }
-}
 
 /// The newest items: all those after `start`.
 #[derive(Default)]
@@ -100,17 +78,13 @@ struct Subscribers {
 /// What the subscribers of this process read.
 pub struct Feed {
     redis: Redis,
-    store: Store,
+    messages: Messages,
     ring: Mutex<Ring>,
     /// Changes whenever there is something new.
     news: watch::Sender<u64>,
     subscribers: Mutex<Subscribers>,
     first: Notify,
-    /// The accounts that forbid to collect what they write; `None` before they are known.
-    forbidden: tokio::sync::Mutex<Option<(Arc<Forbidden>, Instant)>>,
     replays: Semaphore,
-    /// Whether an unusable entry was logged.
-    said: AtomicBool,
 }
 
 impl Feed {
@@ -119,14 +93,12 @@ impl Feed {
     pub fn new(redis: Redis, store: Store) -> Self {
         Self {
             redis,
-            store,
+            messages: Messages::new(store),
             ring: Mutex::default(),
             news: watch::Sender::new(0),
             subscribers: Mutex::default(),
             first: Notify::new(),
-            forbidden: tokio::sync::Mutex::new(None),
             replays: Semaphore::new(REPLAYS),
-            said: false.into(),
         }
     }
 
@@ -220,57 +192,8 @@ impl Feed {
         pages: &mut Pages,
     ) -> Result<Option<Vec<Item>>> {
         let Some(page) = stream.settled(place, pages.count()).await? else { return Ok(None) };
-        if page.is_empty() {
-            return Ok(Some(Vec::new()));
-        }
         pages.note(&page);
-        let forbidden = self.forbidden().await?;
-        Ok(Some(page.iter().map(|settled| self.item(settled, &forbidden)).collect()))
-    }
-
-    fn item(&self, settled: &Settled, forbidden: &Forbidden) -> Item {
-        let id = settled.entry.id;
-        let messages = jetstream::messages(settled, forbidden).unwrap_or_else(|error| {
-            // It is a dead letter, too: nobody could apply it.
-            metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
-            if !self.said.swap(true, Ordering::Relaxed) {
-                warn!(%id, %error, "cannot send an entry to subscribers: it is malformed (logged once; see standpipe_subscriber_unreadable_entries_total)");
-            }
-            Vec::new()
-        });
-        Item { id, messages }
-    }
-
-    async fn forbidden(&self) -> Result<Arc<Forbidden>> {
-        // Only one asks PostgreSQL.
-        let mut known = self.forbidden.lock().await;
-        if let Some((accounts, due)) = &*known
-            && Instant::now() < *due
-        {
-            return Ok(Arc::clone(accounts));
-        }
-        let began = Instant::now();
-        let accounts = Arc::new(Forbidden(self.store.forbidding().await?));
-        let pause = FORBIDDEN.max(began.elapsed() * 50);
-        *known = Some((Arc::clone(&accounts), began + pause));
-        Ok(accounts)
-    }
-}
-
-/// How many entries to read at a time.
-#[derive(Debug, Default)]
-struct Pages {
-    /// The mean size of the last ones, in bytes.
-    mean: usize,
-}
-
-impl Pages {
-    fn count(&self) -> usize {
-        (PAGE_BYTES / self.mean.max(PAGE_BYTES / PAGE)).max(1)
-    }
-
-    fn note(&mut self, page: &[Settled]) {
-        self.mean = page.iter().map(|settled| settled.entry.size()).sum::<usize>() / page.len().max(1);
+        Ok(Some(self.messages.of(&page).await?))
     }
 }
 

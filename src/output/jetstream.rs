@@ -25,6 +25,8 @@ pub struct Forbidden(pub HashSet<String>);
 pub struct Message {
     /// The account that it is about.
     pub did: String,
+    /// commit, identity or account.
+    pub kind: &'static str,
     /// The collection; `None` for identity and account events, which everybody gets.
     pub collection: Option<String>,
     /// The JSON text.
@@ -164,7 +166,7 @@ fn message(
         What::Account(_) => "account",
     };
     let text = serde_json::to_vec(&Event { did, time_us: time_us(entry.id), kind, what })?;
-    Ok(Message { did: did.to_owned(), collection: collection.map(str::to_owned), text: text.into() })
+    Ok(Message { did: did.to_owned(), kind, collection: collection.map(str::to_owned), text: text.into() })
 }
 
 fn commit(
@@ -386,6 +388,7 @@ mod tests {
     #[test]
     fn a_filter_passes_what_a_jetstream_would() {
         let message = |did: &str, collection: Option<&str>| Message {
+            kind: "commit",
             did: did.into(),
             collection: collection.map(str::to_owned),
             text: Bytes::from_static(b"0123456789"),

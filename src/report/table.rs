@@ -118,8 +118,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     if let Some(reader) = process.get("reader") {
         lines.push(("reader", reader_line(reader, now_ms)));
     }
-    lines
-        .extend(process.get("subscribers").map(|subscribers| ("subscribers", subscribers_line(subscribers))));
+    lines.extend(sources_and_sinks(process, now_ms));
     lines.extend(process.get("pool").map(|pool| ("PostgreSQL", pool_line(pool))));
     if let Some(database) = &beside.database {
         lines.push(("PostgreSQL", sentence(database)));
@@ -229,6 +228,44 @@ fn reader_line(reader: &Value, now_ms: u64) -> String {
         name(&reader["relay"]),
         grouped(number(&reader["frames"])),
         since(&reader["last_frame_ms"], now_ms)
+    )
+}
+
+/// The lines about where else events come from, and where they go to.
+fn sources_and_sinks(process: &Value, now_ms: u64) -> Vec<(&'static str, String)> {
+    let mut lines = Vec::new();
+    lines.extend(list(&process["origins"]).map(|origin| ("RabbitMQ", origin_line(origin, now_ms))));
+    lines.extend(list(&process["outputs"]).map(|output| ("RabbitMQ", output_line(output, now_ms))));
+    lines
+        .extend(process.get("subscribers").map(|subscribers| ("subscribers", subscribers_line(subscribers))));
+    lines
+}
+
+fn origin_line(origin: &Value, now_ms: u64) -> String {
+    let waiting = origin["waiting"]
+        .as_u64()
+        .map_or_else(String::new, |waiting| format!(", {} in the queue", grouped(waiting)));
+    let wrong = match number(&origin["wrong"]) {
+        0 => String::new(),
+        wrong => format!(", {} of them unusable", grouped(wrong)),
+    };
+    format!(
+        "{}, queue {}{waiting}, {} messages taken{wrong}, the last {}",
+        state(origin),
+        name(&origin["source"]),
+        grouped(number(&origin["messages"])),
+        since(&origin["last_ms"], now_ms)
+    )
+}
+
+fn output_line(output: &Value, now_ms: u64) -> String {
+    format!(
+        "{}, exchange {}, {} messages published, {} behind, the last {}",
+        state(output),
+        name(&output["target"]),
+        grouped(number(&output["messages"])),
+        age(output["behind_seconds"].as_f64().unwrap_or(0.0)),
+        since(&output["last_ms"], now_ms)
     )
 }
 

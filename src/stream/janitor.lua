@@ -4,10 +4,12 @@
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
 --       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept after they were
---       acknowledged, '' if this process keeps none; the bytes that are enough, or ''.
+--       acknowledged, '' if this process keeps none; the bytes that are enough, or ''; for how many milliseconds an entry waits
+--       for an output, '' for as long as it takes.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back,
---          entries before the first that some group has not acknowledged}, or {} without a stream.
+--          entries before the first that some group has not acknowledged, entries that outputs will not get}, or {} without a
+--          stream.
 --
 -- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
 -- entries. Never trims while our own group is missing: then nothing is known to be acknowledged.
@@ -173,20 +175,41 @@ local function set_back()
     return 1
 end
 
+-- Moves outputs on that are further behind than ARGV[7], a thousand entries at a time, but not beyond what our own group has
+-- acknowledged. Returns how many entries they will not get.
+local function skip_for_outputs(groups)
+    local settled, skipped = '0-0', 0
+    for _, group in ipairs(groups) do
+        if group['name'] == ARGV[1] then
+            settled = group['last-delivered-id']
+            if group['pending'] > 0 then
+                settled = '(' .. redis.call('XPENDING', KEYS[1], ARGV[1])[2]
+            end
+        end
+    end
+    local time = redis.call('TIME')
+    local oldest = string.format('%d-0', math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - ARGV[7]))
+    local until_ = before(oldest, (string.gsub(settled, '%(', ''))) and oldest or settled
+    for _, group in ipairs(groups) do
+        local at = group['last-delivered-id']
+        if string.sub(group['name'], 1, 4) == 'out:' and before(at, (string.gsub(until_, '%(', ''))) then
+            local late = redis.call('XRANGE', KEYS[1], '(' .. at, until_, 'COUNT', 1000)
+            if #late > 0 then
+                set_output(KEYS[1], group, late[#late][1], #late)
+                skipped = skipped + #late
+            end
+        end
+    end
+    return skipped
+end
+
 local own, floor, holder = false, nil, ''
 -- Up to which entry every group has received all, and how many those are, if that is known.
 local received, number, known, floor_is_done = nil, redis.call('XLEN', KEYS[1]), true, false
 local pending, lag, oldest_pending, oldest_waiting = 0, -1, '', ''
 local gone, back = 0, 0
-local function groups()
-    local all = {}
-    for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-        all[#all + 1] = map(info)
-    end
-    return all
-end
 if not dry then
-    for _, group in ipairs(groups()) do
+    for _, group in ipairs(groups_of(KEYS[1])) do
         if group['name'] == ARGV[1] then
             gone = math.max(removed(), forget_pending(group))
             -- Entries appended by another program's reader cannot be re-read.
@@ -201,7 +224,11 @@ if not dry then
         end
     end
 end
-for _, group in ipairs(groups()) do
+local skipped = 0
+if not dry and ARGV[7] ~= '' then
+    skipped = skip_for_outputs(groups_of(KEYS[1]))
+end
+for _, group in ipairs(groups_of(KEYS[1])) do
     local first, waiting = look(group)
     local low = group['last-delivered-id']
     if first ~= '' and before(first, low) then
@@ -213,8 +240,14 @@ for _, group in ipairs(groups()) do
     end
     if received == nil or before(group['last-delivered-id'], received) then
         received = group['last-delivered-id']
-        known = not waiting or group['lag']
-        number = redis.call('XLEN', KEYS[1]) - (waiting and group['lag'] or 0)
+        local behind = not waiting and 0 or group['lag']
+        if not behind then
+            -- Redis 6.2 does not count them.
+            local some = #redis.call('XRANGE', KEYS[1], '(' .. received, '+', 'COUNT', 1001)
+            behind = some <= 1000 and some or nil
+        end
+        known = behind ~= nil
+        number = redis.call('XLEN', KEYS[1]) - (behind or 0)
     end
     if group['name'] == ARGV[1] then
         own = true
@@ -344,4 +377,4 @@ if own and not dry then
     end
 end
 return {redis.call('XLEN', KEYS[1]), own and 1 or 0, pending, lag, oldest_pending, oldest_waiting, trimmed, holder,
-        gone, back, acknowledged}
+        gone, back, acknowledged, skipped}

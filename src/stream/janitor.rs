@@ -20,7 +20,8 @@ const AT_LEAST: Duration = Duration::from_secs(5);
 /// The minimum time between setting the reader back, in case entries keep being removed.
 const SET_BACK_PAUSE: Duration = Duration::from_secs(10);
 
-static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("janitor.lua")));
+static SCRIPT: LazyLock<Script> =
+    LazyLock::new(|| Script::new(concat!(include_str!("set_output.lua"), include_str!("janitor.lua"))));
 
 /// The state of the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct Look {
     /// Entries, at least, before the first that some group has not acknowledged: mostly what `STREAM_KEEP` keeps. Entries behind
     /// it that are acknowledged do not count: they cannot be trimmed.
     pub acknowledged: u64,
+    /// Entries that outputs will not get, because they were too far behind.
+    pub skipped: u64,
 }
 
 impl Look {
@@ -94,14 +97,14 @@ pub enum Keep {
 
 impl Stream {
     /// Inspects the stream, records the position before the lowest unacknowledged one, and trims once what is not to be kept.
-    /// If it trimmed anything, there may be more to trim.
+    /// If it trimmed anything, there may be more to trim. Outputs that are further behind than `max_lag` are moved on.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached or refuses.
-    pub async fn sweep(&mut self, keep: Keep) -> RedisResult<Look> {
+    pub async fn sweep(&mut self, keep: Keep, max_lag: Option<Duration>) -> RedisResult<Look> {
         let Self { connection, keys } = self;
-        call(connection, keys, TRIM_LIMIT, keep).await
+        call(connection, keys, TRIM_LIMIT, keep, max_lag).await
     }
 
     /// Inspects the stream without changing anything.
@@ -111,7 +114,7 @@ impl Stream {
     /// As for [`sweep`].
     pub async fn look(&mut self) -> RedisResult<Look> {
         let Self { connection, keys } = self;
-        call(connection, keys, 0, Keep::Nothing).await
+        call(connection, keys, 0, Keep::Nothing, None).await
     }
 }
 
@@ -120,6 +123,7 @@ async fn call(
     keys: &Keys,
     limit: u32,
     keep: Keep,
+    max_lag: Option<Duration>,
 ) -> RedisResult<Look> {
     let (ms, bytes) = match keep {
         Keep::Some(StreamKeep::Time(time)) => (time.as_millis().to_string(), String::new()),
@@ -141,12 +145,13 @@ async fn call(
         .arg(SET_BACK_PAUSE.as_millis() as u64)
         .arg(ms)
         .arg(bytes)
+        .arg(max_lag.map_or_else(String::new, |lag| lag.as_millis().to_string()))
         .invoke_async(connection)
         .await
 }
 
 /// Parses the script's reply, in its order.
-type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64, u64);
+type Fields = (u64, i64, u64, i64, String, String, u64, String, u64, i64, u64, u64);
 
 impl FromRedisValue for Look {
     fn from_redis_value(value: Value) -> Result<Self, ParsingError> {
@@ -168,6 +173,7 @@ impl FromRedisValue for Look {
             removed,
             set_back,
             acknowledged,
+            skipped,
         ) = Fields::from_redis_value(Value::Array(fields))?;
         Ok(Self {
             exists: true,
@@ -182,6 +188,7 @@ impl FromRedisValue for Look {
             removed,
             set_back: set_back == 1,
             acknowledged,
+            skipped,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Leases: at most one reader per cursor, at most one process per consumer name.
+//! Leases: at most one reader per cursor, one process per consumer name, one per output.
 //!
 //! A lease is a key with a lifetime of ten seconds that its holder keeps prolonging. A process restarted after a crash
 //! waits for the old lease to expire.
@@ -6,6 +6,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use super::output::Output;
 use super::{Keys, Stream};
 use redis::{RedisResult, Script};
 
@@ -19,13 +20,16 @@ pub enum Lease {
     Reader,
     /// The consumer names that begin with our `CONSUMER_ID`.
     Names,
+    /// An output.
+    Output(Output),
 }
 
 impl Keys {
-    fn of(&self, lease: Lease) -> &str {
+    pub(super) fn of(&self, lease: Lease) -> String {
         match lease {
-            Lease::Reader => &self.lease,
-            Lease::Names => &self.consumer_lease,
+            Lease::Reader => self.lease.clone(),
+            Lease::Names => self.consumer_lease.clone(),
+            Lease::Output(output) => format!("{}:{}:lease", self.stream, output.group()),
         }
     }
 }
@@ -35,21 +39,25 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// Redis cannot be reached or its memory is full.
+    /// Redis cannot be reached.
     pub async fn take_lease(&mut self, lease: Lease, token: &str) -> RedisResult<bool> {
+        // Once a script has written anything, Redis lets it finish even when its memory is full.
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
+            Script::new(
+                "redis.call('HDEL', KEYS[2], '')
+                 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+                 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+                 return redis.call('PEXPIRE', KEYS[1], ARGV[2])",
+            )
+        });
         let Self { connection, keys } = self;
-        let answer: Option<String> = redis::cmd("SET")
-            .arg(keys.of(lease))
+        SCRIPT
+            .key(keys.of(lease))
+            .key(&keys.watch)
             .arg(token)
-            .arg("NX")
-            .arg("PX")
             .arg(LIFE.as_millis() as u64)
-            .query_async(connection)
-            .await?;
-        if answer.is_some() {
-            return Ok(true);
-        }
-        self.prolong_lease(lease, token).await
+            .invoke_async(connection)
+            .await
     }
 
     /// Prolongs a lease; `false` if it is no longer ours.

@@ -12,6 +12,7 @@ pub mod janitor;
 pub mod lease;
 pub mod legacy;
 pub mod noted;
+pub mod output;
 pub mod rights;
 pub mod server;
 pub mod settled;
@@ -174,6 +175,7 @@ impl Keys {
                 self.dead_accounts(),
                 format!("{}:0", self.heads),
                 format!("{}:request:name", self.stream),
+                self.of(lease::Lease::Output(output::Output::Amqp)),
             ])
             .collect()
     }

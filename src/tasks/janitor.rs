@@ -67,7 +67,7 @@ impl Janitor {
 
     async fn sweep(&mut self, stream: &mut Stream) -> Result<Duration> {
         let keep = self.keep(stream).await?;
-        let look = match stream.sweep(keep).await {
+        let look = match stream.sweep(keep, self.config.out_max_lag).await {
             Ok(look) => look,
             Err(error) => {
                 // Outages are logged by the parts that wait; errors of the script itself are logged here.
@@ -78,7 +78,7 @@ impl Janitor {
             }
         };
         metrics::look(&look);
-        let pause = if look.trimmed > 0 { MORE } else { ROUND };
+        let pause = if look.trimmed > 0 || look.skipped > 0 { MORE } else { ROUND };
         let missing = !look.exists || !look.group;
         *lock(&self.status.stream) = Some((look, now_ms()));
         if missing {

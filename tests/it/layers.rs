@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it and never one below, so there are no cycles. The command line comes last.
-const ORDER: [&str; 28] = [
+const ORDER: [&str; 29] = [
     "mutex",
     "stop",
     "time",
@@ -20,6 +20,7 @@ const ORDER: [&str; 28] = [
     "control",
     "logging",
     "directory",
+    "amqp",
     "store",
     "output",
     "origin",
@@ -36,7 +37,8 @@ const ORDER: [&str; 28] = [
 ];
 
 /// Crates that only these modules may name.
-const CRATES: [(&str, &[&str]); 13] = [
+const CRATES: [(&str, &[&str]); 14] = [
+    ("amqprs", &["amqp"]),
     ("redis", &["stream"]),
     ("tokio_postgres", &["store"]),
     ("postgres_types", &["store"]),

@@ -6,6 +6,7 @@
 mod support;
 
 mod accounts;
+mod amqp;
 mod backfill;
 mod batches;
 mod bulk;

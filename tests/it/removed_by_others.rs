@@ -149,7 +149,7 @@ async fn trimming_by_another_standpipe_process_is_not_counted_as_loss() {
         stream.deliver("300").await;
         stream.acknowledge_all().await;
         for _ in 0..3 {
-            let look = others.sweep(janitor::Keep::Nothing).await.unwrap();
+            let look = others.sweep(janitor::Keep::Nothing, None).await.unwrap();
             assert_eq!((look.removed, look.set_back), (0, false));
             trimmed += look.trimmed;
         }
@@ -159,7 +159,7 @@ async fn trimming_by_another_standpipe_process_is_not_counted_as_loss() {
     assert!(trimmed > 600, "{trimmed}");
     stream.append(appended + 1..=appended + 10).await;
     let all = stream.trim_to("0").await;
-    let _ = others.sweep(janitor::Keep::Nothing).await.unwrap();
+    let _ = others.sweep(janitor::Keep::Nothing, None).await.unwrap();
     let look = stream.sweep().await;
     assert_eq!((look.removed, look.set_back), (all, true));
 }

@@ -89,7 +89,7 @@ impl Client {
 }
 
 /// What a message says, without its time.
-fn essence(message: &Value) -> String {
+pub fn essence(message: &Value) -> String {
     let commit = &message["commit"];
     let kind = message["kind"].as_str().unwrap();
     match kind {
@@ -109,7 +109,7 @@ fn essence(message: &Value) -> String {
     }
 }
 
-fn expected(events: &[Event]) -> Vec<String> {
+pub fn expected(events: &[Event]) -> Vec<String> {
     let mut messages = Vec::new();
     for event in events {
         let seq = event.version.seq;

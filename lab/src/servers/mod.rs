@@ -1,4 +1,4 @@
-//! Private Redis and PostgreSQL servers: started in a folder of their own on a free port of
+//! Private Redis, PostgreSQL and RabbitMQ servers: started in a folder of their own on a free port of
 //! 127.0.0.1, never the machine's own services. The tests, the demo and the
 //! benchmark use them.
 //!
@@ -21,6 +21,7 @@
 mod folder;
 mod postgres;
 mod process;
+mod rabbitmq;
 mod redis;
 mod user;
 
@@ -35,6 +36,7 @@ use anyhow::{Context, Result};
 pub use folder::PrivateFolder;
 pub use postgres::{PostgresOptions, PrivatePostgres};
 pub use process::{Signal, command_for_life, send_signal, spawn_for_life};
+pub use rabbitmq::PrivateRabbitMq;
 pub use redis::{AppendFsync, PrivateRedis, RedisOptions};
 
 /// The time between two looks at a condition that is waited for.

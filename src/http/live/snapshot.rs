@@ -45,6 +45,8 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
         "stream": look.as_ref().map(|(look, at)| stream(server, look, *at)),
         "pipelines": pipelines(&facts, &rates),
         "reader": reader(&facts),
+        "origins": origins(&facts),
+        "outputs": outputs(&facts),
         "pool": server.pool(),
         "kinds": kinds(&sample, &rates),
         "retries": totals::retries().map(|(reason, count)| (reason, json!(count))).collect::<Value>(),
@@ -148,6 +150,14 @@ fn reader(facts: &Facts) -> Option<Value> {
             ("connects", json!(totals::total(metrics::RELAY_CONNECTS))),
         ],
     ))
+}
+
+fn origins(facts: &Facts) -> Value {
+    facts.origins.iter().map(|origin| with(origin, &[("words", json!(words(&origin.state)))])).collect()
+}
+
+fn outputs(facts: &Facts) -> Value {
+    facts.outputs.iter().map(|output| with(output, &[("words", json!(words(&output.state)))])).collect()
 }
 
 fn kinds(sample: &Sample, rates: &Rates) -> Value {

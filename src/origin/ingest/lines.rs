@@ -23,9 +23,9 @@ const MAX_AHEAD: Duration = Duration::from_mins(5);
 /// An event, ready to be appended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// commit, identity or account.
+    /// commit, identity or account; or [`crate::event::UNUSABLE`].
     pub event_type: &'static str,
-    /// The account.
+    /// The account; empty for none.
     pub did: String,
     /// JSON.
     pub data: String,

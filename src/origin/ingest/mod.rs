@@ -78,6 +78,11 @@ pub enum IngestError {
     /// It is not the request's fault; nothing was appended.
     #[error("{0}")]
     NotNow(&'static str),
+    /// It may have been appended, and lost.
+    #[error(
+        "Redis was restarted, or replaced by another server: send it again, with the same Idempotency-Key"
+    )]
+    Replaced,
     /// It may have been appended.
     #[error("{0}: send it again, with the same Idempotency-Key")]
     Unknown(String),
@@ -99,11 +104,7 @@ fn print(text: &[u8]) -> String {
 
 /// A server that restarted in between, or another one, may lack what came last.
 fn is_same_server(durability: &Durability, now: &str) -> Result<(), IngestError> {
-    if now == durability.server {
-        Ok(())
-    } else {
-        Err(IngestError::Unknown("Redis was restarted, or replaced by another server".to_owned()))
-    }
+    if now == durability.server { Ok(()) } else { Err(IngestError::Replaced) }
 }
 
 impl Ingest {
@@ -131,7 +132,8 @@ impl Ingest {
         body: &[u8],
         lines: Vec<Line>,
     ) -> Result<Appended, IngestError> {
-        let mut accounts: Vec<String> = lines.iter().map(|line| line.did.clone()).collect();
+        let mut accounts: Vec<String> =
+            lines.iter().map(|line| line.did.clone()).filter(|did| !did.is_empty()).collect();
         accounts.sort_unstable();
         accounts.dedup();
         let request = Request {
@@ -164,11 +166,11 @@ impl Ingest {
     /// # Errors
     ///
     /// It is not known whether they are.
-    pub async fn settle(&self, appended: Appended) -> Result<Accepted, IngestError> {
+    pub async fn settle(&self, appended: &Appended) -> Result<Accepted, IngestError> {
         let Appended { ids, before, durability } = appended;
         let disk = durability.disk;
         let is_asked = disk == Disk::Asked || durability.replicated;
-        let is_told = is_asked && self.ask_for_copies(&durability).await?;
+        let is_told = is_asked && self.ask_for_copies(durability).await?;
         // Without the right to ask, time has to do.
         let waits = disk == Disk::WithinASecond || (is_asked && !is_told);
         if waits {
@@ -179,9 +181,9 @@ impl Ingest {
             let mut stream = self.redis.reuse(&mut kept).await?;
             let (now, _) = stream.durability().await?;
             *kept = Some(stream);
-            is_same_server(&durability, &now.server)?;
+            is_same_server(durability, &now.server)?;
         }
-        Ok(Accepted { ids, before, durable: disk != Disk::Unknown })
+        Ok(Accepted { ids: ids.clone(), before: *before, durable: disk != Disk::Unknown })
     }
 
     /// Waits until the server's disk, and a replica, have everything that was written before. Many that wait share one answer.

@@ -113,7 +113,7 @@ impl ByHand {
     }
 
     pub async fn sweep(&mut self) -> janitor::Look {
-        self.ours.sweep(janitor::Keep::Nothing).await.unwrap()
+        self.ours.sweep(janitor::Keep::Nothing, None).await.unwrap()
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 /// An error if nobody listens there or the answer is not HTTP, so that a test can wait for a server to come
 /// up.
 pub async fn http_get(address: impl ToSocketAddrs, path: &str) -> Result<(u16, String)> {
-    ask(address, &format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"), b"").await
+    http_request(address, "GET", path, "", b"").await
 }
 
 /// POSTs a body with these headers, each of which ends with a line break, and returns the status and the body.
@@ -19,8 +19,19 @@ pub async fn http_post(
     headers: &str,
     body: &[u8],
 ) -> Result<(u16, String)> {
+    http_request(address, "POST", path, headers, body).await
+}
+
+/// As the two above, with any method.
+pub async fn http_request(
+    address: impl ToSocketAddrs,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &[u8],
+) -> Result<(u16, String)> {
     let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n",
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n",
         body.len()
     );
     ask(address, &head, body).await

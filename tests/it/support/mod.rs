@@ -11,6 +11,7 @@ pub mod old_database;
 pub mod old_worker;
 pub mod pooler;
 mod proxy;
+pub mod rabbitmq;
 pub mod scripted;
 mod servers;
 pub mod signed;
@@ -19,7 +20,7 @@ pub mod stage;
 mod standpipe;
 pub mod traffic;
 
-pub use http::{http_get, http_post};
+pub use http::{http_get, http_post, http_request};
 pub use proxy::TcpProxy;
 pub use servers::{HOSTILE_DEFAULTS, Postgres, Redis, connect_to_redis};
 pub use sql::{connect, execute, query_rows, query_value, table_dump};
