@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts a RabbitMQ server into target/tools/rabbitmq, for the tests, and says on its last line where it is. For Debian and Ubuntu:
+# Puts a RabbitMQ server into target/tools/rabbitmq, for the tests, and prints its path on the last line. For Debian and Ubuntu:
 # it unpacks the packages and installs nothing, neither server nor service.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ if [ -e "$root/unpacked" ]; then
     say "$root"
     exit 0
 fi
-command -v apt-get >/dev/null || fail "RabbitMQ's packages cannot be had here: there is no apt-get"
+command -v apt-get >/dev/null || fail "cannot get RabbitMQ's packages: there is no apt-get"
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -23,7 +23,7 @@ for name in asn1 base crypto eldap ftp inets mnesia os-mon parsetools public-key
 done
 get() { (cd "$folder" && apt-get download -q "${packages[@]}" >"$folder/log" 2>&1); }
 if ! get; then
-    # A fresh machine has no lists of packages; only root may fetch them.
+    # A fresh machine has no package lists; only root may fetch them.
     if [ "$(id -u)" -eq 0 ]; then apt-get update -q >/dev/null 2>&1 || true; fi
     get || fail "RabbitMQ's packages cannot be downloaded ($(tail -1 "$folder/log")); as root: apt-get update"
 fi

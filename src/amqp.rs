@@ -1,6 +1,6 @@
 //! Connections to RabbitMQ: the only place that speaks its protocol, AMQP 0-9-1.
 //!
-//! A connection is given up after any error: a message that was taken and not acknowledged goes back to its queue then.
+//! Any error ends the connection; RabbitMQ then requeues the messages that were delivered and not acknowledged.
 
 use std::collections::BTreeSet;
 use std::pin::pin;
@@ -29,7 +29,7 @@ use crate::mutex::lock;
 const ANSWER: Duration = Duration::from_secs(10);
 /// Seconds after which a silent peer is considered gone; it takes twice that to notice.
 const HEARTBEAT: u16 = 10;
-/// How long it has to take leave.
+/// How long RabbitMQ has to confirm a close.
 const CLOSE: Duration = Duration::from_secs(1);
 /// How often the queue is asked how much is in it.
 const ASK: Duration = Duration::from_secs(5);
@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// RabbitMQ's code for something that does not exist.
 const NOT_FOUND: u16 = 404;
 
-/// Why a connection is of no use.
+/// Why a connection is unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum AmqpError {
     /// It does not answer.
@@ -54,7 +54,7 @@ pub enum AmqpError {
     #[error("no queue takes messages with the routing key {0}: bind one to the exchange")]
     Unroutable(String),
     /// A queue did not take a message.
-    #[error("RabbitMQ could not store a message")]
+    #[error("RabbitMQ rejected a message (basic.nack): a queue is full, or could not store it")]
     NotStored,
     /// TLS cannot be used.
     #[error("{0:#}")]
@@ -75,7 +75,7 @@ enum Confirm {
     Stored(u64, bool),
     /// It does not.
     NotStored,
-    /// Nobody wants one with this key.
+    /// No queue is bound for this routing key.
     Unroutable(String),
 }
 
@@ -195,7 +195,7 @@ impl Link {
         Err(self.said.or(Error::NetworkError("the connection is closed".to_owned())))
     }
 
-    /// The number of messages that wait in the queue. Makes a durable one if there is none.
+    /// The number of messages that wait in the queue. Creates a durable one if there is none.
     async fn declare(&mut self, queue: &str) -> Result<u32, AmqpError> {
         match self.depth(queue).await {
             Err(_) if self.said.is_not_found() => {
@@ -204,7 +204,7 @@ impl Link {
                 self.channel = Self::channel(&self.connection, &self.said).await?;
                 let durable = QueueDeclareArguments::durable_client_named(queue);
                 answer(&self.said, self.channel.queue_declare(durable)).await?;
-                tracing::info!(queue, "made the queue: there was none");
+                tracing::info!(queue, "created the queue: it did not exist");
                 Ok(0)
             }
             other => other,
@@ -264,8 +264,8 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// Connects, and begins to take messages, at most `prefetch` before they are acknowledged. `name` is what RabbitMQ shows of
-    /// the connection.
+    /// Connects, and begins to take messages, with at most `prefetch` of them unacknowledged. `name` is the connection
+    /// name that RabbitMQ shows.
     ///
     /// # Errors
     ///
@@ -290,12 +290,12 @@ impl Consumer {
         self.waiting
     }
 
-    /// The next messages: at least one, and of those that are there about as many bytes as these. `None` at times, when there is
-    /// nothing.
+    /// The next messages: at least one, and more that have already arrived, up to about `bytes` in total. `None` every half second
+    /// while there are none.
     ///
     /// # Errors
     ///
-    /// The connection is of no use any more.
+    /// The connection is no longer usable.
     pub async fn next(&mut self, bytes: usize) -> Result<Option<Vec<Delivery>>, AmqpError> {
         let mut ticks = interval_at(Instant::now() + LOOK, LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -320,7 +320,7 @@ impl Consumer {
         Ok(Some(taken))
     }
 
-    /// Notices that the connection is of no use, and asks from time to time how much waits.
+    /// Notices that the connection is unusable, and asks from time to time how much waits.
     ///
     /// # Errors
     ///
@@ -385,12 +385,12 @@ impl Publisher {
         Ok(Self { link, exchange: exchange.to_owned(), confirms, published: 0 })
     }
 
-    /// Publishes messages in this order, and waits until queues have all of them, on their disks if they are durable: for as long as
-    /// that takes, because what was sent cannot be taken back.
+    /// Publishes messages in this order, and waits for the publisher confirms of all of them (durable queues have them on disk by
+    /// then). There is no time limit, because a published message cannot be recalled.
     ///
     /// # Errors
     ///
-    /// Some may have been published. The connection is of no use any more.
+    /// Some may have been published. The connection is no longer usable.
     pub async fn publish(&mut self, messages: Vec<Outgoing>) -> Result<(), AmqpError> {
         let mut open = BTreeSet::new();
         for Outgoing { key, id, body } in messages {
@@ -428,11 +428,11 @@ impl Publisher {
         Ok(())
     }
 
-    /// Notices that the connection is of no use.
+    /// Notices that the connection is unusable.
     ///
     /// # Errors
     ///
-    /// It is of no use.
+    /// It is unusable.
     pub fn check(&self) -> Result<(), AmqpError> {
         self.link.check()
     }

@@ -17,8 +17,7 @@ pub use epoch::{Epochs, Start};
 pub use kind::Kind;
 pub use post::Post;
 
-/// The type of an entry with something that an origin sent and that cannot be read: it ends as a dead letter, with the reason that
-/// its data gives.
+/// The type of an entry that holds unreadable input from an origin: it becomes a dead letter, with the reason given in its data.
 pub const UNUSABLE: &str = "unusable";
 
 /// The id of a stream entry: milliseconds of the server's clock, then a sequence number within them.

@@ -158,7 +158,7 @@ pub struct OriginStatus {
     /// Messages taken and acknowledged since the start.
     pub messages: u64,
     /// Those of them that could not be used, and are dead letters.
-    pub wrong: u64,
+    pub unusable: u64,
     /// Those of them that may have been delivered before.
     pub redelivered: u64,
     /// Messages that nobody has taken yet; `None` before that is known.

@@ -146,7 +146,7 @@ pub struct AmqpOrigin {
     pub server: AmqpServer,
     /// The queue.
     pub queue: String,
-    /// The most messages that are taken and not acknowledged.
+    /// The maximum number of unacknowledged messages.
     pub prefetch: u16,
 }
 

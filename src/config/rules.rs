@@ -19,8 +19,7 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
         ("AMQP_OUTPUT_URL", matches!(parsed.amqp_output, Some(Some(_)))),
     ] {
         if is_set && cfg!(not(feature = "amqp")) {
-            let what =
-                "is set, and this program was built without RabbitMQ (the feature amqp); use one with it";
+            let what = "is set, but this program was built without RabbitMQ support (Cargo feature amqp); use a build that has it";
             read.problem(name, what.to_owned());
         }
     }

@@ -231,7 +231,7 @@ settings! {
         "a RabbitMQ exchange to publish the applied events to: amqp://user:password@host/vhost?exchange=NAME&key=did";
     /// `OUT_MAX_LAG`; `None` when there is no limit.
     out_max_lag: Option<Duration> = out_max_lag "OUT_MAX_LAG" variable "hold", unless("hold", out_max_lag), or_hold,
-        "how old an entry may get that waits for an output before the output is moved on without it; hold: the reader waits";
+        "how long an entry may wait for an output before it is skipped; hold: no limit, and the reader waits when the stream is full";
     /// `SUBSCRIBE`.
     subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
         "on: run and worker serve the applied events at /subscribe, in the format of a Jetstream";

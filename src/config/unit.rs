@@ -187,7 +187,7 @@ pub(super) fn statement_timeout(text: &str) -> Result<Duration, Wrong> {
 pub(super) fn out_max_lag(text: &str) -> Result<Duration, Wrong> {
     match parse_duration(text)? {
         lag if lag < Duration::from_secs(10) => Err(Wrong::new(
-            "is so short that a moment of waiting would cost an output entries",
+            "is so short that a brief delay would make an output skip entries",
             "write 10s or more, or hold",
         )),
         lag => Ok(lag),

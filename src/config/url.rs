@@ -318,8 +318,11 @@ pub(super) fn redacted(url: &str) -> String {
         Some((path, query)) => (path, Some(query)),
         None => (rest, None),
     };
+    // What RabbitMQ routes by.
+    let is_amqp = matches!(scheme, "amqp" | "amqps");
     let query = query.map_or_else(String::new, |query| {
         let shown = query.split('&').map(|parameter| match parameter.split_once('=') {
+            Some(("key", _)) if is_amqp => parameter.to_owned(),
             Some((name, _)) if hides(name) => format!("{name}=***"),
             Some(_) => parameter.to_owned(),
             None => "***".to_owned(),
@@ -333,9 +336,5 @@ pub(super) fn redacted(url: &str) -> String {
 /// `token`, or a name in disguise.
 fn hides(parameter: &str) -> bool {
     let name = parameter.to_ascii_lowercase();
-    // What RabbitMQ routes by.
-    if name == "key" {
-        return false;
-    }
     ["pass", "secret", "token", "key", "%"].iter().any(|part| name.contains(part))
 }

@@ -17,11 +17,11 @@ async fn queue(origin: &AmqpOrigin, findings: &mut Findings) {
     let queue = &origin.queue;
     match probe(&origin.server, queue).await {
         Ok(Some(waiting)) => {
-            findings.ok("queue", format!("{queue} is there, with {waiting} messages that nobody has taken"));
+            findings.ok("queue", format!("{queue} exists, with {waiting} messages ready"));
         }
         Ok(None) => {
             let found = format!("connected; there is no queue {queue} yet");
-            findings.note("queue", found, "nothing: it is made at the start, durable");
+            findings.note("queue", found, "nothing to do: it is created at the start, as a durable queue");
         }
         Err(error) => refused(&error, "AMQP_ORIGIN_URL", findings),
     }
@@ -32,10 +32,10 @@ async fn exchange(output: &AmqpOutput, findings: &mut Findings) {
     match Publisher::open(&output.server, exchange, "standpipe check").await {
         Ok(publisher) => {
             publisher.close().await;
-            findings.ok("exchange", format!("{exchange} is there"));
+            findings.ok("exchange", format!("{exchange} exists"));
         }
         Err(AmqpError::Closed(says)) if says.contains("NOT_FOUND") && says.contains("exchange") => {
-            findings.error("exchange", says, "create it, of the type that you want, and bind queues to it");
+            findings.error("exchange", says, "create it, with the type that you want, and bind queues to it");
         }
         Err(error) => refused(&error, "AMQP_OUTPUT_URL", findings),
     }
@@ -44,13 +44,11 @@ async fn exchange(output: &AmqpOutput, findings: &mut Findings) {
 fn refused(error: &AmqpError, variable: &str, findings: &mut Findings) {
     let says = error.to_string();
     let remedy = if says.contains("ACCESS_REFUSED") || says.contains("access to vhost") {
-        format!(
-            "correct the user, the password and the virtual host in {variable}; percent-encode special characters"
-        )
+        format!("correct the user, password or virtual host in {variable}; percent-encode special characters")
     } else if matches!(error, AmqpError::Tls(_)) {
         format!("correct cacertfile in {variable}")
     } else {
-        format!("start it, or correct the host, the port, the user and the password in {variable}")
+        format!("start RabbitMQ, or correct the host, port, user or password in {variable}")
     };
     findings.unreachable(says, remedy);
 }

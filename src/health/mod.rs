@@ -116,12 +116,12 @@ impl Facts {
         self.now_ms.saturating_sub(since_ms)
     }
 
-    /// The connections to RabbitMQ: what each does, since when, and where what it carries stays while it is away.
-    fn brokers(&self) -> impl Iterator<Item = (&State, u64, &'static str)> {
-        let origins =
-            self.origins.iter().map(|origin| (&origin.state, origin.since_ms, "messages stay in the queue"));
-        let outputs =
-            self.outputs.iter().map(|output| (&output.state, output.since_ms, "events stay in the stream"));
+    /// The connections to RabbitMQ: the state of each, since when, what it cannot do while it is down, and where its messages stay.
+    fn brokers(&self) -> impl Iterator<Item = (&State, u64, [&'static str; 2])> {
+        const ORIGIN: [&str; 2] = ["take messages from RabbitMQ", "messages stay in the queue"];
+        const OUTPUT: [&str; 2] = ["publish to RabbitMQ", "events stay in the stream"];
+        let origins = self.origins.iter().map(|origin| (&origin.state, origin.since_ms, ORIGIN));
+        let outputs = self.outputs.iter().map(|output| (&output.state, output.since_ms, OUTPUT));
         origins.chain(outputs)
     }
 

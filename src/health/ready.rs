@@ -92,12 +92,12 @@ fn reader(facts: &Facts, reasons: &mut Vec<String>, paused: &mut Vec<String>) {
 }
 
 fn brokers(facts: &Facts, reasons: &mut Vec<String>) {
-    for (state, since_ms, _) in facts.brokers() {
+    for (state, since_ms, [what, _]) in facts.brokers() {
         let away_ms = facts.since_ms(since_ms);
         if let State::WaitingForBroker { reason } = state
             && away_ms > NO_PROGRESS_MS
         {
-            reasons.push(format!("no RabbitMQ for {} s: {reason}", away_ms / 1000));
+            reasons.push(format!("cannot {what} for {} s: {reason}", away_ms / 1000));
         }
     }
 }

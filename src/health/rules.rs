@@ -176,8 +176,8 @@ fn no_relay(facts: &Facts) -> Option<Health> {
 
 fn no_broker(facts: &Facts) -> Option<Health> {
     let is = |state: &State| matches!(state, State::WaitingForBroker { .. });
-    let (state, since_ms, kept) = facts.brokers().find(|(state, ..)| is(state))?;
-    let sentence = format!("No RabbitMQ for {}; {kept}.", since(facts, since_ms));
+    let (state, since_ms, [what, kept]) = facts.brokers().find(|(state, ..)| is(state))?;
+    let sentence = format!("Unable to {what} for {}; {kept}.", since(facts, since_ms));
     Some(say(Level::Waiting, "broker", sentence, reason(state)))
 }
 

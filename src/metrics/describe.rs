@@ -110,24 +110,24 @@ fn describe_subscribers() {
     describe_counter!(INGESTED, "Events accepted at POST /events and from RabbitMQ");
     describe_counter!(
         ORIGIN_MESSAGES,
-        "Messages taken from RabbitMQ, by result; those that are unusable become dead letters"
+        "Messages taken from RabbitMQ, by result; unusable ones become dead letters"
     );
     describe_gauge!(
         ORIGIN_WAITING,
-        "Messages in the RabbitMQ queue that no consumer has taken, every five seconds"
+        "Messages ready in the RabbitMQ queue (not delivered to any consumer), updated every five seconds"
     );
     describe_counter!(OUTPUT_MESSAGES, "Messages that RabbitMQ has confirmed");
     describe_gauge!(
         OUTPUT_BEHIND,
         Unit::Seconds,
-        "Age of the newest entry whose messages RabbitMQ has confirmed, while there are newer ones"
+        "Age of the last entry whose messages RabbitMQ has confirmed; 0 while nothing newer is waiting"
     );
-    describe_gauge!(OUTPUT_AWAY, "1 while RabbitMQ, to which events are to be published, takes none");
+    describe_gauge!(OUTPUT_AWAY, "1 while events cannot be published to RabbitMQ");
     describe_counter!(
         OUTPUT_SKIPPED,
-        "Entries that an output will never get, because it was further behind than OUT_MAX_LAG or somebody else removed them"
+        "Entries that an output skipped, because they had waited longer than OUT_MAX_LAG; and 1 each time that others had removed entries before they were published"
     );
-    describe_gauge!(ORIGIN_AWAY, "1 while RabbitMQ, from which events are to be taken, is not connected");
+    describe_gauge!(ORIGIN_AWAY, "1 while the connection to the RabbitMQ queue is down");
     describe_gauge!(SUBSCRIBERS, "Subscribers connected to this process");
     describe_gauge!(
         SUBSCRIBERS_BEHIND,

@@ -258,10 +258,7 @@ pub fn look(look: &Look) {
     note_removed(look.removed);
     if look.skipped > 0 {
         count(OUTPUT_SKIPPED, look.skipped);
-        tracing::warn!(
-            entries = look.skipped,
-            "an output is too far behind (OUT_MAX_LAG): it will not get these entries"
-        );
+        tracing::warn!(entries = look.skipped, "an output is too far behind (OUT_MAX_LAG): entries skipped");
     }
     if look.set_back {
         count(SET_BACK, 1);

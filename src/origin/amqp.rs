@@ -107,7 +107,7 @@ impl Queue {
                     if self.said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
                         self.said = Some(Instant::now());
                         let queue = &self.from.queue;
-                        warn!(queue, reason, "no messages from RabbitMQ; they stay in the queue");
+                        warn!(queue, reason, "cannot take messages from RabbitMQ; they stay in the queue");
                     }
                     self.enter(State::WaitingForBroker { reason });
                     if or_stop(&stop, tokio::time::sleep(delays.pause())).await.is_err() {
@@ -205,7 +205,7 @@ impl Queue {
         let repeated = batch.iter().filter(|delivery| delivery.redelivered).count() as u64;
         self.status.origin(KIND, |origin| {
             origin.messages += batch.len() as u64;
-            origin.wrong += wrong;
+            origin.unusable += wrong;
             origin.redelivered += repeated;
             origin.last_ms = Some(now_ms());
         });
@@ -230,12 +230,12 @@ impl Queue {
         settled
     }
 
-    /// Says once if nobody knows whether anything is.
+    /// Warns, once, if Redis cannot guarantee durability.
     fn is_durable(&self, accepted: &Accepted) {
         if !accepted.durable && !self.warned.swap(true, Ordering::Relaxed) {
             warn!(
-                "messages from RabbitMQ are acknowledged although Redis may lose them: it has no append-only file, or does not flush it \
-                 (appendonly yes, appendfsync everysec)"
+                "messages from RabbitMQ are acknowledged although Redis may lose them: it has no append-only file, or never flushes it; \
+                 set appendonly yes and appendfsync everysec"
             );
         }
     }

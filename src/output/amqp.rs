@@ -1,5 +1,5 @@
-//! What is applied, to a RabbitMQ exchange: the messages of a Jetstream, in the order of the stream, each entry's until queues have
-//! them all. One process publishes; the others wait for its lease.
+//! Publishes the applied events to a RabbitMQ exchange, as Jetstream messages, in the order of the stream. An entry counts as
+//! published once RabbitMQ has confirmed all of its messages. One process publishes; the others wait for its lease.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -51,7 +51,7 @@ pub struct Exchange {
     said: Option<Instant>,
     /// The last entry that was published.
     last: Option<EntryId>,
-    /// Up to this entry, one message is published at a time: one of them was refused, and the others are not to be repeated with it.
+    /// Up to this entry, messages are published one at a time: one was refused, and the others should not be repeated with it.
     careful_until: Option<EntryId>,
     /// How many messages of this entry were published in that way.
     done: Option<(EntryId, usize)>,
@@ -107,7 +107,7 @@ impl Exchange {
             if self.said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
                 self.said = Some(Instant::now());
                 let exchange = &self.to.exchange;
-                warn!(exchange, reason, "nothing is published to RabbitMQ; the events stay in the stream");
+                warn!(exchange, reason, "cannot publish to RabbitMQ; the events stay in the stream");
             }
             self.enter(if error.is::<AmqpError>() {
                 State::WaitingForBroker { reason }
@@ -150,7 +150,7 @@ impl Exchange {
         // From here on, nothing that is not published is trimmed.
         stream.output_place(OUTPUT).await?;
         if !stream.take_lease(LEASE, &self.token).await? {
-            self.enter(State::WaitingForLease { reason: "another process publishes".to_owned() });
+            self.enter(State::WaitingForLease { reason: "another process is publishing".to_owned() });
             let _ = or_stop(stop, tokio::time::sleep(FREE)).await;
             return Ok(());
         }
@@ -172,7 +172,7 @@ impl Exchange {
                 }
                 Published::NotOurs => {
                     warn!(
-                        "another process publishes to RabbitMQ, or the output was moved: some messages may be sent again"
+                        "another process is publishing to RabbitMQ, or the output's position was changed: some messages may be published again"
                     );
                     break;
                 }
@@ -185,7 +185,9 @@ impl Exchange {
     /// Publishes the next entries.
     async fn page(&mut self, stream: &mut Stream, publisher: &mut Publisher) -> Result<Published> {
         let Some(mut place) = stream.output_place(OUTPUT).await? else { return Ok(Published::Nothing) };
-        let (Place::Read(from) | Place::Behind(from)) = place else { bail!("an output is always somewhere") };
+        let (Place::Read(from) | Place::Behind(from)) = place else {
+            bail!("bug: unexpected position of the output in the stream")
+        };
         let count = if self.careful_until.is_some_and(|until| from < until) { 1 } else { self.pages.count() };
         let page = if let Some(page) = stream.settled(&mut place, count).await? {
             page
@@ -193,7 +195,7 @@ impl Exchange {
             let mut place = Place::Behind(from);
             let page = stream.settled(&mut place, count).await?.unwrap_or_default();
             if !page.is_empty() {
-                error!(after = %from, "somebody removed entries from the stream that were not published yet");
+                error!(after = %from, "entries were removed from the stream before they were published");
                 metrics::count(metrics::OUTPUT_SKIPPED, 1);
             }
             page
@@ -236,7 +238,7 @@ impl Exchange {
                         }
                         let waited = began.elapsed();
                         if waited > SLOW {
-                            let reason = format!("it has not confirmed anything for {} s", waited.as_secs());
+                            let reason = format!("RabbitMQ has not confirmed all messages after {} s", waited.as_secs());
                             self.enter(State::WaitingForBroker { reason });
                         }
                     }
@@ -282,7 +284,7 @@ fn outgoing(by: RoutingKey, item: &Item) -> impl Iterator<Item = Outgoing> {
     })
 }
 
-/// Publishes the messages of these entries: all at once, or `careful`, one after the other and none again that is `done`.
+/// Publishes the messages of these entries: all at once, or with `careful` one at a time, leaving out those already `done`.
 async fn send(
     by: RoutingKey,
     items: &[Item],

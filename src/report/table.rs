@@ -245,7 +245,7 @@ fn origin_line(origin: &Value, now_ms: u64) -> String {
     let waiting = origin["waiting"]
         .as_u64()
         .map_or_else(String::new, |waiting| format!(", {} in the queue", grouped(waiting)));
-    let wrong = match number(&origin["wrong"]) {
+    let wrong = match number(&origin["unusable"]) {
         0 => String::new(),
         wrong => format!(", {} of them unusable", grouped(wrong)),
     };
@@ -260,12 +260,12 @@ fn origin_line(origin: &Value, now_ms: u64) -> String {
 
 fn output_line(output: &Value, now_ms: u64) -> String {
     format!(
-        "{}, exchange {}, {} messages published, {} behind, the last {}",
+        "{}, exchange {}, {} messages published, the last {}, {} behind",
         state(output),
         name(&output["target"]),
         grouped(number(&output["messages"])),
-        age(output["behind_seconds"].as_f64().unwrap_or(0.0)),
-        since(&output["last_ms"], now_ms)
+        since(&output["last_ms"], now_ms),
+        age(output["behind_seconds"].as_f64().unwrap_or(0.0))
     )
 }
 
@@ -298,7 +298,8 @@ fn process_line(process: &Value) -> String {
 /// The state's word, with the reason if there is one.
 fn state(part: &Value) -> String {
     let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
-    let words = words.replace("postgres", "PostgreSQL").replace("redis", "Redis");
+    let words =
+        words.replace("postgres", "PostgreSQL").replace("redis", "Redis").replace("broker", "RabbitMQ");
     match text(&part["reason"]) {
         Some(reason) => format!("{words}: {}", sentence(reason)),
         None => words,

@@ -1,4 +1,4 @@
--- Moves an output behind what it has delivered, if it is still ours and where we left it.
+-- Advances an output past the entries that it has published, if we still hold its lease and its position has not changed.
 --
 -- KEYS: stream, lease, watch.
 -- ARGV: the output's group, our lease, where it was, where it is to be, the number of entries in between, the lease's life in

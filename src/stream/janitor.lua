@@ -4,11 +4,11 @@
 -- KEYS: stream, cursor, acked, start, relay, watch, trimmed.
 -- ARGV: our group, the maximum number of entries to trim (0 to look and change nothing), Unix milliseconds, how long to
 --       wait before setting the reader back again, in milliseconds; for how many milliseconds entries are kept after they were
---       acknowledged, '' if this process keeps none; the bytes that are enough, or ''; for how many milliseconds an entry waits
---       for an output, '' for as long as it takes.
+--       acknowledged, '' if this process keeps none; the bytes that are enough, or ''; how long an entry may
+--       wait for an output, in milliseconds, '' for no limit.
 -- Returns {length, own group exists, pending, lag or -1, oldest pending id, oldest undelivered id, trimmed,
 --          the group that holds the trim back, entries found removed, reader set back,
---          entries before the first that some group has not acknowledged, entries that outputs will not get}, or {} without a
+--          entries before the first that some group has not acknowledged, entries that outputs skipped}, or {} without a
 --          stream.
 --
 -- One script, because reading pending entries before the groups, with a delivery in between, once deleted pending
@@ -175,8 +175,8 @@ local function set_back()
     return 1
 end
 
--- Moves outputs on that are further behind than ARGV[7], a thousand entries at a time, but not beyond what our own group has
--- acknowledged. Returns how many entries they will not get.
+-- Advances outputs that are further behind than ARGV[7], a thousand entries at a time, but not beyond what our own group has
+-- acknowledged. Returns how many entries they skip.
 local function skip_for_outputs(groups)
     local settled, skipped = '0-0', 0
     for _, group in ipairs(groups) do

@@ -51,7 +51,7 @@ pub struct Look {
     /// Entries, at least, before the first that some group has not acknowledged: mostly what `STREAM_KEEP` keeps. Entries behind
     /// it that are acknowledged do not count: they cannot be trimmed.
     pub acknowledged: u64,
-    /// Entries that outputs will not get, because they were too far behind.
+    /// Entries that outputs skipped, because they were too far behind.
     pub skipped: u64,
 }
 
@@ -97,7 +97,7 @@ pub enum Keep {
 
 impl Stream {
     /// Inspects the stream, records the position before the lowest unacknowledged one, and trims once what is not to be kept.
-    /// If it trimmed anything, there may be more to trim. Outputs that are further behind than `max_lag` are moved on.
+    /// If it trimmed anything, there may be more to trim. Outputs that are further behind than `max_lag` skip entries.
     ///
     /// # Errors
     ///

@@ -1,5 +1,4 @@
-//! The place of an output that keeps its own: the last entry that a consumer group of its name was given. The janitor trims nothing
-//! behind it.
+//! The position of an output: the last-delivered id of its own consumer group. The janitor trims nothing after it.
 
 use std::sync::LazyLock;
 
@@ -29,7 +28,7 @@ impl Output {
         }
     }
 
-    /// Its group. The janitor knows outputs by how this begins.
+    /// Its group. The janitor recognises outputs by its prefix.
     #[must_use]
     pub fn group(self) -> String {
         format!("out:{}", self.name())
@@ -37,7 +36,7 @@ impl Output {
 }
 
 impl Stream {
-    /// Where an output is; one that never was anywhere begins with the oldest entry. `None` while there is no stream.
+    /// An output's position; a new output begins with the oldest entry. `None` while there is no stream.
     ///
     /// # Errors
     ///
@@ -49,7 +48,7 @@ impl Stream {
         Ok(last.parse().ok().map(place))
     }
 
-    /// Moves an output on, behind what it has delivered; `false` if it is not ours, or no longer where it was.
+    /// Advances an output past the entries that it has published; `false` if its lease is no longer ours, or its position has changed.
     ///
     /// # Errors
     ///

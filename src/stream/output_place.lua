@@ -1,7 +1,7 @@
 -- Where an output is.
 --
 -- KEYS: stream. ARGV: the output's group.
--- Returns the last entry that it was given, 0-0 if there is none, '' without a stream. Makes the group if there is none.
+-- Returns the last entry that it was given, 0-0 if there is none, '' without a stream. Creates the group if it does not exist.
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return ''
 end

@@ -13,7 +13,7 @@ local function groups_of(stream)
     return all
 end
 
--- Moves a group behind these many entries, up to this one. Redis 7 also counts what a group has read.
+-- Advances a group by this many entries, to this id. Redis 7 also counts the entries that a group has read.
 local function set_output(stream, group, id, entries)
     local lag = group['lag']
     if lag then

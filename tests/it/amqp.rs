@@ -42,15 +42,15 @@ async fn messages(options: &NetworkOptions) -> Vec<String> {
     entries.ids.iter().filter(|entry| entry.get::<String>("type").unwrap() != "sync").map(line).collect()
 }
 
-/// A house without a relay: Redis, a database, and a queue.
-struct House {
+/// A deployment without a relay: Redis, a database, and a queue.
+struct Deployment {
     redis: Redis,
     database: String,
     queue: String,
     url: String,
 }
 
-impl House {
+impl Deployment {
     async fn start(rabbit: &RabbitMq) -> Self {
         Self::start_with(rabbit, RedisOptions::default()).await
     }
@@ -75,29 +75,29 @@ async fn taken(program: &Program) -> f64 {
     program.metric_with("standpipe_origin_messages_total", r#"result="accepted""#).await
 }
 
-/// Everything dies again and again, at moments that the progress decides.
+/// Kills everything repeatedly, at points set by the progress.
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_dies_each_message_is_applied() {
+async fn every_message_is_applied_through_crashes_of_everything() {
     const PREFETCH: u16 = 100;
     let (events, ours, theirs) = if is_long() { (6_000, 20, 5) } else { (1_500, 4, 1) };
     let options = NetworkOptions { accounts: 150, events, deletions: true, ..network(21) };
     let messages = messages(&options).await;
     let mut rabbit = RabbitMq::start().await;
-    let mut house = House::start(&rabbit).await;
-    rabbit.publisher().await.publish(&house.queue, messages.iter().map(String::as_str)).await;
-    let variables = house.variables(PREFETCH);
+    let mut deployment = Deployment::start(&rabbit).await;
+    rabbit.publisher().await.publish(&deployment.queue, messages.iter().map(String::as_str)).await;
+    let variables = deployment.variables(PREFETCH);
     let mut program = Program::start("worker", &variables).await;
     let mut most = 0;
     let kills = ours + 2 * theirs;
     for kill in 1..=kills {
         let goal = messages.len() as u64 * kill / (kills + 1);
         wait_for(&format!("{goal} messages to be taken"), RUN, async || {
-            let Some((ready, unacknowledged)) = rabbit.depth(&house.queue).await else {
+            let Some((ready, unacknowledged)) = rabbit.depth(&deployment.queue).await else {
                 return Err("no answer".to_owned());
             };
             most = most.max(unacknowledged);
             let done = messages.len() as u64 - (ready + unacknowledged).min(messages.len() as u64);
-            if done >= goal { Ok(()) } else { Err(format!("{done}, {unacknowledged} in hand")) }
+            if done >= goal { Ok(()) } else { Err(format!("{done}, {unacknowledged} unacknowledged")) }
         })
         .await;
         match kill % (kills / theirs) {
@@ -106,8 +106,8 @@ async fn whatever_dies_each_message_is_applied() {
                 rabbit.start_again().await.unwrap();
             }
             1 => {
-                house.redis.sigkill().await.unwrap();
-                house.redis.start_again().await.unwrap();
+                deployment.redis.sigkill().await.unwrap();
+                deployment.redis.start_again().await.unwrap();
             }
             _ => {
                 program.signal(Signal::Kill);
@@ -116,15 +116,15 @@ async fn whatever_dies_each_message_is_applied() {
             }
         }
     }
-    rabbit.is_empty(&house.queue).await;
+    rabbit.is_empty(&deployment.queue).await;
     assert!(
         most > 0 && most <= u64::from(PREFETCH),
-        "{most} messages in hand, with a prefetch of {PREFETCH}"
+        "{most} messages unacknowledged, with a prefetch of {PREFETCH}"
     );
     let wanted = model::expected(&traffic::events(&options)).without_versions();
     wait_for("the tables to be those of the model", RUN, async || {
-        purged(&house.database).await;
-        let found = model::read(&connect(&house.database).await).await.without_versions();
+        purged(&deployment.database).await;
+        let found = model::read(&connect(&deployment.database).await).await.without_versions();
         let differences = model::differences(&wanted, &found);
         if differences.is_empty() { Ok(()) } else { Err(model::summary(&differences)) }
     })
@@ -143,22 +143,22 @@ fn post(number: usize) -> String {
 
 /// Nothing is acknowledged that is not durable.
 #[tokio::test(flavor = "multi_thread")]
-async fn while_redis_stands_still_nothing_is_acknowledged() {
+async fn nothing_is_acknowledged_while_redis_is_frozen() {
     let rabbit = RabbitMq::shared().await;
-    let mut house = House::start(rabbit).await;
-    let program = Program::start("worker", &house.variables(50)).await;
+    let mut deployment = Deployment::start(rabbit).await;
+    let program = Program::start("worker", &deployment.variables(50)).await;
     wait_until("the program to be ready", RUN, async || program.readiness().await.0 == 200).await;
     let mut publisher = rabbit.publisher().await;
-    publisher.publish(&house.queue, [post(0)]).await;
+    publisher.publish(&deployment.queue, [post(0)]).await;
     wait_for("the first message to be taken", SOON, async || {
         let taken = taken(&program).await;
         if taken == 1.0 { Ok(()) } else { Err(taken) }
     })
     .await;
-    house.redis.pause().await.unwrap();
-    publisher.publish(&house.queue, (1..=200).map(post)).await;
-    wait_until("all of them to be in hand that may be", SOON, async || {
-        rabbit.depth(&house.queue).await == Some((150, 50))
+    deployment.redis.pause().await.unwrap();
+    publisher.publish(&deployment.queue, (1..=200).map(post)).await;
+    wait_until("50 messages to be unacknowledged", SOON, async || {
+        rabbit.depth(&deployment.queue).await == Some((150, 50))
     })
     .await;
     // It notices that Redis does not answer, and gives nothing up.
@@ -166,28 +166,30 @@ async fn while_redis_stands_still_nothing_is_acknowledged() {
         program.status().await["process"]["origins"][0]["state"] == "waiting_for_redis"
     })
     .await;
-    assert_eq!(rabbit.depth(&house.queue).await, Some((150, 50)));
-    house.redis.resume().unwrap();
-    rabbit.is_empty(&house.queue).await;
+    assert_eq!(rabbit.depth(&deployment.queue).await, Some((150, 50)));
+    deployment.redis.resume().unwrap();
+    rabbit.is_empty(&deployment.queue).await;
     wait_for("all to be applied", RUN, async || {
-        let posts = query_value(&house.database, "SELECT count(*) FROM posts").await;
+        let posts = query_value(&deployment.database, "SELECT count(*) FROM posts").await;
         if posts == "201" { Ok(()) } else { Err(posts) }
     })
     .await;
 }
 
-/// RabbitMQ gives each as many as it acknowledges.
+/// RabbitMQ gives each process new messages as it acknowledges old ones.
 #[tokio::test(flavor = "multi_thread")]
 async fn processes_share_a_queue_by_their_speed() {
     // Without the two seconds that an older Redis takes to have something on its disk.
     let at_once = RedisOptions { append_fsync: AppendFsync::Always, ..RedisOptions::default() };
     let rabbit = RabbitMq::shared().await;
-    let house = House::start_with(rabbit, at_once).await;
-    let proxy = TcpProxy::for_url(&house.redis.url()).await;
-    let variables = |name: &str| house.variables(10).with("CONSUMER_ID", name);
-    let slow =
-        Program::start("worker", &variables("slow").with("REDIS_URL", proxy.url_through(&house.redis.url())))
-            .await;
+    let deployment = Deployment::start_with(rabbit, at_once).await;
+    let proxy = TcpProxy::for_url(&deployment.redis.url()).await;
+    let variables = |name: &str| deployment.variables(10).with("CONSUMER_ID", name);
+    let slow = Program::start(
+        "worker",
+        &variables("slow").with("REDIS_URL", proxy.url_through(&deployment.redis.url())),
+    )
+    .await;
     let fast = Program::start("worker", &variables("fast")).await;
     for program in [&slow, &fast] {
         wait_until("a process to take messages", RUN, async || {
@@ -198,7 +200,7 @@ async fn processes_share_a_queue_by_their_speed() {
     proxy.delay(Duration::from_millis(500));
     let count = if is_long() { 6_000 } else { 1_500 };
     let mut publisher = rabbit.publisher().await;
-    publisher.publish(&house.queue, (0..count).map(post)).await;
+    publisher.publish(&deployment.queue, (0..count).map(post)).await;
     let all_taken = async |programs: &[&Program], count: usize| {
         wait_until("all to be taken", RUN, async || {
             let mut sum = 0.0;
@@ -223,7 +225,7 @@ async fn processes_share_a_queue_by_their_speed() {
     let mut next = count;
     wait_for("the third to take its share", SOON, async || {
         let before = taken(&third).await;
-        publisher.publish(&house.queue, (next..next + 300).map(post)).await;
+        publisher.publish(&deployment.queue, (next..next + 300).map(post)).await;
         next += 300;
         all_taken(&[&slow, &fast, &third], next).await;
         let by_third = taken(&third).await - before;
@@ -236,24 +238,24 @@ async fn processes_share_a_queue_by_their_speed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_used_becomes_a_dead_letter_and_holds_up_nobody() {
     let rabbit = RabbitMq::shared().await;
-    let house = House::start(rabbit).await;
-    let variables = house.variables(500);
+    let deployment = Deployment::start(rabbit).await;
+    let variables = deployment.variables(500);
     let program = Program::start("worker", &variables).await;
     let mut publisher = rabbit.publisher().await;
     let broken = format!("{}\n{{broken", post(1));
     let huge = vec![b'x'; 9 << 20];
     let bodies: [Vec<u8>; 6] =
         [post(0).into(), b"\xff\xfe".into(), broken.into(), huge, Vec::new(), post(2).into()];
-    publisher.publish(&house.queue, bodies).await;
-    rabbit.is_empty(&house.queue).await;
+    publisher.publish(&deployment.queue, bodies).await;
+    rabbit.is_empty(&deployment.queue).await;
     wait_for("the dead letters", RUN, async || {
-        let count: u64 = redis_command(&house.redis, &["XLEN", "firehose:events:dead"]).await;
+        let count: u64 = redis_command(&deployment.redis, &["XLEN", "firehose:events:dead"]).await;
         if count == 4 { Ok(()) } else { Err(count) }
     })
     .await;
-    assert_eq!(query_value(&house.database, "SELECT count(*) FROM posts").await, "2");
+    assert_eq!(query_value(&deployment.database, "SELECT count(*) FROM posts").await, "2");
     let list = Standpipe::run(&["dead-letters", "list"], &variables, SOON).await.stdout;
-    let second = format!("queue {}: line 2: this is not JSON", house.queue);
+    let second = format!("queue {}: line 2: this is not JSON", deployment.queue);
     for says in [&*second, "larger than 8 MiB", "contains no event", "undecodable"] {
         assert!(list.contains(says), "{says}: {list}");
     }
@@ -262,7 +264,7 @@ async fn what_cannot_be_used_becomes_a_dead_letter_and_holds_up_nobody() {
         Standpipe::run(&["status"], &variables.clone().with("HTTP_ADDR", program.http.to_string()), SOON)
             .await;
     assert!(
-        status.stdout.contains(&format!("RabbitMQ      running, queue {} at 127.0.0.1", house.queue)),
+        status.stdout.contains(&format!("RabbitMQ      running, queue {} at 127.0.0.1", deployment.queue)),
         "{}",
         status.stdout
     );
@@ -270,40 +272,41 @@ async fn what_cannot_be_used_becomes_a_dead_letter_and_holds_up_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_is_missing_is_made_and_whatever_is_wrong_is_said() {
+async fn a_missing_queue_is_created_and_errors_are_reported() {
     let mut rabbit = RabbitMq::start().await;
-    let house = House::start(&rabbit).await;
-    rabbit.delete(&house.queue).await;
-    let variables = house.variables(500);
+    let deployment = Deployment::start(&rabbit).await;
+    rabbit.delete(&deployment.queue).await;
+    let variables = deployment.variables(500);
     let mut program = Program::start("worker", &variables).await;
     let publish = async |rabbit: &RabbitMq, number: usize| {
-        wait_until("the queue to be there", RUN, async || rabbit.depth(&house.queue).await.is_some()).await;
-        rabbit.publisher().await.publish(&house.queue, [post(number)]).await;
+        wait_until("the queue to be there", RUN, async || rabbit.depth(&deployment.queue).await.is_some())
+            .await;
+        rabbit.publisher().await.publish(&deployment.queue, [post(number)]).await;
         wait_for("it to be applied", RUN, async || {
             let sql = format!("SELECT count(*) FROM posts WHERE uri LIKE '%/p{number}'");
-            let posts = query_value(&house.database, &sql).await;
+            let posts = query_value(&deployment.database, &sql).await;
             if posts == "1" { Ok(()) } else { Err(posts) }
         })
         .await;
     };
     publish(&rabbit, 1).await;
     // Deleted under it.
-    rabbit.delete(&house.queue).await;
-    program.wait_for_line("no messages from RabbitMQ", SOON).await;
+    rabbit.delete(&deployment.queue).await;
+    program.wait_for_line("cannot take messages from RabbitMQ", SOON).await;
     publish(&rabbit, 2).await;
-    let made = rabbit.api(&format!("/api/queues/%2F/{}", house.queue)).await;
+    let made = rabbit.api(&format!("/api/queues/%2F/{}", deployment.queue)).await;
     assert_eq!(made["durable"], true, "{made}");
 
     let check = Standpipe::run(&["check"], &variables, SOON).await;
-    assert!(check.stdout.contains(&format!("{} is there", house.queue)), "{}", check.stdout);
-    let wrong = house.url.replace("guest:guest", "guest:secret-word");
+    assert!(check.stdout.contains(&format!("{} exists", deployment.queue)), "{}", check.stdout);
+    let wrong = deployment.url.replace("guest:guest", "guest:secret-word");
     let wrong = variables.clone().with("AMQP_ORIGIN_URL", wrong).with("CONSUMER_ID", "wrong");
     let mut refused = Program::start("worker", &wrong).await;
-    let line = refused.wait_for_line("no messages from RabbitMQ", SOON).await;
+    let line = refused.wait_for_line("cannot take messages from RabbitMQ", SOON).await;
     assert!(!line.contains("secret-word"), "{line}");
     wait_until("it not to be ready", RUN, async || {
         let (code, text) = refused.readiness().await;
-        code == 503 && text.contains("no RabbitMQ for")
+        code == 503 && text.contains("cannot take messages from RabbitMQ for")
     })
     .await;
     let check = Standpipe::run(&["check"], &wrong, SOON).await;
@@ -316,7 +319,7 @@ async fn a_queue_that_is_missing_is_made_and_whatever_is_wrong_is_said() {
     assert_eq!(refused.metric("standpipe_origin_disconnected").await, 1.0);
     drop(refused);
 
-    // It stands still, which only a silent connection shows.
+    // A frozen server: the only sign is a silent connection.
     rabbit.pause().await.unwrap();
     program.wait_for_line("RabbitMQ has not answered", RUN).await;
     rabbit.resume().unwrap();
@@ -436,7 +439,7 @@ async fn without_a_queue_nothing_counts_as_published() {
     let variables = publishing(&chain, rabbit, &format!("exchange={exchange}"));
     let mut program = Program::start("run", &variables).await;
     chain.finished().await;
-    let line = program.wait_for_line("nothing is published to RabbitMQ", SOON).await;
+    let line = program.wait_for_line("cannot publish to RabbitMQ", SOON).await;
     assert!(line.contains("no queue takes messages with the routing key"), "{line}");
     program.metric_is("standpipe_output_disconnected", 1.0).await;
     let groups: Vec<BTreeMap<String, redis::Value>> =
@@ -455,12 +458,12 @@ async fn without_a_queue_nothing_counts_as_published() {
     assert_eq!(found.len(), expected(&traffic::events(&options)).len());
     program.metric_is("standpipe_output_disconnected", 0.0).await;
     let check = Standpipe::run(&["check"], &variables, SOON).await;
-    assert!(check.stdout.contains(&format!("{exchange} is there")), "{}", check.stdout);
+    assert!(check.stdout.contains(&format!("{exchange} exists")), "{}", check.stdout);
 }
 
 /// Nobody publishes any more, and the group is still there.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_output_that_nobody_reads_is_moved_on_and_that_is_said() {
+async fn an_output_that_nobody_reads_skips_entries_and_reports_it() {
     let options = NetworkOptions { accounts: 50, events: 2_000, ..network(34) };
     let chain = Chain::start(&options, None).await;
     let _: String =

@@ -33,7 +33,7 @@ pub struct PrivateRabbitMq {
     _lock: File,
 }
 
-/// The only folder below this one whose name begins so.
+/// The first entry in `folder` whose name starts with `prefix`.
 fn only(folder: &Path, prefix: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(folder).with_context(|| format!("looking into {}", folder.display()))?;
     let mut found = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix));
@@ -57,7 +57,7 @@ impl PrivateRabbitMq {
         let erlang = root.join("usr/lib/erlang");
         let erl = erlang.join("bin/erl");
         let script = fs::read_to_string(&erl).with_context(|| format!("reading {}", erl.display()))?;
-        // Debian's script knows one place only.
+        // Debian's script has its path hard-coded.
         let there = format!("ROOTDIR={}", erlang.display());
         fs::write(&erl, script.replace("ROOTDIR=/usr/lib/erlang", &there))?;
         let programs = only(&erlang, "erts-")?.join("bin");
@@ -127,7 +127,7 @@ impl PrivateRabbitMq {
 
     async fn launch(&mut self) -> Result<()> {
         let home = self.server.home.clone();
-        // The port mapper first: the server would start one of its own, which would stay behind.
+        // The port mapper first: the server would start one of its own, which would outlive it.
         if self.mapper.pid().is_none() {
             let mut command = guarded_command(&self.mapper.program, self.user.as_ref(), Signal::Kill)?;
             command
@@ -181,7 +181,7 @@ impl PrivateRabbitMq {
             .env("PATH", format!("{}:{path}", root.join("erlang/bin").display()))
             .env("HOME", home)
             .env("LC_ALL", "C.UTF-8")
-            // So that the script becomes the server, instead of starting it.
+            // So that the script execs the server instead of starting it as a child.
             .env("RUNNING_UNDER_SYSTEMD", "1")
             .env("RABBITMQ_NODENAME", format!("p{}@localhost", self.port))
             .env("RABBITMQ_BASE", home)

@@ -94,7 +94,7 @@ impl RabbitMq {
         Publisher { channel, confirmed, published: 0, _connection: connection }
     }
 
-    /// Makes a durable queue.
+    /// Creates a durable queue.
     pub async fn declare(&self, queue: &str) {
         let (_connection, channel) = self.connect().await;
         channel.queue_declare(QueueDeclareArguments::durable_client_named(queue)).await.unwrap();
@@ -105,14 +105,14 @@ impl RabbitMq {
         channel.queue_delete(QueueDeleteArguments::new(queue)).await.unwrap();
     }
 
-    /// Makes a durable exchange.
+    /// Creates a durable exchange.
     pub async fn exchange(&self, exchange: &str, kind: &str) {
         let (_connection, channel) = self.connect().await;
         let declare = ExchangeDeclareArguments::new(exchange, kind).durable(true).finish();
         channel.exchange_declare(declare).await.unwrap();
     }
 
-    /// Makes a durable exchange and a durable queue, and binds them.
+    /// Creates a durable exchange and a durable queue, and binds them.
     pub async fn bind(&self, exchange: &str, kind: &str, queue: &str, key: &str) {
         self.exchange(exchange, kind).await;
         self.declare(queue).await;
