@@ -16,7 +16,6 @@ const JETSTREAM_OPTIONS: &[(&str, &str)] = &[
     ("wantedCollections", "comes from COLLECTIONS"),
     ("wantedDids", "comes from WANTED_DIDS"),
     ("requireHello", "is added where it is needed"),
-    ("compress", "is not supported"),
 ];
 
 fn is_jetstream(url: &Url) -> bool {
@@ -82,6 +81,12 @@ impl RelayUrl {
     #[must_use]
     pub fn is_jetstream(&self) -> bool {
         is_jetstream(&self.0)
+    }
+
+    /// Whether it was asked to compress its messages.
+    #[must_use]
+    pub fn is_compressed(&self) -> bool {
+        self.is_jetstream() && self.0.query_pairs().any(|(name, value)| name == "compress" && value == "true")
     }
 
     /// The relay's name, `host` or `host:port`, and for a Jetstream `/subscribe` after it: sequence numbers are meaningful only

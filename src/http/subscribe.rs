@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::extract::{Request, State as Shared};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use hyper::upgrade::Upgraded;
@@ -146,6 +147,7 @@ pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Requ
         peer: request.extensions().get::<Peer>().map(|Peer(address)| address.to_string()).unwrap_or_default(),
         cursor: asked.cursor,
         hello: !asked.require_hello,
+        framed: asked.compress,
         filter,
         place,
     };
@@ -186,9 +188,7 @@ impl Outlet {
             let message = "web pages of other sites need a token: set SUBSCRIBE_TOKEN";
             return Err(refuse(StatusCode::FORBIDDEN, message));
         }
-        if asked.compress || headers.get("socket-encoding").is_some_and(|value| value == "zstd") {
-            return Err(bad("compression is not supported: connect without compress=true".to_owned()));
-        }
+        asked.compress |= headers.get("socket-encoding").is_some_and(|value| value == "zstd");
         let filter = Filter::new(std::mem::take(&mut asked.options)).map_err(bad)?;
         let accept = accept_key(headers).ok_or_else(|| {
             let headers = [(header::UPGRADE, "websocket"), (header::SEC_WEBSOCKET_VERSION, "13")];
@@ -284,13 +284,15 @@ struct Session {
     cursor: Option<u64>,
     /// Whether it may begin: no `requireHello`.
     hello: bool,
+    /// Whether it wants Zstandard frames.
+    framed: bool,
     filter: Filter,
     place: OwnedSemaphorePermit,
 }
 
 impl Session {
     async fn run(self, io: TokioIo<Upgraded>) {
-        let Self { feed, control, peer, cursor, hello, filter, place } = self;
+        let Self { feed, control, peer, cursor, hello, framed, filter, place } = self;
         let limits = WebSocketConfig::default()
             .max_message_size(Some(MESSAGE_BYTES))
             .max_frame_size(Some(MESSAGE_BYTES));
@@ -302,7 +304,7 @@ impl Session {
         let sink = Mutex::new(sink);
         let end = tokio::select! {
             end = listen(source, &tell, &heard) => end,
-            end = send(&sink, Subscriber::new(feed, cursor), filters) => end,
+            end = send(&sink, Subscriber::new(feed, cursor), filters, framed) => end,
             end = ping(&sink, &heard) => end,
             () = control.drain_begun() => End::Draining,
         };
@@ -357,6 +359,7 @@ async fn send(
     sink: &Mutex<SplitSink<Socket, WsMessage>>,
     mut subscriber: Subscriber,
     mut filters: watch::Receiver<Option<Filter>>,
+    framed: bool,
 ) -> End {
     let _ = filters.wait_for(Option::is_some).await;
     loop {
@@ -369,12 +372,10 @@ async fn send(
         for item in items {
             for message in &item.messages {
                 let wanted = filters.borrow().as_ref().is_some_and(|filter| filter.wants(message));
-                // Our own JSON is UTF-8.
-                let Some(text) = wanted.then(|| Utf8Bytes::try_from(message.text.clone()).ok()).flatten()
-                else {
+                let Some(message) = wanted.then(|| message_of(&message.text, framed)).flatten() else {
                     continue;
                 };
-                if let Err(error) = sink.feed(WsMessage::Text(text)).await {
+                if let Err(error) = sink.feed(message).await {
                     return error.into();
                 }
                 sent += 1;
@@ -387,6 +388,37 @@ async fn send(
     }
 }
 
+/// A message as it is sent. Whoever asks for compression gets Zstandard frames, which any client of a Jetstream can read, but their
+/// content is not compressed.
+fn message_of(text: &Bytes, framed: bool) -> Option<WsMessage> {
+    if framed {
+        return Some(WsMessage::Binary(zstandard_frame(text).into()));
+    }
+    // Our own JSON is UTF-8.
+    Utf8Bytes::try_from(text.clone()).ok().map(WsMessage::Text)
+}
+
+/// A Zstandard frame with this content, as it is (RFC 8878, 3.1.1: a single segment, its size, and raw blocks).
+fn zstandard_frame(content: &[u8]) -> Vec<u8> {
+    /// The largest block.
+    const BLOCK: usize = 128 << 10;
+    let mut frame = Vec::with_capacity(content.len() + 16);
+    frame.extend_from_slice(&0xFD2F_B528_u32.to_le_bytes());
+    frame.push(0b1010_0000);
+    frame.extend_from_slice(&u32::try_from(content.len()).unwrap_or(u32::MAX).to_le_bytes());
+    let mut rest = content;
+    loop {
+        let (block, after) = rest.split_at(rest.len().min(BLOCK));
+        let header = u32::from(after.is_empty()) | (block.len() as u32) << 3;
+        frame.extend_from_slice(&header.to_le_bytes()[..3]);
+        frame.extend_from_slice(block);
+        rest = after;
+        if rest.is_empty() {
+            return frame;
+        }
+    }
+}
+
 /// Asks whether the subscriber is still there.
 async fn ping(sink: &Mutex<SplitSink<Socket, WsMessage>>, heard: &watch::Sender<Instant>) -> End {
     loop {
@@ -394,8 +426,23 @@ async fn ping(sink: &Mutex<SplitSink<Socket, WsMessage>>, heard: &watch::Sender<
         if heard.borrow().elapsed() > ANSWER {
             return End::Silent;
         }
-        if let Err(error) = sink.lock().await.send(WsMessage::Ping(bytes::Bytes::new())).await {
+        if let Err(error) = sink.lock().await.send(WsMessage::Ping(Bytes::new())).await {
             return error.into();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::origin::jetstream::compressed::Decompressor;
+
+    #[test]
+    fn a_frame_has_its_content() {
+        let mut decompressor = Decompressor::new(1 << 20).unwrap();
+        for length in [0, 1, 700, (128 << 10) - 1, 128 << 10, (128 << 10) + 1, 300_000] {
+            let text = "x".repeat(length);
+            assert_eq!(decompressor.text(&zstandard_frame(text.as_bytes())).unwrap(), text, "{length}");
         }
     }
 }

@@ -280,7 +280,6 @@ async fn what_a_jetstream_cannot_do_is_refused() {
     let (_chain, variables) = chain_of(&server).await;
     for (name, value, says) in [
         ("BACKFILL", "all", "RELAY_URL is a Jetstream"),
-        ("RELAY_URL", "wss://jetstream.example/subscribe?compress=true", "compress"),
         ("RELAY_URL", "wss://jetstream.example/subscribe?wantedDids=did:plc:a", "WANTED_DIDS"),
     ] {
         let ended = Standpipe::run(&["run"], &variables.clone().with(name, value), SOON).await;
@@ -290,4 +289,30 @@ async fn what_a_jetstream_cannot_do_is_refused() {
     let mut program = Program::start("run", &variables).await;
     program.wait_for_line("sends binary data", SOON).await;
     assert!(sent.load(Ordering::SeqCst) > 0);
+}
+
+/// Compressed by the reference implementation, with the dictionary; among them one that cannot be decompressed.
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_messages_are_read() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jetstream");
+    let good = std::fs::read(folder.join("message.json.zst")).unwrap();
+    let server = ScriptedRelay::start(move |mut connection| {
+        let good = good.clone();
+        async move {
+            connection.send(b"not a frame").await;
+            connection.send(&good).await;
+            connection.stay().await;
+        }
+    })
+    .await;
+    let (chain, variables) = chain_of(&server).await;
+    let url = format!("{}/subscribe?compress=true", server.url());
+    let program = Program::start("run", &variables.with("RELAY_URL", url)).await;
+    cursor_is(&chain, 1_767_225_600_000_000).await;
+    assert_eq!(
+        query_rows(&chain.database, "SELECT text FROM posts").await,
+        [[Some("compressed".to_owned())]]
+    );
+    program.metric_with_is("standpipe_relay_missed_total", "\"frame\"", 1.0).await;
+    assert_eq!(program.metric("standpipe_relay_undecodable_frames_total").await, 1.0);
 }

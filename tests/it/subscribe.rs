@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
+use standpipe::origin::jetstream::compressed::Decompressor;
 use standpipe_lab::simulate::NetworkOptions;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -370,7 +371,6 @@ async fn what_is_asked_for_wrongly_is_refused_with_a_reason() {
         ("token=T&cursor=yesterday", 400, "cursor"),
         ("token=T&wantedDids=alice", 400, "alice is not a DID"),
         ("token=T&wantedCollections=*", 400, "*"),
-        ("token=T&compress=true", 400, "compression"),
         (&format!("token=T&{many}"), 400, "more than 100"),
     ] {
         let (status, text) =
@@ -430,6 +430,26 @@ async fn what_is_asked_for_wrongly_is_refused_with_a_reason() {
         assert!(text.contains("SUBSCRIBE=on"), "{text}");
         program.signal(Signal::Term);
         assert_eq!(program.wait_exit(SOON).await, 0);
+    }
+}
+
+/// Clients that compress by default get frames that they can read.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_for_compression_gets_frames() {
+    let options = NetworkOptions { accounts: 20, events: 300, ..network(13) };
+    let (chain, variables, http) = serving(&options).await;
+    let _program = Program::start("run", &variables).await;
+    chain.finished().await;
+    let wanted = expected(&traffic::events(&options));
+    let mut plain = Client::patient(http, "cursor=0").await;
+    let messages = plain.take(wanted.len()).await;
+    let mut framed = Client::patient(http, "cursor=0&compress=true").await;
+    let mut decompressor = Decompressor::new(1 << 20).unwrap();
+    for message in &messages {
+        let frame = tokio::time::timeout(RUN, framed.0.next()).await.unwrap().unwrap().unwrap();
+        let Message::Binary(frame) = frame else { panic!("{frame:?}") };
+        let text = decompressor.text(&frame).unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), *message);
     }
 }
 

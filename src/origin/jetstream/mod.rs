@@ -1,6 +1,7 @@
 //! A Jetstream (v1, <https://github.com/bluesky-social/jetstream>): the relay's events as JSON, one operation in each message, and
 //! without signatures. A position is a time in microseconds.
 
+pub mod compressed;
 pub mod decode;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use tokio_tungstenite::Connector;
 use tokio_tungstenite::tungstenite::Message as WsMessage;
 use tracing::{debug, info, warn};
 
+use self::compressed::Decompressor;
 use self::decode::{Message, decode};
 use super::connect::{self, GOODBYE, MESSAGE_BYTES, PASSED_OVER_BYTES, STEADY, Socket};
 use super::{Arrival, Origin, OriginError, sleep_until};
@@ -46,6 +48,8 @@ pub struct Jetstream {
     config: Arc<Config>,
     status: Arc<Status>,
     tls: Connector,
+    /// If it was asked to compress.
+    decompressor: Option<Decompressor>,
     connection: Option<Subscription>,
     announced: bool,
     /// When it was first connected, in microseconds since 1970.
@@ -113,7 +117,7 @@ impl Origin for Jetstream {
                 reader.frames += 1;
                 reader.last_frame_ms = Some(now_ms());
             });
-            if let Some(arrival) = self.read(&text)? {
+            if let Some(arrival) = self.read(text)? {
                 return Ok(arrival);
             }
         }
@@ -134,8 +138,11 @@ impl Jetstream {
     /// There is no authority for `wss://` to trust.
     pub fn new(config: Arc<Config>, status: Arc<Status>) -> AnyResult<Self> {
         let tls = connect::tls(&config)?;
+        let compresses = config.relay_url.is_compressed();
+        let decompressor = compresses.then(|| Decompressor::new(MESSAGE_BYTES)).transpose();
         Ok(Self {
             name: config.relay_url.relay(),
+            decompressor: decompressor.map_err(anyhow::Error::msg)?,
             config,
             status,
             tls,
@@ -181,9 +188,9 @@ impl Jetstream {
         (url, update)
     }
 
-    /// The next message.
-    async fn message(&mut self) -> Result<String, OriginError> {
-        let Self { name, config, status, connection, .. } = self;
+    /// The next message, or what is wrong with it.
+    async fn message(&mut self) -> Result<Result<String, String>, OriginError> {
+        let Self { name, config, status, connection, decompressor, .. } = self;
         let connection = connection.as_mut().ok_or_else(|| OriginError::away("not connected"))?;
         // Of few accounts, there may be nothing for hours.
         let narrow = matches!(config.wanted_dids, Some(WantedDids::List(_)));
@@ -204,13 +211,17 @@ impl Jetstream {
             match message {
                 Some(Ok(WsMessage::Text(text))) => {
                     connection.last_data = Instant::now();
-                    return Ok(text.as_str().to_owned());
+                    return Ok(Ok(text.as_str().to_owned()));
                 }
-                Some(Ok(WsMessage::Binary(_))) => {
-                    return Err(OriginError::Operator(format!(
-                        "{name} sends binary data, which a Jetstream does only when asked to: remove `compress` from RELAY_URL, or \
-                         write the address of a relay without /subscribe"
-                    )));
+                Some(Ok(WsMessage::Binary(frame))) => {
+                    connection.last_data = Instant::now();
+                    let Some(decompressor) = decompressor else {
+                        return Err(OriginError::Operator(format!(
+                            "{name} sends binary data, which a Jetstream does only when asked to: add compress=true to RELAY_URL, or \
+                             write the address of a relay without /subscribe"
+                        )));
+                    };
+                    return Ok(decompressor.text(&frame));
                 }
                 Some(Ok(WsMessage::Close(reason))) => {
                     let reason =
@@ -227,12 +238,13 @@ impl Jetstream {
     }
 
     /// The arrival in a message; `None` if it has nothing for the stream.
-    fn read(&mut self, text: &str) -> Result<Option<Arrival>, OriginError> {
-        let decoded = if text.len() > MESSAGE_BYTES {
-            Err(format!("it has {} bytes; at most {MESSAGE_BYTES} are read", text.len()))
-        } else {
-            decode(text, &self.config.collections)
-        };
+    fn read(&mut self, text: Result<String, String>) -> Result<Option<Arrival>, OriginError> {
+        let decoded = text.and_then(|text| {
+            if text.len() > MESSAGE_BYTES {
+                return Err(format!("it has {} bytes; at most {MESSAGE_BYTES} are read", text.len()));
+            }
+            decode(&text, &self.config.collections)
+        });
         let decoded = decoded.and_then(|message| {
             // Such a position would be asked for in vain until its time has come.
             let ahead = message.position > micros(now_ms()) + AHEAD_MICROS;
