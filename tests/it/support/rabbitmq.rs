@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use amqprs::callbacks::ChannelCallback;
 use amqprs::channel::{
-    BasicGetArguments, BasicPublishArguments, Channel, ConfirmSelectArguments, ExchangeDeclareArguments,
+    BasicConsumeArguments, BasicPublishArguments, Channel, ConfirmSelectArguments, ExchangeDeclareArguments,
     QueueBindArguments, QueueDeclareArguments, QueueDeleteArguments,
 };
 use amqprs::connection::{Connection, OpenConnectionArguments};
@@ -120,13 +120,17 @@ impl RabbitMq {
         channel.queue_bind(QueueBindArguments::new(queue, exchange, key)).await.unwrap();
     }
 
-    /// Takes everything out of a queue.
+    /// Takes everything out of a queue to which nobody publishes any more.
     pub async fn drain(&self, queue: &str) -> Vec<Vec<u8>> {
         let (_connection, channel) = self.connect().await;
+        let ask = QueueDeclareArguments::new(queue).passive(true).finish();
+        let (_, count, _) = channel.queue_declare(ask).await.unwrap().unwrap();
+        let consume = BasicConsumeArguments::new(queue, "").auto_ack(true).finish();
+        let (_, mut messages) = channel.basic_consume_rx(consume).await.unwrap();
         let mut bodies = Vec::new();
-        let get = BasicGetArguments::new(queue).no_ack(true).finish();
-        while let Some((_, _, body)) = channel.basic_get(get.clone()).await.unwrap() {
-            bodies.push(body);
+        while bodies.len() < count as usize {
+            let message = tokio::time::timeout(RUN, messages.recv()).await.expect("nothing comes");
+            bodies.push(message.unwrap().content.unwrap_or_default());
         }
         bodies
     }
