@@ -149,8 +149,7 @@ impl Queue {
     ) -> Result<(), Ended> {
         while !*self.paused.borrow_and_update() {
             let taken = or_stop(stop, consumer.next(BATCH_BYTES)).await??;
-            self.status.origin(KIND, |origin| origin.waiting = Some(u64::from(consumer.waiting())));
-            metrics::origin_waiting(KIND, consumer.waiting());
+            self.note_waiting(consumer);
             if let Some(batch) = taken {
                 self.append(&batch, consumer, stop).await?;
                 self.said = None;
@@ -158,6 +157,11 @@ impl Queue {
             }
         }
         Ok(())
+    }
+
+    fn note_waiting(&self, consumer: &Consumer) {
+        self.status.origin(KIND, |origin| origin.waiting = Some(u64::from(consumer.waiting())));
+        metrics::origin_waiting(KIND, consumer.waiting());
     }
 
     /// Appends the events of these messages, waits until they are durable, and acknowledges the messages.
@@ -195,6 +199,7 @@ impl Queue {
             or_stop(stop, tokio::time::sleep(NO_ROOM)).await?;
             // If the messages went back to the queue, they are not ours any more.
             consumer.check().await?;
+            self.note_waiting(consumer);
         };
         self.is_durable(&accepted);
         self.enter(State::Running);
@@ -219,11 +224,17 @@ impl Queue {
         events: &[Line],
         appended: &mut Option<Appended>,
     ) -> Result<Accepted, IngestError> {
-        let there = match appended.take() {
-            Some(there) => there,
-            None => self.ingest.append(None, &[], events.to_vec()).await?,
+        let (mut there, before) = match appended.take() {
+            Some(there) => (there, true),
+            None => (self.ingest.append(None, &[], events.to_vec()).await?, false),
         };
-        let settled = self.ingest.settle(&there).await;
+        let settled = async {
+            if before {
+                self.ingest.look_again(&mut there).await?;
+            }
+            self.ingest.settle(&there).await
+        };
+        let settled = settled.await;
         if !matches!(settled, Err(IngestError::Replaced)) {
             *appended = Some(there);
         }

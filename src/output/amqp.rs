@@ -36,6 +36,8 @@ const FREE: Duration = Duration::from_secs(1);
 /// How long a page may take before that is shown, and how long one that was begun has at the end.
 const SLOW: Duration = Duration::from_secs(10);
 const LAST_PAGE: Duration = Duration::from_secs(2);
+/// For how long a process that failed says so while another one tries, without getting any further.
+const STILL_FAILING: Duration = Duration::from_mins(5);
 /// Failures are logged again after this time.
 const SAY_AGAIN: Duration = Duration::from_mins(1);
 
@@ -49,11 +51,17 @@ pub struct Exchange {
     status: Arc<Status>,
     token: String,
     said: Option<Instant>,
+    /// Whether the log says that it publishes.
+    announced: bool,
+    /// When it last failed, and where the output was then.
+    failed: Option<(Instant, Option<Place>)>,
+    /// Where the output was when the session began.
+    place: Option<Place>,
     /// The last entry that was published.
     last: Option<EntryId>,
     /// Up to this entry, messages are published one at a time: one was refused, and the others should not be repeated with it.
     careful_until: Option<EntryId>,
-    /// How many messages of this entry were published in that way.
+    /// The last message of this entry that was published in that way, by its index.
     done: Option<(EntryId, usize)>,
 }
 
@@ -78,6 +86,9 @@ impl Exchange {
             status,
             token: lease::token(&config.consumer_id),
             said: None,
+            announced: false,
+            failed: None,
+            place: None,
             last: None,
             careful_until: None,
             done: None,
@@ -116,8 +127,16 @@ impl Exchange {
             } else {
                 State::WaitingForPostgres { reason }
             });
-            // Another process may reach what this one cannot.
-            self.release().await;
+            self.failed = Some((Instant::now(), self.place));
+            self.announced = false;
+            // Another process may reach what this one cannot, but it cannot bind a queue.
+            let is_refused = matches!(
+                error.downcast_ref::<AmqpError>(),
+                Some(AmqpError::Unroutable(_) | AmqpError::NotStored)
+            );
+            if !is_refused {
+                self.release().await;
+            }
             let _ = or_stop(stop, tokio::time::sleep(delays.pause())).await;
         }
     }
@@ -148,22 +167,33 @@ impl Exchange {
     async fn session(&mut self, stop: &CancellationToken, delays: &mut Backoff) -> Result<()> {
         let mut stream = self.redis.connect().await?;
         // From here on, nothing that is not published is trimmed.
-        stream.output_place(OUTPUT).await?;
+        self.place = stream.output_place(OUTPUT).await?;
+        let Some(place) = self.place else {
+            let _ = or_stop(stop, tokio::time::sleep(LOOK)).await;
+            return Ok(());
+        };
+        if let Place::Read(last) = place {
+            self.last = Some(last);
+        }
         if !stream.take_lease(LEASE, &self.token).await? {
-            self.enter(State::WaitingForLease { reason: "another process is publishing".to_owned() });
+            // The other one may fail, too; then it has not got any further.
+            let fails = |(at, place): (Instant, _)| at.elapsed() < STILL_FAILING && place == self.place;
+            if !self.failed.is_some_and(fails) {
+                self.enter(State::WaitingForLease { reason: "another process is publishing".to_owned() });
+            }
             let _ = or_stop(stop, tokio::time::sleep(FREE)).await;
             return Ok(());
         }
         let mut publisher = Publisher::open(&self.to.server, &self.to.exchange, &self.name).await?;
-        let mut first = true;
-        while !stop.is_cancelled() && stream.prolong_lease(LEASE, &self.token).await? {
+        while !stop.is_cancelled() && stream.take_lease(LEASE, &self.token).await? {
             publisher.check()?;
             let published = self.page(&mut stream, &mut publisher).await?;
-            if std::mem::take(&mut first) && (self.said.is_some() || self.last.is_none()) {
+            if !std::mem::replace(&mut self.announced, true) {
                 info!(exchange = self.to.exchange, "publishing to RabbitMQ");
             }
             self.enter(State::Running);
             self.said = None;
+            self.failed = None;
             delays.reset();
             match published {
                 Published::Some => {}
@@ -206,6 +236,10 @@ impl Exchange {
         };
         self.pages.note(&page);
         let items = self.messages.of(&page).await?;
+        // PostgreSQL may have taken its time.
+        if !stream.take_lease(LEASE, &self.token).await? {
+            return Ok(Published::NotOurs);
+        }
         let messages: u64 = items.iter().map(|item| item.messages.len() as u64).sum();
         if !self.send(&items, count == 1, stream, publisher).await? {
             return Ok(Published::NotOurs);
@@ -213,6 +247,8 @@ impl Exchange {
         if !stream.advance_output(OUTPUT, &self.token, from, last, page.len()).await? {
             return Ok(Published::NotOurs);
         }
+        self.done = None;
+        self.careful_until = self.careful_until.filter(|until| last < *until);
         self.note(messages, Some(last));
         Ok(Published::Some)
     }
@@ -231,14 +267,22 @@ impl Exchange {
             let mut sending = pin!(send(self.to.key, items, careful, &mut done, publisher));
             loop {
                 tokio::select! {
-                    sent = &mut sending => break sent,
+                    sent = &mut sending => break Some(sent),
                     () = tokio::time::sleep(PROLONG) => {
-                        if !stream.prolong_lease(LEASE, &self.token).await? {
-                            return Ok(false);
+                        match stream.take_lease(LEASE, &self.token).await {
+                            Ok(true) => {}
+                            Ok(false) => break None,
+                            // What was sent cannot be taken back: it is waited for, whatever happens to Redis.
+                            Err(_) => {
+                                if let Ok(again) = self.redis.connect().await {
+                                    *stream = again;
+                                }
+                            }
                         }
                         let waited = began.elapsed();
                         if waited > SLOW {
-                            let reason = format!("RabbitMQ has not confirmed all messages after {} s", waited.as_secs());
+                            let reason =
+                                format!("RabbitMQ has not confirmed all messages after {} s", waited.as_secs());
                             self.enter(State::WaitingForBroker { reason });
                         }
                     }
@@ -246,6 +290,7 @@ impl Exchange {
             }
         };
         self.done = done;
+        let Some(sent) = sent else { return Ok(false) };
         if matches!(sent, Err(AmqpError::Unroutable(_) | AmqpError::NotStored)) {
             self.careful_until = self.careful_until.max(items.last().map(|item| item.id));
         }
@@ -274,12 +319,12 @@ fn age(id: EntryId) -> f64 {
 
 /// An entry's messages, to be published.
 fn outgoing(by: RoutingKey, item: &Item) -> impl Iterator<Item = Outgoing> {
-    item.messages.iter().enumerate().map(move |(index, message)| Outgoing {
+    item.messages.iter().map(move |message| Outgoing {
         key: match by {
             RoutingKey::Did => message.did.clone(),
             RoutingKey::Collection => message.collection.clone().unwrap_or_else(|| message.kind.to_owned()),
         },
-        id: format!("{}/{index}", item.id),
+        id: format!("{}/{}", item.id, message.index),
         body: message.text.to_vec(),
     })
 }
@@ -296,10 +341,13 @@ async fn send(
         return publisher.publish(items.iter().flat_map(|item| outgoing(by, item)).collect()).await;
     }
     for item in items {
-        let first = done.filter(|(id, _)| *id == item.id).map_or(0, |(_, count)| count);
-        for (index, message) in outgoing(by, item).enumerate().skip(first) {
-            publisher.publish(vec![message]).await?;
-            *done = Some((item.id, index + 1));
+        let last = done.filter(|(id, _)| *id == item.id).map(|(_, index)| index);
+        for (message, outgoing) in item.messages.iter().zip(outgoing(by, item)) {
+            if last.is_some_and(|last| message.index <= last) {
+                continue;
+            }
+            publisher.publish(vec![outgoing]).await?;
+            *done = Some((item.id, message.index));
         }
     }
     Ok(())

@@ -25,6 +25,8 @@ pub struct Forbidden(pub HashSet<String>);
 pub struct Message {
     /// The account that it is about.
     pub did: String,
+    /// The place of its operation in the entry.
+    pub index: usize,
     /// commit, identity or account.
     pub kind: &'static str,
     /// The collection; `None` for identity and account events, which everybody gets.
@@ -156,6 +158,7 @@ pub fn messages(settled: &Settled, forbidden: &Forbidden) -> Result<Vec<Message>
 
 fn message(
     entry: &Entry,
+    index: usize,
     did: &str,
     collection: Option<&str>,
     what: What<'_>,
@@ -166,7 +169,13 @@ fn message(
         What::Account(_) => "account",
     };
     let text = serde_json::to_vec(&Event { did, time_us: time_us(entry.id), kind, what })?;
-    Ok(Message { did: did.to_owned(), kind, collection: collection.map(str::to_owned), text: text.into() })
+    Ok(Message {
+        did: did.to_owned(),
+        index,
+        kind,
+        collection: collection.map(str::to_owned),
+        text: text.into(),
+    })
 }
 
 fn commit(
@@ -177,7 +186,7 @@ fn commit(
     let CommitData { repo, ops, rev } = serde_json::from_str(&entry.data)?;
     let is_forbidden = forbidden.0.contains(&repo);
     let mut messages = Vec::with_capacity(ops.len());
-    for op in ops {
+    for (index, op) in ops.into_iter().enumerate() {
         let is_delete = op.action == "delete";
         let Some((collection, rkey)) = op.path.split_once('/').filter(|_| is_delete || !is_forbidden) else {
             continue;
@@ -191,7 +200,7 @@ fn commit(
             cid: op.cid.filter(|cid| !is_delete && cid.get() != "null"),
             dead_letter: refused.iter().any(|path| *path == op.path || path == "*"),
         };
-        messages.push(message(entry, &repo, Some(collection), What::Commit(commit))?);
+        messages.push(message(entry, index, &repo, Some(collection), What::Commit(commit))?);
     }
     Ok(messages)
 }
@@ -200,14 +209,14 @@ fn identity(entry: &Entry) -> Result<Vec<Message>, serde_json::Error> {
     let IdentityData { did, handle, time } = serde_json::from_str(&entry.data)?;
     let time = time.unwrap_or_else(|| arrived(entry).into());
     let identity = Identity { did: &did, handle: handle.as_deref(), seq: seq(entry), time: &time };
-    Ok(vec![message(entry, &did, None, What::Identity(identity))?])
+    Ok(vec![message(entry, 0, &did, None, What::Identity(identity))?])
 }
 
 fn account(entry: &Entry) -> Result<Vec<Message>, serde_json::Error> {
     let AccountData { did, active, status, time } = serde_json::from_str(&entry.data)?;
     let time = time.unwrap_or_else(|| arrived(entry).into());
     let account = Account { active, did: &did, seq: seq(entry), status: status.as_deref(), time: &time };
-    Ok(vec![message(entry, &did, None, What::Account(account))?])
+    Ok(vec![message(entry, 0, &did, None, What::Account(account))?])
 }
 
 /// The relay's number; 0 for what came from no relay.
@@ -388,6 +397,7 @@ mod tests {
     #[test]
     fn a_filter_passes_what_a_jetstream_would() {
         let message = |did: &str, collection: Option<&str>| Message {
+            index: 0,
             kind: "commit",
             did: did.into(),
             collection: collection.map(str::to_owned),

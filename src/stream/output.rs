@@ -44,11 +44,12 @@ impl Stream {
     pub async fn output_place(&mut self, output: Output) -> RedisResult<Option<Place>> {
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("output_place.lua")));
         let Self { connection, keys } = self;
-        let last: String = SCRIPT.key(&keys.stream).arg(output.group()).invoke_async(connection).await?;
+        let last: String =
+            SCRIPT.key(&keys.stream).key(&keys.watch).arg(output.group()).invoke_async(connection).await?;
         Ok(last.parse().ok().map(place))
     }
 
-    /// Advances an output past the entries that it has published; `false` if its lease is no longer ours, or its position has changed.
+    /// Advances an output past the entries that it has published; `false` if its lease is no longer ours, or somebody has set it back.
     ///
     /// # Errors
     ///

@@ -529,10 +529,11 @@ async fn dead_letters_can_be_listed_retried_and_purged() {
     let removed = post("/dead-letters/purge", json!({"all": true, "text": "did:plc:bad8\""})).await;
     assert_eq!(removed["removed"], 1, "{removed}");
     let some: Vec<&String> = all.iter().filter(|other| *other != id).take(5).collect();
-    let removed = post("/dead-letters/purge", json!({"ids": some})).await;
-    assert_eq!(removed["removed"], 5, "{removed}");
+    let some = post("/dead-letters/purge", json!({"ids": some})).await["removed"].as_u64().unwrap();
+    // The one with the text may have been among them: their order is that in which the pipelines came to them.
+    assert!((4..=5).contains(&some), "{some}");
     let removed = post("/dead-letters/purge", json!({"all": true})).await;
-    assert_eq!(removed["removed"], 53, "{removed}");
+    assert_eq!(removed["removed"].as_u64().unwrap() + some, 58, "{removed}");
     assert_eq!(chain.look().await.dead_letters, 0);
     let unknown = ask(program.http, "POST", "/dead-letters/purge", &headers, "{\"everything\": true}").await;
     assert_eq!(unknown.code, 422, "a mistyped wish is no wish: {}", unknown.body);

@@ -743,8 +743,9 @@ async fn floods_cost_little_memory_and_few_log_lines() {
         // The progress line appears every ten seconds, whatever the relay sends.
         let lines = program.stderr().lines().filter(|line| !line.contains(" INFO progress ")).count();
         assert!(lines <= 20, "{flood}: {lines} lines:\n{}", program.stderr());
-        let gaps = program.metric("standpipe_relay_gaps_total").await;
-        assert_eq!(gaps, if flood == "outdated" { 1.0 } else { 0.0 }, "{flood}");
+        // It is counted a moment after it is in Redis.
+        let gaps = if flood == "outdated" { 1.0 } else { 0.0 };
+        program.metric_is("standpipe_relay_gaps_total", gaps).await;
     }
 }
 

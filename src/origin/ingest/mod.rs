@@ -161,6 +161,21 @@ impl Ingest {
         }
     }
 
+    /// Looks again what it takes for them to be durable: a replica may be gone, or settings changed.
+    ///
+    /// # Errors
+    ///
+    /// [`IngestError::Replaced`], or Redis cannot be reached.
+    pub async fn look_again(&self, appended: &mut Appended) -> Result<(), IngestError> {
+        let mut kept = self.stream.lock().await;
+        let mut stream = self.redis.reuse(&mut kept).await?;
+        let (now, _) = stream.durability().await?;
+        *kept = Some(stream);
+        is_same_server(&appended.durability, &now.server)?;
+        appended.durability = now;
+        Ok(())
+    }
+
     /// Waits until they are durable.
     ///
     /// # Errors
