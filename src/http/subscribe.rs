@@ -388,7 +388,7 @@ async fn send(
     }
 }
 
-/// A message as it is sent. Whoever asks for compression gets Zstandard frames, which any client of a Jetstream can read, but their
+/// A message as it is sent. Clients that ask for compression get Zstandard frames, which every Jetstream client can read; the
 /// content is not compressed.
 fn message_of(text: &Bytes, framed: bool) -> Option<WsMessage> {
     if framed {

@@ -128,14 +128,14 @@ pub const SUBSCRIBERS_UNREADABLE: &str = "standpipe_subscriber_unreadable_entrie
 pub const ORIGIN_MESSAGES: &str = "standpipe_origin_messages_total";
 /// Messages that wait at an origin.
 pub const ORIGIN_WAITING: &str = "standpipe_origin_waiting_messages";
-/// Whether an origin is away.
-pub const ORIGIN_AWAY: &str = "standpipe_origin_disconnected";
+/// Whether an origin is disconnected.
+pub const ORIGIN_DISCONNECTED: &str = "standpipe_origin_disconnected";
 /// Messages that an output delivered.
 pub const OUTPUT_MESSAGES: &str = "standpipe_output_messages_total";
 /// How far an output is behind.
 pub const OUTPUT_BEHIND: &str = "standpipe_output_behind_seconds";
-/// Whether an output is away.
-pub const OUTPUT_AWAY: &str = "standpipe_output_disconnected";
+/// Whether an output is disconnected.
+pub const OUTPUT_DISCONNECTED: &str = "standpipe_output_disconnected";
 /// Entries that outputs did not get.
 pub const OUTPUT_SKIPPED: &str = "standpipe_output_skipped_entries_total";
 /// Requests to `POST /events`, by result.
@@ -279,14 +279,14 @@ pub fn note_removed(entries: u64) {
     }
 }
 
-/// Sets whether an origin is away.
-pub fn origin_away(kind: &'static str, away: bool) {
-    metrics::gauge!(ORIGIN_AWAY, "origin" => kind).set(f64::from(u8::from(away)));
+/// Sets whether an origin is disconnected.
+pub fn origin_disconnected(kind: &'static str, disconnected: bool) {
+    metrics::gauge!(ORIGIN_DISCONNECTED, "origin" => kind).set(f64::from(u8::from(disconnected)));
 }
 
-/// Sets whether an output is away.
-pub fn output_away(kind: &'static str, away: bool) {
-    metrics::gauge!(OUTPUT_AWAY, "output" => kind).set(f64::from(u8::from(away)));
+/// Sets whether an output is disconnected.
+pub fn output_disconnected(kind: &'static str, disconnected: bool) {
+    metrics::gauge!(OUTPUT_DISCONNECTED, "output" => kind).set(f64::from(u8::from(disconnected)));
 }
 
 /// Counts messages that an output delivered, and sets how far it is behind.
@@ -381,9 +381,9 @@ fn zero() {
     for state in REPOSITORY_STATES {
         metrics::gauge!(REPOSITORIES, "state" => state).set(0.0);
     }
-    output_away(RABBITMQ, false);
+    output_disconnected(RABBITMQ, false);
     output(RABBITMQ, 0, 0.0);
-    origin_away(RABBITMQ, false);
+    origin_disconnected(RABBITMQ, false);
     origin_messages(RABBITMQ, 0, 0);
     origin_waiting(RABBITMQ, 0);
     for part in ["reader", "pipelines"] {

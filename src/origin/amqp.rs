@@ -72,7 +72,7 @@ impl Queue {
         paused: watch::Receiver<bool>,
     ) -> Self {
         let name = format!("standpipe {}", config.consumer_id);
-        metrics::origin_away(KIND, true);
+        metrics::origin_disconnected(KIND, true);
         status.origin(KIND, |origin| *origin = Self::status(&from));
         Self {
             from,
@@ -120,7 +120,7 @@ impl Queue {
     }
 
     fn enter(&self, state: State) {
-        metrics::origin_away(KIND, matches!(state, State::Starting | State::WaitingForBroker { .. }));
+        metrics::origin_disconnected(KIND, matches!(state, State::Starting | State::WaitingForBroker { .. }));
         self.status.origin(KIND, |origin| origin.enter(state));
     }
 

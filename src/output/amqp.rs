@@ -76,7 +76,7 @@ impl Exchange {
             ..OutputStatus::default()
         };
         status.output(KIND, |output| *output = first);
-        metrics::output_away(KIND, true);
+        metrics::output_disconnected(KIND, true);
         Self {
             to,
             name: format!("standpipe {}", config.consumer_id),
@@ -148,7 +148,7 @@ impl Exchange {
     }
 
     fn enter(&self, state: State) {
-        metrics::output_away(KIND, matches!(state, State::Starting | State::WaitingForBroker { .. }));
+        metrics::output_disconnected(KIND, matches!(state, State::Starting | State::WaitingForBroker { .. }));
         let behind = match (&state, self.last) {
             (State::WaitingForLease { .. } | State::Stopped, _) | (_, None) => Some(0.0),
             (State::Running, _) => None,
