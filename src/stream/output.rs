@@ -42,7 +42,9 @@ impl Stream {
     ///
     /// Redis cannot be reached or refuses.
     pub async fn output_place(&mut self, output: Output) -> RedisResult<Option<Place>> {
-        static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("output_place.lua")));
+        static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
+            Script::new(concat!(include_str!("set_output.lua"), include_str!("output_place.lua")))
+        });
         let Self { connection, keys } = self;
         let last: String =
             SCRIPT.key(&keys.stream).key(&keys.watch).arg(output.group()).invoke_async(connection).await?;

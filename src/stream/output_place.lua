@@ -5,11 +5,7 @@
 if redis.call('EXISTS', KEYS[1]) == 0 then
     return ''
 end
-for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-    local group = {}
-    for i = 1, #info, 2 do
-        group[info[i]] = info[i + 1]
-    end
+for _, group in ipairs(groups_of(KEYS[1])) do
     if group['name'] == ARGV[1] then
         return group['last-delivered-id']
     end
