@@ -284,8 +284,16 @@ impl Repairer {
         };
         let rev = repository.commit.rev.clone();
         if rev < queued.wanted_rev {
+            // Its server may stay behind for long, and the account announce one revision after the other.
             let message = format!("its server has revision {rev}, older than {}", queued.wanted_rev);
-            return Ok(Outcome::failed(host, message));
+            let pause = repos::COOLDOWN;
+            return Ok(Outcome::Postponed(Postponed {
+                pause,
+                host,
+                message,
+                tried: true,
+                ..Postponed::default()
+            }));
         }
         if let Err(message) = check_rev(&rev, now_ms()) {
             return Ok(Outcome::failed(host, message));

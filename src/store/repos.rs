@@ -8,6 +8,8 @@ use tokio_postgres::Client;
 
 use super::{Session, StoreError};
 
+/// For so long is a repository left alone that has been compared, or whose server is behind.
+pub const COOLDOWN: Duration = Duration::from_secs(30);
 /// The class of what a backfill queues: the last.
 const BACKFILL: i16 = 2;
 
@@ -323,8 +325,9 @@ impl Session {
         let [records, healed, deleted, refused] = &numbers;
         let finish = include_str!("../../sql/repair/finish.sql");
         let Queued { did, requests, .. } = queued;
-        let values: [&(dyn postgres_types::ToSql + Sync); 10] =
-            [did, state, rev, host, records, healed, deleted, refused, message, requests];
+        let cooldown = COOLDOWN.as_secs_f64();
+        let values: [&(dyn postgres_types::ToSql + Sync); 11] =
+            [did, state, rev, host, records, healed, deleted, refused, message, requests, &cooldown];
         self.in_time(self.client.execute(finish, &values)).await?;
         Ok(())
     }

@@ -131,7 +131,12 @@ async fn live_events_wait_neither_for_a_directory_nor_for_repairs() {
     let (fetches, pauses) = (stage.plc.fetches(), began.elapsed().as_secs() / 30);
     let peak = machine::peak_memory(stage.program.pid()).unwrap() >> 20;
     println!("the flooding account was fetched {fetches} times in {pauses} pauses; {peak} MiB at most");
-    assert!((1..=1 + pauses).contains(&fetches), "{fetches} fetches in {pauses} pauses");
+    let became = format!(
+        "SELECT state || ': ' || coalesce(message, '') FROM standpipe.repos WHERE did = '{}'",
+        flooding.did
+    );
+    let became = query_value(&database, &became).await;
+    assert!((1..=1 + pauses).contains(&fetches), "{fetches} fetches in {pauses} pauses; {became}");
     assert!(peak < 256, "{peak} MiB");
 
     let committed =

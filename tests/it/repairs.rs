@@ -360,6 +360,12 @@ async fn a_server_that_lies_or_refuses_deletes_nothing() {
         says(&account.did, what).await;
     }
     stage.repo_is(&accounts[8].did, "gone").await;
+    // A server that is behind is not asked again at once, however new the revisions are that its account announces.
+    let pause = format!(
+        "SELECT min(retry_at - updated_at) >= interval '30 seconds' FROM standpipe.repos WHERE did = '{}'",
+        accounts[3].did
+    );
+    assert_eq!(query_value(&stage.chain.database, &pause).await, "t");
     // From now on, the host is left alone.
     stage.plc.answer(&accounts[0].did, answers[0].0.clone());
     says(&accounts[0].did, "429").await;
