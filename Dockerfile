@@ -7,7 +7,7 @@ ARG STANDPIPE_COMMIT=""
 # what changed is compiled again. They are no part of the image, so the binary is copied out in the same step.
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     --mount=type=cache,target=/build/target,sharing=locked \
-    cargo build --locked --release --package standpipe \
+    cargo build --locked --release --package standpipe --features kafka \
     && install -D target/release/standpipe /out/standpipe
 
 # The same Debian release as the builder: the binary needs its glibc or a newer one.

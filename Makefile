@@ -28,16 +28,16 @@ bench-check: ## Count the instructions of the hot paths and compare with those n
 test: previous-release ## Run all tests, against private servers
 	./scripts/install-servers.sh pgbouncer
 	skip=; ./scripts/install-rabbitmq.sh || { skip='-- --skip amqp::'; echo 'the RabbitMQ tests are skipped' >&2; }; \
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) + 1))} cargo test --locked --no-fail-fast $$skip
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) + 1))} cargo test --locked --no-fail-fast --features kafka $$skip
 
 test-deb: deb ## Install the package in a fresh Debian, run its units under systemd, purge it; as root, installs debootstrap
 	./scripts/test-deb.sh
 
-long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, a backfill of 20,000 accounts, 20,000 lost commits, live latency beside bad servers and floods, 100,000 events to twenty subscribers, a thousand requests through twenty kills, RabbitMQ, convergence with 5,000 cases, the long chaos run
+long: previous-release ## What `make test` has shorter variants of, in full: floods and outages of a minute, a backfill of 20,000 accounts, 20,000 lost commits, live latency beside bad servers and floods, 100,000 events to twenty subscribers, a thousand requests through twenty kills, RabbitMQ, Kafka, functions for tasks, convergence with 5,000 cases, the long chaos run
 	./scripts/install-servers.sh pgbouncer
 	./scripts/install-rabbitmq.sh
 	STANDPIPE_LONG=1 cargo test --locked --no-fail-fast --test it -- --nocapture upstream:: database::
-	STANDPIPE_LONG=1 cargo test --release --locked --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency:: subscribe:: ingest::every amqp::
+	STANDPIPE_LONG=1 cargo test --release --locked --features kafka --test it -- --nocapture --test-threads=1 backfill:: lost:: hosts:: latency:: subscribe:: ingest::every amqp:: kafka:: handlers::
 	STANDPIPE_CASES=5000 cargo test --release --locked --test it convergence::
 	$(MAKE) chaos
 
@@ -56,7 +56,8 @@ test-ui: servers ## Look at the dashboard in a browser: press its buttons, make 
 
 lint: ## Check the formatting, the lints and, where cargo-deny is installed, the dependencies
 	cargo fmt --check
-	cargo clippy --all-targets --locked -- -D warnings
+	cargo clippy --all-targets --locked --features kafka -- -D warnings
+	cargo clippy --locked --no-default-features -- -D warnings
 	./scripts/deny.sh
 
 deny: ## Check licences, sources and known holes of the dependencies; needs cargo-deny

@@ -23,6 +23,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::config::AmqpServer;
 use crate::directory::tls;
+use crate::event::Outgoing;
 use crate::mutex::lock;
 
 /// How long RabbitMQ has for an answer.
@@ -241,6 +242,8 @@ pub struct Delivery {
     pub tag: u64,
     /// Whether it may have been delivered before.
     pub redelivered: bool,
+    /// The `message_id` that its sender gave it.
+    pub id: Option<String>,
     /// Its content.
     pub body: Vec<u8>,
 }
@@ -249,7 +252,8 @@ impl From<ConsumerMessage> for Delivery {
     fn from(message: ConsumerMessage) -> Self {
         let (tag, redelivered) =
             message.deliver.map_or((0, false), |deliver| (deliver.delivery_tag(), deliver.redelivered()));
-        Self { tag, redelivered, body: message.content.unwrap_or_default() }
+        let id = message.basic_properties.and_then(|about| about.message_id().cloned());
+        Self { tag, redelivered, id, body: message.content.unwrap_or_default() }
     }
 }
 
@@ -347,17 +351,6 @@ impl Consumer {
     pub async fn close(self) {
         self.link.close().await;
     }
-}
-
-/// A message to publish.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outgoing {
-    /// What it is routed by.
-    pub key: String,
-    /// Its id.
-    pub id: String,
-    /// Its content, JSON.
-    pub body: Vec<u8>,
 }
 
 /// An exchange to which messages are published.

@@ -38,12 +38,14 @@ pub enum Point {
     /// The difference is in the stream, and the queue does not know it yet. It is compared again, and what was applied by
     /// then is not appended again.
     AfterRepair,
+    /// A function has done a task, and the task is still in its stream. It is begun again, found to be done, and removed.
+    AfterTask,
     /// A migration is open. It is rolled back, and run again from its beginning.
     InMigration,
 }
 
 /// Every point.
-pub const ALL: [Point; 13] = [
+pub const ALL: [Point; 14] = [
     Point::AfterAppend,
     Point::AfterRead,
     Point::AfterIngest,
@@ -56,6 +58,7 @@ pub const ALL: [Point; 13] = [
     Point::AfterFetch,
     Point::AfterComplete,
     Point::AfterRepair,
+    Point::AfterTask,
     Point::InMigration,
 ];
 
@@ -76,6 +79,7 @@ impl Point {
             Point::AfterFetch => "after-fetch",
             Point::AfterComplete => "after-complete",
             Point::AfterRepair => "after-repair",
+            Point::AfterTask => "after-task",
             Point::InMigration => "in-migration",
         }
     }

@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use crate::apply::{Context, interpret};
 use crate::config::TransactionMode;
-use crate::event::{EntryId, Reject};
+use crate::event::{Entry, EntryId, Reason, Reject, Task};
 use crate::out;
+use crate::store::handlers::{Handled, Handlers};
 use crate::store::{Fate, Store};
 use crate::stream::Stream;
 use crate::stream::dead_letters::Letter;
@@ -224,13 +225,13 @@ impl Walk {
     /// As for [`retry`], or what `kept` returns.
     pub async fn retry_all(
         &mut self,
-        store: &Store,
+        (store, handlers): (&Store, Option<&Handlers>),
         counts: &mut Retries,
         mut kept: impl FnMut(&str, &Reject) -> Result<()>,
     ) -> Result<()> {
         while let Some(letter) = self.next().await? {
             let id = letter.id.clone();
-            match retry(&mut self.stream, store, letter).await? {
+            match retry(&mut self.stream, (store, handlers), letter).await? {
                 Retried::Applied => counts.applied += 1,
                 Retried::StillBad(reject) => {
                     counts.kept += 1;
@@ -268,10 +269,19 @@ pub enum Retried {
 /// # Errors
 ///
 /// Redis or PostgreSQL cannot be reached, or PostgreSQL refuses for a reason unrelated to the letter.
-pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result<Retried> {
+pub async fn retry(
+    stream: &mut Stream,
+    (store, handlers): (&Store, Option<&Handlers>),
+    letter: Letter,
+) -> Result<Retried> {
     let entry = letter
         .entry()
         .with_context(|| format!("dead letter {}: source_id {}", letter.id, letter.source_id))?;
+    if !letter.task.is_empty() {
+        let handlers = handlers.context("this is a task, and HANDLERS is not set")?;
+        let bad = retry_task(handlers, &entry).await?;
+        return settle(stream, letter, bad).await;
+    }
     let epochs = stream.epochs().await?;
     let bad = match interpret(&entry, Context::now(&epochs)) {
         Err(reject) => Some(reject),
@@ -295,6 +305,24 @@ pub async fn retry(stream: &mut Stream, store: &Store, letter: Letter) -> Result
             }
         }
     };
+    settle(stream, letter, bad).await
+}
+
+/// Calls the function for a task. Returns why it still fails.
+async fn retry_task(handlers: &Handlers, entry: &Entry) -> Result<Option<Reject>> {
+    let task = match Task::of(entry) {
+        Ok(task) => task,
+        Err(message) => return Ok(Some(Reject::new(Reason::Undecodable, message))),
+    };
+    Ok(match handlers.handle(&task, "dead-letters retry").await? {
+        Handled::Done | Handled::Before => None,
+        Handled::Failed(_, reject) | Handled::Refused(reject) => Some(reject),
+        Handled::Busy => bail!("task {} is being worked on: try again later", task.id),
+    })
+}
+
+/// Removes a letter, or notes why it is still one.
+async fn settle(stream: &mut Stream, letter: Letter, bad: Option<Reject>) -> Result<Retried> {
     match bad {
         None => {
             stream.remove_dead_letter(&letter).await?;

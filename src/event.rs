@@ -6,6 +6,7 @@ mod entry;
 mod epoch;
 mod kind;
 mod post;
+mod task;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,6 +17,7 @@ pub use entry::Entry;
 pub use epoch::{Epochs, Start};
 pub use kind::Kind;
 pub use post::Post;
+pub use task::{MAX_ID, Task, is_function};
 
 /// The type of an entry that holds unreadable input from an origin: it becomes a dead letter, with the reason given in its data.
 pub const UNUSABLE: &str = "unusable";
@@ -244,11 +246,13 @@ pub enum Reason {
     Panic,
     /// Its account has not signed it.
     Unproven,
+    /// A function for tasks refused it, each time that it was tried.
+    Handler,
 }
 
 impl Reason {
     /// Every class.
-    pub const ALL: [Reason; 10] = [
+    pub const ALL: [Reason; 11] = [
         Reason::Undecodable,
         Reason::MissingField,
         Reason::InvalidField,
@@ -259,6 +263,7 @@ impl Reason {
         Reason::Trigger,
         Reason::Panic,
         Reason::Unproven,
+        Reason::Handler,
     ];
 
     /// The name in metrics and dead letters.
@@ -275,8 +280,20 @@ impl Reason {
             Reason::Trigger => "trigger",
             Reason::Panic => "panic",
             Reason::Unproven => "unproven",
+            Reason::Handler => "handler",
         }
     }
+}
+
+/// A message for a broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// What it is routed by.
+    pub key: String,
+    /// What tells it from others.
+    pub id: String,
+    /// JSON.
+    pub body: Vec<u8>,
 }
 
 /// An operation that can never be applied, with its original text.

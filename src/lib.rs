@@ -19,10 +19,12 @@
 //! - [`logging`]: the log
 //! - [`directory`]: the documents of accounts; the only place that asks other people's servers over HTTP
 //! - [`amqp`]: the only place that knows RabbitMQ; only with the feature of this name
+//! - [`kafka`]: the only place that knows Kafka; only with the feature of this name
 //! - [`store`]: the only place that knows PostgreSQL
 //! - [`output`]: what has been applied, for others to read
 //! - [`origin`]: the relay, and the reader that appends its events to the stream
 //! - [`pipeline`]: the loop: take, apply, settle
+//! - [`handlers`]: tasks: messages for the operator's functions
 //! - [`report`]: the state of stream and process, for people and programs
 //! - [`dead_letters`]: inspecting, retrying and purging dead letters
 //! - [`repair`]: repairing repositories that differ from what arrived
@@ -45,8 +47,11 @@ pub mod dead_letters;
 pub mod directory;
 pub mod doctor;
 pub mod event;
+pub mod handlers;
 pub mod health;
 pub mod http;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod logging;
 pub mod metrics;
 pub mod mutex;

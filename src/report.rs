@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::mutex::lock;
 use crate::status::{
-    OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, Repositories, Settings, Status,
+    HandlerStatus, OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, Repositories, Settings, Status,
     SubscribersReport, TaskStatus,
 };
 use crate::stream::accounts::Backlog;
 use crate::stream::gap::Missed;
 use crate::stream::group::ConsumerInfo;
+use crate::stream::tasks::Tasks;
 use crate::stream::{Stream, StreamResult};
 use crate::time::now_ms;
 
@@ -28,6 +29,8 @@ pub struct Report {
     pub stream: StreamReport,
     /// The group's consumers, including those of other processes and programs.
     pub consumers: Vec<ConsumerInfo>,
+    /// Messages for functions.
+    pub tasks: Tasks,
     /// Dead letters.
     pub dead_letters: u64,
     /// Known gaps and losses.
@@ -91,6 +94,9 @@ pub struct ProcessReport {
     /// Where it sends what is applied, besides `/subscribe`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub outputs: Vec<OutputStatus>,
+    /// Its pipelines for tasks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub handlers: Vec<HandlerStatus>,
     /// Connections to PostgreSQL.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolReport>,
@@ -125,6 +131,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
     let (cursor, relay) = stream.cursor_and_relay().await?;
     let missing = stream.missed().await?;
     let consumers = if look.group { stream.consumers().await? } else { Vec::new() };
+    let tasks = stream.of_tasks().count_tasks().await?;
     let dead_letters = stream.count_dead_letters().await?;
     let verification = stream.verification_backlog().await?;
     Ok(Report {
@@ -144,6 +151,7 @@ pub async fn report(stream: &mut Stream) -> StreamResult<Report> {
             relay,
         },
         consumers,
+        tasks,
         dead_letters,
         missing,
         verification,
@@ -165,6 +173,7 @@ pub fn process(status: &Status, pool: Option<PoolReport>) -> ProcessReport {
         reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
         origins: lock(&status.origins).values().cloned().collect(),
         outputs: lock(&status.outputs).values().cloned().collect(),
+        handlers: lock(&status.handlers).values().cloned().collect(),
         pool,
         repositories: lock(&status.repositories).clone(),
         subscribers: None,

@@ -15,6 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{Config, WantedDids};
 use crate::control::Control;
+use crate::handlers;
 use crate::http::{self, Server};
 use crate::origin::Reader;
 use crate::origin::jetstream::Jetstream;
@@ -22,6 +23,7 @@ use crate::origin::relay::Relay;
 use crate::pipeline::{Names, Pipeline, Shared};
 use crate::status::{Settings, State, Status};
 use crate::store::Store;
+use crate::store::handlers::Handlers;
 use crate::stream::Redis;
 use crate::tasks::acknowledged::Acknowledged;
 use crate::tasks::backfill::Lister;
@@ -32,6 +34,7 @@ use crate::tasks::prepare::Prepare;
 use crate::tasks::progress::Progress;
 use crate::tasks::purge::Purge;
 use crate::tasks::repairs::{Repairs, Requests};
+use crate::tasks::results::Results;
 use crate::tasks::standings::Standings;
 use crate::tasks::tombstones::Tombstones;
 use crate::tasks::tracked::Tracked;
@@ -64,6 +67,8 @@ pub struct Running {
     redis: Redis,
     /// Present if there are pipelines.
     store: Option<Store>,
+    /// The operator's functions, if there are any and there are pipelines.
+    handlers: Option<Handlers>,
     /// The status of its parts.
     pub status: Arc<Status>,
     control: Arc<Control>,
@@ -151,6 +156,7 @@ pub fn start(
     let config = Arc::new(config);
     let redis = Redis::open(&config).context("REDIS_URL")?;
     let store = parts.worker().then(|| Store::new(&config)).transpose()?;
+    let handlers = if parts.worker() { Handlers::new(&config)? } else { None };
     let consumers = if parts.worker() { config.parallel_consumers } else { 0 };
     let status = Arc::new(Status::new(
         parts.reader().then(|| config.relay_url.relay()),
@@ -161,6 +167,7 @@ pub fn start(
         config: Arc::clone(&config),
         redis,
         store,
+        handlers,
         status,
         control,
         http: None,
@@ -182,6 +189,11 @@ pub fn start(
     {
         running.start_queue();
         running.start_exchange();
+    }
+    #[cfg(feature = "kafka")]
+    {
+        running.start_partitions();
+        running.start_topic();
     }
     info!(
         ?parts,
@@ -206,7 +218,7 @@ impl Running {
         let server = Server::new(
             &self.config,
             self.redis.clone(),
-            self.store.clone(),
+            (self.store.clone(), self.handlers.clone()),
             status,
             metrics.clone(),
             control,
@@ -248,6 +260,9 @@ impl Running {
             let (config, control) = (Arc::clone(&self.config), Arc::clone(&control));
             self.help(Lister::new(config, store.clone(), control, what));
         }
+        if self.handlers.is_some() {
+            self.help(Results { store: store.clone(), keep: self.config.handler_results });
+        }
         let config = Arc::clone(&self.config);
         self.help(Gaps::new(config, redis.clone(), store.clone(), Arc::clone(&control)));
         self.help(Purge { store: store.clone(), control });
@@ -280,6 +295,13 @@ impl Running {
             names: say_names,
         };
         self.keepers.spawn(prepare.run(self.release.clone()));
+        if let Some(handlers) = &self.handlers {
+            let (handlers, status) = (handlers.clone(), Arc::clone(&self.status));
+            let pause = self.control.pipelines();
+            let worker =
+                handlers::Worker::new(&self.config, &self.redis, handlers, status, names.clone(), pause);
+            self.pipelines.spawn(worker.run(self.stop.clone()));
+        }
         for index in 0..count {
             let pipeline = pipeline(index).paused_by(self.control.pipelines());
             self.pipelines.spawn(pipeline.run(self.stop.clone()));
@@ -299,6 +321,23 @@ impl Running {
         Ok(())
     }
 
+    #[cfg(feature = "kafka")]
+    fn start_partitions(&mut self) {
+        let Some(from) = self.config.kafka_origin.clone() else { return };
+        let (redis, status) = (self.redis.clone(), Arc::clone(&self.status));
+        let partitions =
+            crate::origin::kafka::Partitions::new(from, &self.config, redis, status, self.control.reader());
+        self.readers.spawn(partitions.run(self.stop_reader.clone()));
+    }
+
+    #[cfg(feature = "kafka")]
+    fn start_topic(&mut self) {
+        let (Some(to), Some(store)) = (self.config.kafka_output.clone(), self.store.clone()) else { return };
+        let (redis, status) = (self.redis.clone(), Arc::clone(&self.status));
+        let topic = crate::output::publish::Outlet::new(to, &self.config, redis, store, status);
+        self.pipelines.spawn(topic.run(self.stop.clone()));
+    }
+
     #[cfg(feature = "amqp")]
     fn start_queue(&mut self) {
         let Some(from) = self.config.amqp_origin.clone() else { return };
@@ -311,7 +350,7 @@ impl Running {
     fn start_exchange(&mut self) {
         let (Some(to), Some(store)) = (self.config.amqp_output.clone(), self.store.clone()) else { return };
         let (redis, status) = (self.redis.clone(), Arc::clone(&self.status));
-        let exchange = crate::output::amqp::Exchange::new(to, &self.config, redis, store, status);
+        let exchange = crate::output::publish::Outlet::new(to, &self.config, redis, store, status);
         self.pipelines.spawn(exchange.run(self.stop.clone()));
     }
 

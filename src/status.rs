@@ -10,6 +10,7 @@ use crate::mutex::lock;
 use crate::stream::janitor::Look;
 use crate::stream::legacy::Counts;
 use crate::stream::noted::Refill;
+use crate::stream::tasks::Tasks;
 use crate::time::now_ms;
 
 /// What a part is doing, with the reason if that is not normal operation.
@@ -187,6 +188,41 @@ pub struct OutputStatus {
     pub last_ms: Option<u64>,
 }
 
+/// A pipeline for tasks.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct HandlerStatus {
+    /// What it is doing.
+    #[serde(flatten)]
+    pub state: State,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
+    /// The task that it works on.
+    pub task: Option<RunningTask>,
+    /// Tasks done since the start.
+    pub done: u64,
+    /// Tasks that failed for good.
+    pub failed: u64,
+}
+
+/// A task that is being worked on.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RunningTask {
+    /// The function's name.
+    #[serde(rename = "type")]
+    pub function: String,
+    /// Its id.
+    pub id: String,
+    /// Since when, Unix milliseconds.
+    pub since_ms: u64,
+}
+
+impl HandlerStatus {
+    /// Changes the state; returns the one before.
+    pub fn enter(&mut self, state: State) -> State {
+        enter(&mut self.state, &mut self.since_ms, state)
+    }
+}
+
 impl OutputStatus {
     /// Changes the state.
     pub fn enter(&mut self, state: State) {
@@ -255,6 +291,10 @@ pub struct Status {
     pub origins: Mutex<BTreeMap<&'static str, OriginStatus>>,
     /// Where applied events are sent, by kind.
     pub outputs: Mutex<BTreeMap<&'static str, OutputStatus>>,
+    /// The pipelines for tasks, by number.
+    pub handlers: Mutex<BTreeMap<usize, HandlerStatus>>,
+    /// How many tasks there are, at the last look; `None` before the first.
+    pub tasks_seen: Mutex<Option<Tasks>>,
     /// Empty in a process without pipelines.
     pub pipelines: Vec<Mutex<PipelineStatus>>,
     /// The stream at the last look, and when that was; `None` before the first.
@@ -421,6 +461,11 @@ impl Status {
     /// Updates the status of an output.
     pub fn output(&self, kind: &'static str, change: impl FnOnce(&mut OutputStatus)) {
         change(lock(&self.outputs).entry(kind).or_default());
+    }
+
+    /// Updates the status of a pipeline for tasks.
+    pub fn handler(&self, index: usize, change: impl FnOnce(&mut HandlerStatus)) {
+        change(lock(&self.handlers).entry(index).or_default());
     }
 
     /// Updates the status of a source of events.

@@ -11,6 +11,7 @@ use standpipe::dead_letters::{self, Filter, Retries, Walk};
 use standpipe::event::Reason;
 use standpipe::out;
 use standpipe::store::Store;
+use standpipe::store::handlers::Handlers;
 use standpipe::stream::Redis;
 
 use super::{EX_USAGE, unavailable};
@@ -115,10 +116,10 @@ pub async fn dead_letters(config: Config, action: Action) -> Result<ExitCode> {
             Ok(ExitCode::from(EX_USAGE))
         }
         Action::Retry { which, .. } => {
-            let store = Store::new(&config)?;
+            let (store, handlers) = (Store::new(&config)?, Handlers::new(&config)?);
             let mut counts = Retries::default();
             let mut walk = Walk::new(stream, which.into()).await?;
-            walk.retry_all(&store, &mut counts, |id, reject| {
+            walk.retry_all((&store, handlers.as_ref()), &mut counts, |id, reject| {
                 let why = out::safe(&reject.to_string(), out::LINE);
                 out::line(format_args!("{id}  still cannot be applied: {why}"))
             })

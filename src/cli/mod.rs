@@ -9,6 +9,7 @@ mod generate;
 mod migrate;
 mod repos;
 mod status;
+mod tasks;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,6 +66,11 @@ pub enum Command {
         #[command(subcommand)]
         action: repos::Action,
     },
+    /// List messages for functions (`HANDLERS`): waiting, running, done or failed, and what came of them
+    Tasks {
+        #[command(subcommand)]
+        action: tasks::Action,
+    },
     /// Recount every counter and feed item from the rows; exit 0 when all agree
     Audit {
         /// Repair the differences, then check again
@@ -118,6 +124,9 @@ pub async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Repos { action } => {
             with_config(Role::Worker, async move |config| repos::run(&config, action).await).await
+        }
+        Command::Tasks { action } => {
+            with_config(Role::Worker, async move |config| tasks::run(&config, action).await).await
         }
         Command::Audit { repair } => {
             with_config(Role::Worker, async move |config| audit::audit(config, repair).await).await

@@ -11,11 +11,12 @@
 //! - `settings`: one entry per variable
 //! - `read`: parses all values, and collects all problems
 //! - `rules`: combinations that are refused or cause a warning
-//! - `url`, `database_url`, `amqp`, `collections`, `wanted`, `unit`, `words`, `text`: the types of values
+//! - `url`, `database_url`, `amqp`, `kafka`, `collections`, `wanted`, `unit`, `words`, `text`: the types of values
 
 mod amqp;
 mod collections;
 mod database_url;
+mod kafka;
 mod read;
 mod rules;
 mod settings;
@@ -30,6 +31,7 @@ mod words;
 pub use amqp::{AmqpOrigin, AmqpOutput, AmqpServer, RoutingKey};
 pub use collections::Collections;
 pub use database_url::DatabaseUrl;
+pub use kafka::{KafkaCluster, KafkaOrigin, KafkaOutput, Sasl};
 pub use read::{ConfigError, Problem, from_env};
 pub use settings::{Config, VARIABLES, Variable};
 pub use unit::{MemoryMark, StreamKeep};

@@ -14,13 +14,19 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
             "is not set, but required here; write postgres://user:password@host:5432/database".to_owned(),
         );
     }
-    for (name, is_set) in [
-        ("AMQP_ORIGIN_URL", matches!(parsed.amqp_origin, Some(Some(_)))),
-        ("AMQP_OUTPUT_URL", matches!(parsed.amqp_output, Some(Some(_)))),
+    let amqp = ("RabbitMQ", "amqp", cfg!(feature = "amqp"));
+    let kafka = ("Kafka", "kafka", cfg!(feature = "kafka"));
+    for (name, is_set, (broker, feature, is_built)) in [
+        ("AMQP_ORIGIN_URL", matches!(parsed.amqp_origin, Some(Some(_))), amqp),
+        ("AMQP_OUTPUT_URL", matches!(parsed.amqp_output, Some(Some(_))), amqp),
+        ("KAFKA_ORIGIN_URL", matches!(parsed.kafka_origin, Some(Some(_))), kafka),
+        ("KAFKA_OUTPUT_URL", matches!(parsed.kafka_output, Some(Some(_))), kafka),
     ] {
-        if is_set && cfg!(not(feature = "amqp")) {
-            let what = "is set, but this program was built without RabbitMQ support (Cargo feature amqp); use a build that has it";
-            read.problem(name, what.to_owned());
+        if is_set && !is_built {
+            let what = format!(
+                "is set, but this program was built without {broker} support (Cargo feature {feature}); use a build that has it"
+            );
+            read.problem(name, what);
         }
     }
     let is_jetstream = parsed.relay_url.as_ref().is_some_and(RelayUrl::is_jetstream);

@@ -8,12 +8,13 @@ use serde::Deserialize;
 use super::amqp::{AmqpOrigin, AmqpOutput};
 use super::collections::Collections;
 use super::database_url::DatabaseUrl;
+use super::kafka::{KafkaOrigin, KafkaOutput};
 use super::read::Reading;
-use super::text::{any, consumer_id, key, optional, or, unless};
+use super::text::{any, consumer_id, key, optional, or, schema, unless};
 use super::unit::{
     MemoryMark, StreamKeep, claim_idle, drain_timeout, duration, http_addr, idle_timeout, notify_within,
-    on_off, or_hold, or_off, out_max_lag, size, size_from, statement_timeout, tombstone_retention, whole,
-    yes_or_no,
+    on_off, or_hold, or_off, out_max_lag, results, size, size_from, statement_timeout, tombstone_retention,
+    whole, yes_or_no,
 };
 use super::url::{AccessToken, CaFile, PlcUrl, RedisUrl, RelayUrl};
 use super::wanted::WantedDids;
@@ -229,9 +230,30 @@ settings! {
     /// `AMQP_OUTPUT_URL`; `None` when there is none.
     amqp_output: Option<AmqpOutput> = amqp_output_url "AMQP_OUTPUT_URL" secret "", optional(AmqpOutput::parse), or(""),
         "a RabbitMQ exchange to publish the applied events to: amqp://user:password@host/vhost?exchange=NAME&key=did";
+    /// `KAFKA_ORIGIN_URL`; `None` when there is none.
+    kafka_origin: Option<KafkaOrigin> = kafka_origin_url "KAFKA_ORIGIN_URL" secret "", optional(KafkaOrigin::parse), or(""),
+        "a Kafka topic to take events from: kafka://user:password@host:9092,host:9092/topic?group=NAME, kafkas:// for TLS";
+    /// `KAFKA_OUTPUT_URL`; `None` when there is none.
+    kafka_output: Option<KafkaOutput> = kafka_output_url "KAFKA_OUTPUT_URL" secret "", optional(KafkaOutput::parse), or(""),
+        "a Kafka topic to publish the applied events to: kafka://user:password@host:9092,host:9092/topic";
     /// `OUT_MAX_LAG`; `None` when there is no limit.
     out_max_lag: Option<Duration> = out_max_lag "OUT_MAX_LAG" variable "hold", unless("hold", out_max_lag), or_hold,
         "how long an entry may wait for an output before it is skipped; hold: no limit, and the reader waits when the stream is full";
+    /// `HANDLERS`; `None` when there are none.
+    handlers: Option<String> = handlers "HANDLERS" variable "", optional(schema), or(""),
+        "the schema whose functions handle messages of other types (tasks): <schema>.<type>(jsonb) returns jsonb";
+    /// `HANDLER_PIPELINES`.
+    handler_pipelines: usize = handler_pipelines "HANDLER_PIPELINES" variable "2", whole(1..=100), ToString::to_string,
+        "how many tasks a process works on at a time, each on a connection besides DB_POOL_SIZE, 1 to 100";
+    /// `HANDLER_TIMEOUT`.
+    handler_timeout: Duration = handler_timeout "HANDLER_TIMEOUT" variable "5m", statement_timeout, duration,
+        "how long a function may take for a task before the attempt has failed";
+    /// `HANDLER_ATTEMPTS`.
+    handler_attempts: u32 = handler_attempts "HANDLER_ATTEMPTS" variable "5", whole(1..=100), ToString::to_string,
+        "how often a task is tried before it becomes a dead letter";
+    /// `HANDLER_RESULTS`.
+    handler_results: Duration = handler_results "HANDLER_RESULTS" variable "30d", results, duration,
+        "how long results are kept; a message with the same id that comes later is handled again";
     /// `SUBSCRIBE`.
     subscribe: bool = subscribe "SUBSCRIBE" variable "off", yes_or_no, on_off,
         "on: run and worker serve the applied events at /subscribe, in the format of a Jetstream";

@@ -62,6 +62,7 @@ fn every_variable_changes_the_configuration() {
         "HTTP_ADDR" | "RELAY_IDLE_TIMEOUT" => "off",
         "ADMIN_TOKEN" | "SUBSCRIBE_TOKEN" | "INGEST_TOKEN" => "sixteen-and-more-characters",
         "AMQP_ORIGIN_URL" => "amqp://host?queue=q",
+        "KAFKA_ORIGIN_URL" | "KAFKA_OUTPUT_URL" => "kafka://host/topic",
         "AMQP_OUTPUT_URL" => "amqp://host?exchange=e",
         "STREAM_KEEP" => "2GiB",
         "SUBSCRIBE" => "on",
@@ -75,8 +76,10 @@ fn every_variable_changes_the_configuration() {
         | "CLAIM_IDLE"
         | "DRAIN_TIMEOUT"
         | "TOMBSTONE_RETENTION"
-        | "DB_STATEMENT_TIMEOUT" => "77m",
-        "REPAIR_CONCURRENCY" => "7",
+        | "DB_STATEMENT_TIMEOUT"
+        | "HANDLER_TIMEOUT"
+        | "HANDLER_RESULTS" => "77m",
+        "REPAIR_CONCURRENCY" | "HANDLER_PIPELINES" | "HANDLER_ATTEMPTS" => "7",
         "BACKFILL" => "collection:app.bsky.feed.post",
         "MAX_ATTEMPTS"
         | "REDIS_MAX_STREAM_LEN"

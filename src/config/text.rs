@@ -23,6 +23,21 @@ pub(super) fn consumer_id(text: &str) -> Result<String, Wrong> {
     key(text).map_err(|Wrong { what, .. }| Wrong::new(what, "write a name that stays the same over restarts"))
 }
 
+/// A schema of PostgreSQL.
+pub(super) fn schema(text: &str) -> Result<String, Wrong> {
+    let right = "write a name such as handlers";
+    let is_plain = text.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        && text.len() <= 63;
+    if !is_plain {
+        return Err(Wrong::new("is not a name of lower case letters, digits and _", right));
+    }
+    if text == "standpipe" || text.starts_with("pg_") || text == "information_schema" {
+        return Err(Wrong::new("is a schema whose functions are not for messages", right));
+    }
+    Ok(text.to_owned())
+}
+
 /// Any text.
 #[expect(clippy::unnecessary_wraps, reason = "the shape of every reading")]
 pub(super) fn any(text: &str) -> Result<String, Wrong> {

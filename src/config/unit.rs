@@ -184,6 +184,15 @@ pub(super) fn statement_timeout(text: &str) -> Result<Duration, Wrong> {
     }
 }
 
+pub(super) fn results(text: &str) -> Result<Duration, Wrong> {
+    match parse_duration(text)? {
+        time if time < Duration::from_mins(1) => {
+            Err(Wrong::new("is so short that a message that comes twice would be handled twice", "write 30d"))
+        }
+        time => Ok(time),
+    }
+}
+
 pub(super) fn out_max_lag(text: &str) -> Result<Duration, Wrong> {
     match parse_duration(text)? {
         lag if lag < Duration::from_secs(10) => Err(Wrong::new(

@@ -12,6 +12,7 @@ use serde::Serialize;
 pub use self::ready::{Answers, Readiness, readiness};
 pub use self::rules::health;
 pub use self::words::state as words;
+use crate::metrics;
 use crate::mutex::lock;
 use crate::status::{OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, State, Status};
 use crate::stream::janitor::Look;
@@ -116,12 +117,20 @@ impl Facts {
         self.now_ms.saturating_sub(since_ms)
     }
 
-    /// The connections to RabbitMQ: the state of each, since when, what it cannot do while it is down, and where its messages stay.
+    /// The connections to brokers: the state of each, since when, what it cannot do while it is down, and where its messages stay.
     fn brokers(&self) -> impl Iterator<Item = (&State, u64, [&'static str; 2])> {
-        const ORIGIN: [&str; 2] = ["take messages from RabbitMQ", "messages stay in the queue"];
-        const OUTPUT: [&str; 2] = ["publish to RabbitMQ", "events stay in the stream"];
-        let origins = self.origins.iter().map(|origin| (&origin.state, origin.since_ms, ORIGIN));
-        let outputs = self.outputs.iter().map(|output| (&output.state, output.since_ms, OUTPUT));
+        let origins = self.origins.iter().map(|origin| {
+            let what = match origin.origin {
+                metrics::KAFKA => ["take records from Kafka", "records stay in the topic"],
+                _ => ["take messages from RabbitMQ", "messages stay in the queue"],
+            };
+            (&origin.state, origin.since_ms, what)
+        });
+        let outputs = self.outputs.iter().map(|output| {
+            let what =
+                if output.output == metrics::KAFKA { "publish to Kafka" } else { "publish to RabbitMQ" };
+            (&output.state, output.since_ms, [what, "events stay in the stream"])
+        });
         origins.chain(outputs)
     }
 

@@ -26,7 +26,7 @@ pub fn state(state: &State) -> &'static str {
         State::WaitingForPostgres { .. } => "waiting for PostgreSQL",
         State::WaitingForRelay { .. } => "waiting for the relay",
         State::WaitingForRoom { .. } => "waiting for room",
-        State::WaitingForBroker { .. } => "waiting for RabbitMQ",
+        State::WaitingForBroker { .. } => "waiting for the broker",
         State::WaitingForLease { .. } => "waiting for the lease",
         State::Paused => "paused manually",
         State::Halted { .. } => "needs operator action",

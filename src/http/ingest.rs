@@ -17,7 +17,8 @@ use tokio::time::Instant;
 use super::{Server, bearer};
 use crate::config::{AccessToken, Config};
 use crate::metrics;
-use crate::origin::ingest::{Accepted, Ingest, IngestError, lines};
+use crate::origin::ingest::lines::{self, Tasks};
+use crate::origin::ingest::{Accepted, Ingest, IngestError};
 use crate::stream::Redis;
 
 /// The most bytes in a request.
@@ -35,6 +36,7 @@ const MAX_KEY: usize = 255;
 pub struct Inlet {
     ingest: Ingest,
     token: AccessToken,
+    tasks: Tasks<'static>,
     places: Semaphore,
 }
 
@@ -43,7 +45,12 @@ impl Inlet {
     #[must_use]
     pub fn new(config: &Config, redis: &Redis) -> Option<Self> {
         let token = config.ingest_token.clone()?;
-        Some(Self { ingest: Ingest::new(config, redis.clone()), token, places: Semaphore::new(AT_A_TIME) })
+        Some(Self {
+            ingest: Ingest::new(config, redis.clone()),
+            token,
+            tasks: if config.handlers.is_some() { Tasks::Taken } else { Tasks::Refused },
+            places: Semaphore::new(AT_A_TIME),
+        })
     }
 }
 
@@ -107,14 +114,14 @@ async fn take(server: &Server, request: Request) -> Answer {
         }
         Err(error) => return Answer::wrong(StatusCode::BAD_REQUEST, error.to_string()),
     };
-    let lines = match lines::read(&body) {
+    let lines = match lines::read(&body, inlet.tasks) {
         Ok(lines) => lines,
         Err(wrong) => {
             let body = json!({ "error": wrong.to_string(), "line": wrong.line });
             return Answer(StatusCode::BAD_REQUEST, "wrong", body);
         }
     };
-    let appended = inlet.ingest.append(key.as_deref(), &body, lines).await;
+    let appended = inlet.ingest.append(key.as_deref(), &body, lines, None).await;
     // Waiting costs next to nothing, and must not keep others out.
     drop((place, body));
     let accepted = match appended {
@@ -127,7 +134,7 @@ async fn take(server: &Server, request: Request) -> Answer {
             Answer::wrong(StatusCode::UNPROCESSABLE_ENTITY, error.to_string())
         }
         Err(IngestError::NotNow(message)) => Answer::later(message),
-        Err(error @ (IngestError::Unknown(_) | IngestError::Replaced)) => {
+        Err(error @ (IngestError::Unknown(_) | IngestError::Replaced | IngestError::Moved)) => {
             Answer::error(StatusCode::SERVICE_UNAVAILABLE, "unknown", error.to_string())
         }
     }
@@ -192,7 +199,8 @@ async fn answer(inlet: &Inlet, accepted: Accepted, wait: Option<Instant>) -> Ans
     if !before {
         metrics::count(metrics::INGESTED, ids.len() as u64);
     }
-    let mut body = json!({ "ids": ids, "repeated": before, "durable": durable });
+    let shown: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    let mut body = json!({ "ids": shown, "repeated": before, "durable": durable });
     if let Some(deadline) = wait {
         let refused = inlet.ingest.applied(&ids, deadline).await.ok().flatten();
         body["applied"] = refused.is_some().into();

@@ -7,6 +7,7 @@ mod ingest;
 pub mod live;
 mod statements;
 mod subscribe;
+mod tasks;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use crate::output::feed::Feed;
 use crate::report::{self, PoolReport};
 use crate::status::{State, Status};
 use crate::store::Store;
+use crate::store::handlers::Handlers;
 use crate::stream::{Redis, Stream, StreamError};
 use crate::time::now_ms;
 
@@ -53,6 +55,8 @@ pub struct Server {
     redis: Redis,
     stream: Mutex<Option<Stream>>,
     store: Option<Store>,
+    /// The operator's functions, if there are any.
+    handlers: Option<Handlers>,
     pool_max: usize,
     metrics: PrometheusHandle,
     process: metrics_process::Collector,
@@ -75,7 +79,7 @@ impl Server {
     pub fn new(
         config: &Config,
         redis: Redis,
-        store: Option<Store>,
+        (store, handlers): (Option<Store>, Option<Handlers>),
         status: Arc<Status>,
         metrics: PrometheusHandle,
         control: Arc<Control>,
@@ -91,6 +95,7 @@ impl Server {
             redis,
             stream: Mutex::new(None),
             store,
+            handlers,
             pool_max: config.db_pool_size,
             metrics,
             process,
@@ -119,6 +124,7 @@ impl Server {
             .route("/dead-letters", get(admin::list))
             .route("/dead-letters/{id}", get(admin::show))
             .route("/statements", get(statements::statements))
+            .route("/tasks", get(tasks::tasks))
             .route_layer(nearby);
         let routes = Router::new()
             .route("/", get(page))

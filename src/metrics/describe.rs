@@ -5,13 +5,14 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use super::{
     ACCOUNTS, ACKNOWLEDGED, BACKPRESSURE, BATCH_SECONDS, BATCH_SIZE, BUILD, CLAIMED, CURSOR,
     DATABASE_WENT_BACK, DEAD_LETTERS, DEAD_LETTERS_FULL, ENTRIES, EVENT_SECONDS, EVENTS, GROUP_RECREATED,
-    HANDLES, INGESTED, INGESTS, LAG_KNOWN, LOOKUPS, LOST, OLDEST, ORIGIN_DISCONNECTED, ORIGIN_MESSAGES,
-    ORIGIN_WAITING, OUTPUT_BEHIND, OUTPUT_DISCONNECTED, OUTPUT_MESSAGES, OUTPUT_SKIPPED, PAUSED, PENDING,
-    PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS, REDIS_RECONNECTS,
-    REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE, RELAY_FRAMES,
-    RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS, REPAIRS_REQUESTED, REPOSITORIES, RETRIES,
-    SET_BACK, STREAM_LENGTH, STREAM_LOST, SUBSCRIBER_MESSAGES, SUBSCRIBERS, SUBSCRIBERS_BEHIND,
-    SUBSCRIBERS_ENDED, SUBSCRIBERS_UNREADABLE, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
+    HANDLES, INGESTED, INGESTS, LAG_KNOWN, LOOKUPS, LOST, OLDEST, ORIGIN_DISCONNECTED, ORIGIN_GAPS,
+    ORIGIN_MESSAGES, ORIGIN_WAITING, OUTPUT_BEHIND, OUTPUT_DISCONNECTED, OUTPUT_MESSAGES, OUTPUT_SKIPPED,
+    PAUSED, PENDING, PIPELINES, POOL_IN_USE, POOL_SIZE, POOL_WAIT, PURGED_ACCOUNTS, PURGED_RECORDS,
+    REDIS_RECONNECTS, REFILLING, RELAY_BAD_FRAMES, RELAY_BAD_RECORDS, RELAY_CONNECTS, RELAY_FRAME_AGE,
+    RELAY_FRAMES, RELAY_GAPS, RELAY_MISSED, RELAY_UNWANTED, REPAIRED, REPAIRS, REPAIRS_REQUESTED,
+    REPOSITORIES, RETRIES, SET_BACK, STREAM_LENGTH, STREAM_LOST, SUBSCRIBER_MESSAGES, SUBSCRIBERS,
+    SUBSCRIBERS_BEHIND, SUBSCRIBERS_ENDED, SUBSCRIBERS_UNREADABLE, TASK_SECONDS, TASKS, TASKS_BEGUN,
+    TASKS_OLDEST, TASKS_WAITING, TRANSACTION_SECONDS, TRIMMED, UNCHECKED, VERIFIED, WAITING,
 };
 
 /// Describes all metrics to the recorder.
@@ -107,27 +108,43 @@ fn describe_reader() {
 /// Those who read `/subscribe`, and those who send events.
 fn describe_subscribers() {
     describe_counter!(INGESTS, "Requests to POST /events, by result");
-    describe_counter!(INGESTED, "Events accepted at POST /events and from RabbitMQ");
+    describe_counter!(INGESTED, "Events accepted at POST /events and from brokers");
     describe_counter!(
         ORIGIN_MESSAGES,
-        "Messages taken from RabbitMQ, by result; unusable ones become dead letters"
+        "Messages taken from a broker, by result; unusable ones become dead letters"
     );
     describe_gauge!(
         ORIGIN_WAITING,
-        "Messages ready in the RabbitMQ queue (not delivered to any consumer), updated every five seconds"
+        "Messages at a broker that nobody has taken: ready in the RabbitMQ queue (updated every five seconds), or in Kafka after our offsets"
     );
-    describe_counter!(OUTPUT_MESSAGES, "Messages that RabbitMQ has confirmed");
+    describe_counter!(
+        ORIGIN_GAPS,
+        "Gaps in Kafka: records that were deleted before they were taken, or lost in the cluster"
+    );
+    describe_counter!(OUTPUT_MESSAGES, "Messages that a broker has confirmed");
     describe_gauge!(
         OUTPUT_BEHIND,
         Unit::Seconds,
-        "Age of the last entry whose messages RabbitMQ has confirmed; 0 while nothing newer is waiting"
+        "Age of the last entry whose messages the broker has confirmed; 0 while nothing newer is waiting"
     );
-    describe_gauge!(OUTPUT_DISCONNECTED, "1 while events cannot be published to RabbitMQ");
+    describe_gauge!(OUTPUT_DISCONNECTED, "1 while events cannot be published to the broker");
     describe_counter!(
         OUTPUT_SKIPPED,
         "Entries that an output skipped, because they had waited longer than OUT_MAX_LAG; and 1 each time that others had removed entries before they were published"
     );
-    describe_gauge!(ORIGIN_DISCONNECTED, "1 while the connection to the RabbitMQ queue is down");
+    describe_gauge!(ORIGIN_DISCONNECTED, "1 while the connection to the broker is down");
+    describe_counter!(
+        TASKS,
+        "Tasks by outcome (done; repeated: they had been done before; failed: dead letters), and attempts that are retried"
+    );
+    describe_histogram!(TASK_SECONDS, Unit::Seconds, "How long an attempt at a task took");
+    describe_gauge!(TASKS_WAITING, "Tasks in the stream that no process has begun with");
+    describe_gauge!(TASKS_BEGUN, "Tasks that are being worked on, or wait for another attempt");
+    describe_gauge!(
+        TASKS_OLDEST,
+        Unit::Seconds,
+        "Age of the oldest task that no process has begun with; 0 if there is none"
+    );
     describe_gauge!(SUBSCRIBERS, "Subscribers connected to this process");
     describe_gauge!(
         SUBSCRIBERS_BEHIND,

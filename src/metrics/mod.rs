@@ -10,6 +10,7 @@ use crate::status::{Repositories, SubscribersReport};
 use crate::stream::accounts::Backlog;
 use crate::stream::group::Ensured;
 use crate::stream::janitor::Look;
+use crate::stream::tasks::Tasks;
 use crate::verify::Fault;
 
 /// Operations by kind and outcome: applied, or stale where something newer was there.
@@ -130,12 +131,26 @@ pub const ORIGIN_MESSAGES: &str = "standpipe_origin_messages_total";
 pub const ORIGIN_WAITING: &str = "standpipe_origin_waiting_messages";
 /// Whether an origin is disconnected.
 pub const ORIGIN_DISCONNECTED: &str = "standpipe_origin_disconnected";
+/// Gaps at an origin: messages that were deleted there before they were taken.
+pub const ORIGIN_GAPS: &str = "standpipe_origin_gaps_total";
 /// Messages that an output delivered.
 pub const OUTPUT_MESSAGES: &str = "standpipe_output_messages_total";
 /// How far an output is behind.
 pub const OUTPUT_BEHIND: &str = "standpipe_output_behind_seconds";
 /// Whether an output is disconnected.
 pub const OUTPUT_DISCONNECTED: &str = "standpipe_output_disconnected";
+/// Tasks that ended, and attempts to be repeated, by outcome.
+pub const TASKS: &str = "standpipe_tasks_total";
+/// The outcomes.
+const TASK_OUTCOMES: [&str; 4] = ["done", "repeated", "retried", "failed"];
+/// How long an attempt took.
+pub const TASK_SECONDS: &str = "standpipe_task_seconds";
+/// Tasks that nobody has begun with.
+pub const TASKS_WAITING: &str = "standpipe_tasks_waiting";
+/// Tasks that somebody has begun with.
+pub const TASKS_BEGUN: &str = "standpipe_tasks_begun";
+/// How long the oldest task has been waiting.
+pub const TASKS_OLDEST: &str = "standpipe_tasks_oldest_waiting_seconds";
 /// Entries that outputs did not get.
 pub const OUTPUT_SKIPPED: &str = "standpipe_output_skipped_entries_total";
 /// Requests to `POST /events`, by result.
@@ -147,6 +162,8 @@ pub const BUILD: &str = "standpipe_build_info";
 
 /// RabbitMQ, as an origin and as an output.
 pub const RABBITMQ: &str = "rabbitmq";
+/// Kafka.
+pub const KAFKA: &str = "kafka";
 /// The reasons that [`RETRIES`] is counted by.
 pub const RETRY_REASONS: [&str; 4] = ["reconnect", "retry", "halt", "split"];
 /// The types that [`RELAY_FRAMES`] and [`ENTRIES`] are counted by; everything else is `other`.
@@ -279,6 +296,23 @@ pub fn note_removed(entries: u64) {
     }
 }
 
+/// Counts a task that ended, or an attempt that is to be repeated.
+pub fn task(outcome: &'static str) {
+    metrics::counter!(TASKS, "outcome" => outcome).increment(1);
+}
+
+/// Records how long an attempt at a task took.
+pub fn task_took(time: std::time::Duration) {
+    metrics::histogram!(TASK_SECONDS).record(time.as_secs_f64());
+}
+
+/// Sets how many tasks there are.
+pub fn tasks(tasks: Tasks) {
+    metrics::gauge!(TASKS_WAITING).set(tasks.waiting as f64);
+    metrics::gauge!(TASKS_BEGUN).set(tasks.begun as f64);
+    metrics::gauge!(TASKS_OLDEST).set(tasks.oldest_seconds.unwrap_or(0.0));
+}
+
 /// Sets whether an origin is disconnected.
 pub fn origin_disconnected(kind: &'static str, disconnected: bool) {
     metrics::gauge!(ORIGIN_DISCONNECTED, "origin" => kind).set(f64::from(u8::from(disconnected)));
@@ -302,8 +336,8 @@ pub fn origin_messages(kind: &'static str, accepted: u64, unusable: u64) {
 }
 
 /// Sets how many messages wait at an origin.
-pub fn origin_waiting(kind: &'static str, messages: u32) {
-    metrics::gauge!(ORIGIN_WAITING, "origin" => kind).set(f64::from(messages));
+pub fn origin_waiting(kind: &'static str, messages: u64) {
+    metrics::gauge!(ORIGIN_WAITING, "origin" => kind).set(messages as f64);
 }
 
 /// Counts a frame.
@@ -363,6 +397,10 @@ fn zero() {
     for result in REPAIR_RESULTS {
         metrics::counter!(REPAIRED, "result" => result).absolute(0);
     }
+    for outcome in TASK_OUTCOMES {
+        metrics::counter!(TASKS, "outcome" => outcome).absolute(0);
+    }
+    tasks(Tasks::default());
     for result in HANDLE_RESULTS {
         metrics::counter!(HANDLES, "result" => result).absolute(0);
     }
@@ -381,11 +419,13 @@ fn zero() {
     for state in REPOSITORY_STATES {
         metrics::gauge!(REPOSITORIES, "state" => state).set(0.0);
     }
-    output_disconnected(RABBITMQ, false);
-    output(RABBITMQ, 0, 0.0);
-    origin_disconnected(RABBITMQ, false);
-    origin_messages(RABBITMQ, 0, 0);
-    origin_waiting(RABBITMQ, 0);
+    for broker in [RABBITMQ, KAFKA] {
+        output_disconnected(broker, false);
+        output(broker, 0, 0.0);
+        origin_disconnected(broker, false);
+        origin_messages(broker, 0, 0);
+        origin_waiting(broker, 0);
+    }
     for part in ["reader", "pipelines"] {
         metrics::gauge!(PAUSED, "part" => part).set(0.0);
     }

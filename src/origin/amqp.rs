@@ -5,16 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::ingest::lines::{self, Line};
+use super::ingest::lines::Line;
 use super::ingest::{Accepted, Appended, Ingest, IngestError};
+use super::messages::Messages;
 use crate::amqp::{AmqpError, Consumer, Delivery};
 use crate::config::{AmqpOrigin, Config};
-use crate::event::UNUSABLE;
 use crate::metrics;
 use crate::status::{OriginStatus, State, Status};
 use crate::stop::{Stopped, or_stop};
@@ -25,8 +24,6 @@ use crate::time::{Backoff, now_ms};
 const KIND: &str = metrics::RABBITMQ;
 /// About how many bytes of messages are appended at a time.
 const BATCH_BYTES: usize = 1 << 20;
-/// A larger message is cut for the dead letters.
-const MAX_BODY: usize = 8 << 20;
 /// The pause before another attempt while there is no room.
 const NO_ROOM: Duration = Duration::from_millis(200);
 /// Failures are logged again after this time.
@@ -37,6 +34,7 @@ pub struct Queue {
     from: AmqpOrigin,
     name: String,
     ingest: Ingest,
+    messages: Messages,
     status: Arc<Status>,
     paused: watch::Receiver<bool>,
     said: Option<Instant>,
@@ -72,12 +70,15 @@ impl Queue {
         paused: watch::Receiver<bool>,
     ) -> Self {
         let name = format!("standpipe {}", config.consumer_id);
+        let source = format!("RabbitMQ queue {}", from.queue);
+        let messages = Messages { source, takes_tasks: config.handlers.is_some() };
         metrics::origin_disconnected(KIND, true);
         status.origin(KIND, |origin| *origin = Self::status(&from));
         Self {
             from,
             name,
             ingest: Ingest::new(config, redis),
+            messages,
             status,
             paused,
             said: None,
@@ -161,7 +162,7 @@ impl Queue {
 
     fn note_waiting(&self, consumer: &Consumer) {
         self.status.origin(KIND, |origin| origin.waiting = Some(u64::from(consumer.waiting())));
-        metrics::origin_waiting(KIND, consumer.waiting());
+        metrics::origin_waiting(KIND, consumer.waiting().into());
     }
 
     /// Appends the events of these messages, waits until they are durable, and acknowledges the messages.
@@ -173,18 +174,8 @@ impl Queue {
     ) -> Result<(), Ended> {
         let (mut events, mut wrong) = (Vec::new(), 0);
         for delivery in batch {
-            let read = if delivery.body.len() > MAX_BODY {
-                Err(format!("the message is larger than {} MiB", MAX_BODY >> 20))
-            } else {
-                lines::read(&delivery.body).map_err(|wrong| wrong.to_string())
-            };
-            match read {
-                Ok(lines) => events.extend(lines),
-                Err(why) => {
-                    wrong += 1;
-                    events.push(self.unusable(&delivery.body, &why));
-                }
-            }
+            let usable = self.messages.read(&delivery.body, delivery.id.as_deref(), &mut events);
+            wrong += u64::from(!usable);
         }
         let (mut appended, mut tried) = (None, false);
         let accepted = loop {
@@ -226,7 +217,7 @@ impl Queue {
     ) -> Result<Accepted, IngestError> {
         let (mut there, before) = match appended.take() {
             Some(there) => (there, true),
-            None => (self.ingest.append(None, &[], events.to_vec()).await?, false),
+            None => (self.ingest.append(None, &[], events.to_vec(), None).await?, false),
         };
         let settled = async {
             if before {
@@ -249,21 +240,5 @@ impl Queue {
                  set appendonly yes and appendfsync everysec"
             );
         }
-    }
-
-    /// A message that cannot be used, as an entry that becomes a dead letter.
-    fn unusable(&self, body: &[u8], why: &str) -> Line {
-        let mut data = json!({
-            "error": format!("RabbitMQ queue {}: {why}", self.from.queue),
-            "bytes": body.len(),
-        });
-        let shown = &body[..body.len().min(MAX_BODY)];
-        // JSON writes a control character with six others.
-        let is_text = shown.iter().filter(|byte| byte.is_ascii_control()).count() <= shown.len() / 8;
-        match std::str::from_utf8(shown) {
-            Ok(text) if is_text => data["text"] = text.into(),
-            _ => data["base64"] = data_encoding::BASE64.encode(shown).into(),
-        }
-        Line { event_type: UNUSABLE, did: String::new(), data: data.to_string() }
     }
 }

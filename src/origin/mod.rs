@@ -5,6 +5,8 @@
 //! - `jetstream`: the same events as JSON, from a Jetstream
 //! - `ingest`: events that clients send over HTTP; no origin, since they wait for the answer
 //! - `amqp`: events from a RabbitMQ queue, which keeps its own positions
+//! - `kafka`: events from a Kafka topic, whose positions are kept in Redis
+//! - `messages`: what the messages of both hold
 //! - `relay`: `com.atproto.sync.subscribeRepos`
 //! - `reader`: one session after another: lease, cursor, origin
 //! - `plan`: where a session starts
@@ -24,6 +26,10 @@ mod connect;
 mod handles;
 pub mod ingest;
 pub mod jetstream;
+#[cfg(feature = "kafka")]
+pub mod kafka;
+#[cfg(any(feature = "amqp", feature = "kafka"))]
+mod messages;
 mod plan;
 pub mod reader;
 mod recent;

@@ -3,10 +3,15 @@
 //! - `jetstream`: an entry as the messages of a Jetstream, and a subscriber's filter
 //! - `messages`: settled entries as messages, without what accounts forbid to collect
 //! - `feed`: the settled entries, read once for all subscribers
-//! - `amqp`: the same messages to a RabbitMQ exchange
+//! - `publish`: the same messages to a broker
+//! - `amqp`, `kafka`: a RabbitMQ exchange, a Kafka topic
 
 #[cfg(feature = "amqp")]
-pub mod amqp;
+mod amqp;
 pub mod feed;
 pub mod jetstream;
+#[cfg(feature = "kafka")]
+mod kafka;
 pub mod messages;
+#[cfg(any(feature = "amqp", feature = "kafka"))]
+pub mod publish;

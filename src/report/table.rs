@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::out;
+use crate::{metrics, out};
 
 /// Facts from the command line in addition to the report.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +39,34 @@ fn missing(missing: &Value) -> Option<String> {
         }
     }
     (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+/// Messages for functions; nothing if there are none, and nobody works on any.
+fn tasks_line(tasks: &Value, process: &Value) -> Option<String> {
+    let (waiting, begun) = (number(&tasks["waiting"]), number(&tasks["begun"]));
+    let handlers: Vec<&Value> = list(&process["handlers"]).collect();
+    if waiting + begun == 0 && handlers.is_empty() {
+        return None;
+    }
+    let oldest = tasks["oldest_seconds"].as_f64();
+    let oldest = oldest.map_or_else(String::new, |seconds| format!(", the oldest for {}", age(seconds)));
+    let mut line = format!("{} waiting{oldest}, {} begun", grouped(waiting), grouped(begun));
+    if !handlers.is_empty() {
+        let busy = handlers.iter().filter(|handler| handler["task"].is_object()).count();
+        let sum = |name: &str| grouped(handlers.iter().map(|handler| number(&handler[name])).sum());
+        let _ = write!(
+            line,
+            "; {busy} of {} pipelines busy, {} done, {} failed",
+            handlers.len(),
+            sum("done"),
+            sum("failed")
+        );
+        let stuck = handlers.iter().find(|handler| handler["reason"].is_string());
+        if let Some(handler) = stuck {
+            let _ = write!(line, "; {}", state(handler));
+        }
+    }
+    Some(line)
 }
 
 /// What verification remembers and has left to do; nothing if it never began.
@@ -111,6 +139,7 @@ pub fn table(status: &Value, beside: &Beside, now_ms: u64) -> String {
     if stream.is_object() {
         lines.extend(stream_lines(stream, process.is_object()));
         lines.push(("dead letters", dead_letters(status, beside)));
+        lines.extend(tasks_line(&status["tasks"], process).map(|line| ("tasks", line)));
         lines.extend(missing(&status["missing"]).map(|line| ("missing", line)));
         lines.extend(verification(&status["verification"]).map(|line| ("verification", line)));
     }
@@ -234,24 +263,37 @@ fn reader_line(reader: &Value, now_ms: u64) -> String {
 /// The lines about where else events come from, and where they go to.
 fn sources_and_sinks(process: &Value, now_ms: u64) -> Vec<(&'static str, String)> {
     let mut lines = Vec::new();
-    lines.extend(list(&process["origins"]).map(|origin| ("RabbitMQ", origin_line(origin, now_ms))));
-    lines.extend(list(&process["outputs"]).map(|output| ("RabbitMQ", output_line(output, now_ms))));
+    lines.extend(
+        list(&process["origins"]).map(|origin| (broker(&origin["origin"]), origin_line(origin, now_ms))),
+    );
+    lines.extend(
+        list(&process["outputs"]).map(|output| (broker(&output["output"]), output_line(output, now_ms))),
+    );
     lines
         .extend(process.get("subscribers").map(|subscribers| ("subscribers", subscribers_line(subscribers))));
     lines
 }
 
+fn is_kafka(kind: &Value) -> bool {
+    text(kind) == Some(metrics::KAFKA)
+}
+
+fn broker(kind: &Value) -> &'static str {
+    if is_kafka(kind) { "Kafka" } else { "RabbitMQ" }
+}
+
 fn origin_line(origin: &Value, now_ms: u64) -> String {
     let waiting = origin["waiting"]
         .as_u64()
-        .map_or_else(String::new, |waiting| format!(", {} in the queue", grouped(waiting)));
+        .map_or_else(String::new, |waiting| format!(", {} in it", grouped(waiting)));
     let wrong = match number(&origin["unusable"]) {
         0 => String::new(),
         wrong => format!(", {} of them unusable", grouped(wrong)),
     };
     format!(
-        "{}, queue {}{waiting}, {} messages taken{wrong}, the last {}",
+        "{}, {} {}{waiting}, {} messages taken{wrong}, the last {}",
         state(origin),
+        if is_kafka(&origin["origin"]) { "topic" } else { "queue" },
         name(&origin["source"]),
         grouped(number(&origin["messages"])),
         since(&origin["last_ms"], now_ms)
@@ -260,8 +302,9 @@ fn origin_line(origin: &Value, now_ms: u64) -> String {
 
 fn output_line(output: &Value, now_ms: u64) -> String {
     format!(
-        "{}, exchange {}, {} messages published, the last {}, {} behind",
+        "{}, {} {}, {} messages published, the last {}, {} behind",
         state(output),
+        if is_kafka(&output["output"]) { "topic" } else { "exchange" },
         name(&output["target"]),
         grouped(number(&output["messages"])),
         since(&output["last_ms"], now_ms),
@@ -299,7 +342,7 @@ fn process_line(process: &Value) -> String {
 fn state(part: &Value) -> String {
     let words = text(&part["state"]).unwrap_or("unknown").replace('_', " ");
     let words =
-        words.replace("postgres", "PostgreSQL").replace("redis", "Redis").replace("broker", "RabbitMQ");
+        words.replace("postgres", "PostgreSQL").replace("redis", "Redis").replace("broker", "the broker");
     match text(&part["reason"]) {
         Some(reason) => format!("{words}: {}", sentence(reason)),
         None => words,

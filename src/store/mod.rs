@@ -8,6 +8,7 @@ mod bulk;
 mod call;
 mod error;
 mod forbidding;
+pub mod handlers;
 mod known;
 pub mod migrate;
 pub mod partition;
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use deadpool_postgres::{Hook, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
 
-use crate::config::Config;
+use crate::config::{Config, DatabaseUrl};
 use crate::metrics;
 use error::hook_error;
 use known::KnownAccounts;
@@ -61,9 +62,18 @@ impl Store {
     ///
     /// `DATABASE_URL` cannot be parsed.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
+        Self::with(config, config.db_pool_size, settings::of, config.db_statement_timeout)
+    }
+
+    fn with(
+        config: &Config,
+        size: usize,
+        settings: impl FnOnce(&Config, &DatabaseUrl) -> String,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
         let url = config.database_url.as_ref().ok_or_else(|| anyhow::anyhow!("DATABASE_URL is not set"))?;
         let options = connect_options(&url.for_driver())?;
-        let settings: Arc<str> = settings::of(config, url).into();
+        let settings: Arc<str> = settings(config, url).into();
         let connector = tls::connector(config)?;
         let cancel = Arc::new(Cancel::new(connector.clone()));
         let manager = Manager::from_config(
@@ -75,7 +85,7 @@ impl Store {
             },
         );
         let pool = Pool::builder(manager)
-            .max_size(config.db_pool_size)
+            .max_size(size)
             .post_create(Hook::async_fn(move |client, _| {
                 let settings = Arc::clone(&settings);
                 Box::pin(async move {
@@ -89,12 +99,7 @@ impl Store {
                 recycle: Some(Duration::from_secs(5)),
             })
             .build()?;
-        Ok(Self {
-            pool,
-            known: Arc::default(),
-            answer_limit: config.db_statement_timeout + ANSWER_MARGIN,
-            cancel,
-        })
+        Ok(Self { pool, known: Arc::default(), answer_limit: timeout + ANSWER_MARGIN, cancel })
     }
 
     /// A connection out of the pool.

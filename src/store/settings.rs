@@ -13,11 +13,9 @@ use crate::config::{Config, DatabaseUrl};
 /// Time limit for a new connection's first answers.
 const ANSWER: Duration = Duration::from_secs(8);
 
-/// Settings by name, with the value that each must have. Plans are made once and kept (generic); on young tables
-/// without statistics the planner would choose sequential scans and hash joins, and keep those, although every access
-/// here is by key. The functions lock first and read afterwards: at any other isolation level they would read the state
-/// from before the lock.
-const FIXED: &[(&str, &str)] = &[
+/// Settings of every connection by name, with the value that each must have. The functions lock first and read afterwards: at
+/// any other isolation level they would read the state from before the lock.
+const COMMON: &[(&str, &str)] = &[
     ("default_transaction_isolation", "read committed"),
     ("default_transaction_read_only", "off"),
     ("default_transaction_deferrable", "off"),
@@ -28,10 +26,16 @@ const FIXED: &[(&str, &str)] = &[
     ("TimeZone", "UTC"),
     ("extra_float_digits", "1"),
     ("bytea_output", "hex"),
-    ("lock_timeout", "10s"),
     ("idle_in_transaction_session_timeout", "1min"),
     ("transform_null_equals", "off"),
     ("check_function_bodies", "on"),
+];
+
+/// Settings of connections that only run our own statements. Plans are made once and kept (generic); on young tables
+/// without statistics the planner would choose sequential scans and hash joins, and keep those, although every access
+/// here is by key.
+const OURS: &[(&str, &str)] = &[
+    ("lock_timeout", "10s"),
     ("row_security", "off"),
     ("jit", "off"),
     ("plan_cache_mode", "force_generic_plan"),
@@ -50,18 +54,28 @@ const REQUIRED: &[(&str, &str, &str)] = &[(
     "triggers and foreign keys would be skipped; ALTER ROLE ... RESET session_replication_role, and the same for the database",
 )];
 
-/// The statements that make a connection's settings.
+/// The statements that make the settings of a connection for events.
 #[must_use]
 pub fn of(config: &Config, url: &DatabaseUrl) -> String {
+    settings(config, url, &[COMMON, OURS].concat(), config.db_statement_timeout)
+}
+
+/// The statements that make the settings of a connection for the operator's functions, which may need any plan.
+#[must_use]
+pub fn for_handlers(config: &Config, url: &DatabaseUrl) -> String {
+    settings(config, url, COMMON, config.handler_timeout)
+}
+
+fn settings(config: &Config, url: &DatabaseUrl, fixed: &[(&str, &str)], timeout: Duration) -> String {
     let mut sql = String::new();
     let mut set = |name: &str, value: &str| {
         // Writing to a String cannot fail.
         let _ = writeln!(sql, "SELECT set_config('{name}', '{}', false);", value.replace('\'', "''"));
     };
-    for (name, value) in FIXED {
+    for (name, value) in fixed {
         set(name, value);
     }
-    set("statement_timeout", &format!("{}ms", config.db_statement_timeout.as_millis()));
+    set("statement_timeout", &format!("{}ms", timeout.as_millis()));
     // Only the flushing transaction decides on this at its end: see `Session::flush`.
     let notifications = match (config.notifications, config.notify_within) {
         (false, _) => "off".to_owned(),
@@ -177,7 +191,7 @@ pub const TRANSACTION_MODE: &str = "a pooler between here and PostgreSQL gives e
 /// The server cannot be reached.
 pub async fn different(client: &Client) -> Result<Vec<(String, String, &'static str)>, StoreError> {
     let mut different = Vec::new();
-    for (name, wanted) in FIXED {
+    for (name, wanted) in COMMON.iter().chain(OURS) {
         let is: String = client.query_one("SELECT current_setting($1)", &[name]).await?.get(0);
         if is != *wanted {
             different.push(((*name).to_owned(), is, *wanted));

@@ -1,8 +1,8 @@
 -- Acknowledges an entry and keeps its rejected operations as dead letters, atomically.
 --
 -- KEYS: stream, dead letters, their size in bytes, a hash of what was refused by entry.
--- ARGV: group, entry id, budget in bytes, the paths of the refused operations as JSON, the most entries in the hash, then
---       for each dead letter the number of its names and values, and these.
+-- ARGV: group, entry id, budget in bytes, the paths of the refused operations as JSON, the most entries in the hash
+--       (0: it is a task, and removed), then for each dead letter the number of its names and values, and these.
 -- Returns 1 if done, 0 if somebody else had already acknowledged the entry, -1 if the budget is full: then the entry
 -- stays pending.
 local size = 0
@@ -29,7 +29,9 @@ while at <= #ARGV do
     at = at + count + 1
 end
 redis.call('INCRBY', KEYS[3], size)
-if redis.call('HLEN', KEYS[4]) < tonumber(ARGV[5]) then
+if ARGV[5] == '0' then
+    redis.call('XDEL', KEYS[1], ARGV[2])
+elseif redis.call('HLEN', KEYS[4]) < tonumber(ARGV[5]) then
     redis.call('HSET', KEYS[4], ARGV[2], ARGV[4])
 end
 return 1

@@ -177,6 +177,34 @@ impl Stream {
     ///
     /// Redis cannot be reached or its memory is full; the entry then stays pending.
     pub async fn bury(&mut self, entry: &Entry, rejected: &[Rejected], budget: u64) -> RedisResult<Buried> {
+        let letters = rejected.iter().map(|rejected| Letter::new(entry, rejected)).collect();
+        self.replace_by(entry, &paths(entry, rejected), MAX_REFUSED, letters, budget).await
+    }
+
+    /// The same with a task that can never be done; `id`: its own. It is removed from its stream.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Stream::bury`].
+    pub async fn bury_task(
+        &mut self,
+        entry: &Entry,
+        id: &str,
+        reject: Reject,
+        budget: u64,
+    ) -> RedisResult<Buried> {
+        let letter = Letter::new(entry, &Rejected { reject, op: entry.data.clone() });
+        self.replace_by(entry, "", 0, vec![Letter { task: id.to_owned(), ..letter }], budget).await
+    }
+
+    async fn replace_by(
+        &mut self,
+        entry: &Entry,
+        paths: &str,
+        max_refused: u64,
+        letters: Vec<Letter>,
+        budget: u64,
+    ) -> RedisResult<Buried> {
         let Self { connection, keys } = self;
         let mut invocation = SCRIPT.prepare_invoke();
         invocation
@@ -187,10 +215,10 @@ impl Stream {
             .arg(&keys.group)
             .arg(entry.id.to_string())
             .arg(budget)
-            .arg(paths(entry, rejected))
-            .arg(MAX_REFUSED);
-        for rejected in rejected {
-            let fields = Letter::new(entry, rejected).fields();
+            .arg(paths)
+            .arg(max_refused);
+        for letter in letters {
+            let fields = letter.fields();
             invocation.arg(fields.len() * 2);
             for (name, value) in fields {
                 invocation.arg(name).arg(value);
@@ -289,6 +317,9 @@ pub struct Letter {
     /// In a letter from the reader: the account that it is about.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub account: String,
+    /// In a letter about a task: its id.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub task: String,
 }
 
 /// The fields of a letter written by the reader, without its keys; see append.lua.
@@ -347,7 +378,7 @@ impl Letter {
             ("last_time", self.last_time.clone()),
             ("version", self.version.clone()),
         ];
-        for (name, value) in [("key", &self.key), ("account", &self.account)] {
+        for (name, value) in [("key", &self.key), ("account", &self.account), ("task", &self.task)] {
             if !value.is_empty() {
                 fields.push((name, value.clone()));
             }
@@ -373,6 +404,7 @@ impl Letter {
             version: field("version"),
             key: field("key"),
             account: field("account"),
+            task: field("task"),
         }
     }
 

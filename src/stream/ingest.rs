@@ -1,10 +1,12 @@
 //! Appending what clients send, once for each request, and waiting until it is durable.
 
+use std::fmt;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use redis::{RedisResult, Script, Value};
 
+use super::positions::Moves;
 use super::server::{Memory, field};
 use super::{Keys, Stream};
 use crate::event::EntryId;
@@ -24,8 +26,47 @@ pub struct Request {
     pub print: String,
     /// The accounts that it is about.
     pub accounts: Vec<String>,
-    /// Type and data of each entry.
-    pub entries: Vec<(String, String)>,
+    /// The entries.
+    pub entries: Vec<New>,
+    /// The positions of its origin that move with it, and the topic that they are in.
+    pub moves: Option<(String, Moves)>,
+}
+
+/// An entry to be appended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct New {
+    /// Its type.
+    pub event_type: String,
+    /// JSON.
+    pub data: String,
+    /// Whether it is a task, which goes to a stream of its own.
+    pub is_task: bool,
+}
+
+/// The id of an entry that was appended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Id {
+    /// In the stream of events.
+    Event(EntryId),
+    /// In the stream of tasks.
+    Task(EntryId),
+}
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Event(id) | Self::Task(id) => id.fmt(f),
+        }
+    }
+}
+
+impl Id {
+    fn read(text: &str) -> Option<Self> {
+        match text.strip_prefix('t') {
+            Some(task) => task.parse().ok().map(Self::Task),
+            None => text.parse().ok().map(Self::Event),
+        }
+    }
 }
 
 /// What became of a request.
@@ -34,12 +75,14 @@ pub enum Answer {
     /// The entries, appended now or by the same request before.
     Appended {
         /// Their ids.
-        ids: Vec<String>,
+        ids: Vec<Id>,
         /// Whether that was before.
         before: bool,
     },
     /// Another request had this name.
     Other,
+    /// A position is not where it was: another process appends, or Redis has lost something.
+    Moved,
     /// There is no room in the stream.
     Full,
     /// There is no stream yet.
@@ -93,20 +136,30 @@ impl Stream {
             .key(&keys.epoch)
             .key(named)
             .key(&keys.fed)
+            .key(keys.tasks())
+            .key(request.moves.as_ref().map_or_else(|| keys.stream.clone(), |(topic, _)| keys.kafka(topic)))
             .arg(max_length)
             .arg(&request.print)
             .arg(REMEMBER.as_secs())
             .arg(request.accounts.len())
             .arg(&request.accounts);
-        for (event_type, data) in &request.entries {
-            invocation.arg(event_type).arg(data);
+        let moves = request.moves.as_ref().map(|(_, moves)| moves);
+        invocation.arg(moves.map_or(0, Moves::len));
+        for (partition, (from, to)) in moves.into_iter().flatten() {
+            invocation.arg(partition).arg(from.map(|from| from.to_string()).unwrap_or_default()).arg(to);
+        }
+        for New { event_type, data, is_task } in &request.entries {
+            invocation.arg(event_type).arg(data).arg(u8::from(*is_task));
         }
         let answer: Vec<String> = invocation.invoke_async(connection).await?;
-        let mut answer = answer.into_iter();
-        Ok(match answer.next().as_deref() {
-            Some("new") => Answer::Appended { ids: answer.collect(), before: false },
-            Some("known") => Answer::Appended { ids: answer.collect(), before: true },
+        let mut answer = answer.iter();
+        let word = answer.next();
+        let ids = answer.filter_map(|id| Id::read(id)).collect();
+        Ok(match word.map(String::as_str) {
+            Some("new") => Answer::Appended { ids, before: false },
+            Some("known") => Answer::Appended { ids, before: true },
             Some("other") => Answer::Other,
+            Some("moved") => Answer::Moved,
             Some("full") => Answer::Full,
             _ => Answer::NoStream,
         })

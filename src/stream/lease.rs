@@ -20,6 +20,8 @@ pub enum Lease {
     Reader,
     /// The consumer names that begin with our `CONSUMER_ID`.
     Names,
+    /// The Kafka topic from which events are taken.
+    Origin,
     /// An output.
     Output(Output),
 }
@@ -29,6 +31,7 @@ impl Keys {
         match lease {
             Lease::Reader => self.lease.clone(),
             Lease::Names => self.consumer_lease.clone(),
+            Lease::Origin => format!("{}:kafka:lease", self.stream),
             Lease::Output(output) => format!("{}:{}:lease", self.stream, output.group()),
         }
     }

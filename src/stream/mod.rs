@@ -13,9 +13,11 @@ pub mod lease;
 pub mod legacy;
 pub mod noted;
 pub mod output;
+pub mod positions;
 pub mod rights;
 pub mod server;
 pub mod settled;
+pub mod tasks;
 pub mod wanted;
 
 use std::sync::Arc;
@@ -174,8 +176,12 @@ impl Keys {
                 self.dead_keys(),
                 self.dead_accounts(),
                 format!("{}:0", self.heads),
+                self.tasks(),
+                self.kafka("topic"),
+                self.of(lease::Lease::Origin),
                 format!("{}:request:name", self.stream),
                 self.of(lease::Lease::Output(output::Output::Amqp)),
+                self.of(lease::Lease::Output(output::Output::Kafka)),
             ])
             .collect()
     }

@@ -14,17 +14,20 @@ use crate::event::EntryId;
 pub enum Output {
     /// RabbitMQ.
     Amqp,
+    /// Kafka.
+    Kafka,
 }
 
 impl Output {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::Amqp];
+    pub const ALL: [Self; 2] = [Self::Amqp, Self::Kafka];
 
     /// Its name in metrics and status.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Amqp => "rabbitmq",
+            Self::Kafka => "kafka",
         }
     }
 

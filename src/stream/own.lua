@@ -9,6 +9,9 @@ end
 -- Appends entries, each a type and its data, and returns their ids. They are ours, not another program's: see open.lua and
 -- janitor.lua. Its first write is one that Redis refuses when its memory is full.
 local function append(stream, watch, epoch, entries, seq)
+    if #entries == 0 then
+        return {}
+    end
     local info, before = redis.call('XINFO', 'STREAM', stream), nil
     for i = 1, #info, 2 do
         if info[i] == 'last-generated-id' then

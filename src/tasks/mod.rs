@@ -6,6 +6,7 @@
 //! - `acknowledged`: records in PostgreSQL what was acknowledged, and notices when PostgreSQL has gone back in time
 //! - `tombstones`, `purge`: delete expired tombstones and the records of deleted accounts
 //! - `repairs`: repositories that differ from what arrived
+//! - `results`: forgets what came of tasks (messages for functions) long ago
 //! - `tracked`: the accounts that the reader keeps, if not all are wanted
 //! - `standings`: how many repositories are queued, and how many done
 //! - `backfill`: the accounts whose whole repositories are to be fetched
@@ -22,6 +23,7 @@ pub mod prepare;
 pub mod progress;
 pub mod purge;
 pub mod repairs;
+pub mod results;
 mod schema;
 pub mod standings;
 mod takeover;

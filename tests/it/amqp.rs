@@ -27,7 +27,7 @@ fn fresh(name: &str) -> String {
 }
 
 /// What a reader appends for this network, an event a line.
-async fn messages(options: &NetworkOptions) -> Vec<String> {
+pub async fn messages(options: &NetworkOptions) -> Vec<String> {
     let scratch = Chain::start(options, None).await;
     let reader = Program::start("reader", &scratch.variables()).await;
     wait_until("the last frame", RUN, async || scratch.look().await.cursor == Some(scratch.relay.last_seq))

@@ -148,7 +148,8 @@ fn every_crash_point_has_a_test() {
         include_str!("crash_points.rs"),
         include_str!("bulk.rs"),
         include_str!("repairs.rs"),
-        include_str!("ingest.rs")
+        include_str!("ingest.rs"),
+        include_str!("handlers.rs")
     );
     for point in ALL {
         assert!(tests.contains(&format!("Point::{point:?}")), "{point:?} has no test");

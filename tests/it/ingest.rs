@@ -1,79 +1,24 @@
 //! `POST /events` and `standpipe emit`: what is accepted is in the tables, once.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use standpipe::crash::Point;
-use standpipe_lab::servers::{AppendFsync, RedisOptions, send_signal};
+use standpipe_lab::servers::{RedisOptions, send_signal};
 
-use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, redis_command};
+use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, network, redis_command};
+use crate::support::house::{House, TOKEN, at_once, is_ready};
 use crate::support::scripted::{self, Op};
 use crate::support::signed::Signed;
 use crate::support::{
-    Postgres, Redis, Signal, Standpipe, connect, execute, free_port, http_post, query_rows, query_value,
-    wait_for, wait_until,
+    Redis, Signal, Standpipe, connect, execute, http_post, query_rows, query_value, wait_for, wait_until,
 };
-
-const TOKEN: &str = "a-token-of-some-length";
 
 /// The long version of a test takes minutes; it runs with `make long`.
 fn is_long() -> bool {
     std::env::var_os("STANDPIPE_LONG").is_some()
-}
-
-/// A Redis and a database without a relay, and where the program is to listen.
-struct House {
-    redis: Redis,
-    database: String,
-    http: SocketAddr,
-}
-
-impl House {
-    async fn start(options: RedisOptions) -> Self {
-        let redis = Redis::start_with(options).await;
-        let database = Postgres::shared().await.fresh_database().await;
-        Self { redis, database, http: format!("127.0.0.1:{}", free_port().unwrap()).parse().unwrap() }
-    }
-
-    fn variables(&self) -> Variables {
-        Variables::new()
-            .with("REDIS_URL", self.redis.url())
-            .with("DATABASE_URL", &self.database)
-            .with("HTTP_ADDR", self.http.to_string())
-            .with("INGEST_TOKEN", TOKEN)
-            .with("STREAM_KEEP", "1h")
-    }
-
-    /// A worker, its tables, and a stream to append to.
-    async fn worker(&self) -> Program {
-        let program = Program::start("worker", &self.variables()).await;
-        is_ready(&program).await;
-        program
-    }
-
-    async fn length(&self) -> u64 {
-        redis_command(&self.redis, &["XLEN", STREAM]).await
-    }
-
-    /// Sends a request once.
-    async fn post(&self, path: &str, key: Option<&str>, body: &str) -> anyhow::Result<(u16, Value)> {
-        let key = key.map(|key| format!("Idempotency-Key: {key}\r\n")).unwrap_or_default();
-        let headers = format!("Authorization: Bearer {TOKEN}\r\n{key}");
-        let (code, text) = http_post(self.http, path, &headers, body.as_bytes()).await?;
-        Ok((code, serde_json::from_str(&text)?))
-    }
-}
-
-async fn is_ready(program: &Program) {
-    wait_until("the program to be ready", RUN, async || program.readiness().await.0 == 200).await;
-}
-
-/// A Redis that has every write on its disk before it answers.
-fn at_once() -> RedisOptions {
-    RedisOptions { append_fsync: AppendFsync::Always, ..RedisOptions::default() }
 }
 
 fn did(number: u64) -> String {

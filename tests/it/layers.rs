@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A module may use those above it and never one below, so there are no cycles. The command line comes last.
-const ORDER: [&str; 29] = [
+const ORDER: [&str; 31] = [
     "mutex",
     "stop",
     "time",
@@ -21,10 +21,12 @@ const ORDER: [&str; 29] = [
     "logging",
     "directory",
     "amqp",
+    "kafka",
     "store",
     "output",
     "origin",
     "pipeline",
+    "handlers",
     "report",
     "dead_letters",
     "repair",
@@ -37,8 +39,9 @@ const ORDER: [&str; 29] = [
 ];
 
 /// Crates that only these modules may name.
-const CRATES: [(&str, &[&str]); 14] = [
+const CRATES: [(&str, &[&str]); 15] = [
     ("amqprs", &["amqp"]),
+    ("krafka", &["kafka"]),
     ("redis", &["stream"]),
     ("tokio_postgres", &["store"]),
     ("postgres_types", &["store"]),

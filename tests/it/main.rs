@@ -25,10 +25,13 @@ mod docs;
 mod durability;
 mod epochs;
 mod frozen;
+mod handlers;
 mod healing;
 mod hosts;
 mod ingest;
 mod jetstream;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod latency;
 mod layers;
 mod lost;

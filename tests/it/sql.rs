@@ -38,7 +38,7 @@ async fn every_statement_can_be_prepared_on_a_migrated_database() {
     let schema = std::fs::read_to_string(root().join("sql/store/statements_schema.sql")).unwrap();
     let schema: String = client.query_one(&schema, &[]).await.unwrap().get(0);
     let mut prepared = 0;
-    for path in ["store", "bulk", "check", "audit"].into_iter().flat_map(files) {
+    for path in ["store", "bulk", "check", "audit", "repair", "handlers"].into_iter().flat_map(files) {
         let sql = std::fs::read_to_string(&path).unwrap().replace("pg_stat_schema", &schema);
         assert!(sql.starts_with("-- "), "{} does not say what it is for", path.display());
         if let Err(error) = session.client().prepare(&sql).await {
@@ -76,7 +76,7 @@ fn every_sql_file_is_used_and_the_sources_contain_no_inline_statements() {
         .filter_map(|rest| rest.split('"').next()?.rsplit_once("sql/").map(|(_, name)| name.to_owned()))
         .collect();
     // Those of apply and migrations are listed by build.rs.
-    for folder in ["store", "bulk", "check", "audit"] {
+    for folder in ["store", "bulk", "check", "audit", "repair", "handlers"] {
         for path in files(folder) {
             let name = format!("{folder}/{}", path.file_name().unwrap().to_str().unwrap());
             assert!(used.contains(&name), "sql/{name} is used nowhere");

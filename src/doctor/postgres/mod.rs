@@ -1,11 +1,13 @@
 //! PostgreSQL: version, durability, our role's rights, connections, tables and indexes.
 
+mod handlers;
 mod indexes;
 mod schema;
 mod server;
 
 use std::time::{Duration, Instant};
 
+use self::handlers::handlers;
 use self::indexes::indexes;
 use self::schema::{migrations, missing_rights};
 use self::server::{connections, durability, encryption, server};
@@ -93,7 +95,11 @@ async fn look(
         indexes(client, &tables, findings).await?;
         bloat(client, &tables, findings).await?;
     }
-    transactions(client, findings).await
+    transactions(client, findings).await?;
+    if let Some(schema) = &config.handlers {
+        handlers(schema, client, findings).await?;
+    }
+    Ok(())
 }
 
 /// Whether our connections have the settings that we made, read back.

@@ -113,7 +113,9 @@ pub(super) fn connections(config: &Config, processes: usize, row: &Row, findings
     const WHAT: &str = "connections";
     let number = |name: &str| i64::from(row.get::<_, i32>(name));
     let (max, reserved) = (number("max_connections"), number("reserved"));
-    let pool = i64::try_from(config.db_pool_size).unwrap_or(i64::MAX);
+    // One more than pipelines for tasks; see `Handlers::new`.
+    let handlers = config.handlers.as_ref().map_or(0, |_| config.handler_pipelines + 1);
+    let pool = i64::try_from(config.db_pool_size + handlers).unwrap_or(i64::MAX);
     let wanted = pool.saturating_mul(i64::try_from(processes).unwrap_or(1));
     let others = (number("connections") - number("ours")).max(0);
     let role: String = row.get("role");
@@ -137,7 +139,12 @@ pub(super) fn connections(config: &Config, processes: usize, row: &Row, findings
         .unwrap_or((max, String::new()));
     let enough = config.parallel_consumers + OTHERS;
     let processes = if processes == 1 { "1 process".to_owned() } else { format!("{processes} processes") };
-    let asks = format!("DB_POOL_SIZE={pool} × {processes} = {wanted}");
+    let asks = match handlers {
+        0 => format!("DB_POOL_SIZE={pool} × {processes} = {wanted}"),
+        _ => {
+            format!("(DB_POOL_SIZE={} + {handlers} for tasks) × {processes} = {wanted}", config.db_pool_size)
+        }
+    };
     let remedy = format!(
         "{raise}, or lower DB_POOL_SIZE: a process uses one for each busy pipeline and {OTHERS} more, here {enough}"
     );

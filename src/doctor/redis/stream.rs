@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::doctor::{Findings, rough, size};
 use crate::report::{Report, StreamReport};
 use crate::stream::noted::Refill;
+use crate::stream::tasks::Tasks;
 use crate::stream::{Stream, StreamResult};
 
 pub(super) fn stream(config: &Config, report: &Report, findings: &mut Findings) {
@@ -48,8 +49,30 @@ pub(super) fn stream(config: &Config, report: &Report, findings: &mut Findings) 
             "find out what is holding up the pipelines, or raise REDIS_MAX_STREAM_LEN and Redis's memory with it",
         );
     }
+    tasks(config, &report.tasks, findings);
     trim(stream, findings);
     cursor(config, stream, findings);
+}
+
+/// The messages for functions.
+fn tasks(config: &Config, tasks: &Tasks, findings: &mut Findings) {
+    const WHAT: &str = "tasks";
+    let Tasks { waiting, begun, oldest_seconds } = tasks;
+    let found = format!("{waiting} are waiting, and {begun} begun");
+    if config.handlers.is_none() {
+        if waiting + begun > 0 {
+            let remedy = "set HANDLERS to the schema that contains their functions, on every process";
+            findings.warning(WHAT, format!("{found}, but HANDLERS is not set: nobody works on them"), remedy);
+        }
+    } else if let Some(oldest) = oldest_seconds.filter(|oldest| *oldest > 600.0) {
+        findings.warning(
+            WHAT,
+            format!("{found}; the oldest arrived {} ago", rough(oldest)),
+            "make sure that a worker is running; raise HANDLER_PIPELINES, or start more workers",
+        );
+    } else {
+        findings.ok(WHAT, found);
+    }
 }
 
 /// The group whose progress bounds the trim.

@@ -47,6 +47,7 @@ pub fn snapshot(server: &Server, samples: &mut Samples) -> (Value, Point) {
         "reader": reader(&facts),
         "origins": origins(&facts),
         "outputs": outputs(&facts),
+        "tasks": tasks(server),
         "pool": server.pool(),
         "kinds": kinds(&sample, &rates),
         "retries": totals::retries().map(|(reason, count)| (reason, json!(count))).collect::<Value>(),
@@ -158,6 +159,23 @@ fn origins(facts: &Facts) -> Value {
 
 fn outputs(facts: &Facts) -> Value {
     facts.outputs.iter().map(|output| with(output, &[("words", json!(words(&output.state)))])).collect()
+}
+
+/// The tasks of this process and their pipelines; nothing if it has none.
+fn tasks(server: &Server) -> Option<Value> {
+    let handlers = lock(&server.status.handlers);
+    if handlers.is_empty() {
+        return None;
+    }
+    let seen = (*lock(&server.status.tasks_seen)).unwrap_or_default();
+    Some(json!({
+        "waiting": seen.waiting,
+        "begun": seen.begun,
+        "pipelines": handlers.len(),
+        "busy": handlers.values().filter(|handler| handler.task.is_some()).count(),
+        "done": handlers.values().map(|handler| handler.done).sum::<u64>(),
+        "failed": handlers.values().map(|handler| handler.failed).sum::<u64>(),
+    }))
 }
 
 fn kinds(sample: &Sample, rates: &Rates) -> Value {

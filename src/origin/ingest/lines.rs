@@ -1,14 +1,17 @@
-//! The lines of a request: one event each, as a stream entry (`type` and `data`) or as a message of a Jetstream (`did`, `kind`).
+//! The lines of a request: one event each, as a stream entry (`type` and `data`) or as a message of a Jetstream (`did`, `kind`);
+//! or a task for one of the operator's functions (`type`, `data`, and its `id`).
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::cid::cid_of;
 use crate::apply::{Context, interpret};
-use crate::event::{Entry, EntryId, Epochs, is_did, tid_text};
+use crate::event::{Entry, EntryId, Epochs, MAX_ID, Task, is_did, is_function, tid_text};
 use crate::time::now_ms;
 
 /// The most events in a request.
@@ -20,11 +23,13 @@ const MAX_LINE: usize = 1 << 20;
 /// How far ahead of the clock a time may be.
 const MAX_AHEAD: Duration = Duration::from_mins(5);
 
-/// An event, ready to be appended.
+/// An event or a task, ready to be appended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// commit, identity or account; or [`crate::event::UNUSABLE`].
-    pub event_type: &'static str,
+    /// commit, identity or account; or [`crate::event::UNUSABLE`]; of a task, the name of its function.
+    pub event_type: Cow<'static, str>,
+    /// Whether it is a task.
+    pub is_task: bool,
     /// The account; empty for none.
     pub did: String,
     /// JSON.
@@ -93,12 +98,35 @@ struct AccountData {
     time: Option<String>,
 }
 
+/// Whether lines may be tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tasks<'a> {
+    /// There are no functions for them.
+    Refused,
+    /// They may.
+    Taken,
+    /// They may. One without an id has this one; after the first line, with the number of the line.
+    Named(&'a str),
+}
+
+impl Tasks<'_> {
+    /// The id of a task that has none, on a line with this index.
+    fn id(self, index: usize) -> Option<String> {
+        match self {
+            Self::Named(name) if !is_id(name) => None,
+            Self::Named(name) if index == 0 => Some(name.to_owned()),
+            Self::Named(name) => Some(format!("{name}/{index}")),
+            Self::Refused | Self::Taken => None,
+        }
+    }
+}
+
 /// Reads all lines; empty ones are left out.
 ///
 /// # Errors
 ///
 /// The first one that cannot be used: nothing is to be appended then.
-pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
+pub fn read(body: &[u8], tasks: Tasks<'_>) -> Result<Vec<Line>, WrongLine> {
     let mut lines = Vec::new();
     for (index, text) in body.split(|byte| *byte == b'\n').enumerate() {
         let wrong = |message: String| WrongLine { line: index + 1, message };
@@ -108,7 +136,7 @@ pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
         if lines.len() == MAX_LINES {
             return Err(wrong(format!("a request has at most {MAX_LINES} events")));
         }
-        lines.push(read_line(text).map_err(wrong)?);
+        lines.push(read_line(text, tasks, index).map_err(wrong)?);
     }
     if lines.is_empty() {
         return Err(WrongLine { line: 1, message: "the request contains no event".to_owned() });
@@ -116,14 +144,18 @@ pub fn read(body: &[u8]) -> Result<Vec<Line>, WrongLine> {
     Ok(lines)
 }
 
-fn read_line(text: &[u8]) -> Result<Line, String> {
+fn read_line(text: &[u8], tasks: Tasks<'_>, index: usize) -> Result<Line, String> {
     if text.len() > MAX_LINE {
         return Err(format!("an event has at most {} MiB", MAX_LINE >> 20));
     }
     let value: Value = serde_json::from_slice(text).map_err(|error| format!("this is not JSON: {error}"))?;
     let Value::Object(mut fields) = value else { return Err("this is not a JSON object".to_owned()) };
     let line = match (fields.remove("type"), fields.remove("data"), fields.remove("kind")) {
-        (Some(Value::String(event_type)), Some(data), _) => entry(&event_type, data)?,
+        (Some(Value::String(name)), Some(data), _) if tasks != Tasks::Refused && is_function(&name) => {
+            let id = task_id(fields.remove("id"))?.or_else(|| tasks.id(index));
+            return task(name, id.as_deref(), &data, text);
+        }
+        (Some(Value::String(event_type)), Some(data), _) => entry(&event_type, data, tasks)?,
         (None, None, Some(Value::String(kind))) => jetstream(&kind, fields)?,
         _ => {
             return Err("an event has `type` and `data`, or `did`, `kind` and the object that `kind` names"
@@ -134,16 +166,58 @@ fn read_line(text: &[u8]) -> Result<Line, String> {
     Ok(line)
 }
 
+/// `text` is the whole line: what JSON can say in several ways, such as a long number, reaches the function as it was sent.
+fn task(name: String, id: Option<&str>, data: &Value, text: &[u8]) -> Result<Line, String> {
+    #[derive(Deserialize)]
+    struct Sent<'a> {
+        #[serde(borrow)]
+        data: &'a RawValue,
+    }
+    if has_nul(data) {
+        return Err("`data` contains U+0000, which PostgreSQL's jsonb cannot hold".to_owned());
+    }
+    let sent: Sent<'_> = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    let data = Task::message(id, sent.data.get());
+    Ok(Line { event_type: name.into(), is_task: true, did: String::new(), data })
+}
+
+fn task_id(id: Option<Value>) -> Result<Option<String>, String> {
+    match id {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Number(number)) if !number.is_f64() => Ok(Some(number.to_string())),
+        Some(Value::String(id)) if is_id(&id) => Ok(Some(id)),
+        Some(_) => Err(format!("`id` is neither a whole number nor a text of 1 to {MAX_ID} bytes")),
+    }
+}
+
+fn is_id(id: &str) -> bool {
+    (1..=MAX_ID).contains(&id.len()) && !id.contains(|c: char| c.is_control())
+}
+
+fn has_nul(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(items) => items.iter().any(has_nul),
+        Value::Object(fields) => fields.iter().any(|(name, value)| name.contains('\0') || has_nul(value)),
+        _ => false,
+    }
+}
+
 fn fields<T: for<'de> Deserialize<'de>>(name: &str, value: Value) -> Result<T, String> {
     serde_json::from_value(value).map_err(|error| format!("`{name}`: {error}"))
 }
 
-fn entry(event_type: &str, data: Value) -> Result<Line, String> {
+fn entry(event_type: &str, data: Value, tasks: Tasks<'_>) -> Result<Line, String> {
     match event_type {
         "commit" => commit(fields("data", data)?),
         "identity" => identity(fields("data", data)?),
         "account" => account(fields("data", data)?),
-        other => Err(format!("the type {other:.50} is not commit, identity or account")),
+        other if tasks != Tasks::Refused => Err(format!(
+            "the type {other:.50} is not commit, identity, account, or the name of a function for tasks"
+        )),
+        other => {
+            Err(format!("the type {other:.50} is not commit, identity or account (for tasks, set HANDLERS)"))
+        }
     }
 }
 
@@ -161,7 +235,7 @@ fn jetstream(kind: &str, mut rest: Map<String, Value>) -> Result<Line, String> {
         "identity" | "account" => {
             let Value::Object(mut inner) = inner else { return Err(format!("`{kind}` is not an object")) };
             inner.insert("did".to_owned(), did);
-            entry(kind, Value::Object(inner))
+            entry(kind, Value::Object(inner), Tasks::Refused)
         }
         other => Err(format!("the kind {other:.50} is not commit, identity or account")),
     }
@@ -188,13 +262,13 @@ fn commit(commit: CommitData) -> Result<Line, String> {
     let rev = rev.filter(|rev| !rev.is_empty()).unwrap_or_else(new_rev);
     let time = time_of(time)?;
     let data = json!({ "repo": repo, "ops": written, "rev": rev, "time": time }).to_string();
-    Ok(Line { event_type: "commit", did: repo, data })
+    Ok(Line { event_type: "commit".into(), is_task: false, did: repo, data })
 }
 
 fn identity(IdentityData { did, handle, time }: IdentityData) -> Result<Line, String> {
     let time = time_of(time)?;
     let data = json!({ "did": did, "handle": handle, "time": time }).to_string();
-    Ok(Line { event_type: "identity", did, data })
+    Ok(Line { event_type: "identity".into(), is_task: false, did, data })
 }
 
 fn account(AccountData { did, active, status, time }: AccountData) -> Result<Line, String> {
@@ -203,7 +277,7 @@ fn account(AccountData { did, active, status, time }: AccountData) -> Result<Lin
     if let Some(status) = status {
         data["status"] = status.into();
     }
-    Ok(Line { event_type: "account", did, data: data.to_string() })
+    Ok(Line { event_type: "account".into(), is_task: false, did, data: data.to_string() })
 }
 
 /// The time that is given, or the present. One in the future would win over everything until then.
@@ -225,7 +299,7 @@ fn check(line: &Line) -> Result<(), String> {
     }
     let entry = Entry {
         id: EntryId { ms: now_ms(), seq: 0 },
-        event_type: line.event_type.to_owned(),
+        event_type: line.event_type.clone().into_owned(),
         data: line.data.clone(),
         seq: String::new(),
     };
@@ -256,7 +330,7 @@ mod tests {
     const DID: &str = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa";
 
     fn one(line: &str) -> Result<Value, String> {
-        let lines = read(line.as_bytes()).map_err(|error| error.to_string())?;
+        let lines = read(line.as_bytes(), Tasks::Refused).map_err(|error| error.to_string())?;
         Ok(serde_json::from_str(&lines[0].data).unwrap())
     }
 
@@ -312,11 +386,42 @@ mod tests {
             (r#"{"type":"account","data":{"did":"did:plc:a","active":false,"time":"soon"}}"#, "not a time"),
             (&format!(r#"{{"type":"commit","data":"{}"}}"#, "x".repeat(MAX_LINE)), "at most 1 MiB"),
         ] {
-            let error = read(format!("{good}\n\n{wrong}\n{good}").as_bytes()).unwrap_err();
+            let error = read(format!("{good}\n\n{wrong}\n{good}").as_bytes(), Tasks::Refused).unwrap_err();
             assert_eq!(error.line, 3, "{wrong}");
             assert!(error.message.contains(says), "{error}");
         }
-        assert!(read(b"\n").is_err());
-        assert_eq!(read(format!("{good}\r\n{good}").as_bytes()).unwrap().len(), 2);
+        assert!(read(b"\n", Tasks::Refused).is_err());
+    }
+
+    #[test]
+    fn other_types_are_tasks_where_there_are_functions_for_them() {
+        let read_one = |line: &str| read(line.as_bytes(), Tasks::Taken).map(|mut lines| lines.remove(0));
+        let line = read_one(r#"{"type":"resize","id":7,"data":{"width":3}}"#).unwrap();
+        assert!(line.is_task);
+        assert_eq!(line.data, r#"{"id":"7","data":{"width":3}}"#);
+        assert_eq!(read_one(r#"{"type":"resize","data":null}"#).unwrap().data, r#"{"data":null}"#);
+        for (wrong, says) in [
+            (r#"{"type":"resize"}"#, "an event has"),
+            (r#"{"type":"resize","id":0.5,"data":1}"#, "neither a whole number"),
+            (r#"{"type":"resize","id":"","data":1}"#, "1 to 256 bytes"),
+            (r#"{"type":"resize","data":["\u0000"]}"#, "U+0000"),
+            (r#"{"type":"Resize","data":1}"#, "the name of a function"),
+            (r#"{"type":"sync","data":1}"#, "the name of a function"),
+        ] {
+            let error = read_one(wrong).unwrap_err();
+            assert!(error.message.contains(says), "{error}");
+        }
+        let error = read(br#"{"type":"resize","data":1}"#, Tasks::Refused).unwrap_err();
+        assert!(error.message.contains("set HANDLERS"), "{error}");
+        let two = "{\"type\":\"a\",\"data\":1}\n{\"type\":\"a\",\"data\":2}\n{\"type\":\"a\",\"id\":\"c\",\"data\":3}";
+        let lines = read(two.as_bytes(), Tasks::Named("m")).unwrap();
+        let data: Vec<&str> = lines.iter().map(|line| line.data.as_str()).collect();
+        assert_eq!(data, [r#"{"id":"m","data":1}"#, r#"{"id":"m/1","data":2}"#, r#"{"id":"c","data":3}"#]);
+    }
+
+    #[test]
+    fn lines_may_end_in_two_ways() {
+        let good = format!(r#"{{"type":"identity","data":{{"did":"{DID}","handle":"a.test"}}}}"#);
+        assert_eq!(read(format!("{good}\r\n{good}").as_bytes(), Tasks::Refused).unwrap().len(), 2);
     }
 }

@@ -16,7 +16,8 @@ use self::lines::Line;
 use crate::config::{Config, MemoryMark};
 use crate::crash::{self, Point};
 use crate::event::EntryId;
-use crate::stream::ingest::{Answer, Disk, Durability, Request};
+use crate::stream::ingest::{Answer, Disk, Durability, Id, New, Request};
+use crate::stream::positions::Moves;
 use crate::stream::{Redis, Stream, StreamResult};
 
 /// How long a server that writes to its disk once a second, and says nothing about it, has for that: Redis delays a write by up to
@@ -53,7 +54,7 @@ struct Copies {
 /// Events that are in the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Appended {
-    ids: Vec<String>,
+    ids: Vec<Id>,
     before: bool,
     durability: Durability,
 }
@@ -62,7 +63,7 @@ pub struct Appended {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Accepted {
     /// The entries' ids, in the order of the lines.
-    pub ids: Vec<String>,
+    pub ids: Vec<Id>,
     /// Whether the same request had been accepted before.
     pub before: bool,
     /// Whether they are on the disk; if not, Redis has no append-only file, or does not flush it itself (`appendfsync no`).
@@ -75,6 +76,9 @@ pub enum IngestError {
     /// The request is wrong.
     #[error("this Idempotency-Key was used for a different request: use a new key")]
     OtherRequest,
+    /// Nothing was appended.
+    #[error("another process takes from the same source, or Redis has lost something")]
+    Moved,
     /// It is not the request's fault; nothing was appended.
     #[error("{0}")]
     NotNow(&'static str),
@@ -121,7 +125,8 @@ impl Ingest {
         }
     }
 
-    /// Appends the events of a request, all or none. `key`: its Idempotency-Key; `body`: its text.
+    /// Appends the events of a request, all or none. `key`: its Idempotency-Key; `body`: its text; `moves`: the positions of its
+    /// origin that move with them.
     ///
     /// # Errors
     ///
@@ -131,6 +136,7 @@ impl Ingest {
         key: Option<&str>,
         body: &[u8],
         lines: Vec<Line>,
+        moves: Option<(String, Moves)>,
     ) -> Result<Appended, IngestError> {
         let mut accounts: Vec<String> =
             lines.iter().map(|line| line.did.clone()).filter(|did| !did.is_empty()).collect();
@@ -140,7 +146,15 @@ impl Ingest {
             name: key.map(|key| print(key.as_bytes())),
             print: print(body),
             accounts,
-            entries: lines.into_iter().map(|line| (line.event_type.to_owned(), line.data)).collect(),
+            entries: lines
+                .into_iter()
+                .map(|Line { event_type, is_task, data, .. }| New {
+                    event_type: event_type.into_owned(),
+                    data,
+                    is_task,
+                })
+                .collect(),
+            moves,
         };
         let mut kept = self.stream.lock().await;
         let mut stream = self.redis.reuse(&mut kept).await?;
@@ -156,6 +170,7 @@ impl Ingest {
         match answer {
             Answer::Appended { ids, before } => Ok(Appended { ids, before, durability }),
             Answer::Other => Err(IngestError::OtherRequest),
+            Answer::Moved => Err(IngestError::Moved),
             Answer::Full => Err(IngestError::NotNow("the stream is full (REDIS_MAX_STREAM_LEN)")),
             Answer::NoStream => Err(IngestError::NotNow("there is no stream yet")),
         }
@@ -231,20 +246,24 @@ impl Ingest {
         Ok(true)
     }
 
-    /// Waits until entries are applied, at most until `deadline`; `None` if it takes longer. Returns what of them ended as dead
-    /// letters, by their ids.
+    /// Waits until entries are applied, at most until `deadline`; `None` if it takes longer. Tasks are not waited for. Returns what
+    /// of them ended as dead letters, by their ids.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
     pub async fn applied(
         &self,
-        ids: &[String],
+        ids: &[Id],
         deadline: Instant,
     ) -> StreamResult<Option<Vec<(String, Vec<String>)>>> {
-        let Some(last) = ids.last().and_then(|id| id.parse::<EntryId>().ok()) else {
-            return Ok(Some(Vec::new()));
+        let events = |id: &Id| match id {
+            Id::Event(id) => Some(*id),
+            Id::Task(_) => None,
         };
+        let ids: Vec<EntryId> = ids.iter().filter_map(events).collect();
+        let Some(&last) = ids.last() else { return Ok(Some(Vec::new())) };
+        let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
         let mut stream = self.redis.connect().await?;
         while !stream.is_settled(last).await? {
             if Instant::now() >= deadline {
@@ -252,8 +271,8 @@ impl Ingest {
             }
             tokio::time::sleep(LOOK).await;
         }
-        let refused = stream.refused(ids).await?;
-        let refused = ids.iter().cloned().zip(refused).filter(|(_, paths)| !paths.is_empty());
+        let refused = stream.refused(&ids).await?;
+        let refused = ids.into_iter().zip(refused).filter(|(_, paths)| !paths.is_empty());
         Ok(Some(refused.collect()))
     }
 }

@@ -5,6 +5,7 @@ pub mod browser;
 pub mod by_hand;
 pub mod chain;
 pub mod gate;
+pub mod house;
 mod http;
 pub mod model;
 pub mod old_database;

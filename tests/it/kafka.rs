@@ -1,0 +1,278 @@
+//! Kafka as an origin, and as an output. The broker is the client library's own stand-in, which can be told to fail; see
+//! docs/kafka.md for what else was tried.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use krafka::error::ErrorCode;
+use krafka::testing::{ApiKey, Control, FakeBroker};
+use krafka::{Kafka, Record};
+use serde_json::{Value, json};
+use standpipe_lab::simulate::NetworkOptions;
+
+use crate::amqp::messages;
+use crate::subscribe::{essence, expected};
+use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, purged, redis_command};
+use crate::support::{Postgres, Redis, Signal, Standpipe, connect, model, traffic, wait_for, wait_until};
+
+const TOPIC: &str = "events";
+
+fn is_long() -> bool {
+    std::env::var_os("STANDPIPE_LONG").is_some()
+}
+
+/// A deployment without a relay: Redis, a database, and a topic with three partitions.
+struct Deployment {
+    broker: FakeBroker,
+    redis: Redis,
+    database: String,
+}
+
+impl Deployment {
+    async fn start() -> Self {
+        let broker = FakeBroker::start().await.unwrap();
+        broker.create_topic(TOPIC, 3);
+        let redis = Redis::start().await;
+        Self { broker, redis, database: Postgres::shared().await.fresh_database().await }
+    }
+
+    fn variables(&self) -> Variables {
+        Variables::new()
+            .with("REDIS_URL", self.redis.url())
+            .with("DATABASE_URL", &self.database)
+            .with("STREAM_KEEP", "1h")
+            .with(
+                "KAFKA_ORIGIN_URL",
+                format!("kafka://{}/{TOPIC}?group=watched", self.broker.bootstrap_servers()),
+            )
+    }
+
+    /// Produces messages, each under its account.
+    async fn produce(&self, messages: &[String]) {
+        let kafka = Kafka::builder(self.broker.bootstrap_servers()).connect().await.unwrap();
+        let producer = kafka.producer().build().await.unwrap();
+        let mut sent = Vec::new();
+        for message in messages {
+            let parsed: Value = serde_json::from_str(message).unwrap_or_default();
+            let key = ["repo", "did"].iter().find_map(|name| parsed["data"][name].as_str()).unwrap_or("none");
+            let record = Record::new(TOPIC, message.clone()).key(key.to_owned());
+            sent.push(producer.enqueue(record).await.unwrap());
+        }
+        for delivery in sent {
+            let _ = delivery.await.unwrap();
+        }
+        producer.close().await.unwrap();
+    }
+
+    /// The sum of the offsets in Redis.
+    async fn taken(&self) -> u64 {
+        let places: BTreeMap<String, String> =
+            redis_command(&self.redis, &["HGETALL", &format!("{STREAM}:kafka:{TOPIC}")]).await;
+        places
+            .iter()
+            .filter(|(name, _)| *name != "source")
+            .map(|(_, place)| place.parse::<u64>().unwrap())
+            .sum()
+    }
+
+    async fn all_taken(&self, count: usize) {
+        wait_for("the records to be taken", RUN, async || {
+            let taken = self.taken().await;
+            if taken == count as u64 { Ok(()) } else { Err(format!("{taken} of {count}")) }
+        })
+        .await;
+    }
+
+    async fn appended(&self) -> usize {
+        redis_command(&self.redis, &["XLEN", STREAM]).await
+    }
+}
+
+async fn end(program: &mut Program) {
+    program.signal(Signal::Term);
+    assert_eq!(program.wait_exit(SOON).await, 0);
+}
+
+/// Kills the program repeatedly, at points set by the progress.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_record_is_appended_exactly_once_through_crashes() {
+    let (events, kills) = if is_long() { (6_000, 20) } else { (1_500, 5) };
+    let options = NetworkOptions { accounts: 150, events, deletions: true, ..network(41) };
+    let messages = messages(&options).await;
+    let deployment = Deployment::start().await;
+    deployment.produce(&messages).await;
+    let variables = deployment.variables();
+    let mut program = Program::start("worker", &variables).await;
+    for kill in 1..=kills {
+        let goal = messages.len() as u64 * kill / (kills + 1);
+        wait_until("some records to be taken", RUN, async || deployment.taken().await >= goal).await;
+        program.signal(Signal::Kill);
+        assert_eq!(program.wait_exit(SOON).await, 128 + 9);
+        program = Program::start("worker", &variables).await;
+    }
+    deployment.all_taken(messages.len()).await;
+    assert_eq!(deployment.appended().await, messages.len(), "appended");
+    let wanted = model::expected(&traffic::events(&options)).without_versions();
+    wait_for("the tables to be those of the model", RUN, async || {
+        purged(&deployment.database).await;
+        let found = model::read(&connect(&deployment.database).await).await.without_versions();
+        let differences = model::differences(&wanted, &found);
+        if differences.is_empty() { Ok(()) } else { Err(model::summary(&differences)) }
+    })
+    .await;
+    // Those who watch the group see no lag.
+    wait_until("the group's offsets to be set", RUN, async || {
+        (0..3).all(|partition| {
+            deployment.broker.committed_offset("watched", TOPIC, partition)
+                == deployment.broker.next_offset(TOPIC, partition)
+        })
+    })
+    .await;
+    let status =
+        Standpipe::run(&["status"], &variables.clone().with("HTTP_ADDR", program.http.to_string()), RUN)
+            .await;
+    assert!(status.stdout.contains("running, topic events at"), "{}", status.stdout);
+}
+
+/// The leader moves, a broker crashes, records are deleted, the topic is created anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_in_the_cluster_is_followed_and_reported() {
+    let deployment = Deployment::start().await;
+    let variables = deployment.variables();
+    let line = |number: u64| {
+        let did = format!("did:plc:{number:0>24}").replace(['0', '1', '8', '9'], "a");
+        json!({"type": "identity", "data": {"did": did, "handle": format!("h{number}.example")}}).to_string()
+    };
+    let mut program = Program::start("worker", &variables).await;
+    deployment.produce(&(0..30).map(line).collect::<Vec<_>>()).await;
+    deployment.all_taken(30).await;
+    for partition in 0..3 {
+        deployment.broker.bump_leader_epoch(TOPIC, partition);
+    }
+    deployment.produce(&(30..60).map(line).collect::<Vec<_>>()).await;
+    deployment.all_taken(60).await;
+    assert_eq!(deployment.appended().await, 60);
+
+    // Records are deleted while nobody takes them.
+    end(&mut program).await;
+    deployment.produce(&(60..90).map(line).collect::<Vec<_>>()).await;
+    let ends: Vec<i64> =
+        (0..3).map(|partition| deployment.broker.next_offset(TOPIC, partition).unwrap()).collect();
+    deployment.broker.with_state(|state| {
+        for partition in 0..3 {
+            let log = state.partition_mut(TOPIC, partition).unwrap();
+            log.log_start_offset = ends[partition as usize];
+        }
+    });
+    // The stand-in serves deleted records, and has to be told not to.
+    deployment.broker.on_once(ApiKey::Fetch, |_| Control::Error(ErrorCode::OffsetOutOfRange));
+    let mut program = Program::start("worker", &variables).await;
+    deployment.all_taken(90).await;
+    assert_eq!(deployment.appended().await, 60);
+    program.metric_rises("standpipe_origin_gaps_total", 0.0).await;
+    let missing = program.status().await["missing"].clone();
+    assert!(missing["gaps"].as_u64().unwrap() > 0, "{missing}");
+    assert!(missing["last_gap"]["reason"].as_str().unwrap().contains("were deleted before"), "{missing}");
+
+    // A partition loses all of its records: a leader that was not in sync.
+    end(&mut program).await;
+    deployment.broker.with_state(|state| {
+        let log = state.partition_mut(TOPIC, 0).unwrap();
+        (log.log, log.log_start_offset, log.next_offset) = (Vec::new(), 0, 0);
+    });
+    let mut program = Program::start("worker", &variables).await;
+    deployment.all_taken(90 - usize::try_from(ends[0]).unwrap()).await;
+    let missing = program.status().await["missing"].clone();
+    assert!(missing["last_gap"]["reason"].as_str().unwrap().contains("it ends at 0"), "{missing}");
+
+    // The same name, another topic.
+    end(&mut program).await;
+    deployment.broker.delete_topic(TOPIC);
+    deployment.broker.create_topic(TOPIC, 3);
+    deployment.produce(&(90..100).map(line).collect::<Vec<_>>()).await;
+    let program = Program::start("worker", &variables).await;
+    deployment.all_taken(10).await;
+    assert_eq!(deployment.appended().await, 70);
+    let missing = program.status().await["missing"].clone();
+    assert!(missing["last_gap"]["reason"].as_str().unwrap().contains("created again"), "{missing}");
+}
+
+/// A record that cannot be used, and one that is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_cannot_be_used_becomes_a_dead_letter() {
+    let deployment = Deployment::start().await;
+    let variables = deployment.variables();
+    let program = Program::start("worker", &variables).await;
+    deployment.produce(&["not JSON".to_owned(), r#"{"type":"unheard","data":1}"#.to_owned()]).await;
+    deployment.all_taken(2).await;
+    program
+        .metric_with_is("standpipe_origin_messages_total", r#"origin="kafka",result="unusable""#, 2.0)
+        .await;
+    wait_for("the dead letters", RUN, async || {
+        let listed = Standpipe::run(&["dead-letters", "list", "--json"], &variables, RUN).await;
+        if listed.stdout.contains("Kafka topic events: line 1: this is not JSON") {
+            Ok(())
+        } else {
+            Err(listed.stdout)
+        }
+    })
+    .await;
+}
+
+/// Everything that is applied is published, in the order of each account, while the program is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_applied_is_published_in_order() {
+    let (events, kills) = if is_long() { (20_000, 10) } else { (3_000, 3) };
+    let options = NetworkOptions { accounts: 100, events, deletions: true, ..network(42) };
+    let chain = Chain::start(&options, None).await;
+    let broker = FakeBroker::start().await.unwrap();
+    broker.create_topic("applied", 4);
+    let variables =
+        chain.variables().with("KAFKA_OUTPUT_URL", format!("kafka://{}/applied", broker.bootstrap_servers()));
+    let wanted = expected(&traffic::events(&options));
+    let mut program = Program::start("run", &variables).await;
+    for kill in 1..=kills {
+        let goal = wanted.len() as u64 * kill / (kills + 1);
+        wait_until("some records to be published", RUN, async || {
+            (0..4).filter_map(|partition| broker.next_offset("applied", partition)).sum::<i64>() as u64
+                >= goal
+        })
+        .await;
+        program.signal(Signal::Kill);
+        assert_eq!(program.wait_exit(SOON).await, 128 + 9);
+        program = Program::start("run", &variables).await;
+    }
+    chain.finished().await;
+    wait_until("everything to be published", RUN, async || {
+        let groups: Vec<BTreeMap<String, redis::Value>> =
+            redis_command(&chain.redis, &["XINFO", "GROUPS", STREAM]).await;
+        let at = |name: &str| {
+            let group = groups.iter().find(|group| group["name"] == redis::Value::BulkString(name.into()))?;
+            Some(group["last-delivered-id"].clone())
+        };
+        at("out:kafka").is_some() && at("out:kafka") == at("firehose-processors")
+    })
+    .await;
+    let (mut found, mut seen) = (BTreeSet::new(), BTreeSet::new());
+    let mut last: BTreeMap<String, (i32, u64)> = BTreeMap::new();
+    let mut repeated = 0;
+    for record in broker.all_records("applied").unwrap() {
+        let id = record.headers.iter().find(|(name, _)| *name == "id").unwrap().1.clone().unwrap();
+        if !seen.insert(id) {
+            repeated += 1;
+            continue;
+        }
+        let message: Value = serde_json::from_slice(record.value.as_ref().unwrap()).unwrap();
+        let did = message["did"].as_str().unwrap().to_owned();
+        assert_eq!(record.key_str(), Some(did.as_str()));
+        let time = message["time_us"].as_u64().unwrap();
+        let before = last.insert(did.clone(), (record.partition, time));
+        if let Some((partition, before)) = before {
+            assert_eq!(partition, record.partition, "{did} is in two partitions");
+            assert!(before <= time, "{did} is out of order");
+        }
+        found.insert(essence(&message));
+    }
+    println!("{} records, {repeated} of them repetitions", seen.len());
+    assert_eq!(found, wanted.into_iter().collect::<BTreeSet<_>>());
+    drop(program);
+}
