@@ -3,7 +3,7 @@ CREATE TABLE IF NOT EXISTS standpipe.results (
     type text NOT NULL,
     -- the message's own id, or the id of its entry
     id text NOT NULL,
-    -- running, waiting (for another attempt), done or failed
+    -- running, retrying (waiting for another attempt), done or failed
     state text NOT NULL,
     -- how often it was begun, and how often that failed
     attempts integer NOT NULL DEFAULT 0,

@@ -18,7 +18,7 @@ use super::unavailable;
 /// What to do with them.
 #[derive(Debug, Subcommand)]
 pub enum Action {
-    /// List tasks, the newest first: new (waiting to be begun), running, waiting (to be tried again), done, failed
+    /// List tasks, the newest first: waiting, running, retrying (to be tried again), done or failed
     List {
         /// Only those in this state
         #[arg(long, value_parser = PossibleValuesParser::new(STATES))]
@@ -68,7 +68,7 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
 fn row(task: &ResultRow) -> [String; 6] {
     let cell = |text: &str| out::safe(text, out::CELL);
     let state = match (task.state.as_str(), &task.error) {
-        ("waiting" | "failed", Some(error)) => format!("{}: {}", task.state, cell(error)),
+        ("retrying" | "failed", Some(error)) => format!("{}: {}", task.state, cell(error)),
         _ => task.state.clone(),
     };
     [

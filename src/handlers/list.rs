@@ -10,8 +10,8 @@ use crate::stream::Stream;
 use crate::stream::tasks::Tasks;
 use crate::time::now_ms;
 
-/// The states of a task: in the stream (`new`), or as in `standpipe.results`.
-pub const STATES: [&str; 5] = ["new", "running", "waiting", "done", "failed"];
+/// The states of a task: in the stream (`waiting`), or as in `standpipe.results`.
+pub const STATES: [&str; 5] = ["waiting", "running", "retrying", "done", "failed"];
 
 /// Which tasks to show.
 #[derive(Clone, Debug)]
@@ -44,13 +44,13 @@ pub async fn list(stream: &Stream, store: &Store, filter: &Filter) -> Result<Lis
     let counts = stream.count_tasks().await?;
     let Filter { state, function, limit } = filter;
     let mut tasks = Vec::new();
-    if state.is_empty() || state == "new" {
+    if state.is_empty() || state == "waiting" {
         for entry in stream.waiting_tasks(*limit).await? {
             let task = Task::of(&entry).ok();
             let row = ResultRow {
                 id: task.map_or_else(|| entry.id.to_string(), |task| task.id),
                 function: entry.event_type,
-                state: "new".to_owned(),
+                state: "waiting".to_owned(),
                 attempts: 0,
                 result: None,
                 error: None,
@@ -65,7 +65,7 @@ pub async fn list(stream: &Stream, store: &Store, filter: &Filter) -> Result<Lis
         tasks.reverse();
     }
     let left = limit.saturating_sub(tasks.len());
-    if state != "new" && left > 0 {
+    if state != "waiting" && left > 0 {
         let session = store.session().await?;
         tasks.extend(session.results(state, function, i64::try_from(left).unwrap_or(i64::MAX)).await?);
     }

@@ -45,7 +45,7 @@ pub struct ResultRow {
     pub function: String,
     /// Its id.
     pub id: String,
-    /// running, waiting, done or failed.
+    /// running, retrying, done or failed; waiting for one that is still in the stream.
     pub state: String,
     /// How often it was begun.
     pub attempts: i32,
@@ -151,7 +151,7 @@ impl Handlers {
         reject: Reject,
     ) -> Result<Handled, StoreError> {
         let is_last = n >= self.attempts;
-        let state = if is_last { "failed" } else { "waiting" };
+        let state = if is_last { "failed" } else { "retrying" };
         let fail = include_str!("../../sql/handlers/fail.sql");
         let Task { function, id, .. } = task;
         session.in_time(session.client().execute(fail, &[function, id, &state, &reject.message])).await?;

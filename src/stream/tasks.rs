@@ -59,9 +59,15 @@ impl Stream {
     /// Redis cannot be reached or refuses.
     pub async fn ensure_tasks(&mut self) -> RedisResult<()> {
         let Self { connection, keys } = self;
-        let mut create = redis::cmd("XGROUP");
-        create.arg("CREATE").arg(&keys.stream).arg(&keys.group).arg("0").arg("MKSTREAM");
-        match create.query_async::<()>(connection).await {
+        let created = redis::cmd("XGROUP")
+            .arg("CREATE")
+            .arg(&keys.stream)
+            .arg(&keys.group)
+            .arg("0")
+            .arg("MKSTREAM")
+            .query_async::<()>(connection)
+            .await;
+        match created {
             Err(error) if error.code() != Some("BUSYGROUP") => Err(error),
             _ => Ok(()),
         }

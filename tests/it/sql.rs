@@ -84,7 +84,8 @@ fn every_sql_file_is_used_and_the_sources_contain_no_inline_statements() {
     }
     // Statements that are put together at run time, for names that are known only then, and those that set up
     // a session.
-    let built = ["migrate.rs", "undo.rs", "step.rs", "statement.rs", "settings.rs", "audit.rs"];
+    let built =
+        ["migrate.rs", "undo.rs", "step.rs", "statement.rs", "settings.rs", "audit.rs", "store/handlers.rs"];
     for (path, text) in &sources {
         if built.iter().any(|name| path.ends_with(name)) {
             continue;
