@@ -1,7 +1,9 @@
-//! `standpipe check`: configuration, then Redis, PostgreSQL and RabbitMQ; problems and remedies. Changes nothing.
+//! `standpipe check`: configuration, then Redis, PostgreSQL, RabbitMQ and Kafka; problems and remedies. Changes nothing.
 
 #[cfg(feature = "amqp")]
 mod amqp;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod postgres;
 mod redis;
 
@@ -67,6 +69,9 @@ pub enum Section {
     /// RabbitMQ.
     #[serde(rename = "RabbitMQ")]
     RabbitMq,
+    /// Kafka.
+    #[serde(rename = "Kafka")]
+    Kafka,
 }
 
 impl Section {
@@ -76,6 +81,7 @@ impl Section {
             Self::Redis => "Redis",
             Self::Postgres => "PostgreSQL",
             Self::RabbitMq => "RabbitMQ",
+            Self::Kafka => "Kafka",
         }
     }
 }
@@ -301,6 +307,11 @@ pub async fn check(config: &Config, warnings: &[String]) -> Examination {
     {
         findings.section = Section::RabbitMq;
         amqp::check(config, &mut findings).await;
+    }
+    #[cfg(feature = "kafka")]
+    {
+        findings.section = Section::Kafka;
+        kafka::check(config, &mut findings).await;
     }
     let verdict = if findings.unreachable {
         Verdict::Unreachable

@@ -127,6 +127,11 @@ async fn every_record_is_appended_exactly_once_through_crashes() {
         })
     })
     .await;
+    let check = Standpipe::run(&["check"], &variables, RUN).await;
+    assert!(check.stdout.contains("events exists, with 3 partitions"), "{}", check.stdout);
+    let elsewhere = format!("kafka://{}/nowhere", deployment.broker.bootstrap_servers());
+    let check = Standpipe::run(&["check"], &variables.clone().with("KAFKA_ORIGIN_URL", elsewhere), RUN).await;
+    assert!(check.stdout.contains("create it, or correct KAFKA_ORIGIN_URL"), "{}", check.stdout);
     let status =
         Standpipe::run(&["status"], &variables.clone().with("HTTP_ADDR", program.http.to_string()), RUN)
             .await;
