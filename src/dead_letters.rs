@@ -227,7 +227,7 @@ impl Walk {
         &mut self,
         (store, handlers): (&Store, Option<&Handlers>),
         counts: &mut Retries,
-        mut kept: impl FnMut(&str, &Reject) -> Result<()>,
+        mut kept: impl FnMut(&str, &str) -> Result<()>,
     ) -> Result<()> {
         while let Some(letter) = self.next().await? {
             let id = letter.id.clone();
@@ -235,7 +235,11 @@ impl Walk {
                 Retried::Applied => counts.applied += 1,
                 Retried::StillBad(reject) => {
                     counts.kept += 1;
-                    kept(&id, &reject)?;
+                    kept(&id, &reject.to_string())?;
+                }
+                Retried::NotNow(why) => {
+                    counts.kept += 1;
+                    kept(&id, &why)?;
                 }
             }
         }
@@ -262,6 +266,8 @@ pub enum Retried {
     Applied,
     /// It still cannot be applied; the letter says when and why.
     StillBad(Reject),
+    /// It could not be tried.
+    NotNow(String),
 }
 
 /// Applies a letter's operation in place, durably, and removes the letter; or notes why that failed.
@@ -278,9 +284,10 @@ pub async fn retry(
         .entry()
         .with_context(|| format!("dead letter {}: source_id {}", letter.id, letter.source_id))?;
     if !letter.task.is_empty() {
-        let handlers = handlers.context("this is a task, and HANDLERS is not set")?;
-        let bad = retry_task(handlers, &entry).await?;
-        return settle(stream, letter, bad).await;
+        return match retry_task(handlers, entry, &letter.id).await {
+            Ok(bad) => settle(stream, letter, bad).await,
+            Err(why) => Ok(Retried::NotNow(why)),
+        };
     }
     let epochs = stream.epochs().await?;
     let bad = match interpret(&entry, Context::now(&epochs)) {
@@ -308,17 +315,27 @@ pub async fn retry(
     settle(stream, letter, bad).await
 }
 
-/// Calls the function for a task. Returns why it still fails.
-async fn retry_task(handlers: &Handlers, entry: &Entry) -> Result<Option<Reject>> {
-    let task = match Task::of(entry) {
+/// Calls the function for a task. Returns why it still fails; or why it could not be called, which says nothing about the others.
+async fn retry_task(
+    handlers: Option<&Handlers>,
+    entry: Entry,
+    letter: &str,
+) -> Result<Option<Reject>, String> {
+    let Some(handlers) = handlers else { return Err("it is a task, and HANDLERS is not set".to_owned()) };
+    let task = match Task::of(&entry) {
         Ok(task) => task,
         Err(message) => return Ok(Some(Reject::new(Reason::Undecodable, message))),
     };
-    Ok(match handlers.handle(&task, "dead-letters retry").await? {
-        Handled::Done | Handled::Before => None,
-        Handled::Failed(_, reject) | Handled::Refused(reject) => Some(reject),
-        Handled::Busy => bail!("task {} is being worked on: try again later", task.id),
-    })
+    let (handlers, delivery) = (handlers.once(), format!("dead letter {letter}"));
+    // Whoever asked may not wait for the end: the call goes on.
+    let call = tokio::spawn(async move { handlers.handle(&task, "dead-letters retry", &delivery).await });
+    match call.await {
+        Ok(Ok(Handled::Done | Handled::Before)) => Ok(None),
+        Ok(Ok(Handled::Failed(_, reject) | Handled::Refused(reject))) => Ok(Some(reject)),
+        Ok(Ok(Handled::Busy)) => Err("somebody is working on it: try again later".to_owned()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(panic) => Err(panic.to_string()),
+    }
 }
 
 /// Removes a letter, or notes why it is still one.

@@ -7,8 +7,9 @@ use bytes::Bytes;
 use krafka::admin::{AlterConsumerGroupOffsetsOptions, TopicPartition};
 use krafka::auth::{AuthConfig, TlsConfig};
 use krafka::consumer::{AutoOffsetReset, IsolationLevel};
+use krafka::error::ErrorCode;
 use krafka::producer::{Acks, DeliveryHandle};
-use krafka::{Kafka, KrafkaError, Record};
+use krafka::{CloseOptions, Kafka, KrafkaError, Record};
 
 use crate::config::{KafkaCluster, Sasl};
 use crate::event::Outgoing;
@@ -17,12 +18,19 @@ use crate::event::Outgoing;
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long a connection may take.
 const CONNECT: Duration = Duration::from_secs(5);
-/// The most bytes that a broker sends at a time.
-const FETCH_BYTES: i32 = 4 << 20;
-/// The most records handed out at a time.
-const RECORDS: i32 = 1000;
-/// The most records in memory.
-const BUFFERED: i32 = 10_000;
+/// How long what is known about the cluster is relied on: where a leader is, and which partitions there are.
+const METADATA: Duration = Duration::from_secs(5);
+/// A partition whose leader has not answered for so long is silent.
+const SILENT: Duration = Duration::from_secs(10);
+/// The most bytes that a broker sends at a time, compressed.
+const FETCH_BYTES: i32 = 1 << 20;
+/// The largest batch of records, not compressed.
+const BATCH_BYTES: usize = 32 << 20;
+/// The most records handed out at a time, and the most in memory.
+const RECORDS: i32 = 500;
+const BUFFERED: i32 = 5_000;
+/// How long what was not confirmed may still be sent when a connection is given up.
+const CLOSE: Duration = Duration::from_secs(1);
 /// The largest record that is published: that of the largest commit, as JSON.
 const REQUEST_BYTES: usize = 16 << 20;
 
@@ -35,6 +43,14 @@ pub enum KafkaError {
     /// There is no such topic.
     #[error("there is no topic {0}")]
     NoTopic(String),
+    /// The leaders of these partitions do not answer, or refuse.
+    #[error(
+        "no records and no answer from partitions {0:?} for {SILENT:?}: they have no leader, or this user may not read them"
+    )]
+    Silent(Vec<i32>),
+    /// A record is larger than Kafka, or the topic, takes.
+    #[error("{1}: record {0} is too large (max.message.bytes of the topic)")]
+    TooLarge(String, KrafkaError),
     /// Anything else, in the client's words.
     #[error("{0}")]
     Other(KrafkaError),
@@ -47,6 +63,9 @@ impl From<KrafkaError> for KafkaError {
                 Self::NoOffset(partitions.into_iter().map(|(_, partition)| partition).collect())
             }
             KrafkaError::UnknownTopic { topic } => Self::NoTopic(topic),
+            KrafkaError::Broker { code: ErrorCode::UnknownTopicOrPartition, message } => {
+                Self::NoTopic(message)
+            }
             other => Self::Other(other),
         }
     }
@@ -73,7 +92,8 @@ async fn connect(cluster: &KafkaCluster, name: &str) -> KafkaResult<Kafka> {
     };
     let builder = Kafka::builder(cluster.servers()).client_id(name).security(security);
     // A topic that is missing is reported, not created with the brokers' defaults.
-    let builder = builder.request_timeout(ANSWER).connect_timeout(CONNECT).allow_auto_create_topics(false);
+    let builder = builder.request_timeout(ANSWER).connect_timeout(CONNECT).metadata_max_age(METADATA);
+    let builder = builder.allow_auto_create_topics(false);
     Ok(builder.connect().await?)
 }
 
@@ -84,6 +104,8 @@ pub struct Taken {
     pub partition: i32,
     /// Its place there.
     pub offset: i64,
+    /// The number of the leader that wrote it: what tells it from another record that had its place.
+    pub epoch: i32,
     /// Its content; `None` for a record that only deletes its key.
     pub body: Option<Bytes>,
 }
@@ -120,6 +142,8 @@ impl Consumer {
             .fetch_max_bytes(FETCH_BYTES)
             .max_poll_records(RECORDS)
             .max_buffered_records(BUFFERED)
+            .max_decompressed_size(BATCH_BYTES)
+            .lag_staleness_threshold(SILENT)
             .metrics_push(false)
             .build()
             .await?;
@@ -145,6 +169,13 @@ impl Consumer {
         Ok(Topic { id, partitions })
     }
 
+    /// The id of the topic, as far as it is known without asking.
+    pub async fn known_id(&self) -> Option<String> {
+        let found = self.client.fetch_metadata(None).await.ok()?;
+        let topic = found.topics.into_iter().find(|topic| topic.name == self.topic)?;
+        (topic.topic_id != [0; 16]).then(|| data_encoding::HEXLOWER.encode(&topic.topic_id))
+    }
+
     /// Reads these partitions from these offsets on.
     ///
     /// # Errors
@@ -166,6 +197,7 @@ impl Consumer {
         let taken = |record: krafka::ConsumerRecord| Taken {
             partition: record.partition,
             offset: record.offset,
+            epoch: record.leader_epoch.unwrap_or(-1),
             body: record.value,
         };
         Ok(records.into_iter().map(taken).collect())
@@ -180,9 +212,19 @@ impl Consumer {
         Ok(self.client.fetch_watermarks(&self.topic, partition).await?)
     }
 
-    /// How many records there are that were not taken yet, as far as that is known.
-    pub async fn waiting(&self) -> u64 {
-        self.client.lag().await.values().filter_map(|partition| partition.lag).sum()
+    /// How many records there are that were not taken yet, as far as that is known; and the partitions that have not answered for
+    /// long.
+    pub async fn waiting(&self) -> (u64, Vec<i32>) {
+        let all = self.client.lag().await;
+        let silent = all.iter().filter(|(_, lag)| lag.stale || lag.lag.is_none());
+        let mut silent: Vec<i32> = silent.map(|(named, _)| named.partition).collect();
+        silent.sort_unstable();
+        (all.values().filter_map(|lag| lag.lag).sum(), silent)
+    }
+
+    /// Where a partition is: beyond the last record that was handed out, if what follows is none, such as the end of a transaction.
+    pub async fn place(&self, partition: i32) -> Option<i64> {
+        self.client.position(&self.topic, partition).await
     }
 
     /// Sets the offsets of a group, for those who watch its lag.
@@ -206,7 +248,7 @@ impl Consumer {
 
     /// Closes the connections.
     pub async fn close(self) {
-        let _ = tokio::time::timeout(CONNECT, self.client.close()).await;
+        let _ = self.client.close_with(CloseOptions::new().timeout(CONNECT)).await;
     }
 }
 
@@ -246,18 +288,29 @@ impl Producer {
     /// Some may not be stored, and others may be.
     pub async fn publish(&self, messages: Vec<Outgoing>) -> KafkaResult<()> {
         let mut sent: Vec<DeliveryHandle> = Vec::with_capacity(messages.len());
+        let mut ids = Vec::with_capacity(messages.len());
         for Outgoing { key, id, body } in messages {
-            let record = Record::new(self.topic.clone(), body).key(key).header("id", id);
-            sent.push(self.client.enqueue(record).await?);
+            let record = Record::new(self.topic.clone(), body).key(key).header("id", id.clone());
+            sent.push(self.client.enqueue(record).await.map_err(|error| refused(error, &id))?);
+            ids.push(id);
         }
-        for delivery in sent {
-            let _ = delivery.await?;
+        for (delivery, id) in sent.into_iter().zip(ids) {
+            let _ = delivery.await.map_err(|error| refused(error, &id))?;
         }
         Ok(())
     }
 
     /// Closes the connections.
     pub async fn close(self) {
-        let _ = tokio::time::timeout(CONNECT, self.client.close()).await;
+        let _ = self.client.close_with(CloseOptions::new().timeout(CLOSE)).await;
+    }
+}
+
+/// The error, with the record that it is about if that record is what is wrong.
+fn refused(error: KrafkaError, id: &str) -> KafkaError {
+    match error {
+        KrafkaError::Broker { code: ErrorCode::MessageTooLarge | ErrorCode::RecordListTooLarge, .. }
+        | KrafkaError::Config { .. } => KafkaError::TooLarge(id.to_owned(), error),
+        other => other.into(),
     }
 }

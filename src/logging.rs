@@ -16,9 +16,10 @@ use crate::control::SetLevel;
 ///
 /// `RUST_LOG` is not a filter.
 pub fn install(config: &Config) -> Result<SetLevel> {
-    // Below warnings, only our own messages matter. The pipelines report broken connections better than the pool does.
+    // Below warnings, only our own messages matter. The parts that use them report broken
+    // connections better than the pool and Kafka's client do.
     let at = |level: LogLevel| {
-        EnvFilter::new(format!("warn,deadpool.postgres=error,standpipe={}", level.as_filter()))
+        EnvFilter::new(format!("warn,deadpool.postgres=error,krafka=error,standpipe={}", level.as_filter()))
     };
     let filter = match &config.rust_log {
         Some(filter) => filter.parse::<EnvFilter>().context("RUST_LOG")?,

@@ -261,7 +261,8 @@ impl Running {
             self.help(Lister::new(config, store.clone(), control, what));
         }
         if self.handlers.is_some() {
-            self.help(Results { store: store.clone(), keep: self.config.handler_results });
+            let (store, control) = (store.clone(), Arc::clone(&control));
+            self.help(Results { store, control, keep: self.config.handler_results });
         }
         let config = Arc::clone(&self.config);
         self.help(Gaps::new(config, redis.clone(), store.clone(), Arc::clone(&control)));
@@ -386,6 +387,9 @@ impl Running {
         .is_ok();
         self.readers.shutdown().await;
         self.pipelines.shutdown().await;
+        if let Some(handlers) = &self.handlers {
+            handlers.close().await;
+        }
         self.release.cancel();
         // Allows a moment to release the lease and write the final figures.
         let _ = tokio::time::timeout(Duration::from_secs(1), async {

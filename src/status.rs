@@ -210,8 +210,6 @@ pub struct RunningTask {
     /// The function's name.
     #[serde(rename = "type")]
     pub function: String,
-    /// Its id.
-    pub id: String,
     /// Since when, Unix milliseconds.
     pub since_ms: u64,
 }

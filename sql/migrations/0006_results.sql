@@ -14,6 +14,8 @@ CREATE TABLE IF NOT EXISTS standpipe.results (
     error text,
     -- the process that works on it, or did
     by text,
+    -- the delivery that it came with last: the id of an entry, or a dead letter that was tried again
+    entry text NOT NULL DEFAULT '',
     started_at timestamptz NOT NULL DEFAULT now(),
     finished_at timestamptz,
     PRIMARY KEY (type, id)

@@ -119,8 +119,8 @@ pub async fn dead_letters(config: Config, action: Action) -> Result<ExitCode> {
             let (store, handlers) = (Store::new(&config)?, Handlers::new(&config)?);
             let mut counts = Retries::default();
             let mut walk = Walk::new(stream, which.into()).await?;
-            walk.retry_all((&store, handlers.as_ref()), &mut counts, |id, reject| {
-                let why = out::safe(&reject.to_string(), out::LINE);
+            walk.retry_all((&store, handlers.as_ref()), &mut counts, |id, why| {
+                let why = out::safe(why, out::LINE);
                 out::line(format_args!("{id}  still cannot be applied: {why}"))
             })
             .await?;

@@ -27,8 +27,8 @@ pub enum Action {
         #[arg(long = "type", value_name = "NAME")]
         function: Option<String>,
         /// Maximum number to list
-        #[arg(long, default_value_t = 100)]
-        limit: usize,
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        limit: u16,
         /// One JSON object per line
         #[arg(long)]
         json: bool,
@@ -48,7 +48,11 @@ pub async fn run(config: &Config, action: Action) -> Result<ExitCode> {
         Err(error) => return Ok(unavailable("Redis", &error)),
     };
     let store = Store::new(config)?;
-    let filter = Filter { state: state.unwrap_or_default(), function: function.unwrap_or_default(), limit };
+    let filter = Filter {
+        state: state.unwrap_or_default(),
+        function: function.unwrap_or_default(),
+        limit: limit.into(),
+    };
     let found = list(&stream, &store, &filter).await?;
     if json {
         for task in &found.tasks {

@@ -29,6 +29,12 @@ pub(super) fn refuse(parsed: &Parsed, role: Role, read: &mut Reading) {
             read.problem(name, what);
         }
     }
+    if let (Some(results), Some(limit)) = (parsed.handler_results, parsed.handler_timeout)
+        && results <= limit
+    {
+        let what = "is not longer than HANDLER_TIMEOUT: a result could be forgotten while its message is still being removed; write 30d";
+        read.problem("HANDLER_RESULTS", what.to_owned());
+    }
     let is_jetstream = parsed.relay_url.as_ref().is_some_and(RelayUrl::is_jetstream);
     if is_jetstream && matches!(parsed.backfill, Some(Some(Backfill::All | Backfill::Collection(_)))) {
         read.problem(

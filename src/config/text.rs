@@ -32,7 +32,7 @@ pub(super) fn schema(text: &str) -> Result<String, Wrong> {
     if !is_plain {
         return Err(Wrong::new("is not a name of lower case letters, digits and _", right));
     }
-    if text == "standpipe" || text.starts_with("pg_") || text == "information_schema" {
+    if text == "standpipe" || text == "public" || text.starts_with("pg_") || text == "information_schema" {
         return Err(Wrong::new("is a schema whose functions are not for messages", right));
     }
     Ok(text.to_owned())

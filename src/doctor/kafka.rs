@@ -25,7 +25,7 @@ async fn taken_from(origin: &KafkaOrigin, findings: &mut Findings) {
     };
     match found.await {
         Ok(found) => {
-            findings.ok("origin", format!("{topic} exists, with {} partitions", found.partitions.len()))
+            findings.ok("origin", format!("{topic} exists, with {} partitions", found.partitions.len()));
         }
         Err(error) => refused(&error, "origin", "KAFKA_ORIGIN_URL", findings),
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::event::EntryId;
 
 /// More tasks than this do not wait for another attempt at the same time: no new ones are begun then.
-const MOST: usize = 1000;
+const MOST: usize = 5000;
 
 /// Which tasks are being worked on, and which wait for another attempt.
 #[derive(Debug, Default)]
@@ -18,6 +18,7 @@ pub struct Hand {
 impl Hand {
     /// Somebody works on a task; `false` if somebody did already.
     pub fn begin(&mut self, id: EntryId) -> bool {
+        self.later.retain(|(_, later)| *later != id);
         self.working.insert(id)
     }
 
@@ -31,13 +32,16 @@ impl Hand {
 
     /// Takes a task whose time has come.
     pub fn due(&mut self, now: Instant) -> Option<EntryId> {
-        let (at, id) = *self.later.first()?;
-        if at > now {
-            return None;
+        loop {
+            let (at, id) = *self.later.first()?;
+            if at > now {
+                return None;
+            }
+            self.later.pop_first();
+            if self.working.insert(id) {
+                return Some(id);
+            }
         }
-        self.later.pop_first();
-        self.working.insert(id);
-        Some(id)
     }
 
     /// How long until one is due, if so many wait that nothing new is begun.

@@ -3,15 +3,19 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::event::Task;
+use crate::event::{Entry, Task};
 use crate::store::Store;
 use crate::store::handlers::ResultRow;
 use crate::stream::Stream;
 use crate::stream::tasks::Tasks;
 use crate::time::now_ms;
 
+/// The state of a task that is still in the stream.
+const WAITING: &str = "waiting";
+/// Maximum waiting tasks searched for one list.
+const LOOKED_THROUGH: usize = 5_000;
 /// The states of a task: in the stream (`waiting`), or as in `standpipe.results`.
-pub const STATES: [&str; 5] = ["waiting", "running", "retrying", "done", "failed"];
+pub const STATES: [&str; 5] = [WAITING, "running", "retrying", "done", "failed"];
 
 /// Which tasks to show.
 #[derive(Clone, Debug)]
@@ -24,7 +28,7 @@ pub struct Filter {
     pub limit: usize,
 }
 
-/// The tasks, the newest first.
+/// The tasks: those that are waiting, then those that are not finished, then the others, each the newest first.
 #[derive(Clone, Debug, Serialize)]
 pub struct List {
     /// How many there are in the stream.
@@ -34,7 +38,7 @@ pub struct List {
     pub tasks: Vec<ResultRow>,
 }
 
-/// The tasks that match.
+/// The tasks that match. If any state will do, those that are waiting take up half of the list at most.
 ///
 /// # Errors
 ///
@@ -44,30 +48,48 @@ pub async fn list(stream: &Stream, store: &Store, filter: &Filter) -> Result<Lis
     let counts = stream.count_tasks().await?;
     let Filter { state, function, limit } = filter;
     let mut tasks = Vec::new();
-    if state.is_empty() || state == "waiting" {
-        for entry in stream.waiting_tasks(*limit).await? {
-            let task = Task::of(&entry).ok();
-            let row = ResultRow {
-                id: task.map_or_else(|| entry.id.to_string(), |task| task.id),
-                function: entry.event_type,
-                state: "waiting".to_owned(),
-                attempts: 0,
-                result: None,
-                error: None,
-                by: None,
-                started_at: entry.id.ms as f64 / 1000.0,
-                seconds: now_ms().saturating_sub(entry.id.ms) as f64 / 1000.0,
-            };
-            if function.is_empty() || *function == row.function {
-                tasks.push(row);
-            }
-        }
-        tasks.reverse();
+    match state.as_str() {
+        "" => waiting(&mut stream, function, limit.div_ceil(2), &mut tasks).await?,
+        WAITING => waiting(&mut stream, function, *limit, &mut tasks).await?,
+        _ => {}
     }
     let left = limit.saturating_sub(tasks.len());
-    if state != "waiting" && left > 0 {
+    if state != WAITING && left > 0 {
         let session = store.session().await?;
         tasks.extend(session.results(state, function, i64::try_from(left).unwrap_or(i64::MAX)).await?);
     }
     Ok(List { counts, tasks })
+}
+
+/// The tasks that nobody has begun with, without their data.
+async fn waiting(stream: &mut Stream, function: &str, most: usize, tasks: &mut Vec<ResultRow>) -> Result<()> {
+    let (mut before, mut looked) = (None, 0);
+    while tasks.len() < most && looked < LOOKED_THROUGH {
+        let page = stream.waiting_tasks(before).await?;
+        let Some(last) = page.last() else { break };
+        before = Some(last.id);
+        looked += page.len();
+        for entry in page {
+            if function.is_empty() || *function == entry.event_type {
+                tasks.push(row(entry));
+            }
+        }
+    }
+    tasks.truncate(most);
+    Ok(())
+}
+
+fn row(entry: Entry) -> ResultRow {
+    let id = Task::of(&entry).map_or_else(|_| entry.id.to_string(), |task| task.id);
+    ResultRow {
+        id,
+        function: entry.event_type,
+        state: WAITING.to_owned(),
+        attempts: 0,
+        result: None,
+        error: None,
+        by: None,
+        started_at: entry.id.ms as f64 / 1000.0,
+        seconds: now_ms().saturating_sub(entry.id.ms) as f64 / 1000.0,
+    }
 }

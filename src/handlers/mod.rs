@@ -33,7 +33,7 @@ use hand::Hand;
 /// How often to look after the tasks in hand, and to tell others that they are.
 const KEEP_FRESH: Duration = Duration::from_secs(3);
 /// The most tasks in hand that are looked after.
-const IN_HAND: usize = 2000;
+const IN_HAND: usize = 10_000;
 /// The pause after the first failure; doubled by each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
@@ -109,7 +109,6 @@ impl Worker {
             // If this fails, the name stays: it holds nothing.
             let _ = stream.remove_idle_consumers(Duration::ZERO, Some(&worker.consumer)).await;
         }
-        worker.handlers.close().await;
     }
 
     async fn pipeline(self: Arc<Self>, index: usize, stop: CancellationToken) {
@@ -209,9 +208,9 @@ impl Worker {
             }
         };
         let (function, id) = (&task.function, &task.id);
-        let running = RunningTask { function: function.clone(), id: id.clone(), since_ms: now_ms() };
+        let running = RunningTask { function: function.clone(), since_ms: now_ms() };
         self.status.handler(index, |handler| handler.task = Some(running));
-        let handled = self.handle(index, &task, stop).await?;
+        let handled = self.handle(index, &task, &entry.id.to_string(), stop).await?;
         match handled {
             Handled::Done | Handled::Before => {
                 crash::at(Point::AfterTask);
@@ -236,24 +235,31 @@ impl Worker {
                 Ok(Some(pause.mul_f64(1.0 + fastrand::f64() / 10.0)))
             }
             Handled::Refused(reject) => {
-                warn!(
+                debug!(
                     function,
                     id,
                     reason = reject.message,
                     "a task failed for good: it becomes a dead letter"
                 );
-                self.status.handler(index, |handler| handler.failed += 1);
-                self.bury(stream, entry, id, reject).await
+                let buried = self.bury(stream, entry, id, reject).await?;
+                self.status.handler(index, |handler| handler.failed += u64::from(buried.is_none()));
+                Ok(buried)
             }
         }
     }
 
     /// Calls the function, and waits for the database as long as necessary.
-    async fn handle(&self, index: usize, task: &Task, stop: &CancellationToken) -> Result<Handled, Stopped> {
+    async fn handle(
+        &self,
+        index: usize,
+        task: &Task,
+        entry: &str,
+        stop: &CancellationToken,
+    ) -> Result<Handled, Stopped> {
         let mut delays = Backoff::default();
         loop {
             let began = Instant::now();
-            let error = match self.handlers.handle(task, &self.consumer).await {
+            let error = match self.handlers.handle(task, &self.consumer, entry).await {
                 Ok(handled) => {
                     self.say(index, State::Running);
                     if !matches!(handled, Handled::Busy | Handled::Before) {
@@ -300,18 +306,23 @@ impl Worker {
     /// earlier process left behind, and takes over those of processes that are gone.
     async fn keep(self: Arc<Self>, end: CancellationToken) {
         let mut kept: Option<Stream> = None;
-        let mut claimed = Instant::now();
+        let (mut claimed, mut from) = (Instant::now(), String::new());
         while !end.is_cancelled() {
             if *self.names.borrow() == Names::Ours {
                 // If it fails, the pipelines say so.
-                let _ = self.look_after(&mut kept, &mut claimed).await;
+                let _ = self.look_after(&mut kept, &mut claimed, &mut from).await;
             }
             let pause = if kept.is_some() { KEEP_FRESH } else { BUSY };
             let _ = or_stop(&end, tokio::time::sleep(pause)).await;
         }
     }
 
-    async fn look_after(&self, kept: &mut Option<Stream>, claimed: &mut Instant) -> Result<(), StreamError> {
+    async fn look_after(
+        &self,
+        kept: &mut Option<Stream>,
+        claimed: &mut Instant,
+        from: &mut String,
+    ) -> Result<(), StreamError> {
         let mut stream = self.redis.reuse(kept).await?;
         let in_hand = lock(&self.hand).all();
         let begun = match stream.begun_tasks(&self.consumer, IN_HAND).await {
@@ -323,18 +334,16 @@ impl Worker {
         };
         lock(&self.hand).add(begun, Instant::now());
         stream.keep_fresh(&self.consumer, &in_hand).await?;
-        if claimed.elapsed() >= self.claim_idle / 2 {
-            let abandoned = stream.claim_tasks(&self.consumer, self.claim_idle).await?;
-            *claimed = Instant::now();
+        let takes_more = !*self.pause.borrow() && lock(&self.hand).full(Instant::now()).is_none();
+        if takes_more && (claimed.elapsed() >= self.claim_idle / 2 || !from.is_empty()) {
+            let (abandoned, next) = stream.claim_tasks(&self.consumer, self.claim_idle, from).await?;
+            (*claimed, *from) = (Instant::now(), next);
             let tasks = lock(&self.hand).add(abandoned, Instant::now());
             if tasks > 0 {
                 metrics::count(metrics::CLAIMED, tasks as u64);
                 info!(tasks, "took over tasks of a process that is gone");
             }
         }
-        let tasks = stream.count_tasks().await?;
-        metrics::tasks(tasks);
-        *lock(&self.status.tasks_seen) = Some(tasks);
         *kept = Some(stream);
         Ok(())
     }

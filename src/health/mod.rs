@@ -14,7 +14,7 @@ pub use self::rules::health;
 pub use self::words::state as words;
 use crate::metrics;
 use crate::mutex::lock;
-use crate::status::{OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, State, Status};
+use crate::status::{HandlerStatus, OriginStatus, OutputStatus, PipelineStatus, ReaderStatus, State, Status};
 use crate::stream::janitor::Look;
 use crate::stream::noted::Refill;
 use crate::time::now_ms;
@@ -61,6 +61,8 @@ pub struct Facts {
     pub now_ms: u64,
     /// The pipelines of this process.
     pub pipelines: Vec<PipelineStatus>,
+    /// Its pipelines for tasks.
+    pub handlers: Vec<HandlerStatus>,
     /// Its reader.
     pub reader: Option<ReaderStatus>,
     /// Its other sources of events.
@@ -99,6 +101,7 @@ impl Facts {
             now_ms: now_ms(),
             pipelines: status.pipelines.iter().map(|pipeline| lock(pipeline).clone()).collect(),
             reader: status.reader.as_ref().map(|reader| lock(reader).clone()),
+            handlers: lock(&status.handlers).values().cloned().collect(),
             origins: lock(&status.origins).values().cloned().collect(),
             outputs: lock(&status.outputs).values().cloned().collect(),
             draining,

@@ -32,6 +32,7 @@ pub fn readiness(facts: &Facts, answers: Answers) -> Readiness {
     reasons.extend(answers.redis.map(|error| format!("Redis: {error}")));
     reasons.extend(answers.postgres.map(|error| format!("PostgreSQL: {error}")));
     pipelines(facts, &mut reasons, &mut paused);
+    handlers(facts, &mut reasons);
     if let (Some(since), true) = (facts.stalled_since_ms(), paused.is_empty()) {
         reasons.push(format!(
             "no progress: the oldest entry has waited for {:.0} s and nothing has finished for {} s",
@@ -64,6 +65,17 @@ fn pipelines(facts: &Facts, reasons: &mut Vec<String>, paused: &mut Vec<String>)
             }
             _ => {}
         }
+    }
+}
+
+fn handlers(facts: &Facts, reasons: &mut Vec<String>) {
+    if let Some(State::Halted { reason }) = facts
+        .handlers
+        .iter()
+        .map(|handler| &handler.state)
+        .find(|state| matches!(state, State::Halted { .. }))
+    {
+        reasons.push(format!("tasks are halted: {reason}"));
     }
 }
 

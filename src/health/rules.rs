@@ -12,9 +12,10 @@ const LOOK_IS_OLD_MS: u64 = 4_000;
 const SLOW_MS: f64 = 5_000.0;
 
 /// Most important first.
-const RULES: [fn(&Facts) -> Option<Health>; 16] = [
+const RULES: [fn(&Facts) -> Option<Health>; 17] = [
     draining,
     halted,
+    handlers_halted,
     waiting_for_postgres,
     waiting_for_redis,
     silent_redis,
@@ -66,6 +67,14 @@ fn halted(facts: &Facts) -> Option<Health> {
         ("halted", format!("Halted {since} ago: operator action needed. Nothing is lost."))
     };
     Some(say(Level::Bad, about, sentence, reason(halted.state)))
+}
+
+fn handlers_halted(facts: &Facts) -> Option<Health> {
+    let is = |state: &State| matches!(state, State::Halted { .. });
+    let halted = facts.handlers.iter().find(|handler| is(&handler.state))?;
+    let since = since(facts, halted.since_ms);
+    let sentence = format!("Tasks halted {since} ago: operator action needed. Nothing is lost.");
+    Some(say(Level::Bad, "halted", sentence, reason(&halted.state)))
 }
 
 /// The pipelines that wait for a server.

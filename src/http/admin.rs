@@ -333,9 +333,9 @@ pub async fn retry_letters(Shared(server): Shared<Arc<Server>>, Json(chosen): Js
     let (mut counts, mut still_bad) = (Retries::default(), Vec::new());
     let work = async {
         let mut walk = walk(&server, filter).await?;
-        walk.retry_all((store, server.handlers.as_ref()), &mut counts, |id, reject| {
+        walk.retry_all((store, server.handlers.as_ref()), &mut counts, |id, why| {
             if still_bad.len() < PAGE {
-                still_bad.push(json!({ "id": id, "message": short(&reject.to_string()) }));
+                still_bad.push(json!({ "id": id, "message": short(why) }));
             }
             Ok(())
         })

@@ -130,7 +130,7 @@ fn describe_subscribers() {
     describe_gauge!(OUTPUT_DISCONNECTED, "1 while events cannot be published to the broker");
     describe_counter!(
         OUTPUT_SKIPPED,
-        "Entries that an output skipped, because they had waited longer than OUT_MAX_LAG; and 1 each time that others had removed entries before they were published"
+        "Entries that an output skipped, because they had waited longer than OUT_MAX_LAG; 1 each time that others had removed entries before they were published; and messages that are too large for the topic"
     );
     describe_gauge!(ORIGIN_DISCONNECTED, "1 while the connection to the broker is down");
     describe_counter!(

@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::ingest::{Ingest, IngestError};
 use super::messages::Messages;
@@ -33,7 +34,11 @@ const BATCH_BYTES: usize = 1 << 20;
 const BATCH_RECORDS: usize = 200;
 /// How often the group's offsets are set, and new partitions are looked for.
 const COMMIT: Duration = Duration::from_secs(5);
-const PARTITIONS: Duration = Duration::from_secs(30);
+const PARTITIONS: Duration = Duration::from_secs(10);
+/// How long setting the group's offsets may take.
+const COMMIT_LIMIT: Duration = Duration::from_secs(2);
+/// How long some partition may be silent before that is an outage.
+const QUIET: Duration = Duration::from_secs(8);
 /// How often to look whether the lease is free.
 const FREE: Duration = Duration::from_secs(1);
 /// The pause before another attempt while there is no room.
@@ -53,6 +58,8 @@ pub struct Partitions {
     token: String,
     said: Option<Instant>,
     committed: Instant,
+    /// Whether it was logged that the group's offsets cannot be set.
+    warned: bool,
 }
 
 /// What a session reads with.
@@ -61,8 +68,12 @@ struct Session {
     consumer: Consumer,
     /// The next offset of each partition.
     places: BTreeMap<i32, i64>,
+    /// The topic's id.
     source: String,
+    /// When partitions were last looked for.
     looked: Instant,
+    /// When all partitions had answered.
+    answered: Instant,
 }
 
 impl Partitions {
@@ -94,6 +105,7 @@ impl Partitions {
             paused,
             said: None,
             committed: Instant::now(),
+            warned: false,
         }
     }
 
@@ -101,7 +113,9 @@ impl Partitions {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut delays = Backoff::default();
         while !stop.is_cancelled() {
-            let Err(error) = self.session(&stop, &mut delays).await else { continue };
+            let Some(Err(error)) = stop.run_until_cancelled(self.session(&mut delays)).await else {
+                continue;
+            };
             let reason = format!("{error:#}");
             if self.said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
                 self.said = Some(Instant::now());
@@ -113,30 +127,43 @@ impl Partitions {
             } else {
                 State::WaitingForRedis { reason }
             });
+            // Another process may reach what this one cannot.
+            self.release().await;
             let _ = or_stop(&stop, tokio::time::sleep(delays.pause())).await;
         }
+        self.release().await;
+        self.enter(State::Stopped);
+    }
+
+    async fn release(&self) {
         if let Ok(mut stream) = self.redis.connect().await {
             let _ = stream.release_lease(Lease::Origin, &self.token).await;
         }
-        self.enter(State::Stopped);
     }
 
     fn enter(&self, state: State) {
         metrics::origin_disconnected(KIND, matches!(state, State::Starting | State::WaitingForBroker { .. }));
-        self.status.origin(KIND, |origin| origin.enter(state));
+        let reads = matches!(state, State::Running | State::WaitingForRoom { .. });
+        if !reads {
+            metrics::origin_waiting(KIND, 0);
+        }
+        self.status.origin(KIND, |origin| {
+            origin.waiting = origin.waiting.filter(|_| reads);
+            origin.enter(state);
+        });
     }
 
     /// One connection each to Redis and Kafka, while the lease is ours and nobody pauses the reader.
-    async fn session(&mut self, stop: &CancellationToken, delays: &mut Backoff) -> Result<()> {
+    async fn session(&mut self, delays: &mut Backoff) -> Result<()> {
         if *self.paused.borrow_and_update() {
             self.enter(State::Paused);
-            let _ = or_stop(stop, self.paused.wait_for(|paused| !paused)).await;
+            let _ = self.paused.wait_for(|paused| !paused).await;
             return Ok(());
         }
         let mut stream = self.redis.connect().await?;
         if !stream.take_lease(Lease::Origin, &self.token).await? {
-            self.enter(State::WaitingForLease { reason: "another process takes from this topic".to_owned() });
-            let _ = or_stop(stop, tokio::time::sleep(FREE)).await;
+            self.enter(State::WaitingForLease { reason: "another process takes from a topic".to_owned() });
+            tokio::time::sleep(FREE).await;
             return Ok(());
         }
         let consumer = Consumer::open(&self.from.cluster, &self.from.topic, &self.name).await?;
@@ -146,37 +173,48 @@ impl Partitions {
             places: BTreeMap::new(),
             source: String::new(),
             looked: Instant::now(),
+            answered: Instant::now(),
         };
-        self.find_places(&mut session).await?;
+        let ended = self.take(&mut session, delays).await;
+        session.consumer.close().await;
+        ended
+    }
+
+    async fn take(&mut self, session: &mut Session, delays: &mut Backoff) -> Result<()> {
+        if !self.find_places(session).await? {
+            return Ok(());
+        }
         info!(topic = self.from.topic, partitions = session.places.len(), "connected to Kafka");
-        while !stop.is_cancelled() && !*self.paused.borrow() {
-            if !session.stream.take_lease(Lease::Origin, &self.token).await? {
+        while !*self.paused.borrow() && session.stream.take_lease(Lease::Origin, &self.token).await? {
+            let ours = match session.consumer.next(WAIT).await {
+                // Of a topic that is another one by now, if its offsets are smaller.
+                Ok(_) if session.consumer.known_id().await.is_some_and(|id| id != session.source) => {
+                    self.find_places(session).await?
+                }
+                Ok(taken) if taken.is_empty() => self.pass_over(session).await?,
+                Ok(taken) => self.append(session, &taken).await?,
+                Err(KafkaError::NoOffset(partitions)) => self.find_again(session, &partitions).await?,
+                Err(error) => return Err(error.into()),
+            };
+            if !ours || (session.looked.elapsed() >= PARTITIONS && !self.find_places(session).await?) {
                 break;
             }
+            self.note(session).await?;
             self.enter(State::Running);
-            match session.consumer.next(WAIT).await {
-                Ok(taken) => self.append(&mut session, &taken, stop).await?,
-                Err(KafkaError::NoOffset(partitions)) => self.find_again(&mut session, &partitions).await?,
-                Err(error) => return Err(error.into()),
-            }
             self.said = None;
             delays.reset();
-            if session.looked.elapsed() >= PARTITIONS {
-                self.find_places(&mut session).await?;
-            }
-            self.note(&session).await;
         }
-        session.consumer.close().await;
         Ok(())
     }
 
-    /// Where each partition is to be read from: where we were, else at its beginning.
-    async fn find_places(&self, session: &mut Session) -> Result<()> {
+    /// Where each partition is to be read from: where we were, else at its beginning. `false` if another process moves them.
+    async fn find_places(&self, session: &mut Session) -> Result<bool> {
         let topic = session.consumer.topic().await?;
-        let (source, mut places) = session.stream.positions(&self.from.topic).await?;
+        let (source, known) = session.stream.positions(&self.from.topic).await?;
+        let is_another = !source.is_empty() && !topic.id.is_empty() && source != topic.id;
+        let (mut places, mut moves) = (BTreeMap::new(), Moves::new());
         let mut gaps = Vec::new();
-        let is_new = source != topic.id;
-        if is_new && !places.is_empty() && !source.is_empty() {
+        if is_another {
             warn!(
                 topic = self.from.topic,
                 "the Kafka topic was deleted and created again: it is read from its beginning"
@@ -184,61 +222,102 @@ impl Partitions {
             let reason = format!("the Kafka topic {} was deleted and created again", self.from.topic);
             gaps.push(Gap::new(reason, None));
         }
-        if is_new && !source.is_empty() {
-            places.clear();
-        }
-        let known = places.len();
-        for partition in &topic.partitions {
-            if !places.contains_key(partition) {
-                places.insert(*partition, session.consumer.range(*partition).await?.0);
+        for partition in topic.partitions {
+            let place = known.get(&partition).copied().filter(|_| !is_another);
+            if let Some(place) = place {
+                places.insert(partition, place);
+                continue;
             }
+            match session.consumer.range(partition).await {
+                Ok((first, _)) => {
+                    moves.insert(partition, (None, first));
+                    places.insert(partition, first);
+                }
+                // It has no leader: the others do not wait for it.
+                Err(error) => {
+                    warn!(topic = self.from.topic, partition, %error, "cannot read a Kafka partition yet");
+                }
+            }
+            session.stream.take_lease(Lease::Origin, &self.token).await?;
         }
-        if is_new || places.len() > known {
-            session.stream.set_positions(&self.from.topic, &topic.id, &places, &gaps).await?;
+        let source = if topic.id.is_empty() { source } else { topic.id };
+        if (is_another || !moves.is_empty() || session.source != source)
+            && !self.set(session, &source, &moves, &gaps).await?
+        {
+            return Ok(false);
         }
         session.looked = Instant::now();
-        session.source = topic.id;
+        session.source = source;
         if session.places != places {
             session.consumer.read_from(&places).await?;
             session.places = places;
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Moves positions, and reports gaps. `false` if another process moves them.
+    async fn set(&self, session: &mut Session, source: &str, moves: &Moves, gaps: &[Gap]) -> Result<bool> {
+        let Session { stream, .. } = session;
+        let ours = stream.set_positions(&self.from.topic, &self.token, source, moves, gaps).await?;
+        if ours {
+            metrics::count(metrics::ORIGIN_GAPS, gaps.len() as u64);
+        }
+        Ok(ours)
     }
 
     /// Partitions do not have the offset where we were: records were deleted before they were taken, or the log was cut off.
-    async fn find_again(&self, session: &mut Session, partitions: &[i32]) -> Result<()> {
-        let mut gaps = Vec::new();
+    async fn find_again(&self, session: &mut Session, partitions: &[i32]) -> Result<bool> {
+        let (mut moves, mut gaps) = (Moves::new(), Vec::new());
         for partition in partitions {
             let (first, end) = session.consumer.range(*partition).await?;
-            let Some(place) = session.places.get_mut(partition) else { continue };
-            let (was, topic) = (*place, &self.from.topic);
-            let reason = if was < first {
-                *place = first;
-                format!(
-                    "Kafka {topic}-{partition}: the records from {was} to {} were deleted before they were taken",
-                    first - 1
-                )
+            session.stream.take_lease(Lease::Origin, &self.token).await?;
+            let Some(was) = session.places.get(partition).copied() else { continue };
+            let topic = &self.from.topic;
+            let (place, reason) = if was < first {
+                let last = first - 1;
+                (first, format!("the records from {was} to {last} were deleted before they were taken"))
+            } else if was > end {
+                (end, format!("it ends at {end}, before our position {was}: records were lost there"))
             } else {
-                *place = end.min(was);
-                format!(
-                    "Kafka {topic}-{partition}: it ends at {end}, before the position {was}: records were lost there"
-                )
+                // It has it by now.
+                continue;
             };
-            warn!(topic, partition, was, now = *place, "a gap in Kafka: {reason}");
-            metrics::count(metrics::ORIGIN_GAPS, 1);
+            let reason = format!("Kafka {topic}-{partition}: {reason}");
+            warn!(was, now = place, "{reason}");
             let until = (was < first).then_some(first);
             gaps.push(Gap { until, ..Gap::new(reason, until.map(|_| was - 1)) });
+            moves.insert(*partition, (Some(was), place));
         }
-        let Session { stream, consumer, places, source, .. } = session;
-        stream.set_positions(&self.from.topic, source, places, &gaps).await?;
-        consumer.read_from(places).await?;
-        Ok(())
+        let source = session.source.clone();
+        if !self.set(session, &source, &moves, &gaps).await? {
+            return Ok(false);
+        }
+        session.places.extend(moves.into_iter().map(|(partition, (_, place))| (partition, place)));
+        session.consumer.read_from(&session.places).await?;
+        Ok(true)
     }
 
-    /// Appends records, and moves the offsets in the same step.
-    async fn append(&self, session: &mut Session, taken: &[Taken], stop: &CancellationToken) -> Result<()> {
+    /// Moves positions over what is no record: the ends of transactions, and what was aborted or removed.
+    async fn pass_over(&self, session: &mut Session) -> Result<bool> {
+        let mut moves = Moves::new();
+        for (partition, was) in &session.places {
+            if let Some(place) = session.consumer.place(*partition).await.filter(|place| place > was) {
+                moves.insert(*partition, (Some(*was), place));
+            }
+        }
+        if moves.is_empty() {
+            return Ok(true);
+        }
+        let source = session.source.clone();
+        let ours = self.set(session, &source, &moves, &[]).await?;
+        session.places.extend(moves.into_iter().map(|(partition, (_, place))| (partition, place)));
+        Ok(ours)
+    }
+
+    /// Appends records, and moves the offsets in the same step. `false` if another process moves them, or an operator pauses us.
+    async fn append(&self, session: &mut Session, taken: &[Taken]) -> Result<bool> {
         let mut rest = taken;
-        while !rest.is_empty() && !stop.is_cancelled() {
+        while !rest.is_empty() {
             let mut bytes = 0;
             let fits = |record: &&Taken| {
                 bytes += record.body.as_ref().map_or(0, bytes::Bytes::len);
@@ -246,57 +325,55 @@ impl Partitions {
             };
             let count = rest.iter().take(BATCH_RECORDS).take_while(fits).count().max(1);
             let (batch, later) = rest.split_at(count);
-            self.append_batch(session, batch, stop).await?;
+            if !self.append_batch(session, batch).await? {
+                return Ok(false);
+            }
             rest = later;
         }
-        if !rest.is_empty() {
-            bail!("stopped");
-        }
-        Ok(())
+        Ok(true)
     }
 
-    async fn append_batch(
-        &self,
-        session: &mut Session,
-        batch: &[Taken],
-        stop: &CancellationToken,
-    ) -> Result<()> {
+    async fn append_batch(&self, session: &mut Session, batch: &[Taken]) -> Result<bool> {
         let (mut events, mut wrong, mut moves) = (Vec::new(), 0, Moves::new());
-        for Taken { partition, offset, body } in batch {
+        let topic = &self.from.topic;
+        for Taken { partition, offset, epoch, body } in batch {
             let place = session.places.get(partition).copied();
-            if place.is_some_and(|place| *offset < place) && !moves.contains_key(partition) {
-                warn!(
-                    topic = self.from.topic,
-                    partition,
-                    place,
-                    offset,
-                    "Kafka has cut off this partition, and goes on before our position"
+            if let Some(was) = place.filter(|place| offset < place)
+                && !moves.contains_key(partition)
+            {
+                let reason = format!(
+                    "Kafka {topic}-{partition}: it was cut off at {offset}, before our position {was}: records were lost there"
                 );
+                warn!("{reason}");
+                let source = session.source.clone();
+                if !self.set(session, &source, &Moves::new(), &[Gap::new(reason, None)]).await? {
+                    return Ok(false);
+                }
             }
             moves.entry(*partition).or_insert((place, 0)).1 = offset + 1;
             // One without content only deletes its key.
             if let Some(body) = body {
-                let id = format!("{}/{partition}/{offset}", self.from.topic);
+                // The same offset can stand for another record after the topic was created again, or cut off.
+                let id = format!("{topic}/{}/{partition}/{epoch}/{offset}", session.source);
                 wrong += u64::from(!self.messages.read(body, Some(&id), &mut events));
             }
         }
         let lines = events.len() as u64;
-        let accepted = loop {
-            let moves = Some((self.from.topic.clone(), moves.clone()));
+        loop {
+            let moves = Some((topic.clone(), moves.clone()));
             match self.ingest.append(None, &[], events.clone(), moves).await {
-                Ok(accepted) => break accepted,
+                Ok(_) => break,
                 Err(IngestError::NotNow(reason)) => {
                     self.enter(State::WaitingForRoom { reason: reason.to_owned() });
                 }
+                Err(IngestError::Moved) => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
-            if or_stop(stop, tokio::time::sleep(NO_ROOM)).await.is_err()
-                || !session.stream.take_lease(Lease::Origin, &self.token).await?
-            {
-                bail!("stopped");
+            tokio::time::sleep(NO_ROOM).await;
+            if *self.paused.borrow() || !session.stream.take_lease(Lease::Origin, &self.token).await? {
+                return Ok(false);
             }
-        };
-        drop(accepted);
+        }
         for (partition, (_, next)) in moves {
             session.places.insert(partition, next);
         }
@@ -307,22 +384,35 @@ impl Partitions {
             origin.unusable += wrong;
             origin.last_ms = Some(now_ms());
         });
-        Ok(())
+        session.answered = Instant::now();
+        Ok(true)
     }
 
-    /// Shows how much waits, and sets the group's offsets.
-    async fn note(&mut self, session: &Session) {
-        let waiting = session.consumer.waiting().await;
+    /// Shows how much waits, notices partitions that do not answer, and sets the group's offsets.
+    async fn note(&mut self, session: &mut Session) -> Result<()> {
+        let (waiting, silent) = session.consumer.waiting().await;
         self.status.origin(KIND, |origin| origin.waiting = Some(waiting));
         metrics::origin_waiting(KIND, waiting);
+        if silent.is_empty() {
+            session.answered = Instant::now();
+        } else if session.answered.elapsed() > QUIET {
+            return Err(KafkaError::Silent(silent).into());
+        }
         if let Some(group) = &self.from.group
             && self.committed.elapsed() >= COMMIT
         {
+            let committed = timeout(COMMIT_LIMIT, session.consumer.commit(group, &session.places)).await;
             self.committed = Instant::now();
             // It only serves those who look: a failure changes nothing.
-            if let Err(error) = session.consumer.commit(group, &session.places).await {
-                debug!(group, %error, "cannot set the offsets of the Kafka group");
+            let error = match committed {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {COMMIT_LIMIT:?}"),
+            };
+            if !std::mem::replace(&mut self.warned, true) {
+                warn!(group, error, "cannot set the offsets of the Kafka group, which only show its lag");
             }
         }
+        Ok(())
     }
 }

@@ -39,7 +39,11 @@ impl Broker for KafkaOutput {
         producer.close().await;
     }
 
-    fn is_refusal(_: &KafkaError) -> bool {
-        false
+    fn is_refusal(error: &KafkaError) -> bool {
+        Self::is_final(error)
+    }
+
+    fn is_final(error: &KafkaError) -> bool {
+        matches!(error, KafkaError::TooLarge(..))
     }
 }

@@ -74,6 +74,12 @@ pub trait Broker: Send + Sync + 'static {
 
     /// Whether one message was refused, rather than the broker unreachable: another process would fare no better.
     fn is_refusal(error: &Self::Error) -> bool;
+
+    /// Whether a refused message can never be published: it is left out, and counted.
+    #[must_use]
+    fn is_final(_: &Self::Error) -> bool {
+        false
+    }
 }
 
 /// Publishes what is applied, for as long as the process runs.
@@ -224,9 +230,21 @@ impl<B: Broker> Outlet<B> {
             return Ok(());
         }
         let mut publisher = self.to.open(&self.name).await?;
+        let ended = self.publish(&mut stream, &mut publisher, stop, delays).await;
+        B::close(publisher).await;
+        ended
+    }
+
+    async fn publish(
+        &mut self,
+        stream: &mut Stream,
+        publisher: &mut B::Publisher,
+        stop: &CancellationToken,
+        delays: &mut Backoff,
+    ) -> Result<()> {
         while !stop.is_cancelled() && stream.take_lease(Self::LEASE, &self.token).await? {
-            B::check(&mut publisher)?;
-            let published = self.page(&mut stream, &mut publisher).await?;
+            B::check(publisher)?;
+            let published = self.page(stream, publisher).await?;
             if !std::mem::replace(&mut self.announced, true) {
                 info!(target = self.to.target().0, "publishing to {}", B::NAME);
             }
@@ -248,7 +266,6 @@ impl<B: Broker> Outlet<B> {
                 }
             }
         }
-        B::close(publisher).await;
         Ok(())
     }
 
@@ -383,7 +400,14 @@ async fn send<B: Broker>(
             if last.is_some_and(|last| message.index <= last) {
                 continue;
             }
-            B::publish(publisher, vec![outgoing]).await?;
+            let id = outgoing.id.clone();
+            match B::publish(publisher, vec![outgoing]).await {
+                Err(reason) if B::is_final(&reason) => {
+                    error!(id, did = message.did, %reason, "a message cannot be published to {}: it is left out", B::NAME);
+                    metrics::count(metrics::OUTPUT_SKIPPED, 1);
+                }
+                published => published?,
+            }
             *done = Some((item.id, message.index));
         }
     }

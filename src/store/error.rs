@@ -21,13 +21,15 @@ pub struct StoreError {
     pub sqlstate: Option<String>,
     /// The operator's own function that raised it, such as a trigger's.
     pub function: Option<String>,
+    /// Whether it ended the connection.
+    pub fatal: bool,
 }
 
 impl StoreError {
     /// An error that PostgreSQL did not report.
     #[must_use]
     pub fn new(verdict: Verdict, message: impl Into<String>) -> Self {
-        Self { verdict, message: message.into(), sqlstate: None, function: None }
+        Self { verdict, message: message.into(), sqlstate: None, function: None, fatal: false }
     }
 
     /// Whether a table is not there.
@@ -55,6 +57,7 @@ impl From<&Error> for StoreError {
             message: describe(error),
             sqlstate: error.code().map(|code| code.code().to_owned()),
             function: verdict::operators_function(error),
+            fatal: verdict::is_fatal(error),
         }
     }
 }

@@ -5,11 +5,12 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::verdict::Verdict;
 use super::{Session, Store, StoreError, settings};
 use crate::config::Config;
 use crate::event::{Reason, Reject, Task};
 
+/// The most characters of an error that are kept.
+const MAX_MESSAGE: usize = 2000;
 /// After so many attempts that ended without an answer, a task is given up: it may be what ends the server process.
 const UNANSWERED: u32 = 20;
 
@@ -80,14 +81,15 @@ impl Handlers {
         self.store.close().await;
     }
 
-    /// Calls the function for a task, in one transaction with the result. `by`: the name of this process.
+    /// Calls the function for a task, in one transaction with the result. `by`: the name of this process; `entry`: what tells this
+    /// delivery of the task from others.
     ///
     /// # Errors
     ///
     /// PostgreSQL cannot be reached, or has a problem of its own: it is not the task's fault.
-    pub async fn handle(&self, task: &Task, by: &str) -> Result<Handled, StoreError> {
+    pub async fn handle(&self, task: &Task, by: &str, entry: &str) -> Result<Handled, StoreError> {
         let session = self.store.session().await?;
-        match self.on(&session, task, by).await {
+        match self.on(&session, task, by, entry).await {
             Ok(handled) => Ok(handled),
             Err(error) => {
                 // It may hold the task.
@@ -97,7 +99,13 @@ impl Handlers {
         }
     }
 
-    async fn on(&self, session: &Session, task: &Task, by: &str) -> Result<Handled, StoreError> {
+    /// The same without another attempt if it fails.
+    #[must_use]
+    pub fn once(&self) -> Self {
+        Self { attempts: 1, ..self.clone() }
+    }
+
+    async fn on(&self, session: &Session, task: &Task, by: &str, entry: &str) -> Result<Handled, StoreError> {
         let Task { function, id, .. } = task;
         let take = include_str!("../../sql/handlers/take.sql");
         let row = session.in_time(session.client().query_one(take, &[function, id, &self.schema])).await?;
@@ -105,23 +113,50 @@ impl Handlers {
         if !taken {
             return Ok(Handled::Busy);
         }
-        let handled = if exists { self.attempt(session, task, by).await? } else { self.missing(function) };
+        let handled = if exists {
+            self.attempt(session, task, by, entry).await?
+        } else {
+            self.without_function(session, task).await?
+        };
         let release = include_str!("../../sql/handlers/release.sql");
         session.in_time(session.client().query_one(release, &[function, id])).await?;
         Ok(handled)
     }
 
-    fn missing(&self, function: &str) -> Handled {
-        let message = format!("there is no function {}.{function}(jsonb)", self.schema);
-        Handled::Refused(Reject::new(Reason::UnknownType, message))
+    /// What became of the task before; `None` if nothing is known or it is not finished.
+    async fn before(&self, session: &Session, task: &Task) -> Result<Option<Handled>, StoreError> {
+        let look = include_str!("../../sql/handlers/look.sql");
+        let found = session.in_time(session.client().query_opt(look, &[&task.function, &task.id])).await?;
+        Ok(found.map(|row| {
+            let error: Option<String> = row.get(1);
+            match row.get::<_, &str>(0) {
+                "done" => Handled::Before,
+                _ => Handled::Refused(Reject::new(Reason::Handler, error.unwrap_or_default())),
+            }
+        }))
     }
 
-    async fn attempt(&self, session: &Session, task: &Task, by: &str) -> Result<Handled, StoreError> {
+    async fn without_function(&self, session: &Session, task: &Task) -> Result<Handled, StoreError> {
+        if let Some(done @ Handled::Before) = self.before(session, task).await? {
+            return Ok(done);
+        }
+        let message = format!("there is no function {}.{}(jsonb)", self.schema, task.function);
+        Ok(Handled::Refused(Reject::new(Reason::UnknownType, message)))
+    }
+
+    async fn attempt(
+        &self,
+        session: &Session,
+        task: &Task,
+        by: &str,
+        entry: &str,
+    ) -> Result<Handled, StoreError> {
         let Task { function, id, data } = task;
         let client = session.client();
         let begin = include_str!("../../sql/handlers/begin.sql");
-        let Some(row) = session.in_time(client.query_opt(begin, &[function, id, &by])).await? else {
-            return Ok(Handled::Before);
+        let Some(row) = session.in_time(client.query_opt(begin, &[function, id, &by, &entry])).await? else {
+            // It is finished: done, or failed and not a dead letter yet.
+            return Ok(self.before(session, task).await?.unwrap_or(Handled::Busy));
         };
         let [begun, failures] = [0, 1].map(|column| u32::try_from(row.get::<_, i32>(column)).unwrap_or(0));
         let unanswered = begun.saturating_sub(failures + 1);
@@ -158,17 +193,21 @@ impl Handlers {
         Ok(if is_last { Handled::Refused(reject) } else { Handled::Failed(n, reject) })
     }
 
-    /// One statement is one transaction: what the function does, and its result.
+    /// One statement is one transaction: what the function does, and its result. The row is locked before the function is called:
+    /// nobody can change it meanwhile, which would call the function twice, or lose its result.
     fn call(&self, function: &str) -> String {
         let schema = &self.schema;
         format!(
-            "UPDATE standpipe.results SET state = 'done', result = \"{schema}\".\"{function}\"($3::text::jsonb), error = NULL,
-                 finished_at = clock_timestamp() WHERE type = $1 AND id = $2 AND state <> 'done'"
+            "WITH mine AS MATERIALIZED (
+                 SELECT type, id FROM standpipe.results WHERE type = $1 AND id = $2 AND state <> 'done' FOR UPDATE)
+             UPDATE standpipe.results r SET state = 'done', result = \"{schema}\".\"{function}\"($3::text::jsonb), error = NULL,
+                 finished_at = clock_timestamp() FROM mine WHERE r.type = mine.type AND r.id = mine.id"
         )
     }
 
     fn reject(&self, error: StoreError) -> Reject {
         let StoreError { message, sqlstate, .. } = error;
+        let message: String = message.chars().take(MAX_MESSAGE).collect();
         let message = match sqlstate.as_deref() {
             Some("57014") => {
                 let limit = humantime::format_duration(self.timeout);
@@ -219,10 +258,12 @@ impl Session {
     }
 }
 
-/// Whether an error says nothing about the task: the connection broke, or the server is short of something or being shut down.
+/// Whether the error of a call says nothing about the task: the connection broke, or the server is being shut down or short of
+/// something. What a function raises is its own, whatever the code.
 fn is_servers(error: &StoreError) -> bool {
     match error.sqlstate.as_deref() {
         None => true,
-        Some(code) => error.verdict == Verdict::Reconnect || code.starts_with("53"),
+        // configuration_limit_exceeded is the function's own doing.
+        Some(code) => error.fatal || (code.starts_with("53") && code != "53400" && error.function.is_none()),
     }
 }

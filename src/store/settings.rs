@@ -63,7 +63,13 @@ pub fn of(config: &Config, url: &DatabaseUrl) -> String {
 /// The statements that make the settings of a connection for the operator's functions, which may need any plan.
 #[must_use]
 pub fn for_handlers(config: &Config, url: &DatabaseUrl) -> String {
-    settings(config, url, COMMON, config.handler_timeout)
+    let mut sql = settings(config, url, COMMON, config.handler_timeout);
+    // Events wait for the disk in a transaction of their own (flush.sql), these in each.
+    sql.push_str(
+        "SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+             WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false);\n",
+    );
+    sql
 }
 
 fn settings(config: &Config, url: &DatabaseUrl, fixed: &[(&str, &str)], timeout: Duration) -> String {

@@ -1,7 +1,7 @@
 //! From an error to the fate of the event: a closed set, decided here and nowhere else.
 
 use tokio_postgres::Error;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, Severity, SqlState};
 
 /// What an error means for the event that ran into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,13 @@ pub fn operators_function(error: &Error) -> Option<String> {
         (!name.is_empty() && !super::migrate::is_our_function(name) && name != "inline_code_block")
             .then(|| name.to_owned())
     })
+}
+
+/// Whether the server has ended the connection with this error.
+#[must_use]
+pub fn is_fatal(error: &Error) -> bool {
+    let severity = error.as_db_error().and_then(DbError::parsed_severity);
+    matches!(severity, Some(Severity::Fatal | Severity::Panic))
 }
 
 fn is_operators(error: &Error) -> bool {

@@ -249,6 +249,10 @@ impl Stream {
             let Some(last) = page.last() else { return Ok(oldest) };
             from = format!("({}", last.id);
             for letter in &page {
+                // A task has no tombstone.
+                if letter.get::<String>("task").is_some() {
+                    continue;
+                }
                 let source: Option<String> = letter.get("source_id");
                 let ms = source.map_or(0, |id| id_ms(&id));
                 oldest = Some(oldest.map_or(ms, |before| before.min(ms)));

@@ -23,12 +23,6 @@ if named then
         return answer
     end
 end
-if redis.call('EXISTS', KEYS[1]) == 0 then
-    return {'none'}
-end
-if not has_room(KEYS[1], KEYS[2], ARGV[1]) then
-    return {'full'}
-end
 local positions = 6 + tonumber(ARGV[4])
 local first = positions + 3 * tonumber(ARGV[positions - 1])
 for i = positions, first - 1, 3 do
@@ -41,7 +35,13 @@ for i = first, #ARGV, 3 do
     local list = ARGV[i + 2] == '1' and tasks or entries
     list[#list + 1] = {ARGV[i], ARGV[i + 1]}
 end
-if #tasks > 0 and redis.call('XLEN', KEYS[6]) + #tasks > tonumber(ARGV[1]) then
+if #entries > 0 and redis.call('EXISTS', KEYS[1]) == 0 then
+    return {'none'}
+end
+if #entries > 0 and not has_room(KEYS[1], KEYS[2], ARGV[1]) then
+    return {'full'}
+end
+if #tasks > 0 and redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[1]) then
     return {'full'}
 end
 -- No number: that is the relay's alone.

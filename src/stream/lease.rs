@@ -31,7 +31,7 @@ impl Keys {
         match lease {
             Lease::Reader => self.lease.clone(),
             Lease::Names => self.consumer_lease.clone(),
-            Lease::Origin => format!("{}:kafka:lease", self.stream),
+            Lease::Origin => format!("{}:kafka-lease", self.stream),
             Lease::Output(output) => format!("{}:{}:lease", self.stream, output.group()),
         }
     }

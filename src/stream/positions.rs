@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use redis::{RedisResult, Script};
 
 use super::gap::Gap;
+use super::lease::Lease;
 use super::{Keys, Stream};
 
 /// The partitions that are moved, each from one place to another; `None`: it had none.
@@ -39,7 +40,7 @@ impl Stream {
         Ok((source, places.collect()))
     }
 
-    /// Sets positions, and says why: what is between is a gap.
+    /// Sets positions, and records gaps; `false` if the origin's lease is no longer ours, or another process has moved them.
     ///
     /// # Errors
     ///
@@ -47,19 +48,21 @@ impl Stream {
     pub async fn set_positions(
         &mut self,
         topic: &str,
+        token: &str,
         source: &str,
-        places: &BTreeMap<i32, i64>,
+        moves: &Moves,
         gaps: &[Gap],
-    ) -> RedisResult<()> {
+    ) -> RedisResult<bool> {
         static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("set_positions.lua")));
         let Self { connection, keys } = self;
         let mut invocation = SCRIPT.key(keys.kafka(topic));
-        invocation.key(&keys.missed).key(&keys.gaps).arg(source).arg(gaps.len());
+        invocation.key(&keys.missed).key(&keys.gaps).key(keys.of(Lease::Origin));
+        invocation.arg(token).arg(source).arg(gaps.len());
         for gap in gaps {
             invocation.arg(serde_json::to_string(gap).unwrap_or_default());
         }
-        for (partition, place) in places {
-            invocation.arg(partition).arg(place);
+        for (partition, (from, to)) in moves {
+            invocation.arg(partition).arg(from.map(|from| from.to_string()).unwrap_or_default()).arg(to);
         }
         invocation.invoke_async(connection).await
     }

@@ -11,6 +11,9 @@ use super::{Keys, Redis, Stream};
 use crate::event::{Entry, EntryId};
 use crate::time::now_ms;
 
+/// Tasks that are looked at together.
+const PAGE: usize = 10;
+
 impl Keys {
     /// The stream of tasks.
     #[must_use]
@@ -73,21 +76,28 @@ impl Stream {
         }
     }
 
-    /// Takes over tasks that nobody has touched for so long.
+    /// Takes over tasks that nobody has touched for so long, beginning at `from` (empty for the first). Returns their ids, and where to
+    /// continue; empty at the end.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached, or there is no group.
-    pub async fn claim_tasks(&mut self, consumer: &str, idle: Duration) -> RedisResult<Vec<EntryId>> {
+    pub async fn claim_tasks(
+        &mut self,
+        consumer: &str,
+        idle: Duration,
+        from: &str,
+    ) -> RedisResult<(Vec<EntryId>, String)> {
         let Self { connection, keys } = self;
+        let from = if from.is_empty() { "0-0" } else { from };
         let mut claim = redis::cmd("XAUTOCLAIM");
-        claim.arg(&keys.stream).arg(&keys.group).arg(consumer).arg(idle.as_millis() as u64).arg("0-0");
+        claim.arg(&keys.stream).arg(&keys.group).arg(consumer).arg(idle.as_millis() as u64).arg(from);
         let answer: Vec<Value> = claim.arg("COUNT").arg(100).arg("JUSTID").query_async(connection).await?;
-        let ids: Vec<String> = match answer.into_iter().nth(1) {
-            Some(ids) => redis::from_redis_value(ids)?,
-            None => Vec::new(),
-        };
-        Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
+        let mut answer = answer.into_iter();
+        let next: String = redis::from_redis_value(answer.next().unwrap_or(Value::Nil))?;
+        let ids: Vec<String> = redis::from_redis_value(answer.next().unwrap_or(Value::Array(Vec::new())))?;
+        let next = if next == "0-0" { String::new() } else { next };
+        Ok((ids.iter().filter_map(|id| id.parse().ok()).collect(), next))
     }
 
     /// A task; `None` if it is finished.
@@ -142,7 +152,7 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn count_tasks(&mut self) -> RedisResult<Tasks> {
-        let tasks = self.waiting_tasks(1).await?;
+        let after = self.last_begun().await?;
         let Self { connection, keys } = self;
         let length: u64 = redis::cmd("XLEN").arg(&keys.stream).query_async(connection).await?;
         let mut pending = redis::cmd("XPENDING");
@@ -152,26 +162,34 @@ impl Stream {
             Err(error) if super::is_nogroup(&error) => 0,
             Err(error) => return Err(error),
         };
-        Ok(Tasks {
-            waiting: length.saturating_sub(begun),
-            begun,
-            oldest_seconds: tasks.first().map(|task| now_ms().saturating_sub(task.id.ms) as f64 / 1000.0),
-        })
+        let mut range = redis::cmd("XRANGE");
+        range.arg(&keys.stream).arg(format!("({after}")).arg("+").arg("COUNT").arg(1);
+        let mut oldest = Batch::default();
+        oldest.extend(range.query_async(connection).await?)?;
+        let seconds = |task: &Entry| now_ms().saturating_sub(task.id.ms) as f64 / 1000.0;
+        let oldest_seconds = oldest.entries.first().map(seconds);
+        Ok(Tasks { waiting: length.saturating_sub(begun), begun, oldest_seconds })
     }
 
-    /// The oldest tasks that nobody has begun with.
+    /// The newest task that somebody has begun with.
+    async fn last_begun(&mut self) -> RedisResult<EntryId> {
+        match self.last_delivered().await {
+            Err(error) if super::is_nogroup(&error) => Ok(EntryId::default()),
+            after => after,
+        }
+    }
+
+    /// Tasks that nobody has begun with, the newest first, before this one; a few at a time, since each may be large.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn waiting_tasks(&mut self, count: usize) -> RedisResult<Vec<Entry>> {
-        let after = match self.last_delivered().await {
-            Err(error) if super::is_nogroup(&error) => return Ok(Vec::new()),
-            after => after?,
-        };
+    pub async fn waiting_tasks(&mut self, before: Option<EntryId>) -> RedisResult<Vec<Entry>> {
+        let after = self.last_begun().await?;
         let Self { connection, keys } = self;
-        let mut range = redis::cmd("XRANGE");
-        range.arg(&keys.stream).arg(format!("({after}")).arg("+").arg("COUNT").arg(count);
+        let before = before.map_or_else(|| "+".to_owned(), |before| format!("({before}"));
+        let mut range = redis::cmd("XREVRANGE");
+        range.arg(&keys.stream).arg(before).arg(format!("({after}")).arg("COUNT").arg(PAGE);
         let mut batch = Batch::default();
         batch.extend(range.query_async(connection).await?)?;
         Ok(batch.entries)

@@ -91,10 +91,18 @@ impl Janitor {
                 info!(others, "another program works in the consumer group, or holds entries there");
             }
         }
+        let mut of_tasks = stream.of_tasks();
+        if self.config.handlers.is_some() {
+            let tasks = of_tasks.count_tasks().await?;
+            metrics::tasks(tasks);
+            *lock(&self.status.tasks_seen) = Some(tasks);
+        }
         if self.cleaned.is_none_or(|at| at.elapsed() > FORGET_CONSUMERS / 6) {
             self.cleaned = Some(Instant::now());
             stream.forget_refused().await?;
             let count = stream.remove_idle_consumers(FORGET_CONSUMERS, None).await?;
+            // There may be no such group.
+            let _ = of_tasks.remove_idle_consumers(FORGET_CONSUMERS, None).await;
             if count > 0 {
                 info!(count, "removed consumers that were idle for an hour");
             }

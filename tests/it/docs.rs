@@ -31,7 +31,7 @@ fn every_invariant_names_tests_that_exist() {
             section.extend(names);
         }
     }
-    assert_eq!(sections.len(), 15, "fifteen invariants");
+    assert_eq!(sections.len(), 16, "sixteen invariants");
     for (index, names) in sections.iter().enumerate() {
         assert!(!names.is_empty(), "invariant {} names no test", index + 1);
         for name in names {

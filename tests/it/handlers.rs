@@ -254,6 +254,85 @@ async fn what_keeps_failing_becomes_a_dead_letter_and_can_be_tried_again() {
     assert_eq!(letters, 0);
 }
 
+/// Whatever code a function raises, it is a failure of the task, and nobody waits for a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_function_raises_is_no_outage_and_its_commits_are_on_the_disk() {
+    let (house, variables) = house().await;
+    let functions = "
+        ALTER DATABASE CURRENT SET synchronous_commit = off;
+        CREATE SEQUENCE calls;
+        CREATE FUNCTION handlers.raise(data jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM nextval('calls');
+            RAISE EXCEPTION 'as told' USING ERRCODE = data->>'code';
+        END $$;
+        CREATE FUNCTION handlers.writes(data jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO noted (id) VALUES (1);
+            RETURN data;
+        END $$;
+        CREATE FUNCTION handlers.setting(data jsonb) RETURNS jsonb LANGUAGE sql AS
+            $$ SELECT to_jsonb(current_setting('synchronous_commit')) $$";
+    let functions = functions
+        .replace("DATABASE CURRENT", &format!("DATABASE {}", house.database.rsplit('/').next().unwrap()));
+    execute(&house.database, &functions).await;
+    let variables = variables.with("HANDLER_ATTEMPTS", "2");
+    let program = start(&variables).await;
+    let codes = ["08000", "0A000", "25006", "40001", "53100", "57P01", "58030", "P0001"];
+    let lines: Vec<String> = codes
+        .iter()
+        .map(|code| task("raise", Some(code), &json!({"code": code})))
+        .chain([task("writes", Some("w"), &json!(1)), task("setting", Some("s"), &json!(1))])
+        .collect();
+    send(&house, &lines).await;
+    all_ended(&house).await;
+    assert_eq!(
+        count(&house, "SELECT count(*) FROM standpipe.results WHERE state = 'failed' AND attempts = 2").await,
+        9
+    );
+    assert_eq!(count(&house, "SELECT last_value FROM calls").await, 2 * codes.len() as u64);
+    let setting = "SELECT result FROM standpipe.results WHERE type = 'setting'";
+    assert_eq!(query_value(&house.database, setting).await, "\"on\"");
+    assert_eq!(program.readiness().await.0, 200);
+
+    // Tasks hold up no other dead letter, and are called once for each retry.
+    let without = variables.clone().with("HANDLERS", "");
+    let again = Standpipe::run(&["dead-letters", "retry", "--all"], &without, RUN).await;
+    assert!(again.stdout.contains("0 applied, 9 kept"), "{}", again.stdout);
+    let again = Standpipe::run(&["dead-letters", "retry", "--all"], &variables, RUN).await;
+    assert!(again.stdout.contains("0 applied, 9 kept"), "{}", again.stdout);
+    assert_eq!(count(&house, "SELECT last_value FROM calls").await, 3 * codes.len() as u64);
+    assert_eq!(count(&house, "SELECT count(*) FROM standpipe.results WHERE state = 'failed'").await, 9);
+}
+
+/// A task that failed is not tried again because there is no room for its dead letter.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_task_waits_for_room_without_being_called() {
+    let (house, variables) = house().await;
+    let function = "
+        CREATE SEQUENCE calls;
+        CREATE FUNCTION handlers.fails(data jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM nextval('calls');
+            RAISE EXCEPTION 'no';
+        END $$";
+    execute(&house.database, function).await;
+    let variables = variables.with("HANDLER_ATTEMPTS", "2");
+    let mut program = start(&variables.clone().with("DEAD_LETTER_MAX_BYTES", "1B")).await;
+    send(&house, &[task("fails", Some("a"), &json!(1))]).await;
+    // The pause in between is ten seconds.
+    wait_until("two attempts at a dead letter", RUN, async || {
+        program.metric("standpipe_dead_letters_overflow_total").await >= 2.0
+    })
+    .await;
+    assert_eq!(count(&house, "SELECT last_value FROM calls").await, 2);
+    kill(&mut program).await;
+    let program = start(&variables).await;
+    all_ended(&house).await;
+    program.metric_with_is("standpipe_dead_letters_total", "\"handler\"", 1.0).await;
+    assert_eq!(count(&house, "SELECT last_value FROM calls").await, 2);
+}
+
 /// A task that takes too long has failed; and one that waits for the database has not.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_has_a_time_limit_of_its_own() {
@@ -288,7 +367,7 @@ async fn tasks_of_a_process_that_is_gone_are_taken_over() {
         task("wait", Some("ended"), &json!({"number": 2, "seconds": 3})),
     ];
     send(&house, &lines).await;
-    let running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'UPDATE standpipe.results%' AND state = 'active'";
+    let running = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'WITH mine %' AND state = 'active'";
     wait_until("both to be begun", RUN, async || count(&house, running).await == 2).await;
     kill(&mut program).await;
     let end = "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 29298

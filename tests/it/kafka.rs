@@ -12,6 +12,7 @@ use standpipe_lab::simulate::NetworkOptions;
 use crate::amqp::messages;
 use crate::subscribe::{essence, expected};
 use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, purged, redis_command};
+use crate::support::house::{House, at_once, is_ready};
 use crate::support::{Postgres, Redis, Signal, Standpipe, connect, model, traffic, wait_for, wait_until};
 
 const TOPIC: &str = "events";
@@ -280,4 +281,56 @@ async fn what_is_applied_is_published_in_order() {
     println!("{} records, {repeated} of them repetitions", seen.len());
     assert_eq!(found, wanted.into_iter().collect::<BTreeSet<_>>());
     drop(program);
+}
+
+/// A message that Kafka never takes is left out, counted, and holds up no other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_too_large_for_the_topic_is_left_out() {
+    let house = House::start(at_once()).await;
+    let broker = FakeBroker::start().await.unwrap();
+    broker.create_topic("applied", 1);
+    let url = format!("kafka://{}/applied", broker.bootstrap_servers());
+    let program = Program::start("worker", &house.variables().with("KAFKA_OUTPUT_URL", url)).await;
+    is_ready(&program).await;
+    let line = |name: &str| {
+        json!({"type": "identity", "data": {"did": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa", "handle": format!("{name}.example")}}).to_string()
+    };
+    broker.on(ApiKey::Produce, |_| Control::Error(ErrorCode::MessageTooLarge));
+    assert_eq!(house.post("/events?wait=applied", None, &line("large")).await.unwrap().0, 202);
+    program.metric_is("standpipe_output_skipped_entries_total", 1.0).await;
+    broker.clear_hooks();
+    assert_eq!(house.post("/events?wait=applied", None, &line("small")).await.unwrap().0, 202);
+    wait_until("the other one to be published", RUN, async || broker.next_offset("applied", 0) == Some(1))
+        .await;
+    let record = broker.all_records("applied").unwrap().remove(0);
+    assert!(record.value_str().unwrap().contains("small.example"));
+}
+
+/// Kafka goes away without closing its connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_does_not_answer_is_reported() {
+    let deployment = Deployment::start().await;
+    let program = Program::start("worker", &deployment.variables()).await;
+    let line =
+        r#"{"type":"identity","data":{"did":"did:plc:aaaaaaaaaaaaaaaaaaaaaaaa","handle":"a.example"}}"#;
+    deployment.produce(&[line.to_owned()]).await;
+    deployment.all_taken(1).await;
+    for (api, control) in [(ApiKey::Fetch, Control::Silence), (ApiKey::Metadata, Control::Silence)] {
+        deployment.broker.on(api, move |_| control.clone());
+    }
+    wait_until("the outage to be noticed", RUN, async || {
+        program.metric_with("standpipe_origin_disconnected", "kafka").await > 0.5
+    })
+    .await;
+    deployment.broker.clear_hooks();
+    deployment.broker.crash(0);
+    wait_for("the process not to be ready", RUN, async || {
+        let (code, text) = program.readiness().await;
+        if code == 503 && text.contains("cannot take records from Kafka") { Ok(()) } else { Err(text) }
+    })
+    .await;
+    deployment.broker.restart(0);
+    deployment.produce(&[line.replace("a.example", "b.example")]).await;
+    deployment.all_taken(2).await;
+    wait_until("the process to be ready again", RUN, async || program.readiness().await.0 == 200).await;
 }

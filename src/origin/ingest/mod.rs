@@ -171,7 +171,9 @@ impl Ingest {
             Answer::Appended { ids, before } => Ok(Appended { ids, before, durability }),
             Answer::Other => Err(IngestError::OtherRequest),
             Answer::Moved => Err(IngestError::Moved),
-            Answer::Full => Err(IngestError::NotNow("the stream is full (REDIS_MAX_STREAM_LEN)")),
+            Answer::Full => {
+                Err(IngestError::NotNow("the stream, or that of tasks, is full (REDIS_MAX_STREAM_LEN)"))
+            }
             Answer::NoStream => Err(IngestError::NotNow("there is no stream yet")),
         }
     }
