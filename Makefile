@@ -70,6 +70,10 @@ test-monitoring: ## Test the alert rules and the dashboard of monitoring/; gets 
 test-compose: $(if $(BINARY),,build) ## Try Dockerfile, compose file and monitoring with a real Docker engine; as root; FULL=1 compiles in the container, BINARY=... compiles nothing
 	./tests/compose/scenario.sh $(if $(FULL),--full)
 
+test-kafka: ## Send events through a topic of another broker than the stand-in of the other tests, Tansu; gets it into target/tools
+	./scripts/install-tansu.sh
+	cargo test --locked --features kafka --test it -- --ignored --nocapture kafka::events
+
 test-clients: ## Connect npm's client for Jetstreams to /subscribe; installs it into target/tools
 	./scripts/install-clients.sh
 	cargo test --locked --test it -- --ignored subscribe::a_client

@@ -2,18 +2,23 @@
 //! docs/kafka.md for what else was tried.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use krafka::error::ErrorCode;
 use krafka::testing::{ApiKey, Control, FakeBroker};
 use krafka::{Kafka, Record};
 use serde_json::{Value, json};
+use standpipe_lab::servers::{command_for_life, spawn_for_life};
 use standpipe_lab::simulate::NetworkOptions;
 
 use crate::amqp::messages;
 use crate::subscribe::{essence, expected};
 use crate::support::chain::{Chain, Program, RUN, SOON, STREAM, Variables, network, purged, redis_command};
 use crate::support::house::{House, at_once, is_ready};
-use crate::support::{Postgres, Redis, Signal, Standpipe, connect, model, traffic, wait_for, wait_until};
+use crate::support::{
+    Postgres, Redis, Signal, Standpipe, connect, free_port, model, traffic, wait_for, wait_until,
+};
 
 const TOPIC: &str = "events";
 
@@ -333,4 +338,48 @@ async fn a_broker_that_does_not_answer_is_reported() {
     deployment.produce(&[line.replace("a.example", "b.example")]).await;
     deployment.all_taken(2).await;
     wait_until("the process to be ready again", RUN, async || program.readiness().await.0 == 200).await;
+}
+
+/// From one deployment through a topic of Tansu to another one.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Tansu: make test-kafka"]
+async fn events_pass_through_a_topic_of_another_broker() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (program, port) = (root.join("target/tools/tansu"), free_port().unwrap());
+    let url = format!("tcp://127.0.0.1:{port}");
+    let mut command = command_for_life(&program).unwrap();
+    command.args(["broker", "--listener-url", &url, "--advertised-listener-url", &url]);
+    command.args(["--storage-engine", "memory://tansu/"]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut broker = spawn_for_life(command).unwrap();
+    wait_until("the topic to be created", RUN, async || {
+        let mut create = Command::new(&program);
+        create.args(["topic", "create", "--broker", &url, "--partitions", "3", "applied"]);
+        create.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success()
+    })
+    .await;
+
+    let options = NetworkOptions { accounts: 100, events: 3_000, deletions: true, ..network(43) };
+    let chain = Chain::start(&options, None).await;
+    let topic = format!("kafka://127.0.0.1:{port}/applied");
+    let _first = Program::start("run", &chain.variables().with("KAFKA_OUTPUT_URL", &topic)).await;
+    let redis = Redis::start().await;
+    let database = Postgres::shared().await.fresh_database().await;
+    let variables = Variables::new()
+        .with("REDIS_URL", redis.url())
+        .with("DATABASE_URL", &database)
+        .with("KAFKA_ORIGIN_URL", &topic);
+    let _second = Program::start("worker", &variables).await;
+    chain.finished().await;
+    let wanted = model::expected(&traffic::events(&options)).without_versions();
+    wait_for("the tables to be those of the model", RUN, async || {
+        purged(&database).await;
+        let found = model::read(&connect(&database).await).await.without_versions();
+        let differences = model::differences(&wanted, &found);
+        if differences.is_empty() { Ok(()) } else { Err(model::summary(&differences)) }
+    })
+    .await;
+    let check = Standpipe::run(&["check"], &variables, RUN).await;
+    assert!(check.stdout.contains("applied exists, with 3 partitions"), "{}", check.stdout);
+    broker.kill().unwrap();
+    broker.wait().unwrap();
 }
