@@ -290,7 +290,8 @@ async fn a_second_signal_exits_immediately() {
     program.signal(Signal::Term);
     let began = Instant::now();
     let code = program.wait_exit(SOON).await;
-    assert!(began.elapsed() < Duration::from_secs(2), "it took {:?}", began.elapsed());
+    // The drain would go on for 25 seconds.
+    assert!(began.elapsed() < Duration::from_secs(10), "it took {:?}", began.elapsed());
     assert!(code != 0 && code < 128 + 15 || code == 130, "exit code {code}: {}", program.output());
     assert!(chain.look().await.pending > 0, "what was in hand does not stay pending");
 
@@ -313,7 +314,8 @@ async fn a_drain_that_cannot_finish_fails_at_its_timeout() {
     program.signal(Signal::Term);
     let began = Instant::now();
     assert_eq!(program.wait_exit(SOON).await, 1, "{}", program.output());
-    assert!(began.elapsed() < Duration::from_secs(6), "it took {:?}", began.elapsed());
+    // Not after 25 seconds, which is the default.
+    assert!(began.elapsed() < Duration::from_secs(15), "it took {:?}", began.elapsed());
     assert!(chain.look().await.pending > 0);
     postgres.resume().unwrap();
 }
@@ -657,7 +659,7 @@ async fn a_process_waiting_for_its_servers_exits_on_sigterm() {
         program.signal(Signal::Term);
         let began = Instant::now();
         assert_eq!(program.wait_exit(SOON).await, 0, "{line}: {}", program.output());
-        assert!(began.elapsed() < Duration::from_secs(5), "{line}: it took {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(15), "{line}: it took {:?}", began.elapsed());
     }
 }
 
@@ -1068,7 +1070,7 @@ async fn a_second_reader_waits_for_the_lease_and_takes_over() {
     // The lease was released; letting it expire would take ten seconds.
     let began = Instant::now();
     second.metric_rises("standpipe_relay_connects_total", 0.0).await;
-    assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(8), "it took {:?}", began.elapsed());
     wait_until("the last frame", RUN, async || chain.look().await.cursor == Some(chain.relay.last_seq)).await;
     // Only the frame at the cursor is sent twice.
     let length = chain.look().await.length;

@@ -67,8 +67,8 @@ async fn runs(arguments: &[&str], database: &str) -> String {
 // ---------------------------------------------------------------------------------------------
 // The others
 
-/// Workers like those before standpipe, each with a connection of its own, doing what they always did. Every
-/// statement is timed.
+/// Workers like those before standpipe, each with a connection of its own, doing what they always did. No statement
+/// of theirs may wait for a lock for a second.
 struct Others {
     stop: Arc<AtomicBool>,
     statements: Arc<AtomicU64>,
@@ -87,6 +87,7 @@ impl Others {
         let mut tasks = Vec::new();
         for number in 0..count {
             let client = connect(database).await;
+            client.batch_execute("SET lock_timeout = '1s'").await.unwrap();
             let (stop, statements) = (Arc::clone(&others.stop), Arc::clone(&others.statements));
             let longest = Arc::clone(&others.longest);
             tasks.push(tokio::spawn(async move {
@@ -117,7 +118,7 @@ impl Others {
             .await;
     }
 
-    /// Stops them; no statement may have taken a second.
+    /// Stops them. All their statements went through.
     async fn end(self, during: &str) {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
@@ -127,7 +128,6 @@ impl Others {
         let statements = self.statements.load(Ordering::Relaxed);
         println!("{during}: {statements} statements of others, the longest took {longest:.0?}: {sql}");
         assert!(statements > 20, "{during}: the others did not work");
-        assert!(longest < Duration::from_secs(1), "{during}: {sql} took {longest:?}");
     }
 }
 
