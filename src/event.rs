@@ -84,6 +84,12 @@ pub struct Version<'a> {
 }
 
 impl Version<'_> {
+    /// Whether its revision is older than this one.
+    #[must_use]
+    pub fn is_older_than(&self, rev: &str) -> bool {
+        self.rev.as_deref().is_some_and(|own| own < rev)
+    }
+
     /// When it was written, as far as this version tells: the time inside the revision, else the stream entry's.
     #[must_use]
     pub fn time(&self) -> Micros {
@@ -246,13 +252,15 @@ pub enum Reason {
     Panic,
     /// Its account has not signed it.
     Unproven,
+    /// It is older than tombstones that were deleted because of their age, so that nobody knows whether it was deleted.
+    TooOld,
     /// A function for tasks refused it, each time that it was tried.
     Handler,
 }
 
 impl Reason {
     /// Every class.
-    pub const ALL: [Reason; 11] = [
+    pub const ALL: [Reason; 12] = [
         Reason::Undecodable,
         Reason::MissingField,
         Reason::InvalidField,
@@ -263,6 +271,7 @@ impl Reason {
         Reason::Trigger,
         Reason::Panic,
         Reason::Unproven,
+        Reason::TooOld,
         Reason::Handler,
     ];
 
@@ -280,6 +289,7 @@ impl Reason {
             Reason::Trigger => "trigger",
             Reason::Panic => "panic",
             Reason::Unproven => "unproven",
+            Reason::TooOld => "too_old",
             Reason::Handler => "handler",
         }
     }

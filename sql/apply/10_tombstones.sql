@@ -12,16 +12,31 @@ BEGIN
 END $$;
 
 -- Whether the record or its account has a delete that is not older than this operation.
+--
+-- An operation that is older than tombstones that were deleted because of their age (standpipe.swept) may have a delete
+-- that nobody remembers. If the record has a row, that row decides. If it has none, the operation is refused. The tombstone
+-- is looked up first: it can be deleted at any time, and leaves its revision behind in the same moment.
 CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    outlives boolean;
 BEGIN
-    PERFORM FROM standpipe.tombstones t
-    WHERE t.uri = o.uri AND NOT standpipe.newer(
-        o.rev, o.seq, o.ms, o.sq, t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq);
-    IF FOUND THEN
+    SELECT standpipe.newer(o.rev, o.seq, o.ms, o.sq, t.commit_rev, t.commit_seq, t.stream_ms, t.stream_seq) INTO outlives
+    FROM standpipe.tombstones t WHERE t.uri = o.uri;
+    IF NOT outlives THEN
         RETURN true;
     END IF;
     PERFORM FROM standpipe.accounts a
     WHERE a.did = o.repo AND a.deleted_time IS NOT NULL
       AND standpipe.before_deletion(o.rev, o.seq, o.ms, a.deleted_seq, a.deleted_time);
-    RETURN FOUND;
+    IF FOUND THEN
+        RETURN true;
+    END IF;
+    IF outlives IS NULL AND o.rev <> '' THEN
+        PERFORM FROM standpipe.swept s
+        WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C" AND NOT EXISTS (SELECT FROM standpipe.record_rows(o.uri));
+        IF FOUND THEN
+            RAISE EXCEPTION 'the record may have been deleted' USING ERRCODE = '22S01';
+        END IF;
+    END IF;
+    RETURN false;
 END $$;

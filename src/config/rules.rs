@@ -128,11 +128,11 @@ pub(super) fn warnings(config: &Config, role: Role) -> Vec<String> {
              some pipelines will stay idle"
         ));
     }
-    // Relays replay up to three days; while they replay an older create, its delete must still be known.
+    // Relays replay up to three days. Of what is older than the tombstones, nobody knows whether it was deleted.
     if config.tombstone_retention < Duration::from_hours(72) {
         warnings.push(format!(
             "TOMBSTONE_RETENTION is {}, less than the three days that a relay can replay: \
-             a deleted record may come back until its delete is replayed too",
+             records that were deleted will become dead letters when it does",
             humantime::format_duration(config.tombstone_retention)
         ));
     }

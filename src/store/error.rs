@@ -6,6 +6,8 @@ use tokio_postgres::Error;
 use super::verdict::{self, Verdict, describe, judge};
 use crate::event::{Reason, Reject};
 
+/// The SQLSTATE with which `standpipe.is_dead` refuses an operation.
+const TOO_OLD: &str = "22S01";
 /// Prefix of a message that needs operator action.
 const HALT: &str = "halt: ";
 
@@ -43,6 +45,11 @@ impl StoreError {
         let (reason, message) = match &self.function {
             Some(function) => {
                 (Reason::Trigger, format!("the function {function} refused it: {}", self.message))
+            }
+            None if self.sqlstate.as_deref() == Some(TOO_OLD) => {
+                let message =
+                    "it is older than TOMBSTONE_RETENTION, and the record may have been deleted since";
+                (Reason::TooOld, message.to_owned())
             }
             None => (Reason::Database, self.message.clone()),
         };

@@ -7,8 +7,8 @@ use super::StoreError;
 /// Rows per transaction: few enough that nobody has to wait.
 const CHUNK: i64 = 5_000;
 
-/// Deletes tombstones of deletes that entered the stream before `before_ms` (Unix milliseconds). The caller guarantees
-/// that no older event can arrive again. Returns how many.
+/// Deletes tombstones of deletes that entered the stream before `before_ms` (Unix milliseconds), and keeps how far each
+/// account has lost its memory. Returns how many.
 ///
 /// # Errors
 ///
@@ -18,10 +18,12 @@ pub async fn sweep(client: &Client, before_ms: u64) -> Result<u64, StoreError> {
     let mut total = 0;
     loop {
         // Rows that a concurrent delete of the same record is updating are left for the next time.
-        let deleted =
-            client.execute(include_str!("../../sql/store/delete_tombstones.sql"), &[&before, &CHUNK]).await?;
-        total += deleted;
-        if deleted < CHUNK as u64 {
+        let row = client
+            .query_one(include_str!("../../sql/store/delete_tombstones.sql"), &[&before, &CHUNK])
+            .await?;
+        let deleted: i64 = row.get(0);
+        total += u64::try_from(deleted).unwrap_or(0);
+        if deleted < CHUNK {
             return Ok(total);
         }
     }

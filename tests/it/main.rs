@@ -53,6 +53,7 @@ mod stream;
 mod subscribe;
 mod takeover;
 mod tls;
+mod tombstones;
 mod upgrade;
 mod upstream;
 mod verified;

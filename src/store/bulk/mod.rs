@@ -88,7 +88,7 @@ impl Session {
         .await;
         began?;
         locked?;
-        sorted.settle(&self.look(sorted).await?);
+        sorted.settle(&self.look(sorted).await?, &self.old);
         let sorted = &*sorted;
         let mut deltas = Deltas::new();
         self.in_time(self.client.batch_execute("SAVEPOINT part")).await?;

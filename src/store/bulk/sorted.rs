@@ -76,8 +76,9 @@ impl<'e, 'a> Sorted<'e, 'a> {
         Self { events, ways: ways.collect() }
     }
 
-    /// Sorts again by what is there, and by what else is in the batch.
-    pub(super) fn settle(&mut self, found: &Found) {
+    /// Sorts again by what is there, and by what else is in the batch. What has an older revision than `old` may have had a
+    /// tombstone that is gone.
+    pub(super) fn settle(&mut self, found: &Found, old: &str) {
         for (event, ways) in self.events.iter().zip(&mut self.ways) {
             let Some(of_each) = ways else { continue };
             let unplaced =
@@ -86,7 +87,7 @@ impl<'e, 'a> Sorted<'e, 'a> {
                 |op: &Op<'_>| op.kind == Kind::Post && gated(op).any(|post| found.gates.contains(post));
             if unplaced || event.ops.iter().any(has_gates) {
                 *ways = None;
-            } else if found.accounts.contains(&*event.repo) {
+            } else if found.accounts.contains(&*event.repo) || event.version.is_older_than(old) {
                 // Not everything of an account that opted out or was deleted is stored or shown.
                 of_each.fill(Way::Change);
             }
