@@ -74,9 +74,9 @@ test-kafka: ## Send events through a topic of another broker than the stand-in o
 	./scripts/install-tansu.sh
 	cargo test --locked --features kafka --test it -- --ignored --nocapture kafka::events
 
-test-clients: ## Connect npm's client for Jetstreams to /subscribe; installs it into target/tools
+test-clients: ## Connect npm's and PyPI's clients for Jetstreams (versions 1 and 2); installs them into target/tools
 	./scripts/install-clients.sh
-	cargo test --locked --test it -- --ignored subscribe::a_client
+	cargo test --locked --features kafka --test it -- --ignored subscribe::a_client events::a_client
 
 servers: ## Install redis-server and postgresql when they are missing
 	./scripts/install-servers.sh

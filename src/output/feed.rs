@@ -9,8 +9,8 @@ use anyhow::Result;
 use tokio::sync::{Notify, Semaphore, watch};
 use tracing::warn;
 
-use super::jetstream;
 use super::messages::{Item, Messages, Pages};
+use super::{events, jetstream};
 use crate::event::EntryId;
 use crate::mutex::lock;
 use crate::status::SubscribersReport;
@@ -152,27 +152,41 @@ impl Feed {
         }
     }
 
+    /// The oldest entry that is still in the stream.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn oldest(&self) -> Result<Option<EntryId>> {
+        Ok(self.redis.connect().await?.oldest_entry().await?)
+    }
+
     async fn follow(&self, delays: &mut Backoff) -> Result<()> {
         let mut stream = self.redis.connect().await?;
         let mut place = Place::Now;
         let mut pages = Pages::default();
         while self.is_read() {
+            let begins = place == Place::Now;
             let Some(items) = self.read(&mut stream, &mut place, &mut pages).await? else {
                 // Those who have read up to here find out by themselves.
-                place = Place::Now;
+                (place, pages) = (Place::Now, Pages::default());
                 self.empty_ring();
                 continue;
             };
+            if begins && place != Place::Now {
+                place = earlier(place);
+                continue;
+            }
             delays.reset();
             let is_empty = items.is_empty();
             {
                 let mut ring = lock(&self.ring);
-                // The first answer is the place alone.
-                if let (None, Place::Read(id) | Place::Behind(id)) = (ring.start, place) {
-                    ring.start = Some(id);
-                }
-                for item in items {
-                    ring.push(Arc::new(item));
+                match (ring.start, place) {
+                    (None, Place::Read(id) | Place::Behind(id)) => {
+                        // Something before the first page may be gone, and nobody would notice.
+                        ring.start = Some(id);
+                    }
+                    _ => items.into_iter().for_each(|item| ring.push(Arc::new(item))),
                 }
             }
             if is_empty {
@@ -193,7 +207,15 @@ impl Feed {
     ) -> Result<Option<Vec<Item>>> {
         let Some(page) = stream.settled(place, pages.count()).await? else { return Ok(None) };
         pages.note(&page);
-        Ok(Some(self.messages.of(&page).await?))
+        Ok(Some(self.messages.of(&page, pages).await?))
+    }
+}
+
+/// Where to begin, for the numbers to be right from here on.
+fn earlier(place: Place) -> Place {
+    match place {
+        Place::Read(id) | Place::Behind(id) => Place::Behind(events::run_up(id)),
+        Place::Now => Place::Now,
     }
 }
 
@@ -212,6 +234,10 @@ pub struct Subscriber {
     number: u64,
     feed: Arc<Feed>,
     place: Place,
+    /// Whether it needs the numbers of messages.
+    numbered: bool,
+    /// It gets only what comes after this entry.
+    after: Option<EntryId>,
     /// The ring's generation when it last looked in the stream.
     generation: u64,
     news: watch::Receiver<u64>,
@@ -221,9 +247,10 @@ pub struct Subscriber {
 }
 
 impl Subscriber {
-    /// Begins at a cursor in microseconds, or with what is settled from now on.
+    /// Begins at a cursor in microseconds, or with what is settled from now on. With numbers, it begins early enough for them to
+    /// be right at the cursor.
     #[must_use]
-    pub fn new(feed: Arc<Feed>, cursor: Option<u64>) -> Self {
+    pub fn new(feed: Arc<Feed>, cursor: Option<u64>, numbered: bool) -> Self {
         let news = feed.news.subscribe();
         let number = {
             let mut subscribers = lock(&feed.subscribers);
@@ -234,10 +261,13 @@ impl Subscriber {
         };
         feed.first.notify_one();
         let place = cursor.map_or(Place::Now, |cursor| Place::Behind(jetstream::before_cursor(cursor)));
+        let place = if numbered { earlier(place) } else { place };
         Self {
             number,
             feed,
             place,
+            numbered,
+            after: None,
             generation: 0,
             news,
             stream: None,
@@ -252,11 +282,16 @@ impl Subscriber {
     ///
     /// [`Ended`].
     pub async fn next(&mut self) -> Result<Vec<Arc<Item>>, Ended> {
-        let items = self.wait().await?;
-        if let Some(last) = items.last() {
-            lock(&self.feed.subscribers).places.insert(self.number, Some(last.id));
+        loop {
+            let mut items = self.wait().await?;
+            if let Some(after) = self.after {
+                items.retain(|item| item.id > after);
+            }
+            if let Some(last) = items.last() {
+                lock(&self.feed.subscribers).places.insert(self.number, Some(last.id));
+                return Ok(items);
+            }
         }
-        Ok(items)
     }
 
     async fn wait(&mut self) -> Result<Vec<Arc<Item>>, Ended> {
@@ -271,6 +306,7 @@ impl Subscriber {
                     self.stream = None;
                     if let Some(last) = items.last() {
                         self.place = Place::Read(last.id);
+                        self.pages.continue_at(last.numbers.end);
                         return Ok(items);
                     }
                     // The feed never ends before its subscribers.
@@ -293,6 +329,13 @@ impl Subscriber {
         let mut place = self.place;
         let generation = lock(&self.feed.ring).generation;
         let items = self.feed.read(&mut stream, &mut place, &mut self.pages).await?;
+        if self.numbered
+            && self.place == Place::Now
+            && let Place::Read(id) | Place::Behind(id) = place
+        {
+            self.after = Some(id);
+            place = earlier(place);
+        }
         self.place = place;
         self.generation = generation;
         self.stream = Some(stream);

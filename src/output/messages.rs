@@ -1,5 +1,6 @@
 //! Settled entries as messages, without what accounts forbid to collect.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use anyhow::Result;
 use tokio::sync::Mutex;
 use tracing::warn;
 
+use super::events::Numbers;
 use super::jetstream::{self, Forbidden, Message};
 use crate::event::EntryId;
 use crate::metrics;
@@ -25,6 +27,8 @@ const FORBIDDEN: Duration = Duration::from_secs(5);
 pub struct Item {
     /// The entry.
     pub id: EntryId,
+    /// The numbers of its operations in version 2.
+    pub numbers: Range<u64>,
     /// Its messages.
     pub messages: Vec<Message>,
 }
@@ -54,21 +58,22 @@ impl Messages {
         Self { store, forbidden: Mutex::new(None), said: false.into() }
     }
 
-    /// These entries as messages.
+    /// These entries as messages, behind those of the pages before.
     ///
     /// # Errors
     ///
     /// PostgreSQL does not say who forbids collection.
-    pub async fn of(&self, page: &[Settled]) -> Result<Vec<Item>> {
+    pub async fn of(&self, page: &[Settled], pages: &mut Pages) -> Result<Vec<Item>> {
         if page.is_empty() {
             return Ok(Vec::new());
         }
         let forbidden = self.forbidden().await?;
-        Ok(page.iter().map(|settled| self.item(settled, &forbidden)).collect())
+        Ok(page.iter().map(|settled| self.item(settled, &forbidden, pages)).collect())
     }
 
-    fn item(&self, settled: &Settled, forbidden: &Forbidden) -> Item {
+    fn item(&self, settled: &Settled, forbidden: &Forbidden, pages: &mut Pages) -> Item {
         let id = settled.entry.id;
+        let numbers = pages.numbers.of(&settled.entry);
         let messages = jetstream::messages(settled, forbidden).unwrap_or_else(|error| {
             // It is a dead letter, too: nobody could apply it.
             metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
@@ -77,7 +82,7 @@ impl Messages {
             }
             Vec::new()
         });
-        Item { id, messages }
+        Item { id, numbers, messages }
     }
 
     async fn forbidden(&self) -> Result<Arc<Forbidden>> {
@@ -96,14 +101,20 @@ impl Messages {
     }
 }
 
-/// How many entries to read at a time.
+/// A reading, page by page: how many entries to read at a time, and the numbers of their operations.
 #[derive(Debug, Default)]
 pub struct Pages {
+    numbers: Numbers,
     /// The mean size of the last ones, in bytes.
     mean: usize,
 }
 
 impl Pages {
+    /// Continues with this number.
+    pub fn continue_at(&mut self, number: u64) {
+        self.numbers = Numbers::from(number);
+    }
+
     /// The number for the next page.
     #[must_use]
     pub fn count(&self) -> usize {

@@ -292,7 +292,7 @@ impl<B: Broker> Outlet<B> {
             return Ok(Published::Nothing);
         };
         self.pages.note(&page);
-        let items = self.messages.of(&page).await?;
+        let items = self.messages.of(&page, &mut self.pages).await?;
         // PostgreSQL may have taken its time.
         if !stream.take_lease(Self::LEASE, &self.token).await? {
             return Ok(Published::NotOurs);

@@ -33,19 +33,29 @@ pub struct Settled {
 }
 
 impl Stream {
-    /// Forgets what was refused of entries that are no longer in the stream.
+    /// The oldest entry that is still there.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn forget_refused(&mut self) -> RedisResult<()> {
+    pub async fn oldest_entry(&mut self) -> RedisResult<Option<EntryId>> {
         let Self { connection, keys } = self;
         let first: StreamRangeReply = redis::cmd("XRANGE")
             .arg(&keys.stream)
             .arg(&["-", "+", "COUNT", "1"])
             .query_async(connection)
             .await?;
-        let first = first.ids.first().and_then(|entry| entry.id.parse::<EntryId>().ok());
+        Ok(first.ids.first().and_then(|entry| entry.id.parse().ok()))
+    }
+
+    /// Forgets what was refused of entries that are no longer in the stream.
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn forget_refused(&mut self) -> RedisResult<()> {
+        let first = self.oldest_entry().await?;
+        let Self { connection, keys } = self;
         let mut cursor = 0;
         loop {
             let (next, page) = super::page::<String>(connection, &keys.refused, cursor).await?;

@@ -24,6 +24,7 @@ mod decoders;
 mod docs;
 mod durability;
 mod epochs;
+mod events;
 mod frozen;
 mod handlers;
 mod healing;

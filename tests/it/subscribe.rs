@@ -145,7 +145,7 @@ fn position(message: &Value) -> u64 {
 }
 
 /// A chain whose program serves subscribers at a port that stays.
-async fn serving(network: &NetworkOptions) -> (Chain, Variables, SocketAddr) {
+pub async fn serving(network: &NetworkOptions) -> (Chain, Variables, SocketAddr) {
     let chain = Chain::start(network, None).await;
     let http: SocketAddr = format!("127.0.0.1:{}", free_port().unwrap()).parse().unwrap();
     let variables = chain.variables().with("SUBSCRIBE", "on").with("HTTP_ADDR", http.to_string());

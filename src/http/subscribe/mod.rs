@@ -1,9 +1,14 @@
-//! `GET /subscribe`: what has been applied, over a websocket, in the format of a Jetstream (version 1). Its clients connect
-//! unchanged.
+//! `GET /subscribe`: what has been applied, over a websocket, in the format of a Jetstream (version 1), and
+//! `GET /xrpc/network.bsky.jetstream.subscribeEvents`, in that of version 2. Their clients connect unchanged.
 
+mod asked;
+mod frame;
+
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::{Request, State as Shared};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
@@ -12,7 +17,7 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use serde::Deserialize;
+use serde_json::json;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -30,7 +35,11 @@ use crate::config::{AccessToken, Config};
 use crate::control::Control;
 use crate::metrics;
 use crate::output::feed::{Ended, Feed, Subscriber};
-use crate::output::jetstream::{Filter, Options};
+use crate::output::filter::Filter;
+use crate::output::{events, jetstream};
+use crate::time::now_ms;
+use asked::{Asked, FromSubscriber, Version};
+use frame::{Format, text};
 
 /// The longest message that a subscriber may send: a list of accounts.
 const MESSAGE_BYTES: usize = 1 << 20;
@@ -39,6 +48,9 @@ const PING: Duration = Duration::from_secs(30);
 const ANSWER: Duration = Duration::from_secs(90);
 /// Time limit for saying goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// The subprotocol of version 2.
+const PROTOCOL: &str = "xrpc.v1.json";
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
@@ -77,68 +89,50 @@ impl Outlet {
     }
 }
 
-/// What the URL asks for.
-struct Asked {
-    options: Options,
-    cursor: Option<u64>,
-    require_hello: bool,
-    compress: bool,
-    token: Option<String>,
-}
-
-impl Asked {
-    fn read(query: &str) -> Result<Self, String> {
-        let mut asked = Self {
-            options: Options::default(),
-            cursor: None,
-            require_hello: false,
-            compress: false,
-            token: None,
-        };
-        for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
-            let number = || value.parse::<i64>().map_err(|_| format!("{name}: {value:.50} is not a number"));
-            match &*name {
-                "wantedCollections" => asked.options.wanted_collections.push(value.into_owned()),
-                "wantedDids" => asked.options.wanted_dids.push(value.into_owned()),
-                "maxMessageSizeBytes" => asked.options.max_message_size_bytes = number()?,
-                // Before there was anything is the beginning.
-                "cursor" => asked.cursor = Some(u64::try_from(number()?).unwrap_or(0)),
-                "requireHello" => asked.require_hello = value == "true",
-                "compress" => asked.compress = value == "true",
-                "token" => asked.token = Some(value.into_owned()),
-                // As in a Jetstream, what is unknown changes nothing.
-                _ => {}
-            }
-        }
-        Ok(asked)
+/// Refuses a request: in version 2 as an XRPC error.
+fn refuse(version: Version, code: StatusCode, message: &str) -> Response {
+    let name = match code {
+        StatusCode::UNAUTHORIZED => "AuthenticationRequired",
+        StatusCode::FORBIDDEN => "Forbidden",
+        StatusCode::NOT_FOUND => "MethodNotImplemented",
+        StatusCode::SERVICE_UNAVAILABLE => "NotEnoughResources",
+        _ => "InvalidRequest",
+    };
+    match version {
+        Version::One => (code, format!("{message}\n")).into_response(),
+        Version::Two => (code, Json(json!({"error": name, "message": message}))).into_response(),
     }
 }
 
-fn refuse(code: StatusCode, message: impl Into<String>) -> Response {
-    let mut text: String = message.into();
-    text.push('\n');
-    (code, text).into_response()
+/// Answers a request to subscribe in version 1.
+pub(super) async fn version_1(Shared(server): Shared<Arc<Server>>, request: Request) -> Response {
+    subscribe(Version::One, &server, request).await
 }
 
-/// Answers a request to subscribe.
-pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Request) -> Response {
+/// Answers a request to subscribe in version 2.
+pub(super) async fn version_2(Shared(server): Shared<Arc<Server>>, request: Request) -> Response {
+    subscribe(Version::Two, &server, request).await
+}
+
+async fn subscribe(version: Version, server: &Server, request: Request) -> Response {
     let Some(outlet) = &server.outlet else {
         return refuse(
+            version,
             StatusCode::NOT_FOUND,
             "this process does not serve subscribers: run standpipe run or worker with SUBSCRIBE=on",
         );
     };
-    let (asked, filter, accept) = match outlet.understand(&request) {
+    let (asked, accept) = match outlet.understand(version, &request) {
         Ok(understood) => understood,
         Err(answer) => return answer,
     };
     if server.control.is_draining() {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "this process is draining");
+        return refuse(version, StatusCode::SERVICE_UNAVAILABLE, "this process is draining");
     }
     let Ok(place) = Arc::clone(&outlet.places).try_acquire_owned() else {
         let message =
             format!("the limit of {} subscribers is reached (SUBSCRIBE_CONNECTIONS)", outlet.connections);
-        return ([(header::RETRY_AFTER, "5")], refuse(StatusCode::SERVICE_UNAVAILABLE, message))
+        return ([(header::RETRY_AFTER, "5")], refuse(version, StatusCode::SERVICE_UNAVAILABLE, &message))
             .into_response();
     };
     let session = Session {
@@ -147,10 +141,16 @@ pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Requ
         peer: request.extensions().get::<Peer>().map(|Peer(address)| address.to_string()).unwrap_or_default(),
         cursor: asked.cursor,
         hello: !asked.require_hello,
-        framed: asked.compress,
-        filter,
+        format: match version {
+            Version::One if asked.compress => Format::Framed,
+            Version::One => Format::Plain,
+            Version::Two => Format::Events { from: asked.cursor.unwrap_or(0) },
+        },
+        filter: asked.filter,
         place,
     };
+    let offered = request.headers().get(header::SEC_WEBSOCKET_PROTOCOL).and_then(|value| value.to_str().ok());
+    let speaks = offered.is_some_and(|names| names.split(',').any(|name| name.trim() == PROTOCOL));
     let upgrade = hyper::upgrade::on(request);
     let mut sessions = outlet.sessions.lock().await;
     while sessions.try_join_next().is_some() {}
@@ -164,38 +164,41 @@ pub(super) async fn subscribe(Shared(server): Shared<Arc<Server>>, request: Requ
         (header::UPGRADE, HeaderValue::from_static("websocket")),
         (header::SEC_WEBSOCKET_ACCEPT, accept),
     ];
-    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+    let mut answer = (StatusCode::SWITCHING_PROTOCOLS, headers).into_response();
+    if version == Version::Two && speaks {
+        answer.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+    }
+    answer
 }
 
 impl Outlet {
     /// What a request asks for, and the answer to its handshake.
     #[expect(clippy::result_large_err, reason = "the error is the answer")]
-    fn understand(&self, request: &Request) -> Result<(Asked, Filter, HeaderValue), Response> {
-        let bad = |message| refuse(StatusCode::BAD_REQUEST, message);
+    fn understand(&self, version: Version, request: &Request) -> Result<(Asked, HeaderValue), Response> {
         let headers = request.headers();
-        let mut asked = Asked::read(request.uri().query().unwrap_or_default()).map_err(bad)?;
+        let mut asked = Asked::read(version, request.uri().query().unwrap_or_default())
+            .map_err(|message| refuse(version, StatusCode::BAD_REQUEST, &message))?;
         if let Some(token) = &self.token {
             let given = bearer(headers).or(asked.token.as_deref());
             if !given.is_some_and(|given| token.is(given)) {
                 let what = if given.is_some() { "wrong token" } else { "a token is required" };
                 let message = format!("{what} (SUBSCRIBE_TOKEN): Authorization: Bearer, or ?token=");
                 let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
-                return Err((challenge, refuse(StatusCode::UNAUTHORIZED, message)).into_response());
+                return Err((challenge, refuse(version, StatusCode::UNAUTHORIZED, &message)).into_response());
             }
         }
         if self.token.is_none() && is_foreign(headers) {
             // Browsers let every page open websockets to every address.
             let message = "web pages of other sites need a token: set SUBSCRIBE_TOKEN";
-            return Err(refuse(StatusCode::FORBIDDEN, message));
+            return Err(refuse(version, StatusCode::FORBIDDEN, message));
         }
         asked.compress |= headers.get("socket-encoding").is_some_and(|value| value == "zstd");
-        let filter = Filter::new(std::mem::take(&mut asked.options)).map_err(bad)?;
         let accept = accept_key(headers).ok_or_else(|| {
             let headers = [(header::UPGRADE, "websocket"), (header::SEC_WEBSOCKET_VERSION, "13")];
             let message = "this endpoint speaks WebSocket: connect with ws:// or wss://";
-            (headers, refuse(StatusCode::UPGRADE_REQUIRED, message)).into_response()
+            (headers, refuse(version, StatusCode::UPGRADE_REQUIRED, message)).into_response()
         })?;
-        Ok((asked, filter, accept))
+        Ok((asked, accept))
     }
 }
 
@@ -212,14 +215,6 @@ fn accept_key(headers: &HeaderMap) -> Option<HeaderValue> {
         && has(header::SEC_WEBSOCKET_VERSION, "13");
     let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|_| is_handshake)?;
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).ok()
-}
-
-/// A message from a subscriber.
-#[derive(Deserialize)]
-struct FromSubscriber {
-    r#type: String,
-    #[serde(default)]
-    payload: Options,
 }
 
 /// Why a session ends.
@@ -257,6 +252,16 @@ impl End {
         }
     }
 
+    /// In version 2, the last frame, if there is something to say.
+    fn frame(&self) -> Option<WsMessage> {
+        let name = match self {
+            Self::Left | Self::Draining | Self::Silent => return None,
+            Self::Slow | Self::Ended(Ended::Behind) => "ConsumerTooSlow",
+            Self::Invalid(_) => "InvalidRequest",
+        };
+        events::error(name, &self.to_string()).ok().and_then(text)
+    }
+
     fn code(&self) -> CloseCode {
         match self {
             Self::Left | Self::Draining => CloseCode::Away,
@@ -284,15 +289,14 @@ struct Session {
     cursor: Option<u64>,
     /// Whether it may begin: no `requireHello`.
     hello: bool,
-    /// Whether it wants Zstandard frames.
-    framed: bool,
+    format: Format,
     filter: Filter,
     place: OwnedSemaphorePermit,
 }
 
 impl Session {
     async fn run(self, io: TokioIo<Upgraded>) {
-        let Self { feed, control, peer, cursor, hello, framed, filter, place } = self;
+        let Self { feed, control, peer, cursor, hello, format, filter, place } = self;
         let limits = WebSocketConfig::default()
             .max_message_size(Some(MESSAGE_BYTES))
             .max_frame_size(Some(MESSAGE_BYTES));
@@ -302,9 +306,16 @@ impl Session {
         let (tell, filters) = watch::channel(hello.then_some(filter));
         let heard = watch::Sender::new(Instant::now());
         let sink = Mutex::new(sink);
+        let numbered = matches!(format, Format::Events { .. });
+        let subscriber = Subscriber::new(Arc::clone(&feed), cursor, numbered);
         let end = tokio::select! {
-            end = listen(source, &tell, &heard) => end,
-            end = send(&sink, Subscriber::new(feed, cursor), filters, framed) => end,
+            end = listen(source, &tell, &heard, numbered) => end,
+            end = async {
+                if let Some(cursor) = cursor.filter(|_| numbered) {
+                    notice(&sink, &feed, cursor).await?;
+                }
+                Err::<Infallible, End>(send(&sink, subscriber, filters, format).await)
+            } => match end { Err(end) => end },
             end = ping(&sink, &heard) => end,
             () = control.drain_begun() => End::Draining,
         };
@@ -318,6 +329,9 @@ impl Session {
             CloseFrame { code: end.code(), reason: Utf8Bytes::from(format!("{:.120}", end.to_string())) };
         let _ = tokio::time::timeout(GOODBYE, async {
             let mut sink = sink.into_inner();
+            if let Some(last) = end.frame().filter(|_| numbered) {
+                let _ = sink.send(last).await;
+            }
             let _ = sink.send(WsMessage::Close(Some(frame))).await;
             sink.close().await
         })
@@ -326,11 +340,28 @@ impl Session {
     }
 }
 
-/// Reads what the subscriber sends: new options, and answers to pings.
+/// In version 2, says first if the cursor is not in the stream.
+async fn notice(sink: &Mutex<SplitSink<Socket, WsMessage>>, feed: &Feed, cursor: u64) -> Result<(), End> {
+    let oldest = feed.oldest().await.ok().flatten().map_or(0, jetstream::time_us);
+    let (name, message) = if cursor < oldest {
+        ("OutdatedCursor", format!("the stream begins at {oldest}: what came before is no longer there"))
+    } else if cursor / 1000 > now_ms() {
+        ("FutureCursor", "the cursor is in the future: only new events are sent".to_owned())
+    } else {
+        return Ok(());
+    };
+    if let Some(message) = events::info(name, &message).ok().and_then(text) {
+        sink.lock().await.send(message).await?;
+    }
+    Ok(())
+}
+
+/// Reads what the subscriber sends: new options, except in version 2 (`is_silent`), and answers to pings.
 async fn listen(
     mut source: SplitStream<Socket>,
     filters: &watch::Sender<Option<Filter>>,
     heard: &watch::Sender<Instant>,
+    is_silent: bool,
 ) -> End {
     loop {
         let message = match source.next().await {
@@ -339,6 +370,9 @@ async fn listen(
             Some(Ok(message)) => message,
         };
         heard.send_replace(Instant::now());
+        if is_silent && (message.is_text() || message.is_binary()) {
+            return End::Invalid("this endpoint takes no messages".to_owned());
+        }
         let WsMessage::Text(text) = message else { continue };
         let update: FromSubscriber = match serde_json::from_str(&text) {
             Ok(update) => update,
@@ -359,7 +393,7 @@ async fn send(
     sink: &Mutex<SplitSink<Socket, WsMessage>>,
     mut subscriber: Subscriber,
     mut filters: watch::Receiver<Option<Filter>>,
-    framed: bool,
+    format: Format,
 ) -> End {
     let _ = filters.wait_for(Option::is_some).await;
     loop {
@@ -371,8 +405,9 @@ async fn send(
         let mut sent = 0;
         for item in items {
             for message in &item.messages {
-                let wanted = filters.borrow().as_ref().is_some_and(|filter| filter.wants(message));
-                let Some(message) = wanted.then(|| message_of(&message.text, framed)).flatten() else {
+                let Some(message) =
+                    filters.borrow().as_ref().and_then(|filter| format.of(&item, message, filter))
+                else {
                     continue;
                 };
                 if let Err(error) = sink.feed(message).await {
@@ -388,37 +423,6 @@ async fn send(
     }
 }
 
-/// A message as it is sent. Clients that ask for compression get Zstandard frames, which every Jetstream client can read; the
-/// content is not compressed.
-fn message_of(text: &Bytes, framed: bool) -> Option<WsMessage> {
-    if framed {
-        return Some(WsMessage::Binary(zstandard_frame(text).into()));
-    }
-    // Our own JSON is UTF-8.
-    Utf8Bytes::try_from(text.clone()).ok().map(WsMessage::Text)
-}
-
-/// A Zstandard frame with this content, as it is (RFC 8878, 3.1.1: a single segment, its size, and raw blocks).
-fn zstandard_frame(content: &[u8]) -> Vec<u8> {
-    /// The largest block.
-    const BLOCK: usize = 128 << 10;
-    let mut frame = Vec::with_capacity(content.len() + 16);
-    frame.extend_from_slice(&0xFD2F_B528_u32.to_le_bytes());
-    frame.push(0b1010_0000);
-    frame.extend_from_slice(&u32::try_from(content.len()).unwrap_or(u32::MAX).to_le_bytes());
-    let mut rest = content;
-    loop {
-        let (block, after) = rest.split_at(rest.len().min(BLOCK));
-        let header = u32::from(after.is_empty()) | (block.len() as u32) << 3;
-        frame.extend_from_slice(&header.to_le_bytes()[..3]);
-        frame.extend_from_slice(block);
-        rest = after;
-        if rest.is_empty() {
-            return frame;
-        }
-    }
-}
-
 /// Asks whether the subscriber is still there.
 async fn ping(sink: &Mutex<SplitSink<Socket, WsMessage>>, heard: &watch::Sender<Instant>) -> End {
     loop {
@@ -428,21 +432,6 @@ async fn ping(sink: &Mutex<SplitSink<Socket, WsMessage>>, heard: &watch::Sender<
         }
         if let Err(error) = sink.lock().await.send(WsMessage::Ping(Bytes::new())).await {
             return error.into();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::origin::jetstream::compressed::Decompressor;
-
-    #[test]
-    fn a_frame_has_its_content() {
-        let mut decompressor = Decompressor::new(1 << 20).unwrap();
-        for length in [0, 1, 700, (128 << 10) - 1, 128 << 10, (128 << 10) + 1, 300_000] {
-            let text = "x".repeat(length);
-            assert_eq!(decompressor.text(&zstandard_frame(text.as_bytes())).unwrap(), text, "{length}");
         }
     }
 }
