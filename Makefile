@@ -28,7 +28,7 @@ bench-check: ## Count the instructions of the hot paths and compare with those n
 test: previous-release ## Run all tests, against private servers
 	./scripts/install-servers.sh pgbouncer
 	skip=; ./scripts/install-rabbitmq.sh || { skip='-- --skip amqp::'; echo 'the RabbitMQ tests are skipped' >&2; }; \
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) + 1))} cargo test --locked --no-fail-fast --features kafka $$skip
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) + 2))} cargo test --locked --no-fail-fast --features kafka $$skip
 
 test-deb: deb ## Install the package in a fresh Debian, run its units under systemd, purge it; as root, installs debootstrap
 	./scripts/test-deb.sh

@@ -15,7 +15,8 @@ END $$;
 --
 -- An operation that is older than tombstones that were deleted because of their age (standpipe.swept) may have a delete
 -- that nobody remembers. If the record has a row, that row decides. If it has none, the operation is refused. The tombstone
--- is looked up first: it can be deleted at any time, and leaves its revision behind in the same moment.
+-- is looked up first: it can be deleted at any time, and leaves its revision behind in the same moment. What the Python
+-- reader appended has no revision of its own, only a place between others (see standpipe.newer).
 CREATE OR REPLACE FUNCTION standpipe.is_dead(o standpipe.op) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     outlives boolean;
@@ -31,10 +32,10 @@ BEGIN
     IF FOUND THEN
         RETURN true;
     END IF;
-    IF outlives IS NULL AND o.rev <> '' THEN
-        PERFORM FROM standpipe.swept s
-        WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C" AND NOT EXISTS (SELECT FROM standpipe.record_rows(o.uri));
-        IF FOUND THEN
+    PERFORM FROM standpipe.swept s WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C" AND right(o.rev, 1) <> '.';
+    IF FOUND THEN
+        PERFORM FROM standpipe.record_rows(o.uri);
+        IF NOT FOUND THEN
             RAISE EXCEPTION 'the record may have been deleted' USING ERRCODE = '22S01';
         END IF;
     END IF;

@@ -124,6 +124,7 @@ BEGIN
                                   commit_rev, commit_seq, stream_ms, stream_seq)
                 SELECT o.uri, o.repo, o.subject, o.subject_cid, o.created_at, o.rev, o.seq, o.ms, o.sq
                 WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
+                  AND NOT EXISTS (SELECT FROM standpipe.swept s WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C")
                 ON CONFLICT (uri) DO NOTHING
                 -- The statement sees the table as it was before: did this account already have one for this subject?
                 RETURNING coalesce((

@@ -131,6 +131,7 @@ BEGIN
            o.body ->> 'parent_uri', o.body ->> 'parent_cid', o.body ->> 'root_uri', o.body ->> 'root_cid',
            o.body -> 'embed', o.body -> 'facets', o.created_at, o.rev, o.seq, o.ms, o.sq
     WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
+      AND NOT EXISTS (SELECT FROM standpipe.swept s WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C")
       AND NOT EXISTS (SELECT FROM thread_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.body ->> 'root_uri']))
       AND NOT EXISTS (SELECT FROM post_gates g WHERE g.post_uri = ANY (ARRAY[o.uri, o.subject]))
     ON CONFLICT (uri) DO NOTHING;

@@ -31,6 +31,7 @@ BEGIN
     INSERT INTO follows (uri, follower_did, following_did, created_at, commit_rev, commit_seq, stream_ms, stream_seq)
     SELECT o.uri, o.repo, o.subject, o.created_at, o.rev, o.seq, o.ms, o.sq
     WHERE NOT EXISTS (SELECT FROM standpipe.tombstones t WHERE t.uri IN (o.uri, o.repo))
+      AND NOT EXISTS (SELECT FROM standpipe.swept s WHERE s.did = o.repo AND s.rev > o.rev COLLATE "C")
     ON CONFLICT (uri) DO NOTHING;
     IF NOT FOUND THEN
         RETURN false;

@@ -5,7 +5,7 @@
 --   $3, $4   of follows and posts: those with a row (of likes and reposts: others.sql)
 --   $5       URIs of posts: those with a gate
 --
--- The last column: whether sequence numbers have named epochs.
+-- Of those accounts whose old tombstones are gone, also up to which revision. The last column: whether sequence numbers have named epochs.
 SELECT
     ARRAY(SELECT s.user_did::text FROM user_settings s WHERE s.user_did = ANY ($1) AND s.data_collection_forbidden
           UNION ALL
@@ -25,4 +25,6 @@ SELECT
           UNION ALL
           SELECT x.post_uri FROM unnest($5::text[]) k (uri), LATERAL (
               SELECT g.post_uri FROM post_gates g WHERE g.post_uri = k.uri OFFSET 0) x),
+    ARRAY(SELECT x.did || ' ' || x.rev FROM unnest($1::text[]) k (did), LATERAL (
+              SELECT s.did, s.rev FROM standpipe.swept s WHERE s.did = k.did OFFSET 0) x),
     EXISTS (SELECT FROM standpipe.epochs)

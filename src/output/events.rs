@@ -57,7 +57,7 @@ impl From<u64> for Numbers {
 /// A place so much earlier that numbers after this one are right.
 #[must_use]
 pub fn run_up(to: EntryId) -> EntryId {
-    EntryId { ms: to.ms.saturating_sub(RUN_UP.as_millis() as u64), seq: 0 }
+    EntryId { ms: to.ms.saturating_sub(RUN_UP.as_millis() as u64), seq: 0 }.before()
 }
 
 #[derive(Deserialize)]

@@ -1,6 +1,7 @@
 //! The settled entries, read once for all subscribers that keep up. A subscriber that is behind reads the stream itself until it
 //! has caught up.
 
+use std::borrow::Borrow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -152,41 +153,50 @@ impl Feed {
         }
     }
 
-    /// The oldest entry that is still in the stream.
-    ///
-    /// # Errors
-    ///
-    /// Redis cannot be reached.
-    pub async fn oldest(&self) -> Result<Option<EntryId>> {
-        Ok(self.redis.connect().await?.oldest_entry().await?)
-    }
-
     async fn follow(&self, delays: &mut Backoff) -> Result<()> {
         let mut stream = self.redis.connect().await?;
         let mut place = Place::Now;
         let mut pages = Pages::default();
+        // The entry after which the ring begins; until it is passed, numbers may be too small.
+        let mut start: Option<EntryId> = None;
         while self.is_read() {
             let begins = place == Place::Now;
-            let Some(items) = self.read(&mut stream, &mut place, &mut pages).await? else {
+            let items = self.read(&mut stream, &mut place, &mut pages).await?;
+            let is_lost = |items: &Vec<Item>| match start {
+                Some(start) => items.is_empty() || skips(items, start),
+                None => false,
+            };
+            let Some(mut items) = items.filter(|items| !is_lost(items)) else {
                 // Those who have read up to here find out by themselves.
-                (place, pages) = (Place::Now, Pages::default());
+                (place, pages, start) = (Place::Now, Pages::default(), None);
                 self.empty_ring();
+                tokio::time::sleep(LOOK).await;
                 continue;
             };
-            if begins && place != Place::Now {
-                place = earlier(place);
+            delays.reset();
+            if let (true, Place::Read(id)) = (begins, place) {
+                start = Some(id);
+                place = Place::Behind(events::run_up(id));
                 continue;
             }
-            delays.reset();
+            if let Some(id) = start {
+                let passed = items.last().is_some_and(|last| last.id >= id);
+                items.retain(|item| item.id > id);
+                if !passed {
+                    continue;
+                }
+                start = None;
+                lock(&self.ring).start = Some(id);
+            }
             let is_empty = items.is_empty();
             {
                 let mut ring = lock(&self.ring);
-                match (ring.start, place) {
-                    (None, Place::Read(id) | Place::Behind(id)) => {
-                        // Something before the first page may be gone, and nobody would notice.
-                        ring.start = Some(id);
-                    }
-                    _ => items.into_iter().for_each(|item| ring.push(Arc::new(item))),
+                // Nothing was there at the beginning.
+                if let (None, Place::Read(id) | Place::Behind(id)) = (ring.start, place) {
+                    ring.start = Some(id);
+                }
+                for item in items {
+                    ring.push(Arc::new(item));
                 }
             }
             if is_empty {
@@ -211,12 +221,10 @@ impl Feed {
     }
 }
 
-/// Where to begin, for the numbers to be right from here on.
-fn earlier(place: Place) -> Place {
-    match place {
-        Place::Read(id) | Place::Behind(id) => Place::Behind(events::run_up(id)),
-        Place::Now => Place::Now,
-    }
+/// Whether these items go past an entry without it: others may be gone, too.
+fn skips<I: Borrow<Item>>(items: &[I], entry: EntryId) -> bool {
+    let goes_past = items.last().is_some_and(|last| last.borrow().id >= entry);
+    goes_past && !items.iter().any(|item| item.borrow().id == entry)
 }
 
 /// Why a subscriber gets nothing more.
@@ -229,6 +237,24 @@ pub enum Ended {
     Behind,
 }
 
+/// Where a subscriber begins that needs numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Begun {
+    /// It gets no messages with lower numbers.
+    pub from: u64,
+    /// What it should know.
+    pub notice: Option<Notice>,
+}
+
+/// Why a subscriber begins somewhere else than it asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// What comes right after the cursor is no longer in the stream, or was never there.
+    OutdatedCursor,
+    /// The cursor is in the future.
+    FutureCursor,
+}
+
 /// One subscriber's place in the feed.
 pub struct Subscriber {
     number: u64,
@@ -236,7 +262,7 @@ pub struct Subscriber {
     place: Place,
     /// Whether it needs the numbers of messages.
     numbered: bool,
-    /// It gets only what comes after this entry.
+    /// It gets only what comes after this entry, which it has not passed yet.
     after: Option<EntryId>,
     /// The ring's generation when it last looked in the stream.
     generation: u64,
@@ -247,10 +273,9 @@ pub struct Subscriber {
 }
 
 impl Subscriber {
-    /// Begins at a cursor in microseconds, or with what is settled from now on. With numbers, it begins early enough for them to
-    /// be right at the cursor.
+    /// Begins at a cursor in microseconds, or with what is settled from now on.
     #[must_use]
-    pub fn new(feed: Arc<Feed>, cursor: Option<u64>, numbered: bool) -> Self {
+    pub fn new(feed: Arc<Feed>, cursor: Option<u64>) -> Self {
         let news = feed.news.subscribe();
         let number = {
             let mut subscribers = lock(&feed.subscribers);
@@ -261,12 +286,11 @@ impl Subscriber {
         };
         feed.first.notify_one();
         let place = cursor.map_or(Place::Now, |cursor| Place::Behind(jetstream::before_cursor(cursor)));
-        let place = if numbered { earlier(place) } else { place };
         Self {
             number,
             feed,
             place,
-            numbered,
+            numbered: false,
             after: None,
             generation: 0,
             news,
@@ -274,6 +298,42 @@ impl Subscriber {
             pages: Pages::default(),
             delays: Backoff::default(),
         }
+    }
+
+    /// Begins early enough for the numbers of messages to be right: at this one, or with what is settled from now on. Waits until
+    /// Redis answers.
+    pub async fn begin(&mut self, cursor: Option<u64>) -> Begun {
+        self.numbered = true;
+        self.place = Place::Now;
+        let Some(cursor) = cursor else { return Begun::default() };
+        loop {
+            match self.find(cursor).await {
+                Ok(begun) => return begun,
+                Err(_) => tokio::time::sleep(self.delays.pause()).await,
+            }
+        }
+    }
+
+    async fn find(&mut self, cursor: u64) -> Result<Begun> {
+        let feed = Arc::clone(&self.feed);
+        let mut stream = feed.redis.reuse(&mut self.stream).await?;
+        let tip = stream.last_entry(None).await?.unwrap_or_default();
+        let wanted = jetstream::before_cursor(cursor);
+        let begun = if events::run_up(wanted) > tip {
+            Begun { from: 0, notice: Some(Notice::FutureCursor) }
+        } else {
+            let early = events::run_up(wanted.min(tip));
+            let anchor = stream.last_entry(Some(early)).await?;
+            self.place = anchor.map_or(Place::Behind(early), Place::Read);
+            match anchor {
+                Some(_) => Begun { from: cursor, notice: None },
+                None if stream.is_whole().await? => Begun { from: cursor, notice: None },
+                None => Begun { from: 0, notice: Some(Notice::OutdatedCursor) },
+            }
+        };
+        self.stream = Some(stream);
+        self.delays.reset();
+        Ok(begun)
     }
 
     /// The next items; at least one. Waits until there is one.
@@ -285,6 +345,12 @@ impl Subscriber {
         loop {
             let mut items = self.wait().await?;
             if let Some(after) = self.after {
+                if skips(&items, after) {
+                    return Err(Ended::Behind);
+                }
+                if items.last().is_some_and(|last| last.id >= after) {
+                    self.after = None;
+                }
                 items.retain(|item| item.id > after);
             }
             if let Some(last) = items.last() {
@@ -329,12 +395,9 @@ impl Subscriber {
         let mut place = self.place;
         let generation = lock(&self.feed.ring).generation;
         let items = self.feed.read(&mut stream, &mut place, &mut self.pages).await?;
-        if self.numbered
-            && self.place == Place::Now
-            && let Place::Read(id) | Place::Behind(id) = place
-        {
+        if let (true, Place::Now, Place::Read(id)) = (self.numbered, self.place, place) {
             self.after = Some(id);
-            place = earlier(place);
+            place = Place::Behind(events::run_up(id));
         }
         self.place = place;
         self.generation = generation;

@@ -143,8 +143,7 @@ impl Session {
     /// Applies events with a single message, as long as none is refused.
     async fn apply_each(&self, events: &[&Event<'_>]) -> Result<Vec<Outcome>, StoreError> {
         let statement = self.in_time(self.client.prepare_cached(APPLY_EACH)).await?;
-        let calls: Vec<Call<'_>> =
-            events.iter().map(|event| plan::fast(event, &self.known, &self.old)).collect();
+        let calls: Vec<Call<'_>> = events.iter().map(|event| plan::fast(event, &self.known)).collect();
         let row = self.in_time(self.client.query_one(&statement, &[&calls, &Vec::<bool>::new()])).await?;
         let answers: Vec<bool> = row.get(0);
         let mut rest = answers.as_slice();

@@ -30,9 +30,7 @@ use std::time::{Duration, Instant};
 use deadpool_postgres::{Hook, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
 
 use crate::config::{Config, DatabaseUrl};
-use crate::event::tid_text;
 use crate::metrics;
-use crate::time::now_ms;
 use error::hook_error;
 use known::KnownAccounts;
 use session::{Cancel, Lent};
@@ -53,8 +51,6 @@ pub struct Store {
     pool: Pool,
     known: Arc<KnownAccounts>,
     answer_limit: Duration,
-    /// `TOMBSTONE_RETENTION`.
-    tombstone_retention: Duration,
     /// Cancels the work of a discarded connection.
     cancel: Arc<Cancel>,
 }
@@ -103,13 +99,7 @@ impl Store {
                 recycle: Some(Duration::from_secs(5)),
             })
             .build()?;
-        Ok(Self {
-            pool,
-            known: Arc::default(),
-            answer_limit: timeout + ANSWER_MARGIN,
-            tombstone_retention: config.tombstone_retention,
-            cancel,
-        })
+        Ok(Self { pool, known: Arc::default(), answer_limit: timeout + ANSWER_MARGIN, cancel })
     }
 
     /// A connection out of the pool.
@@ -131,8 +121,6 @@ impl Store {
             },
             known: Arc::clone(&self.known),
             answer_limit: self.answer_limit,
-            // Half of it, whatever the clocks of others say.
-            old: rev_before(self.tombstone_retention / 2),
         };
         if uses >= 8 && uses.is_power_of_two() {
             // Plans are kept, and one made while a table was empty is often wrong a second later.
@@ -194,11 +182,6 @@ impl Store {
         self.pool.close();
         self.cancel.ended().await;
     }
-}
-
-/// The revision of a commit that was made so long ago.
-fn rev_before(age: Duration) -> String {
-    tid_text(now_ms().saturating_sub(age.as_millis() as u64).saturating_mul(1000) << 10)
 }
 
 /// The driver's options from the operator's URL. Our own settings are not among them, because poolers refuse or drop

@@ -24,8 +24,6 @@ pub struct Session {
     pub(super) client: Lent,
     pub(super) known: Arc<KnownAccounts>,
     pub(super) answer_limit: Duration,
-    /// What has an older revision may have had a tombstone that is gone by now: it takes no fast path.
-    pub(super) old: String,
 }
 
 impl Session {

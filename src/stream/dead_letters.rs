@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::Stream;
 use super::append::NewLetter;
-use crate::event::{Entry, EntryId, InvalidEntryId, Reject, Rejected};
+use crate::event::{Entry, EntryId, InvalidEntryId, Reason, Reject, Rejected};
 
 static SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("dead_letter.lua")));
 /// The most entries that outputs can be told about; see settled.lua.
@@ -249,8 +249,10 @@ impl Stream {
             let Some(last) = page.last() else { return Ok(oldest) };
             from = format!("({}", last.id);
             for letter in &page {
-                // A task has no tombstone.
-                if letter.get::<String>("task").is_some() {
+                // Tombstones decide neither about tasks nor about what is older than those that are gone.
+                let is_too_old =
+                    letter.get("reason").is_some_and(|reason: String| reason == Reason::TooOld.name());
+                if is_too_old || letter.get::<String>("task").is_some() {
                     continue;
                 }
                 let source: Option<String> = letter.get("source_id");

@@ -1,5 +1,6 @@
 //! Reading what the group has applied, without being part of it.
 
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use redis::streams::StreamRangeReply;
@@ -33,19 +34,33 @@ pub struct Settled {
 }
 
 impl Stream {
-    /// The oldest entry that is still there.
+    /// The last entry; or the last one up to this id.
     ///
     /// # Errors
     ///
     /// Redis cannot be reached.
-    pub async fn oldest_entry(&mut self) -> RedisResult<Option<EntryId>> {
+    pub async fn last_entry(&mut self, until: Option<EntryId>) -> RedisResult<Option<EntryId>> {
         let Self { connection, keys } = self;
-        let first: StreamRangeReply = redis::cmd("XRANGE")
+        let until = until.map_or("+".to_owned(), |id| id.to_string());
+        let last: StreamRangeReply = redis::cmd("XREVRANGE")
             .arg(&keys.stream)
-            .arg(&["-", "+", "COUNT", "1"])
+            .arg(&[&*until, "-", "COUNT", "1"])
             .query_async(connection)
             .await?;
-        Ok(first.ids.first().and_then(|entry| entry.id.parse().ok()))
+        Ok(last.ids.first().and_then(|entry| entry.id.parse().ok()))
+    }
+
+    /// Whether nothing was ever removed, as far as the server tells (Redis 7.0).
+    ///
+    /// # Errors
+    ///
+    /// Redis cannot be reached.
+    pub async fn is_whole(&mut self) -> RedisResult<bool> {
+        let Self { connection, keys } = self;
+        let info: HashMap<String, Value> =
+            redis::cmd("XINFO").arg("STREAM").arg(&keys.stream).query_async(connection).await?;
+        let (length, added) = (info.get("length"), info.get("entries-added"));
+        Ok(length.is_some() && length == added)
     }
 
     /// Forgets what was refused of entries that are no longer in the stream.
@@ -54,8 +69,13 @@ impl Stream {
     ///
     /// Redis cannot be reached.
     pub async fn forget_refused(&mut self) -> RedisResult<()> {
-        let first = self.oldest_entry().await?;
         let Self { connection, keys } = self;
+        let first: StreamRangeReply = redis::cmd("XRANGE")
+            .arg(&keys.stream)
+            .arg(&["-", "+", "COUNT", "1"])
+            .query_async(connection)
+            .await?;
+        let first = first.ids.first().and_then(|entry| entry.id.parse::<EntryId>().ok());
         let mut cursor = 0;
         loop {
             let (next, page) = super::page::<String>(connection, &keys.refused, cursor).await?;

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use standpipe_lab::simulate::NetworkOptions;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use crate::subscribe::{expected, serving};
 use crate::support::chain::{Program, RUN, SOON, STREAM, network, redis_command};
-use crate::support::{traffic, wait_for};
+use crate::support::{Signal, traffic, wait_for};
 
 const NAME: &str = "network.bsky.jetstream.subscribeEvents";
 
@@ -99,8 +100,6 @@ async fn every_event_has_a_number_of_its_own_wherever_one_begins() {
     let wanted = expected(&traffic::events(&options)).len() + 5_000;
 
     let mut first = connect(http, "cursor=1").await.unwrap();
-    // The stream has never been trimmed, but who could tell?
-    assert_eq!(name(&next(&mut first).await.unwrap()), "#info OutdatedCursor");
     let all = take(&mut first, wanted).await;
     assert_eq!(take(&mut live, 5_000).await, all[wanted - 5_000..], "those who were there see the same");
     let numbers: Vec<u64> = all.iter().map(|frame| seq(frame)).collect();
@@ -118,6 +117,19 @@ async fn every_event_has_a_number_of_its_own_wherever_one_begins() {
         let frames = take(&mut again, (wanted - place).min(300)).await;
         assert_eq!(frames, all[place..place + frames.len()], "from {place}");
     }
+    // Where the run-up is gone, numbers may change: whoever comes back is told, and gets all that is left.
+    let ids: Vec<(String, redis::Value)> =
+        redis_command(&chain.redis, &["XREVRANGE", STREAM, "+", "-", "COUNT", "60"]).await;
+    let _: u64 = redis_command(&chain.redis, &["XTRIM", STREAM, "MINID", "=", &ids[59].0]).await;
+    let mut edge = connect(http, &format!("cursor={}", numbers[wanted - 1])).await.unwrap();
+    assert_eq!(name(&next(&mut edge).await.unwrap()), "#info OutdatedCursor");
+    let left = take(&mut edge, 3_000).await;
+    let content = |frame: &String| {
+        let payload = payload(frame);
+        format!("{} {}", payload["did"], payload["rkey"])
+    };
+    let wanted: Vec<String> = all[wanted - 3_000..].iter().map(content).collect();
+    assert_eq!(left.iter().map(content).collect::<Vec<_>>(), wanted);
     drop(program);
 }
 
@@ -125,11 +137,10 @@ async fn every_event_has_a_number_of_its_own_wherever_one_begins() {
 async fn filters_notices_and_errors_are_those_of_version_2() {
     let options = NetworkOptions { accounts: 50, events: 1_000, deletions: true, ..network(6) };
     let (chain, variables, http) = serving(&options).await;
-    let _program = Program::start("run", &variables.with("STREAM_KEEP", "1h")).await;
+    let program = Program::start("run", &variables.with("STREAM_KEEP", "1h")).await;
     chain.finished().await;
     let wanted = expected(&traffic::events(&options)).len();
     let mut all = connect(http, "cursor=1").await.unwrap();
-    next(&mut all).await.unwrap();
     let all = take(&mut all, wanted).await;
     let did = payload(&all[0])["did"].as_str().unwrap().to_owned();
     let start = seq(&all[0]);
@@ -158,6 +169,20 @@ async fn filters_notices_and_errors_are_those_of_version_2() {
     assert_eq!(next(&mut connect(http, &query).await.unwrap()).await.unwrap().len(), small);
     let mut future = connect(http, "cursor=4000000000000000").await.unwrap();
     assert_eq!(name(&next(&mut future).await.unwrap()), "#info FutureCursor");
+    let mut live = connect(http, "").await.unwrap();
+    wait_for("the subscribers to be there", SOON, async || {
+        match program.metric("standpipe_subscribers").await {
+            2.0.. => Ok(()),
+            other => Err(other.to_string()),
+        }
+    })
+    .await;
+    let data = r#"{"did":"did:plc:new","handle":"new.test","time":"2026-11-21T04:17:51.287Z"}"#;
+    let words = ["XADD", STREAM, "*", "type", "identity", "data", data, "seq", ""];
+    let _: String = redis_command(&chain.redis, &words).await;
+    let new = next(&mut future).await.unwrap();
+    assert_eq!(payload(&new)["did"], "did:plc:new");
+    assert_eq!(next(&mut live).await.unwrap(), new);
 
     for (query, message) in [
         ("wantedDids=did:plc:a", "wantedDids belongs to /subscribe"),
@@ -167,6 +192,7 @@ async fn filters_notices_and_errors_are_those_of_version_2() {
         ("dids=alice", "alice is not a DID"),
         ("zstdDictionary=7", "does not compress"),
         ("cursor=x", "cursor: x is not a number"),
+        ("maxMessageSizeBytes=-1", "is not between 0 and 4294967295"),
     ] {
         let (code, answer) = connect(http, query).await.unwrap_err();
         assert_eq!((code, answer["error"].as_str()), (400, Some("InvalidRequest")), "{query}");
@@ -180,6 +206,17 @@ async fn filters_notices_and_errors_are_those_of_version_2() {
         json!({"$type": "error", "error": "InvalidRequest", "message": "this endpoint takes no messages"})
     );
     assert_eq!(next(&mut talks).await.unwrap_err(), "this endpoint takes no messages");
+    // Clients take "away" for the end.
+    program.signal(Signal::Term);
+    let close = loop {
+        if let Message::Close(frame) = live.next().await.unwrap().unwrap() {
+            break frame.unwrap();
+        }
+    };
+    assert_eq!(
+        (close.code, &*close.reason),
+        (CloseCode::Restart, "the server is draining: reconnect with the last cursor")
+    );
 }
 
 /// A client from `PyPI`. `make test-clients` installs it and runs this.
@@ -192,7 +229,6 @@ async fn a_client_for_version_2_connects_unchanged() {
     chain.finished().await;
     let wanted = expected(&traffic::events(&options)).len();
     let mut all = connect(http, "cursor=1").await.unwrap();
-    next(&mut all).await.unwrap();
     let all = take(&mut all, wanted).await;
     let count = |kind: &str, collection: &str, operation: &str| {
         all.iter()

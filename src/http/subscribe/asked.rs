@@ -17,11 +17,12 @@ pub(super) enum Version {
 /// What the URL asks for.
 #[derive(Debug)]
 pub(super) struct Asked {
-    pub(super) filter: Filter,
     pub(super) cursor: Option<u64>,
     pub(super) require_hello: bool,
     pub(super) compress: bool,
     pub(super) token: Option<String>,
+    options: Options,
+    kinds: Vec<&'static str>,
 }
 
 impl Asked {
@@ -32,25 +33,27 @@ impl Asked {
     /// What is wrong with it, in words.
     pub(super) fn read(version: Version, query: &str) -> Result<Self, String> {
         let mut asked = Self {
-            filter: Filter::default(),
             cursor: None,
             require_hello: false,
             compress: false,
             token: None,
+            options: Options::default(),
+            kinds: Vec::new(),
         };
-        let mut options = Options::default();
-        let mut kinds = Vec::new();
         for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
             let number = || value.parse::<i64>().map_err(|_| format!("{name}: {value:.50} is not a number"));
             match (version, &*name) {
                 (Version::One, "wantedCollections") | (Version::Two, "collections") => {
-                    options.wanted_collections.push(value.into_owned());
+                    asked.options.wanted_collections.push(value.into_owned());
                 }
                 (Version::One, "wantedDids") | (Version::Two, "dids") => {
-                    options.wanted_dids.push(value.into_owned());
+                    asked.options.wanted_dids.push(value.into_owned());
                 }
-                (Version::Two, "kinds") => kinds.push(kind(&value)?),
-                (_, "maxMessageSizeBytes") => options.max_message_size_bytes = number()?,
+                (Version::Two, "kinds") => asked.kinds.push(kind(&value)?),
+                (Version::Two, "maxMessageSizeBytes") if u32::try_from(number()?).is_err() => {
+                    return Err(format!("{name}: {value:.50} is not between 0 and 4294967295"));
+                }
+                (_, "maxMessageSizeBytes") => asked.options.max_message_size_bytes = number()?,
                 // Before there was anything is the beginning.
                 (_, "cursor") => asked.cursor = Some(u64::try_from(number()?).unwrap_or(0)),
                 (Version::One, "requireHello") => asked.require_hello = value == "true",
@@ -66,11 +69,20 @@ impl Asked {
                 _ => {}
             }
         }
+        Ok(asked)
+    }
+
+    /// The filter that it asks for.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it, in words.
+    pub(super) fn filter(&mut self) -> Result<Filter, String> {
+        let (options, kinds) = (std::mem::take(&mut self.options), std::mem::take(&mut self.kinds));
         if !options.wanted_collections.is_empty() && !kinds.is_empty() && !kinds.contains(&"commit") {
             return Err("collections: only commits have one, and `kinds` leaves them out".to_owned());
         }
-        asked.filter = Filter::new(options)?.of_kinds(kinds);
-        Ok(asked)
+        Ok(Filter::new(options)?.of_kinds(kinds))
     }
 }
 

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use tokio_tungstenite::tungstenite::{Message as WsMessage, Utf8Bytes};
 
 use crate::output::events;
+use crate::output::feed::Notice;
 use crate::output::filter::Filter;
 use crate::output::jetstream::Message;
 use crate::output::messages::Item;
@@ -40,6 +41,18 @@ impl Format {
             }
         }
     }
+}
+
+/// What a subscriber should know before the first message.
+pub(super) fn notice(notice: Notice) -> Option<WsMessage> {
+    let (name, message) = match notice {
+        Notice::OutdatedCursor => (
+            "OutdatedCursor",
+            "the stream does not reach back so far: events may be missing before the next one",
+        ),
+        Notice::FutureCursor => ("FutureCursor", "the cursor is in the future: only new events are sent"),
+    };
+    events::info(name, message).ok().and_then(text)
 }
 
 /// Our own JSON is UTF-8.

@@ -34,10 +34,9 @@ use super::{Server, bearer};
 use crate::config::{AccessToken, Config};
 use crate::control::Control;
 use crate::metrics;
+use crate::output::events;
 use crate::output::feed::{Ended, Feed, Subscriber};
 use crate::output::filter::Filter;
-use crate::output::{events, jetstream};
-use crate::time::now_ms;
 use asked::{Asked, FromSubscriber, Version};
 use frame::{Format, text};
 
@@ -122,7 +121,7 @@ async fn subscribe(version: Version, server: &Server, request: Request) -> Respo
             "this process does not serve subscribers: run standpipe run or worker with SUBSCRIBE=on",
         );
     };
-    let (asked, accept) = match outlet.understand(version, &request) {
+    let (asked, filter, accept) = match outlet.understand(version, &request) {
         Ok(understood) => understood,
         Err(answer) => return answer,
     };
@@ -144,9 +143,9 @@ async fn subscribe(version: Version, server: &Server, request: Request) -> Respo
         format: match version {
             Version::One if asked.compress => Format::Framed,
             Version::One => Format::Plain,
-            Version::Two => Format::Events { from: asked.cursor.unwrap_or(0) },
+            Version::Two => Format::Events { from: 0 },
         },
-        filter: asked.filter,
+        filter,
         place,
     };
     let offered = request.headers().get(header::SEC_WEBSOCKET_PROTOCOL).and_then(|value| value.to_str().ok());
@@ -174,7 +173,11 @@ async fn subscribe(version: Version, server: &Server, request: Request) -> Respo
 impl Outlet {
     /// What a request asks for, and the answer to its handshake.
     #[expect(clippy::result_large_err, reason = "the error is the answer")]
-    fn understand(&self, version: Version, request: &Request) -> Result<(Asked, HeaderValue), Response> {
+    fn understand(
+        &self,
+        version: Version,
+        request: &Request,
+    ) -> Result<(Asked, Filter, HeaderValue), Response> {
         let headers = request.headers();
         let mut asked = Asked::read(version, request.uri().query().unwrap_or_default())
             .map_err(|message| refuse(version, StatusCode::BAD_REQUEST, &message))?;
@@ -193,12 +196,13 @@ impl Outlet {
             return Err(refuse(version, StatusCode::FORBIDDEN, message));
         }
         asked.compress |= headers.get("socket-encoding").is_some_and(|value| value == "zstd");
+        let filter = asked.filter().map_err(|message| refuse(version, StatusCode::BAD_REQUEST, &message))?;
         let accept = accept_key(headers).ok_or_else(|| {
             let headers = [(header::UPGRADE, "websocket"), (header::SEC_WEBSOCKET_VERSION, "13")];
             let message = "this endpoint speaks WebSocket: connect with ws:// or wss://";
             (headers, refuse(version, StatusCode::UPGRADE_REQUIRED, message)).into_response()
         })?;
-        Ok((asked, accept))
+        Ok((asked, filter, accept))
     }
 }
 
@@ -262,8 +266,10 @@ impl End {
         events::error(name, &self.to_string()).ok().and_then(text)
     }
 
-    fn code(&self) -> CloseCode {
+    /// Clients for version 2 take "away" for the end, and do not come back.
+    fn code(&self, is_version_2: bool) -> CloseCode {
         match self {
+            Self::Draining if is_version_2 => CloseCode::Restart,
             Self::Left | Self::Draining => CloseCode::Away,
             Self::Invalid(_) | Self::Slow | Self::Silent | Self::Ended(_) => CloseCode::Policy,
         }
@@ -307,15 +313,10 @@ impl Session {
         let heard = watch::Sender::new(Instant::now());
         let sink = Mutex::new(sink);
         let numbered = matches!(format, Format::Events { .. });
-        let subscriber = Subscriber::new(Arc::clone(&feed), cursor, numbered);
+        let subscriber = Subscriber::new(feed, cursor);
         let end = tokio::select! {
             end = listen(source, &tell, &heard, numbered) => end,
-            end = async {
-                if let Some(cursor) = cursor.filter(|_| numbered) {
-                    notice(&sink, &feed, cursor).await?;
-                }
-                Err::<Infallible, End>(send(&sink, subscriber, filters, format).await)
-            } => match end { Err(end) => end },
+            Err(end) = send(&sink, subscriber, filters, format, cursor) => end,
             end = ping(&sink, &heard) => end,
             () = control.drain_begun() => End::Draining,
         };
@@ -325,35 +326,19 @@ impl Session {
         } else {
             info!(peer, reason = %end, "a subscriber was disconnected");
         }
-        let frame =
-            CloseFrame { code: end.code(), reason: Utf8Bytes::from(format!("{:.120}", end.to_string())) };
+        let code = end.code(numbered);
+        let goodbye = CloseFrame { code, reason: Utf8Bytes::from(format!("{:.120}", end.to_string())) };
         let _ = tokio::time::timeout(GOODBYE, async {
             let mut sink = sink.into_inner();
             if let Some(last) = end.frame().filter(|_| numbered) {
                 let _ = sink.send(last).await;
             }
-            let _ = sink.send(WsMessage::Close(Some(frame))).await;
+            let _ = sink.send(WsMessage::Close(Some(goodbye))).await;
             sink.close().await
         })
         .await;
         drop(place);
     }
-}
-
-/// In version 2, says first if the cursor is not in the stream.
-async fn notice(sink: &Mutex<SplitSink<Socket, WsMessage>>, feed: &Feed, cursor: u64) -> Result<(), End> {
-    let oldest = feed.oldest().await.ok().flatten().map_or(0, jetstream::time_us);
-    let (name, message) = if cursor < oldest {
-        ("OutdatedCursor", format!("the stream begins at {oldest}: what came before is no longer there"))
-    } else if cursor / 1000 > now_ms() {
-        ("FutureCursor", "the cursor is in the future: only new events are sent".to_owned())
-    } else {
-        return Ok(());
-    };
-    if let Some(message) = events::info(name, &message).ok().and_then(text) {
-        sink.lock().await.send(message).await?;
-    }
-    Ok(())
 }
 
 /// Reads what the subscriber sends: new options, except in version 2 (`is_silent`), and answers to pings.
@@ -393,14 +378,19 @@ async fn send(
     sink: &Mutex<SplitSink<Socket, WsMessage>>,
     mut subscriber: Subscriber,
     mut filters: watch::Receiver<Option<Filter>>,
-    format: Format,
-) -> End {
+    mut format: Format,
+    cursor: Option<u64>,
+) -> Result<Infallible, End> {
+    if let Format::Events { from } = &mut format {
+        let begun = subscriber.begin(cursor).await;
+        *from = begun.from;
+        if let Some(notice) = begun.notice.and_then(frame::notice) {
+            sink.lock().await.send(notice).await?;
+        }
+    }
     let _ = filters.wait_for(Option::is_some).await;
     loop {
-        let items = match subscriber.next().await {
-            Ok(items) => items,
-            Err(ended) => return ended.into(),
-        };
+        let items = subscriber.next().await?;
         let mut sink = sink.lock().await;
         let mut sent = 0;
         for item in items {
@@ -410,15 +400,11 @@ async fn send(
                 else {
                     continue;
                 };
-                if let Err(error) = sink.feed(message).await {
-                    return error.into();
-                }
+                sink.feed(message).await?;
                 sent += 1;
             }
         }
-        if let Err(error) = sink.flush().await {
-            return error.into();
-        }
+        sink.flush().await?;
         metrics::count(metrics::SUBSCRIBER_MESSAGES, sent);
     }
 }

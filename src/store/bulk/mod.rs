@@ -88,7 +88,7 @@ impl Session {
         .await;
         began?;
         locked?;
-        sorted.settle(&self.look(sorted).await?, &self.old);
+        sorted.settle(&self.look(sorted).await?);
         let sorted = &*sorted;
         let mut deltas = Deltas::new();
         self.in_time(self.client.batch_execute("SAVEPOINT part")).await?;
@@ -167,7 +167,15 @@ impl Session {
             .await?;
         let row = rows.first().ok_or_else(too_few)?;
         let set = |index| row.get::<_, Vec<String>>(index).into_iter().collect();
-        Ok(Found { accounts: set(0), records: set(1), gates: set(2), has_epochs: row.get(3) })
+        let swept: Vec<String> = row.get(3);
+        let swept = swept.iter().filter_map(|pair| pair.split_once(' '));
+        Ok(Found {
+            accounts: set(0),
+            records: set(1),
+            gates: set(2),
+            swept: swept.map(|(did, rev)| (did.to_owned(), rev.to_owned())).collect(),
+            has_epochs: row.get(4),
+        })
     }
 
     /// Deletes records, with a tombstone for each. Returns the URIs of those that were there.

@@ -41,6 +41,8 @@ pub(super) struct Found {
     pub(super) records: HashSet<String>,
     /// Posts with a gate.
     pub(super) gates: HashSet<String>,
+    /// By account, the revision up to which tombstones are gone.
+    pub(super) swept: HashMap<String, String>,
     /// Whether sequence numbers have named epochs: numbers without one must be given theirs.
     pub(super) has_epochs: bool,
 }
@@ -76,9 +78,8 @@ impl<'e, 'a> Sorted<'e, 'a> {
         Self { events, ways: ways.collect() }
     }
 
-    /// Sorts again by what is there, and by what else is in the batch. What has an older revision than `old` may have had a
-    /// tombstone that is gone.
-    pub(super) fn settle(&mut self, found: &Found, old: &str) {
+    /// Sorts again by what is there, and by what else is in the batch.
+    pub(super) fn settle(&mut self, found: &Found) {
         for (event, ways) in self.events.iter().zip(&mut self.ways) {
             let Some(of_each) = ways else { continue };
             let unplaced =
@@ -87,7 +88,7 @@ impl<'e, 'a> Sorted<'e, 'a> {
                 |op: &Op<'_>| op.kind == Kind::Post && gated(op).any(|post| found.gates.contains(post));
             if unplaced || event.ops.iter().any(has_gates) {
                 *ways = None;
-            } else if found.accounts.contains(&*event.repo) || event.version.is_older_than(old) {
+            } else if found.accounts.contains(&*event.repo) {
                 // Not everything of an account that opted out or was deleted is stored or shown.
                 of_each.fill(Way::Change);
             }
@@ -104,8 +105,9 @@ impl<'e, 'a> Sorted<'e, 'a> {
             pairs.get(&(op.kind, &event.repo, subject)).is_some_and(|count| *count > 1)
         };
         for (event, ways) in self.events.iter().zip(&mut self.ways) {
+            let is_old = found.swept.get(&*event.repo).is_some_and(|rev| event.version.is_older_than(rev));
             for (op, way) in event.ops.iter().zip(ways.iter_mut().flatten()) {
-                if *way == Way::Insert && (found.records.contains(&op.uri) || again(event, op)) {
+                if *way == Way::Insert && (is_old || found.records.contains(&op.uri) || again(event, op)) {
                     *way = Way::Change;
                 }
             }
