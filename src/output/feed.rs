@@ -18,7 +18,7 @@ use crate::status::SubscribersReport;
 use crate::store::Store;
 use crate::stream::settled::Place;
 use crate::stream::{Redis, Stream};
-use crate::time::Backoff;
+use crate::time::{Backoff, now_ms};
 
 /// The most bytes of messages that are kept for those who keep up.
 const RING_BYTES: usize = 4 << 20;
@@ -320,7 +320,13 @@ impl Subscriber {
         let tip = stream.last_entry(None).await?.unwrap_or_default();
         let wanted = jetstream::before_cursor(cursor);
         let begun = if events::run_up(wanted) > tip {
-            Begun { from: 0, notice: Some(Notice::FutureCursor) }
+            let notice = match tip {
+                _ if wanted.ms > now_ms() => Some(Notice::FutureCursor),
+                // Whatever there was is gone.
+                EntryId { ms: 0, .. } => Some(Notice::OutdatedCursor),
+                _ => None,
+            };
+            Begun { from: 0, notice }
         } else {
             let early = events::run_up(wanted.min(tip));
             let anchor = stream.last_entry(Some(early)).await?;
