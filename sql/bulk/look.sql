@@ -5,7 +5,8 @@
 --   $3, $4   of follows and posts: those with a row (of likes and reposts: others.sql)
 --   $5       URIs of posts: those with a gate
 --
--- Of those accounts whose old tombstones are gone, also up to which revision. The last column: whether sequence numbers have named epochs.
+-- The last columns: of the accounts whose old tombstones are gone, up to which revision; and whether sequence numbers have
+-- named epochs.
 SELECT
     ARRAY(SELECT s.user_did::text FROM user_settings s WHERE s.user_did = ANY ($1) AND s.data_collection_forbidden
           UNION ALL

@@ -70,7 +70,7 @@ pub struct Which {
     /// With this text in the message, the record, the repository or an id; case does not matter
     #[arg(long)]
     text: Option<String>,
-    /// Tried within this time, such as 1h or 2d
+    /// Only those last tried no longer ago than this, such as 1h or 2d
     #[arg(long, value_parser = humantime::parse_duration)]
     since: Option<Duration>,
 }

@@ -33,7 +33,7 @@ pub struct Options {
     /// The file is a repository archive (CAR), as returned by getRepo: send its records
     #[arg(long)]
     car: bool,
-    /// Wait until the events of each request are in the tables, at most 25 seconds; exit 1 if they are not
+    /// After each request, wait up to 25 seconds until its events are in the tables; exit 1 if some are not in time or become dead letters
     #[arg(long)]
     wait: bool,
     /// Address of the process, host:port; default: `HTTP_ADDR`

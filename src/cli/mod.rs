@@ -27,8 +27,8 @@ pub const EX_USAGE: u8 = 64;
 /// A required service cannot be reached (sysexits.h).
 pub const EX_UNAVAILABLE: u8 = 69;
 
-/// The AT Protocol firehose into a Redis stream and, through N consumer-group pipelines, into PostgreSQL: one
-/// transaction per event, nothing lost, nothing counted twice.
+/// Reads the AT Protocol firehose into a Redis stream and applies it to PostgreSQL with N consumer-group pipelines: nothing lost,
+/// nothing counted twice.
 ///
 /// Settings come from the environment; `standpipe help-env` lists them.
 #[derive(Debug, Parser)]
@@ -40,11 +40,11 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Reader and pipelines in one process
+    /// Run the reader and the pipelines in one process
     Run,
-    /// Only the reader: relay -> Redis stream
+    /// Run only the reader: relay -> Redis stream
     Reader,
-    /// Only the pipelines: Redis stream -> PostgreSQL
+    /// Run only the pipelines: Redis stream -> PostgreSQL
     Worker,
     /// Create or upgrade the tables while others work with them (also done at start unless `AUTO_MIGRATE=false`)
     Migrate(migrate::Options),
@@ -54,14 +54,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Stream, group, pipelines, waiting and pending entries, dead letters
+    /// Show the state of the stream, group and pipelines, waiting and pending entries, and dead letters
     Status(status::Options),
     /// Inspect, retry or purge events that could not be applied
     DeadLetters {
         #[command(subcommand)]
         action: dead_letters::Action,
     },
-    /// List, show, queue or retry repositories that are compared with their accounts' servers and repaired
+    /// List, show, verify, add or retry repositories, which are compared with their accounts' servers and repaired
     Repos {
         #[command(subcommand)]
         action: repos::Action,

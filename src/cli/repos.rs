@@ -38,7 +38,7 @@ pub enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Show how much is known to be there of some accounts: unseen, proven (every commit since the first one seen), or whole
+    /// Show how complete accounts are: unseen, proven (every commit since the first one seen), whole (compared), or to be compared
     Show {
         /// The accounts
         #[arg(required = true, value_name = "DID")]
@@ -62,7 +62,7 @@ pub enum Action {
         #[arg(required = true, value_name = "DID")]
         dids: Vec<String>,
     },
-    /// Queue those again that were given up
+    /// Queue again the repositories in state error
     Retry,
 }
 

@@ -18,7 +18,8 @@ use super::unavailable;
 /// What to do with them.
 #[derive(Debug, Subcommand)]
 pub enum Action {
-    /// List tasks, the newest first: waiting, running, retrying (to be tried again), done or failed
+    /// List tasks: first those that are waiting, then those running or retrying, then those done or failed; the newest first in
+    /// each of these groups
     List {
         /// Only those in this state
         #[arg(long, value_parser = PossibleValuesParser::new(STATES))]

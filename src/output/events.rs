@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::jetstream::{Message, time_us};
-use crate::event::{Entry, EntryId};
+use crate::event::EntryId;
 
 /// How much earlier to begin to read than the first number that matters. Two million operations that are appended in one moment
 /// have numbers that reach so far.
@@ -32,18 +32,10 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// The numbers of an entry's operations.
-    pub fn of(&mut self, entry: &Entry) -> Range<u64> {
-        #[derive(Deserialize)]
-        struct Operations {
-            ops: Vec<serde::de::IgnoredAny>,
-        }
-        let count = match entry.event_type.as_str() {
-            "commit" => serde_json::from_str(&entry.data).map_or(0, |Operations { ops }| ops.len()),
-            _ => 1,
-        };
-        let first = time_us(entry.id).max(self.next);
-        self.next = first + (count as u64).max(1);
+    /// The numbers of an entry's operations; one without operations has a number, too.
+    pub fn of(&mut self, entry: EntryId, operations: usize) -> Range<u64> {
+        let first = time_us(entry).max(self.next);
+        self.next = first + (operations as u64).max(1);
         first..self.next
     }
 }
@@ -164,23 +156,19 @@ fn rfc3339(time_us: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Entry;
     use crate::output::jetstream::{Forbidden, messages};
     use crate::stream::settled::Settled;
-
-    fn entry(ms: u64, seq: u64, ops: usize) -> Entry {
-        let op = r#"{"action":"create","path":"a.b/1","record":{"x":1}}"#;
-        let data = format!(r#"{{"repo":"did:plc:a","rev":"3l","ops":[{}]}}"#, vec![op; ops].join(","));
-        Entry { id: EntryId { ms, seq }, event_type: "commit".into(), data, seq: String::new() }
-    }
 
     #[test]
     fn numbers_grow_and_do_not_depend_on_where_one_begins() {
         // A burst of 2,500 operations in one millisecond reaches into the third one.
-        let mut entries: Vec<Entry> = (0..50).map(|seq| entry(1000, seq, 50)).collect();
-        entries.extend([entry(1001, 0, 1), entry(1002, 0, 0), entry(1003, 0, 3), entry(2000, 7, 2)]);
-        let of = |entries: &[Entry]| {
+        let mut entries: Vec<(u64, u64, usize)> = (0..50).map(|seq| (1000, seq, 50)).collect();
+        entries.extend([(1001, 0, 1), (1002, 0, 0), (1003, 0, 3), (2000, 7, 2)]);
+        let next = |numbers: &mut Numbers, (ms, seq, count)| numbers.of(EntryId { ms, seq }, count);
+        let of = |entries: &[(u64, u64, usize)]| {
             let mut numbers = Numbers::default();
-            entries.iter().map(|entry| numbers.of(entry)).collect::<Vec<_>>()
+            entries.iter().map(|entry| next(&mut numbers, *entry)).collect::<Vec<_>>()
         };
         let all = of(&entries);
         assert_eq!(all[0], 1_000_000..1_000_050);
@@ -194,7 +182,7 @@ mod tests {
         assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
         assert_eq!(of(&entries[52..]), all[52..]);
         let mut later = Numbers::from(all[49].end);
-        assert_eq!(later.of(&entries[50]), all[50]);
+        assert_eq!(next(&mut later, entries[50]), all[50]);
     }
 
     #[test]
@@ -202,7 +190,7 @@ mod tests {
         let text = |event_type: &str, data: &str| {
             let id = EntryId { ms: 1_795_234_668_730, seq: 4 };
             let entry = Entry { id, event_type: event_type.into(), data: data.into(), seq: "17".into() };
-            let messages =
+            let (messages, _) =
                 messages(&Settled { entry, refused: vec!["a.b/2".into()] }, &Forbidden::default()).unwrap();
             let frames: Vec<String> = messages
                 .iter()

@@ -135,19 +135,23 @@ pub fn before_cursor(cursor: u64) -> EntryId {
     EntryId { ms: cursor / 1000, seq: cursor % 1000 }.before()
 }
 
-/// The messages of an entry. What accounts forbid to collect is left out, except deletes: it is not in the tables either.
+/// The messages of an entry, and how many operations it has. What accounts forbid to collect is left out, except deletes: it is not
+/// in the tables either.
 ///
 /// # Errors
 ///
 /// The entry is not one of ours; it has no messages.
-pub fn messages(settled: &Settled, forbidden: &Forbidden) -> Result<Vec<Message>, serde_json::Error> {
+pub fn messages(
+    settled: &Settled,
+    forbidden: &Forbidden,
+) -> Result<(Vec<Message>, usize), serde_json::Error> {
     let Settled { entry, refused } = settled;
     let is_refused = refused.iter().any(|path| path == "*");
     match entry.event_type.as_str() {
         "commit" => commit(entry, refused, forbidden),
-        "identity" if !is_refused => identity(entry),
-        "account" if !is_refused => account(entry),
-        _ => Ok(Vec::new()),
+        "identity" if !is_refused => Ok((identity(entry)?, 1)),
+        "account" if !is_refused => Ok((account(entry)?, 1)),
+        _ => Ok((Vec::new(), 1)),
     }
 }
 
@@ -177,10 +181,11 @@ fn commit(
     entry: &Entry,
     refused: &[String],
     forbidden: &Forbidden,
-) -> Result<Vec<Message>, serde_json::Error> {
+) -> Result<(Vec<Message>, usize), serde_json::Error> {
     let CommitData { repo, ops, rev } = serde_json::from_str(&entry.data)?;
     let is_forbidden = forbidden.0.contains(&repo);
-    let mut messages = Vec::with_capacity(ops.len());
+    let count = ops.len();
+    let mut messages = Vec::with_capacity(count);
     for (index, op) in ops.into_iter().enumerate() {
         let is_delete = op.action == "delete";
         let Some((collection, rkey)) = op.path.split_once('/').filter(|_| is_delete || !is_forbidden) else {
@@ -197,7 +202,7 @@ fn commit(
         };
         messages.push(message(entry, index, &repo, Some(collection), What::Commit(commit))?);
     }
-    Ok(messages)
+    Ok((messages, count))
 }
 
 fn identity(entry: &Entry) -> Result<Vec<Message>, serde_json::Error> {
@@ -236,7 +241,7 @@ mod tests {
     }
 
     fn texts(settled: &Settled) -> Vec<String> {
-        let messages = messages(settled, &Forbidden::default()).unwrap();
+        let (messages, _) = messages(settled, &Forbidden::default()).unwrap();
         messages.iter().map(|message| String::from_utf8(message.text.to_vec()).unwrap()).collect()
     }
 
@@ -295,7 +300,8 @@ mod tests {
             texts(&refused).iter().map(|text| text.contains(r#""deadLetter":true"#)).collect();
         assert_eq!(labelled, [true, false]);
         let forbidden = Forbidden(HashSet::from(["did:plc:eygmaihciaxprqvxpfvl6flk".to_owned()]));
-        let left = messages(&settled("commit", COMMIT), &forbidden).unwrap();
+        let (left, count) = messages(&settled("commit", COMMIT), &forbidden).unwrap();
+        assert_eq!(count, 2, "what is left out counts");
         assert_eq!(left.len(), 1);
         assert_eq!(left[0].collection.as_deref(), Some("app.bsky.graph.follow"));
     }

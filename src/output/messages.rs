@@ -73,16 +73,15 @@ impl Messages {
 
     fn item(&self, settled: &Settled, forbidden: &Forbidden, pages: &mut Pages) -> Item {
         let id = settled.entry.id;
-        let numbers = pages.numbers.of(&settled.entry);
-        let messages = jetstream::messages(settled, forbidden).unwrap_or_else(|error| {
+        let (messages, operations) = jetstream::messages(settled, forbidden).unwrap_or_else(|error| {
             // It is a dead letter, too: nobody could apply it.
             metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
             if !self.said.swap(true, Ordering::Relaxed) {
                 warn!(%id, %error, "cannot send an entry to subscribers: it is malformed (logged once; see standpipe_subscriber_unreadable_entries_total)");
             }
-            Vec::new()
+            (Vec::new(), 0)
         });
-        Item { id, numbers, messages }
+        Item { id, numbers: pages.numbers.of(id, operations), messages }
     }
 
     async fn forbidden(&self) -> Result<Arc<Forbidden>> {

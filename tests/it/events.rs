@@ -125,8 +125,7 @@ async fn every_event_has_a_number_of_its_own_wherever_one_begins() {
     let _: Option<String> = redis_command(&chain.redis, &words).await;
     let wanted = expected(&traffic::events(&options)).len() + heard + 5_000;
 
-    let mut first = connect(http, "cursor=1").await.unwrap();
-    let all = take(&mut first, wanted).await;
+    let all = take(&mut connect(http, "cursor=1").await.unwrap(), wanted).await;
     for frame in &all[wanted - 5_000..] {
         assert_eq!(other(&mut live).await, *frame, "those who were there see the same");
     }
@@ -168,8 +167,7 @@ async fn filters_notices_and_errors_are_those_of_version_2() {
     let program = Program::start("run", &variables.with("STREAM_KEEP", "1h")).await;
     chain.finished().await;
     let wanted = expected(&traffic::events(&options)).len();
-    let mut all = connect(http, "cursor=1").await.unwrap();
-    let all = take(&mut all, wanted).await;
+    let all = take(&mut connect(http, "cursor=1").await.unwrap(), wanted).await;
     let did = payload(&all[0])["did"].as_str().unwrap().to_owned();
     let start = seq(&all[0]);
     for (query, keeps) in [
@@ -256,8 +254,7 @@ async fn a_client_for_version_2_connects_unchanged() {
     let _program = Program::start("run", &variables.with("STREAM_KEEP", "1h")).await;
     chain.finished().await;
     let wanted = expected(&traffic::events(&options)).len();
-    let mut all = connect(http, "cursor=1").await.unwrap();
-    let all = take(&mut all, wanted).await;
+    let all = take(&mut connect(http, "cursor=1").await.unwrap(), wanted).await;
     let count = |kind: &str, collection: &str, operation: &str| {
         all.iter()
             .filter(|frame| name(frame) == kind)

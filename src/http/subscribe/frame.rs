@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use tokio_tungstenite::tungstenite::{Message as WsMessage, Utf8Bytes};
 
+use crate::metrics;
 use crate::output::events;
 use crate::output::feed::Notice;
 use crate::output::filter::Filter;
@@ -35,8 +36,11 @@ impl Format {
                 if seq < from || !filter.wants(message, 0) {
                     return None;
                 }
-                // Our own messages can be read.
-                let frame = events::frame(message, seq).ok()?;
+                let Ok(frame) = events::frame(message, seq) else {
+                    // Cannot happen: it is one of ours.
+                    metrics::count(metrics::SUBSCRIBERS_UNREADABLE, 1);
+                    return None;
+                };
                 if filter.wants(message, frame.len()) { text(frame) } else { None }
             }
         }
