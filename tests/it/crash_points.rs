@@ -42,11 +42,13 @@ async fn recovers_from(point: Point, times: u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_after_an_append() {
     recovers_from(Point::AfterAppend, 3).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_after_a_read() {
     recovers_from(Point::AfterRead, 4).await;
 }
@@ -83,16 +85,19 @@ async fn recovers_from_a_crash_in_a_transaction() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_between_commit_and_flush() {
     recovers_from(Point::AfterCommit, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_between_flush_and_acknowledgement() {
     recovers_from(Point::AfterFlush, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_before_or_after_a_dead_letter() {
     for point in [Point::BeforeDeadLetter, Point::AfterDeadLetter] {
         let chain = Chain::start(&network(500), None).await;
@@ -112,6 +117,7 @@ async fn recovers_from_a_crash_before_or_after_a_dead_letter() {
 
 /// One process dies with entries in hand, the one that claims them dies too, and a third one finishes them.
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_while_claiming() {
     let chain = Chain::start(&network(2_000), None).await;
     dies(&chain, "run", Point::AfterRead, 4).await;
@@ -130,6 +136,7 @@ async fn recovers_from_a_crash_while_claiming() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn recovers_from_a_crash_during_a_migration() {
     let chain = Chain::start(&network(500), None).await;
     let variables = chain.variables().with("STANDPIPE_CRASH_AT", Point::InMigration.name());

@@ -408,6 +408,7 @@ async fn a_large_share_of_deletes_needs_a_second_look() {
 
 /// The process dies at each step of a repair; the next one finishes it.
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn a_repair_that_was_cut_off_is_done_again() {
     for point in [Point::AfterFetch, Point::AfterComplete, Point::AfterRepair].map(Point::name) {
         let plc = Plc::start().await;

@@ -460,6 +460,7 @@ async fn memory_stays_bounded_for_hostile_frames() {
 /// A large commit is appended in several scripts, so that none blocks Redis for long. If a reader dies
 /// between two of them, the whole commit is sent again.
 #[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(debug_assertions), ignore = "a release build has no crash points")]
 async fn a_large_commit_appended_in_pieces_is_complete_after_a_crash_between_them() {
     let text = "x".repeat(70_000);
     let count = 180;
