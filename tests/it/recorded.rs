@@ -229,7 +229,7 @@ impl Servers {
     async fn finish(&self, process: &mut Standpipe) {
         wait_for("everything to be acknowledged", SOON, async || {
             assert!(process.is_running(), "{}", process.output());
-            self.acknowledged().await
+            self.acknowledged().await.map_err(|error| format!("{error}\n{}", process.output()))
         })
         .await;
         crate::support::chain::purged(&self.database).await;
