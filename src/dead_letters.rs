@@ -327,7 +327,7 @@ async fn retry_task(
         Err(message) => return Ok(Some(Reject::new(Reason::Undecodable, message))),
     };
     let (handlers, delivery) = (handlers.once(), format!("dead letter {letter}"));
-    // Whoever asked may not wait for the end; the call continues.
+    // The call goes on even if the request that asked for it is cancelled.
     let call = tokio::spawn(async move { handlers.handle(&task, "dead-letters retry", &delivery).await });
     match call.await {
         Ok(Ok(Handled::Done | Handled::Before)) => Ok(None),
