@@ -333,7 +333,7 @@ async fn a_missing_standby_does_not_pile_up_server_processes() {
     assert!(check.stdout.contains("gone, and no standby is connected"), "{}", check.stdout);
     program.signal(crate::support::Signal::Term);
     program.wait_exit(SOON).await;
-    wait_for("no server process to be left", Duration::from_secs(5), async || {
+    wait_for("no server process to be left", SOON, async || {
         let sql = "SELECT string_agg(concat_ws(' ', state, wait_event, left(query, 60)), '; ') FROM pg_stat_activity
                    WHERE application_name = 'standpipe'";
         client.query_one(sql, &[]).await.unwrap().get::<_, Option<String>>(0).map_or(Ok(()), Err)

@@ -18,7 +18,7 @@ use standpipe_lab::servers::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(1);
 /// Where the child process that the tests kill reports what it has started.
 const REPORT: &str = "STANDPIPE_TEST_REPORT";
 /// Set if that child is to freeze its servers.

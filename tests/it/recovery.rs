@@ -429,7 +429,7 @@ async fn the_relay_is_read_while_postgresql_is_down_at_startup() {
     let database = format!("postgresql://standpipe@127.0.0.1:{port}/postgres");
     let chain = Chain::with_database(&network, None, database).await;
     let program = Program::start("run", &chain.variables()).await;
-    wait_until("every event in the stream", Duration::from_secs(10), async || {
+    wait_until("every event in the stream", SOON, async || {
         chain.look().await.cursor == Some(chain.relay.last_seq)
     })
     .await;
@@ -1178,7 +1178,6 @@ async fn entries_of_a_killed_process_are_applied_when_it_restarts() {
 /// Two processes share the work; one dies under load and never comes back.
 #[tokio::test(flavor = "multi_thread")]
 async fn entries_of_a_process_that_never_restarts_are_claimed_by_another() {
-    const CLAIM_IDLE: Duration = Duration::from_secs(10);
     let chain = Chain::start(&network(60_000), Some(4_000)).await;
     let variables = chain.variables().with("CLAIM_IDLE", "10s");
     let mut stays = Program::start("run", &variables.clone().with("CONSUMER_ID", "stays")).await;
@@ -1189,7 +1188,7 @@ async fn entries_of_a_process_that_never_restarts_are_claimed_by_another() {
     let killed = Instant::now();
     let left = pending_with(&chain, "goes-").await;
     let before = stays.entries().await;
-    wait_until("its entries to be finished", CLAIM_IDLE + Duration::from_secs(5), async || {
+    wait_until("its entries to be finished", RUN, async || {
         pending_with(&chain, "goes-").await == 0
             && stays.metric("standpipe_claimed_entries_total").await >= left as f64
     })

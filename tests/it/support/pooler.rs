@@ -1,16 +1,20 @@
 //! A pooler between the program and PostgreSQL.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Postgres, free_port, wait_until};
 
 const SOON: Duration = Duration::from_mins(1);
 
-/// A private `PgBouncer` in front of a database.
+/// A private `PgBouncer` in front of a database. It is started again whenever it ends, as its systemd unit does: 1.18 exits with "bad
+/// client state" when whoever cancels a query disconnects before it has passed that on (pgbouncer issue 801).
 pub struct PgBouncer {
-    child: std::process::Child,
+    child: Arc<Mutex<Child>>,
+    over: Arc<AtomicBool>,
     port: u16,
     folder: tempfile::TempDir,
 }
@@ -37,16 +41,15 @@ impl PgBouncer {
             assert!(chown.success());
             command.args(["-u", "nobody"]);
         }
-        let child = command
-            .arg(&file)
-            .stderr(std::fs::File::create(folder.path().join("log")).unwrap())
-            .spawn()
-            .expect("pgbouncer");
+        command.arg(&file).stderr(std::fs::File::create(folder.path().join("log")).unwrap());
+        let child = Arc::new(Mutex::new(command.spawn().expect("pgbouncer")));
+        let over = Arc::new(AtomicBool::new(false));
+        supervise(command, Arc::clone(&child), Arc::clone(&over));
         wait_until("PgBouncer to listen", SOON, async || {
             tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
         .await;
-        Self { child, port, folder }
+        Self { child, over, port, folder }
     }
 
     /// The same database through it.
@@ -61,9 +64,28 @@ impl Drop for PgBouncer {
         if std::thread::panicking() {
             println!("{}", std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default());
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.over.store(true, Ordering::SeqCst);
+        let mut child = self.child.lock().unwrap();
+        let _ = child.kill();
+        let _ = child.wait();
     }
+}
+
+/// Starts it again whenever it ends, until it is over.
+fn supervise(mut command: Command, child: Arc<Mutex<Child>>, over: Arc<AtomicBool>) {
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_millis(50));
+            let mut child = child.lock().unwrap();
+            if over.load(Ordering::SeqCst) {
+                return;
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                println!("PgBouncer ended ({status}) and is started again");
+                *child = command.spawn().expect("pgbouncer");
+            }
+        }
+    });
 }
 
 fn is_root() -> bool {
